@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -74,7 +73,7 @@ def command(main):
 # ------------------------------------------------------------------------------------------------------------ options
 
 
-def option(default, help, group=None, choices=None, low=None, high=None):
+def option(default, help, group=None, *, choices=None, low=None, high=None):
     """A field of a Config dataclass that is also a command-line option.
 
     group starts a new heading in --help (later fields stay under it; "model" marks what a checkpoint fixes);
@@ -141,7 +140,7 @@ RESUME_MAY_CHANGE = {"data", "cache", "out", "resume", "device", "track", "save_
 
 
 def settle(cfg, given, script):
-    """What this call works on, as (cfg, checkpoint): a new run (checkpoint None), a run resumed, or a trained model used.
+    """What this call works on, as (cfg, checkpoint): a new run (checkpoint None), a run resumed, a trained model used.
 
     Resumed, the options are the checkpoint's, and one that was typed and contradicts them is refused by name. For
     --evaluate and --generate only the options of the group "model" are held to the checkpoint's.
@@ -192,7 +191,7 @@ def settle(cfg, given, script):
 
 
 def _new_folder(out, script):
-    """Where a new run writes: --out, or the first free of runs/script, runs/script-2, ...; saved work is never touched."""
+    """Where a new run writes: --out, or the first free of runs/script, runs/script-2, ...: saved work stays."""
     held = [Path(out)] if out else [Path(f"runs/{script}" + (f"-{k}" if k > 1 else "")) for k in range(1, 10000)]
     free = [path for path in held if not (path / "checkpoints" / "last.pt").exists()]
     if not free:
@@ -213,8 +212,8 @@ def start(cfg):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible here (leave --device out to run on the CPU)")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(device)
@@ -236,7 +235,7 @@ def autocast(cfg, device):
 
 
 def adam(module, cfg, device):
-    """Fused Adam at cfg.lr with betas (cfg.beta1, 0.999); on CUDA its rate is a tensor, so that a graph can capture it."""
+    """Fused Adam at cfg.lr, betas (cfg.beta1, 0.999); on CUDA its rate is a tensor, so that a graph can capture it."""
     cuda = device.type == "cuda"
     lr = torch.tensor(cfg.lr, device=device) if cuda else cfg.lr
     return torch.optim.Adam(module.parameters(), lr=lr, betas=(cfg.beta1, 0.999), fused=True, capturable=cuda)
@@ -304,9 +303,10 @@ def fast_step(step, cfg, device):
 IGNORED = 255  # index of what has no class: it enters no loss and no measure
 
 _S2GLC = """0 255,255,255 Clouds|62 210,0,0 Artificial surfaces and constructions|73 253,211,39 Cultivated areas|
-75 176,91,16 Vineyards|82 35,152,0 Broadleaf tree cover|83 8,98,0 Coniferous tree cover|102 249,150,39 Herbaceous vegetation|
-103 141,139,0 Moors and Heathland|104 95,53,6 Sclerophyllous vegetation|105 149,107,196 Marshes|106 77,37,106 Peatbogs|
-121 154,154,154 Natural material surfaces|123 106,255,255 Permanent snow covered surfaces|162 20,69,249 Water bodies"""
+75 176,91,16 Vineyards|82 35,152,0 Broadleaf tree cover|83 8,98,0 Coniferous tree cover|
+102 249,150,39 Herbaceous vegetation|103 141,139,0 Moors and Heathland|104 95,53,6 Sclerophyllous vegetation|
+105 149,107,196 Marshes|106 77,37,106 Peatbogs|121 154,154,154 Natural material surfaces|
+123 106,255,255 Permanent snow covered surfaces|162 20,69,249 Water bodies"""
 _MAPS = """0 233,229,222 land|1 243,241,235 building|2 254,254,252 road|3 252,157,36 motorway|4 177,208,254 water|
 5 203,223,172 park|6 186,210,186 cemetery|7 222,218,212 paved|8 211,201,189 airfield"""
 _BINARY = "0 0,0,0 background|255 255,255,255 foreground"
@@ -400,9 +400,8 @@ class ClassTable:
             if all(int(code) in table for code in present):
                 return np.array([table[int(code)] for code in present], np.uint8)[np.searchsorted(present, codes)]
         wrong = [int(code) for code in present if int(code) not in values and int(code) not in positions]
-        raise UserError(
-            f"{path}: label values {(wrong or present.tolist())[:8]} are outside the class table (values {sorted(values)})"
-        )
+        wrong = (wrong or present.tolist())[:8]
+        raise UserError(f"{path}: label values {wrong} are outside the class table, whose values are {sorted(values)}")
 
     def from_colours(self, rgb, path, nearest):
         """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours become IGNORED, unless nearest takes the closest."""
@@ -421,11 +420,12 @@ class ClassTable:
 
     def from_one_hot(self, array, path):
         """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; a pixel with no class at all becomes IGNORED."""
-        if array.shape[-1] != len(self.rows) and array.shape[0] == len(self.rows):
+        counts = {len(self): range(len(self)), len(self.rows): [row[2] for row in self.rows]}  # ignored rows or not
+        if array.shape[-1] not in counts and array.shape[0] in counts:
             array = np.moveaxis(array, 0, -1)
-        if array.shape[-1] != len(self.rows):
-            raise UserError(f"{path}: shape {array.shape} is no one-hot of the class table's {len(self.rows)} classes")
-        index = np.array([row[2] for row in self.rows], np.uint8)[array.argmax(-1)]
+        if array.shape[-1] not in counts:
+            raise UserError(f"{path}: shape {array.shape} is no one-hot of the class table's {len(self)} classes")
+        index = np.array(counts[array.shape[-1]], np.uint8)[array.argmax(-1)]
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
 
 
@@ -464,7 +464,7 @@ def read_image(path):
 
 
 def read_labels(path, table):
-    """A label map as (H, W) uint8 class indices: an array file, or an image of indices, code values or class colours."""
+    """A label map as (H, W) uint8 class indices, from an array file or an image of indices, code values or colours."""
     with _decoding(path):
         if Path(path).suffix.lower() in ARRAY_SUFFIXES:
             array = np.load(path)
@@ -476,15 +476,12 @@ def read_labels(path, table):
         with Image.open(path) as image:
             if image.mode == "1":
                 return table.from_codes(np.asarray(image).astype(np.int64) * 255, path)
-            if image.mode == "P":  # indices, or class colours that were stored with a palette
+            if image.mode == "P":  # class colours that were stored with a palette, or else indices
                 rgb = np.asarray(image.convert("RGB"))
-                colors = {color for _, color, _ in table.rows}
-                used = {tuple(int(c) for c in row) for row in np.unique(rgb.reshape(-1, 3), axis=0)}
-                return (
-                    table.from_colours(rgb, path, False)
-                    if used & colors
-                    else table.from_codes(np.asarray(image).astype(np.int64), path)
-                )
+                used = {tuple(int(c) for c in color) for color in np.unique(rgb.reshape(-1, 3), axis=0)}
+                if 2 * len(used & {color for _, color, _ in table.rows}) > len(used):
+                    return table.from_colours(rgb, path, False)
+                return table.from_codes(np.asarray(image).astype(np.int64), path)
             if image.mode in ("L", "I", "I;16", "I;16B", "I;16L"):
                 return table.from_codes(np.asarray(image).astype(np.int64), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
@@ -536,7 +533,7 @@ def _match(a, b, where):
     lone = sorted(set(stems_a) ^ set(stems_b))
     if lone:
         path = stems_a.get(lone[0]) or stems_b.get(lone[0])
-        raise UserError(f"{where}: {len(a)} images in one folder and {len(b)} in the other; {path} has no partner")
+        raise UserError(f"{where}: {len(a)} images on one side, {len(b)} on the other; {path} has no partner")
     if len(stems_a) != len(a) or len(stems_b) != len(b):
         raise UserError(f"{where}: two files in one folder have the same name but for their ending")
     return list(stems_a.values()), [stems_b[stem] for stem in stems_a]
@@ -759,7 +756,8 @@ class Rows:
                 try:
                     ready.put(torch.from_numpy(self.array[rows]).pin_memory())
                 except Exception as error:
-                    return ready.put(error)
+                    ready.put(error)
+                    return
 
         worker = threading.Thread(target=gather, daemon=True)
         worker.start()
@@ -850,7 +848,9 @@ def demo_world(cache, kind, train=96, val=12, side=256):
                 else:
                     Image.fromarray(np.concatenate([satellite, drawn], 1)).save(root / split / f"{k:03}.png")
         if labels:
-            table = [{"name": n, "color": "#%02x%02x%02x" % c} for n, c in zip(DEMO_CLASSES, _DEMO_COLORS, strict=True)]
+            table = [
+                {"name": n, "color": ",".join(map(str, c))} for n, c in zip(DEMO_CLASSES, _DEMO_COLORS, strict=True)
+            ]
             (root / "classes.json").write_text(json.dumps(table))
         (root / "complete").touch()
     if rank_and_world()[1] > 1:
@@ -903,7 +903,7 @@ def load_checkpoint(path, script):
 
 
 def state_dict(state):
-    """What a checkpoint holds of a State: modules and optimizers by their state_dict, tensors and numbers as they are."""
+    """What a checkpoint holds of a State: modules and optimizers by their state_dict, tensors and numbers as such."""
     kept = {name: value for name, value in vars(state).items() if _is_kept(value)}
     return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in kept.items()}
 
@@ -1150,7 +1150,10 @@ def _git_commit():
     """The commit of these scripts, or None where they are not in a repository."""
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):
-        return subprocess.run(call, capture_output=True, text=True).stdout.strip().removeprefix("HEAD") or None
+        return (
+            subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip().removeprefix("HEAD")
+            or None
+        )
 
 
 def _tracker(cfg, out, script):
@@ -1251,7 +1254,7 @@ def measure_images(fake, target):
     psnr         10 log10(255^2 / MSE), in dB
     ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window, sigma 1.5, mean over
                  channels and places, no padding
-    rmse         root mean squared error, in levels 0-255
+    mse          mean squared error, in squared levels 0-255
     within_5     share of pixels all of whose channels are within 5 levels of the target's (Fu et al. 2019,
     within_10    arXiv:1809.05852), and within 10
     """
@@ -1275,10 +1278,16 @@ def measure_images(fake, target):
     return {
         "psnr": 10 * torch.log10(255**2 / mse.clamp_min(1e-10)),
         "ssim": ssim.reshape(len(fake), -1).mean(1),
-        "rmse": mse.sqrt(),
+        "mse": mse,
         "within_5": (worst <= 5).double().mean((1, 2)),
         "within_10": (worst <= 10).double().mean((1, 2)),
     }
+
+
+def average_measures(batches):
+    """measure_images' results, a list -> {name: mean over all images}; rmse, in levels, is the root of the mean MSE."""
+    means = {name: torch.cat([batch[name] for batch in batches]).mean().item() for name in batches[0]}
+    return {"rmse" if k == "mse" else k: math.sqrt(v) if k == "mse" else v for k, v in means.items()}
 
 
 def nearest_class(images, classes):
@@ -1324,7 +1333,7 @@ def constant_guesses(images, classes=None):
 
 
 def write_evaluation(cfg, rows, **about):
-    """Prints {row: {measure: value}} as a table and writes it, with what was measured, to evaluation.json in cfg.out."""
+    """Prints {row: {measure: value}} as a table; writes it, with what was measured, to evaluation.json in cfg.out."""
     if rank_and_world()[0] == 0:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         what = {"size": cfg.size, "data": cfg.data or "demo world", "checkpoint": cfg.checkpoint, **about}

@@ -9,9 +9,9 @@
 
 Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional Adversarial Networks, arXiv:1611.07004.
 
-Differences from the paper: the U-Net's depth follows --size, with a bottleneck of 1x1 at every size; the 1x1 bottleneck
-has no norm; with --norm instance no layer's noise depends on the rest of the batch; the published code's linear decay of
-the rate in the second half is the default; --generator resnet, --gan lsgan, --content vgg are experiments beside it.
+Differences from the paper: the U-Net's depth follows --size, down to a bottleneck of 1x1, which has no norm; the rate
+falls linearly to zero in the second half, as in the published code; --generator resnet, --norm instance, --gan lsgan
+and --content vgg are experiments beside it, --schedule constant and --d-weight 1.0 those of other systems.
 """
 
 import dataclasses
@@ -86,8 +86,8 @@ QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12
 class Pairs:
     """Pairs (input, target) of a split, in batches, on the device.
 
-    Jitter (paper, appendix 6.2): images are stored at size * 286 / 256, cropped at random and mirrored half of the time.
-    An image and its target are one record, so that both get the same crop and flip. Validation images stay as they are.
+    Jitter (paper, appendix 6.2): images are stored at size * 286 / 256, cropped at random, mirrored half of the time.
+    An image and its target are one record: both get the same crop and flip. Validation images stay as they are.
     """
 
     def __init__(self, cfg, split, device):
@@ -190,16 +190,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels, norm):
         super().__init__()
-        bias = norm == "instance"
-        self.layers = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3, bias=bias),
-            norm_layer(norm, channels),
-            nn.ReLU(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3, bias=bias),
-            norm_layer(norm, channels),
-        )
+        layers = []
+        for _ in range(2):
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=norm == "instance")]
+            layers += [norm_layer(norm, channels), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x):
         return x + self.layers(x)
@@ -233,29 +228,21 @@ class ResNetGenerator(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (paper, section 3.2.2): input and image, each (B, 3, S, S) -> logits, one for every patch, (B, 1, P, P).
 
-    patch_gan is the receptive field of a logit in pixels: 1 (1x1 convolutions), or 16, 70, 286 (1, 3, 5 strided layers).
+    patch_gan is the receptive field of a logit in pixels: 16, 70, 286 (1, 3, 5 strided layers) or 1 (1x1 convolutions).
     """
 
     def __init__(self, width, norm, patch_gan):
         super().__init__()
         bias = norm == "instance"
-        if patch_gan == 1:
-            self.layers = nn.Sequential(
-                nn.Conv2d(6, width, 1),
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(width, 2 * width, 1, bias=bias),
-                norm_layer(norm, 2 * width),
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(2 * width, 1, 1, bias=bias),
-            )
-            return
-        strided = {16: 1, 70: 3, 286: 5}[patch_gan]
-        layers, channels = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2)], width  # (B, 64, S/2, S/2)
-        for level in range(1, strided + 1):
-            out, stride = width * min(2**level, 8), 2 if level < strided else 1
-            layers += [nn.Conv2d(channels, out, 4, stride, 1, bias=bias), norm_layer(norm, out), nn.LeakyReLU(0.2)]
+        kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
+        strided = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
+        layers, channels = [nn.Conv2d(6, width, kernel, stride, pad), nn.LeakyReLU(0.2)], width  # (B, 64, S/2, S/2)
+        for level in range(1, strided + 1):  # at 70: (B, 128, S/4, S/4), (B, 256, S/8, S/8), (B, 512, S/8 - 1, S/8 - 1)
+            out, step = width * min(2**level, 8), stride if level < strided else 1
+            layers += [nn.Conv2d(channels, out, kernel, step, pad, bias=bias), norm_layer(norm, out), nn.LeakyReLU(0.2)]
             channels = out
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, 1, 1))
+        layers += [nn.Conv2d(channels, 1, kernel, 1, pad, bias=bias or patch_gan != 1)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x, image):
         return self.layers(torch.cat([x, image], 1))
@@ -442,7 +429,7 @@ def evaluate(state, val, cfg, count, constants=None):
     """Measures of the first `count` validation images, {row: {measure: mean}}: the model, and with `constants`, colours
     {name: (3,)} in [-1, 1], the baselines: each constant, and the input copied."""
     torch.manual_seed(cfg.seed)
-    tables, confusions = {}, {}
+    measured, confusions = {}, {}
     for records in val.in_order(count):
         x, y = val.sides(records)
         guesses = {"model": translate(state, x, cfg)}
@@ -450,12 +437,11 @@ def evaluate(state, val, cfg, count, constants=None):
             guesses["copy of the input"] = x
             guesses |= {name: color.to(y).view(1, 3, 1, 1).expand_as(y) for name, color in constants.items()}
         for row, guess in guesses.items():
-            measured = common.measure_images(common.to_bytes(guess), common.to_bytes(y))
-            tables.setdefault(row, []).append(torch.stack(list(measured.values())))  # (measures, B)
+            measured.setdefault(row, []).append(common.measure_images(common.to_bytes(guess), common.to_bytes(y)))
             if val.classes and cfg.direction == "AtoB":  # the target is a label map drawn in its colours
                 labels = common.nearest_class(guess, val.classes), records[..., 3]
                 confusions[row] = confusions.get(row, 0) + common.confusion_matrix(*labels, len(val.classes))
-    rows = {row: dict(zip(measured, torch.cat(t, 1).mean(1).tolist(), strict=True)) for row, t in tables.items()}
+    rows = {row: common.average_measures(batches) for row, batches in measured.items()}
     return {row: rows[row] | (common.measure_labels(confusions[row]) if confusions else {}) for row in rows}
 
 

@@ -1,0 +1,56 @@
+"""Tiny datasets in every layout, made by the tests themselves."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TABLE = [
+    {"name": "land", "color": "#8429f6"},
+    {"name": "water", "color": "#e2a929"},
+    {"name": "road", "color": "#6ec1e4"},
+    {"name": "unlabeled", "color": "#9b9b9b", "ignore": True},
+]
+
+
+def picture(rng, height, width):
+    """Smooth random colours, so that JPEG keeps them and a network can learn them."""
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def side_by_side(root, train=6, val=3, side=80, suffix=".png"):
+    """A paired dataset whose B is the negative of A."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for k in range(count):
+            a = picture(rng, side, side)
+            save(root / split / f"{k}{suffix}", np.concatenate([a, 255 - a], 1))
+    return root
+
+
+def land_cover(root, train=4, val=2, side=80, table=TABLE):
+    """rgb and lc folders; lc holds indices 0..2 and some 3, which is ignored."""
+    rng = np.random.default_rng(1)
+    for split, count in (("train", train), ("val", val)):
+        for k in range(count):
+            save(root / split / "rgb" / f"{k}.jpg", picture(rng, side, side))
+            save(root / split / "lc" / f"{k}.png", rng.integers(0, 4, (side, side), np.uint8))
+    (root / "classes.json").write_text(json.dumps(table))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    return side_by_side(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def landcover(tmp_path_factory):
+    return land_cover(tmp_path_factory.mktemp("landcover"))
