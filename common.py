@@ -3,7 +3,7 @@
 errors      UserError, command
 options     option, parse, settle
 device      start, seed_step, autocast, adam, set_lr, average_gradients, fast_step, GraphedStep
-data        ClassTable, find_images, read_image, read_labels, ImageStore, Rows, demo_world
+data        ClassTable, find_images, read_image, read_labels, ImageStore, Rows, rank_rows, demo_world
 runs        Run, save_checkpoint, load_checkpoint, restore, load_generator, save_grid
 measures    measure_images, confusion_matrix, measure_labels, constant_guesses, print_table
 generation  inputs_of, write_image
@@ -64,6 +64,9 @@ def command(main):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}; choose another place with --out or --cache"
+        for bar in list(getattr(tqdm, "_instances", [])):  # a line of its own, not the end of a progress bar
+            bar.leave = False
+            bar.close()
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
@@ -774,12 +777,18 @@ class Rows:
                     ready.get(timeout=0.01)
 
 
-def rank_rows(count, batch_size, order):
-    """An epoch's order of count rows as (steps, batch_size): this rank's share of every step, remainder left out."""
+def steps_in_epoch(count, batch_size):
+    """How many batches count images give in an epoch, the same number in every process; the remainder is left out."""
+    world = rank_and_world()[1]
+    if count < batch_size * world:
+        raise UserError(f"--batch-size {batch_size} in {world} process(es) is more than the {count} training images")
+    return count // (batch_size * world)
+
+
+def rank_rows(order, batch_size):
+    """An epoch's order of rows as (steps, batch_size): this process's share of every step."""
     rank, world = rank_and_world()
-    steps = count // (batch_size * world)
-    if steps == 0:
-        raise UserError(f"--batch-size {batch_size} on {world} process(es) is more than the {count} training images")
+    steps = steps_in_epoch(len(order), batch_size)
     return order[: steps * batch_size * world].reshape(steps, world, batch_size)[:, rank]
 
 
@@ -992,9 +1001,9 @@ class Run:
     def __init__(self, cfg, checkpoint, script, steps_per_epoch, scores=()):
         self.cfg, self.script, self.scores, self.steps_per_epoch = cfg, script, scores, steps_per_epoch
         self.out, self.rank = Path(cfg.out), rank_and_world()[0]
-        saved = checkpoint or {"epoch": 0, "batch": 0, "step": 0, "sums": None, "count": 0}
+        saved = checkpoint or {"epoch": 0, "batch": 0, "step": 0, "names": [], "sums": None, "count": 0}
         self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
-        self.sums, self.count, self.names, self.lr = saved["sums"], saved["count"], None, 0.0
+        self.names, self.sums, self.count, self.lr = saved["names"], saved["sums"], saved["count"], 0.0
         self.interrupted, self.means, self.tracker = 0, {}, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
@@ -1111,7 +1120,7 @@ class Run:
             raise UserError(f"weights not finite by step {self.step}: stopped; the last good checkpoint is kept")
         if self.rank == 0:
             position = {"epoch": self.epoch, "batch": self.batch, "step": self.step}
-            meter = {"sums": self.sums, "count": self.count}
+            meter = {"names": self.names, "sums": self.sums, "count": self.count}
             about = {"script": self.script, "config": dataclasses.asdict(self.cfg)}
             save_checkpoint(self.out / "checkpoints" / "last.pt", {**about, **position, **meter, "state": content})
 

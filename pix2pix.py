@@ -105,7 +105,7 @@ class Pairs:
     @property
     def steps(self):
         """Batches in an epoch."""
-        return len(self) // (self.cfg.batch_size * common.rank_and_world()[1])
+        return common.steps_in_epoch(len(self), self.cfg.batch_size)
 
     def batches(self, epoch, first=0):
         """An epoch's training batches from number `first` on; they follow from (seed, epoch, batch, rank) alone."""
@@ -113,7 +113,7 @@ class Pairs:
         room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
         plan = rng.integers(0, (room + 1, room + 1, 2), (len(self), 3))  # top, left, flip of every image
-        index = common.rank_rows(len(self), self.cfg.batch_size, order)[first:]  # (batches, B)
+        index = common.rank_rows(order, self.cfg.batch_size)[first:]  # (batches, B)
         plan = torch.from_numpy(plan[index]).to(self.device)  # (batches, B, 3)
         for records, jitters in zip(self.rows.batches(index), plan, strict=True):
             yield self.sides(jitter(records, *jitters.unbind(1), self.cfg.size))

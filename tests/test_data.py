@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TABLE, land_cover, picture, save, side_by_side
 from PIL import Image
 
 import common
 from common import ClassTable, ImageStore, UserError, find_images, read_labels
+from conftest import TABLE, land_cover, picture, save, side_by_side
 from pix2pix import Config
 
 
@@ -117,8 +117,8 @@ def table():
     return ClassTable.load(json.dumps(TABLE))
 
 
-INDEX = np.array([[0, 1, 2], [2, 255, 1]], np.uint8)
-CODES = np.array([[0, 1, 2], [2, 3, 1]], np.uint8)  # 3 is the table's ignored row
+INDEX = np.array([[0, 1, 2, 0, 1], [2, 255, 1, 0, 0]], np.uint8)
+CODES = np.array([[0, 1, 2, 0, 1], [2, 3, 1, 0, 0]], np.uint8)  # 3 is the row of the table that is ignored
 
 
 def colours(table, index):
@@ -351,7 +351,10 @@ def test_ssim_of_constants_by_hand():
 
 
 def test_average_measures_takes_the_root_of_the_mean():
-    batches = [{"mse": torch.tensor([4.0, 0.0]), "psnr": torch.tensor([1.0, 2.0])}, {"mse": torch.tensor([23.0]), "psnr": torch.tensor([6.0])}]
+    batches = [
+        {"mse": torch.tensor([4.0, 0.0]), "psnr": torch.tensor([1.0, 2.0])},
+        {"mse": torch.tensor([23.0]), "psnr": torch.tensor([6.0])},
+    ]
     assert common.average_measures(batches) == {"rmse": pytest.approx(3.0), "psnr": pytest.approx(3.0)}
 
 
@@ -391,10 +394,10 @@ def test_ranks_get_disjoint_rows(monkeypatch):
     rows = []
     for rank in range(2):
         monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, 2))
-        rows.append(common.rank_rows(11, 2, order))
+        rows.append(common.rank_rows(order, 2))
     assert rows[0].shape == (2, 2) and len(set(np.concatenate(rows).ravel().tolist())) == 8
     with pytest.raises(UserError, match="--batch-size 6"):
-        common.rank_rows(11, 6, order)
+        common.rank_rows(order, 6)
 
 
 def test_config_is_frozen():

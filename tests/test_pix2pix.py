@@ -31,9 +31,7 @@ def random_batch(seed=0, size=64, batch=2, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize(
-    ("size", "count"), [(64, 29_244_035), (128, 41_828_995), (256, 54_413_955), (512, 66_998_915)]
-)
+@pytest.mark.parametrize(("size", "count"), [(64, 29_244_035), (128, 41_828_995), (256, 54_413_955), (512, 66_998_915)])
 def test_unet_parameters(size, count):
     assert parameters(UNetGenerator(size, 64, "batch", 0.5)) == count
 
@@ -88,7 +86,9 @@ def test_unet_dropout_layers(size, count):
 def test_initial_weights():
     state = build(dataclasses.replace(TINY, width=32), CPU)
     for net in (state.G, state.D):
-        weights = torch.cat([m.weight.flatten() for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))])
+        weights = torch.cat(
+            [m.weight.flatten() for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        )
         scales = torch.cat([m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
         assert abs(weights.mean()) < 1e-3 and abs(weights.std() - 0.02) < 1e-3
         assert abs(scales.mean() - 1) < 5e-3 and abs(scales.std() - 0.02) < 5e-3
@@ -118,7 +118,9 @@ def test_lsgan_loss_by_hand():
 
 def test_the_mean_is_over_losses_of_patches_not_of_logits():
     logits = torch.tensor([[[[-4.0, 4.0]]]])
-    assert pix2pix.gan_loss(logits, True, "bce").item() == pytest.approx((math.log1p(math.exp(4)) + math.log1p(math.exp(-4))) / 2)
+    assert pix2pix.gan_loss(logits, True, "bce").item() == pytest.approx(
+        (math.log1p(math.exp(4)) + math.log1p(math.exp(-4))) / 2
+    )
 
 
 def test_l1_loss_by_hand():
@@ -142,7 +144,9 @@ def test_vgg_loss_by_hand(tmp_path):
     features = pix2pix.VGG16Features(common.vgg16_weights(str(tmp_path / "vgg.pth")))
 
     def by_hand(x):
-        x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        ).view(1, 3, 1, 1)
         for index in (0, 2, 5, 7, 10, 12, 14):
             x = F.max_pool2d(x, 2) if index in (5, 10) else x
             x = F.relu(F.conv2d(x, weights[f"features.{index}.weight"], weights[f"features.{index}.bias"], padding=1))

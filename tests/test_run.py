@@ -1,0 +1,470 @@
+"""The command line of pix2pix.py: runs, resume, evaluation, generation, and what a mistake prints."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import pix2pix
+from conftest import picture, save
+from pix2pix import Config, main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--size", "64", "--width", "4", "--batch-size", "2", "--log-every", "2", "--device", "cpu"]
+
+
+def options(data, out, *more):
+    return ["--data", str(data), "--out", str(out), "--cache", str(Path(out).parent / "cache"), *TINY, *more]
+
+
+def start(arguments):
+    """pix2pix.py in a process of its own, on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "pix2pix.py"), *arguments], stderr=subprocess.PIPE, env=env)
+
+
+def line_of(arguments, capsys):
+    """The one line on stderr that a mistake prints, with exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, tmp_path_factory):
+    """A finished run of two epochs."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    main(options(pairs, out, "--epochs", "2", "--save-every", "1"))
+    return out
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ----------------------------------------------------------------------------------------------------- the run folder
+
+
+def test_run_folder(trained):
+    names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert names == {
+        "config.json",
+        "metrics.csv",
+        "losses.png",
+        "evaluation.json",
+        "samples/epoch_0001.png",
+        "samples/epoch_0002.png",
+        "checkpoints/last.pt",
+        "checkpoints/epoch_0001.pt",
+        "checkpoints/epoch_0002.pt",
+    }
+    about = json.loads((trained / "config.json").read_text())
+    assert about["options"]["width"] == 4 and about["versions"]["torch"] == torch.__version__
+
+
+def test_metrics(trained):
+    rows = common.read_metrics(trained / "metrics.csv")
+    assert list(rows[0]) == [
+        *("epoch", "step", "lr", "g_total", "g_adv", "g_l1", "d_total", "d_real", "d_fake", "val_psnr", "val_rmse")
+    ]
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("1", "3"), ("2", "4"), ("2", "6")]
+    assert [bool(row["val_psnr"]) for row in rows] == [False, True, False, True]
+
+
+def test_evaluation(trained):
+    report = json.loads((trained / "evaluation.json").read_text())
+    assert report["images"] == 3 and report["split"] == "val"
+    assert list(report["rows"]) == ["model", "copy of the input", "mean training colour", "median training colour"]
+    assert set(report["rows"]["model"]) == {"psnr", "ssim", "rmse", "within_5", "within_10"}
+
+
+def test_sample_grid_shows_fixed_images_on_a_fixed_scale(trained, pairs):
+    first, second = (np.asarray(Image.open(trained / "samples" / f"epoch_000{k}.png")) for k in (1, 2))
+    assert first.shape == (16 + 3 * 68, 4 + 3 * 68, 3)
+    target = np.asarray(Image.open(pairs / "val" / "1.png").crop((0, 0, 80, 80)).resize((64, 64), 3))
+    for sheet in (first, second):
+        assert (sheet[16 + 68 : 16 + 68 + 64, 4 + 2 * 68 : 4 + 2 * 68 + 64] == target).all()
+    assert (first != second).any()
+
+
+def test_a_run_folder_is_never_written_over(trained, pairs, capsys, tmp_path, monkeypatch):
+    assert "--resume" in line_of(options(pairs, trained), capsys)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/pix2pix/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/pix2pix/checkpoints/last.pt").touch()
+    assert common.settle(Config(), {}, "pix2pix")[0].out == "runs/pix2pix-2"
+
+
+def test_tracking_is_optional(pairs, tmp_path, capsys, monkeypatch):
+    for package, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        text = line_of(options(pairs, tmp_path / package, "--track", package), capsys)
+        assert f"pip install {package}" in text
+
+
+def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
+    logged = []
+
+    class Writer:
+        def __init__(self, folder):
+            logged.append(folder)
+
+        def add_scalar(self, name, value, step):
+            logged.append((name, step))
+
+        def add_image(self, name, image, step, dataformats):
+            logged.append((name, step, image.shape[-1], dataformats))
+
+        def flush(self):
+            pass
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    main(options(pairs, tmp_path / "run", "--track", "tensorboard", "--epochs", "1"))
+    assert {("g_l1", 2), ("val_psnr", 3), ("samples", 3, 3, "HWC")} <= set(logged)
+
+
+# ------------------------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pairs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start(options(pairs, out, "--epochs", "12"))
+    assert process.wait(120) == 0, process.stderr.read().decode()
+    return out
+
+
+def wait_for_step(out, step, process):
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        rows = common.read_metrics(out / "metrics.csv")
+        if rows and int(rows[-1]["step"]) >= step:
+            return
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    raise AssertionError("the run never got there")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_resume_is_exact(pairs, tmp_path, uninterrupted, number):
+    """Stopped in the middle of an epoch (3 steps each), resumed: the same weights and metrics to the bit."""
+    out = tmp_path / "run"
+    process = start(options(pairs, out, "--epochs", "12"))
+    wait_for_step(out, 14, process)
+    process.send_signal(number)
+    status = process.wait(60)
+    assert status == (-number if number == signal.SIGKILL else 128 + number), process.stderr.read().decode()
+    stopped = state_of(out / "checkpoints" / "last.pt")
+    assert 12 <= stopped["step"] < 36
+    process = start(["--resume", "--out", str(out)])
+    assert process.wait(120) == 0, process.stderr.read().decode()
+    got, want = (state_of(folder / "checkpoints" / "last.pt") for folder in (out, uninterrupted))
+    assert (got["step"], got["epoch"]) == (36, 12)
+    assert same(got["state"], want["state"])
+    assert (out / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+
+
+def test_resume_in_the_middle_of_an_epoch(pairs, tmp_path, monkeypatch):
+    """In one process, at a step that is no multiple of --log-every: the running means survive, too."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(options(pairs, whole, "--epochs", "3", "--schedule", "plateau"))
+    asked = iter([False, False, False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "stopping", lambda run: next(asked))
+        with pytest.raises(SystemExit):
+            main(options(pairs, parts, "--epochs", "3", "--schedule", "plateau"))
+    stopped = state_of(parts / "checkpoints" / "last.pt")
+    assert (stopped["epoch"], stopped["batch"], stopped["step"], stopped["count"]) == (1, 2, 5, 1)
+    main(["--resume", "--out", str(parts)])
+    got, want = (state_of(folder / "checkpoints" / "last.pt") for folder in (parts, whole))
+    assert same(got["state"], want["state"])
+    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_resume_refuses_options_that_contradict(trained, tmp_path, capsys):
+    assert "--lambda-l1 50.0 contradicts" in line_of(["--resume", "--out", str(trained), "--lambda-l1", "50"], capsys)
+    assert "--epochs 9 contradicts" in line_of(["--resume", "--out", str(trained), "--epochs", "9"], capsys)
+    assert "no checkpoints/last.pt" in line_of(["--resume", "--out", str(tmp_path)], capsys)
+
+
+def test_resume_finds_the_newest_default_run(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        main(["--data", str(pairs), *TINY, "--epochs", "1"])
+    cfg, checkpoint = common.settle(Config(resume=True), {"resume": True}, "pix2pix")
+    assert cfg.out == "runs/pix2pix-2" and checkpoint["epoch"] == 1 and cfg.width == 4
+
+
+def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    common.save_checkpoint(path, {"a": 1})
+
+    def breaks(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", breaks)
+    with pytest.raises(common.UserError, match="No space left"):
+        common.save_checkpoint(path, {"a": 2})
+    assert torch.load(path, weights_only=True) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path, monkeypatch, capsys):
+    honest, calls = pix2pix.train_step, []
+
+    def step(state, batch, cfg):
+        calls.append(1)
+        losses = honest(state, batch, cfg)
+        return losses | ({"d_fake": losses["d_fake"] * float("nan")} if len(calls) == 5 else {})
+
+    monkeypatch.setattr(pix2pix, "train_step", step)
+    text = line_of(options(pairs, tmp_path / "run", "--epochs", "4"), capsys)
+    assert "d_fake not finite by step 6" in text and "g_l1" not in text
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch, capsys):
+    honest = pix2pix.evaluate
+
+    def evaluate(state, *rest):
+        scores = honest(state, *rest)
+        next(state.D.parameters()).data.fill_(float("inf"))
+        return scores
+
+    monkeypatch.setattr(pix2pix, "evaluate", evaluate)
+    assert "weights not finite" in line_of(options(pairs, tmp_path / "run", "--epochs", "1"), capsys)
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------ trained models used
+
+
+def test_evaluate(trained, tmp_path):
+    main(["--evaluate", "--checkpoint", str(trained / "checkpoints" / "last.pt"), "--out", str(tmp_path)])
+    again, first = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, trained))
+    assert again["rows"] == first["rows"]
+
+
+def test_generate_keeps_names_and_sizes(trained, tmp_path):
+    rng, checkpoint = np.random.default_rng(0), str(trained / "checkpoints" / "last.pt")
+    for name, (height, width) in {"a.png": (50, 70), "b.jpg": (64, 64), "c.tif": (30, 90)}.items():
+        save(tmp_path / "in" / name, picture(rng, height, width))
+    main(["--generate", str(tmp_path / "in"), "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {"a.png": (70, 50), "b.jpg": (64, 64), "c.tif": (90, 30)}
+    main(["--generate", str(tmp_path / "in" / "a.png"), "--checkpoint", checkpoint, "--out", str(tmp_path / "one")])
+    one, many = (np.asarray(Image.open(tmp_path / folder / "a.png")) for folder in ("one", "out"))
+    assert (one == many).all()
+
+
+def test_generate_from_label_maps(landcover, tmp_path):
+    main(options(landcover, tmp_path / "run", "--epochs", "1"))
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.pt")
+    main(["--generate", str(landcover / "val" / "lc"), "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    assert Image.open(tmp_path / "out" / "0.png").size == (80, 80)
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "mean_iou" not in report["rows"]["model"]  # BtoA: the target is the photograph
+
+
+def test_init_from_our_checkpoint_and_from_a_bare_state_dict(trained, pairs, tmp_path):
+    weights = state_of(trained / "checkpoints" / "last.pt")["state"]["G"]
+    published = {f"model.{k}.x": value for k, value in enumerate(weights.values())}
+    torch.save(published, tmp_path / "latest_net_G.pth")
+    cfg = Config(size=64, width=4)
+    for path in (trained / "checkpoints" / "last.pt", tmp_path / "latest_net_G.pth"):
+        G = pix2pix.build(cfg, torch.device("cpu")).G
+        common.load_generator(G, path)
+        assert same(dict(G.state_dict()), weights)
+    picture_file = str(pairs / "val" / "0.png")
+    main(
+        ["--generate", picture_file, "--init", str(tmp_path / "latest_net_G.pth"), *TINY, "--out", str(tmp_path / "o")]
+    )
+    assert (tmp_path / "o" / "0.png").is_file()
+
+
+def test_published_resnet_weights_with_instance_norm_buffers_load(tmp_path):
+    cfg = Config(size=64, width=4, generator="resnet", norm="instance", blocks=2)
+    G = pix2pix.build(cfg, torch.device("cpu")).G
+    old = {}
+    for name, value in G.state_dict().items():  # files of old releases carry buffers that InstanceNorm no longer has
+        old[f"model.{name}"] = torch.full_like(value, 0.5)
+        if name.endswith("bias"):
+            old[f"model.{name}.running_mean"], old[f"model.{name}.running_var"] = value, value
+            old[f"model.{name}.num_batches_tracked"] = torch.tensor(3)
+    torch.save(old, tmp_path / "old.pth")
+    common.load_generator(G, tmp_path / "old.pth")
+    assert all((value == 0.5).all() for value in G.state_dict().values())
+
+
+def test_init_refuses_another_architecture(trained, tmp_path, capsys, pairs):
+    checkpoint = str(trained / "checkpoints" / "last.pt")
+    text = line_of([*options(pairs, tmp_path / "a", "--init", checkpoint), "--generator", "resnet"], capsys)
+    assert "tensors, but this generator has" in text and "--generator" in text
+    text = line_of([*options(pairs, tmp_path / "b", "--init", checkpoint), "--width", "8"], capsys)
+    assert "(4, 3, 4, 4)" in text and "(8, 3, 4, 4)" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
+    checkpoint = str(trained / "checkpoints" / "last.pt")
+    (tmp_path / "corrupt.pt").write_bytes(Path(checkpoint).read_bytes()[:5000])
+    torch.save({"script": "cyclegan", "config": {}, "state": {}}, tmp_path / "other.pt")
+    torch.save({"x": 1}, tmp_path / "odd.pt")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "no such directory": options(tmp_path / "nowhere", tmp_path / "r"),
+        "no layout": options(tmp_path / "empty", tmp_path / "r"),
+        "--size": ["--size", "100"],
+        "unrecognized": ["--sise", "64"],
+        "--epochs 0: must be at least 1": ["--epochs", "0"],
+        "--dropout 1.5: must be at most": ["--dropout", "1.5"],
+        "damaged": ["--evaluate", "--checkpoint", str(tmp_path / "corrupt.pt")],
+        "written by cyclegan.py": ["--evaluate", "--checkpoint", str(tmp_path / "other.pt")],
+        "not a checkpoint of pix2pix.py": ["--evaluate", "--checkpoint", str(tmp_path / "odd.pt")],
+        "no such file": ["--evaluate", "--checkpoint", str(tmp_path / "nothing.pt")],
+        "needs --checkpoint": ["--evaluate"],
+        "--checkpoint goes with": ["--checkpoint", checkpoint],
+        "--size 128 contradicts": ["--evaluate", "--checkpoint", checkpoint, "--size", "128"],
+        "no such file or directory": ["--generate", str(tmp_path / "no"), "--checkpoint", checkpoint],
+        "no images in it": ["--generate", str(tmp_path / "empty"), "--checkpoint", checkpoint],
+        "--batch-size 7": [*options(pairs, tmp_path / "r"), "--batch-size", "7"],
+        "--patch-gan 286": [*options(pairs, tmp_path / "r"), "--patch-gan", "286"],
+        "no features.0.weight": [
+            *options(pairs, tmp_path / "r"),
+            "--content",
+            "vgg",
+            "--vgg16",
+            str(tmp_path / "odd.pt"),
+        ],
+        "holds the inputs": ["--generate", str(pairs / "val"), "--checkpoint", checkpoint, "--out", str(pairs / "val")],
+    }
+    for text, arguments in cases.items():
+        assert text in line_of(arguments, capsys), text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent(pairs, tmp_path, capsys):
+    arguments = [*options(pairs, tmp_path / "run"), "--device", "cuda"]
+    assert "--device cuda: no CUDA device" in line_of(arguments, capsys)
+
+
+def test_unaligned_data_is_refused_by_pix2pix(tmp_path, capsys):
+    for folder in ("trainA", "trainB", "testA", "testB"):
+        save(tmp_path / "data" / folder / "0.png", np.zeros((8, 8, 3), np.uint8))
+    assert "cyclegan.py" in line_of(options(tmp_path / "data", tmp_path / "run"), capsys)
+
+
+def test_vgg16_that_cannot_be_fetched_says_what_to_do(pairs, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    text = line_of([*options(pairs, tmp_path / "run"), "--content", "vgg"], capsys)
+    assert "vgg16-397923af.pth" in text and "--vgg16 FILE" in text
+
+
+def test_out_of_memory_names_the_options_that_lower_it(capsys):
+    def greedy(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit):
+        common.command(greedy)()
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    def broken(argv):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        common.command(broken)()
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for field in dataclasses.fields(Config):
+        shown = {True: "on", False: "off", "": "none"}.get(field.default, field.default)
+        assert re.search(rf"{common.flag(field.name)}\b[^\[]*{re.escape(f'[{shown}]')}", text), field.name
+
+
+def test_every_option_is_read_by_something():
+    read = set()
+    for name in ("pix2pix.py", "common.py"):
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                read |= {node.attr} if owner == "cfg" else set()
+    assert {field.name for field in dataclasses.fields(Config)} - read - {"quick", "init"} == set()
+
+
+def test_quick_changes_defaults_but_not_what_is_typed():
+    cfg, given = common.parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", "5"])
+    assert (cfg.size, cfg.width, cfg.epochs) == (64, 5, pix2pix.QUICK["epochs"])
+    assert given["size"] == 64
+
+
+def test_negative_flags_exist():
+    assert common.parse(Config, "x", {}, ["--no-graph"])[0].graph is False
+
+
+def test_training_on_the_demo_world_lowers_l1(tmp_path):
+    """Without data: the demo world; L1 falls well below its start, and below the constant colours' level."""
+    common.demo_world(tmp_path / "cache", "maps", train=16, val=2, side=96)
+    out = tmp_path / "run"
+    main(
+        [
+            *[
+                "--size",
+                "64",
+                "--width",
+                "12",
+                "--batch-size",
+                "4",
+                "--epochs",
+                "25",
+                "--log-every",
+                "4",
+                "--eval-norm",
+                "running",
+                "--out",
+            ],
+            str(out),
+        ]
+    )
+    rows = common.read_metrics(out / "metrics.csv")
+    first, last = (np.mean([float(row["g_l1"]) for row in part]) for part in (rows[:2], rows[-4:]))
+    assert last < 0.5 * first
+    table = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert table["model"]["rmse"] < table["median training colour"]["rmse"]
