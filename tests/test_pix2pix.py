@@ -287,8 +287,8 @@ def test_cuda_graph_trains_like_the_plain_path():
                 common.set_lr((state.opt_G, state.opt_D), 1e-4)
         want = {name: value.item() for name, value in train_step(plain, batch, cfg).items()}
         got = {name: value.item() for name, value in step(graphed, batch, cfg).items()}
-        for name in want:
-            assert got[name] == pytest.approx(want[name], rel=5e-3, abs=5e-4), (k, name)
+        for name, loss in want.items():
+            assert got[name] == pytest.approx(loss, rel=5e-3, abs=5e-4), (k, name)
     assert step.graph is not None
 
 

@@ -443,26 +443,8 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     """Without data: the demo world; L1 falls well below its start, and below the constant colours' level."""
     common.demo_world(tmp_path / "cache", "maps", train=16, val=2, side=96)
     out = tmp_path / "run"
-    main(
-        [
-            *[
-                "--size",
-                "64",
-                "--width",
-                "12",
-                "--batch-size",
-                "4",
-                "--epochs",
-                "25",
-                "--log-every",
-                "4",
-                "--eval-norm",
-                "running",
-                "--out",
-            ],
-            str(out),
-        ]
-    )
+    shape = ["--size", "64", "--width", "12", "--batch-size", "4"]
+    main([*shape, "--epochs", "25", "--log-every", "4", "--eval-norm", "running", "--out", str(out)])
     rows = common.read_metrics(out / "metrics.csv")
     first, last = (np.mean([float(row["g_l1"]) for row in part]) for part in (rows[:2], rows[-4:]))
     assert last < 0.5 * first
