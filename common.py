@@ -5,7 +5,8 @@ options     option, parse, settle
 device      start, seed_step, autocast, adam, set_lr, average_gradients, fast_step, GraphedStep
 data        ClassTable, find_images, read_image, read_labels, ImageStore, Rows, rank_rows, demo_world
 runs        Run, save_checkpoint, load_checkpoint, restore, load_generator, save_grid
-measures    measure_images, confusion_matrix, measure_labels, constant_guesses, print_table
+measures    measure_images, confusion_matrix, measure_labels, level_counts, constant_guesses,
+                write_evaluation
 generation  inputs_of, write_image
 """
 
@@ -156,7 +157,7 @@ def settle(cfg, given, script):
     if not cfg.resume and not using:
         return dataclasses.replace(cfg, out=str(_new_folder(cfg.out, script))), None
     if using and not cfg.checkpoint:
-        if getattr(cfg, "init", "") and not cfg.evaluate:
+        if not cfg.evaluate and any(value for name, value in vars(cfg).items() if name.startswith("init")):
             return dataclasses.replace(cfg, out=cfg.out or f"runs/{script}/generated"), None
         raise UserError(f"{'--generate' if cfg.generate else '--evaluate'} needs --checkpoint FILE, a model to use")
     if cfg.resume:
@@ -342,8 +343,9 @@ class ClassTable:
 
     @staticmethod
     def load(source):
-        """The table called source: s2glc, maps or binary, a path to a classes.json, or JSON text; None for ""."""
-        if not source:
+        """The table called source: s2glc, maps or binary, a path to a classes.json, or JSON text. None for "" and for
+        "pictures", which says that B is no label map, whatever it looks like."""
+        if source in ("", "pictures"):
             return None
         if source in BUILTIN_CLASSES:
             return ClassTable._build(BUILTIN_CLASSES[source], source == "maps", source)
@@ -546,13 +548,16 @@ def find_images(data, split, lc_classes=""):
     """Recognises the layout of a dataset directory (LAYOUTS) and lists the split "train" or "val" as a Split.
 
     The validation split is val, or test where there is no val; in the Inria layout images 1-5 of each city.
-    B is taken for label maps in the layouts land cover and Inria, with a classes.json in data, or with lc_classes.
+    B is taken for label maps in the layouts land cover and Inria, with a classes.json in data, or with lc_classes;
+    lc_classes "pictures" takes it for pictures all the same.
     """
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"--data {root}: no such directory")
     table_file = root / "classes.json"
-    table = ClassTable.load(lc_classes or (str(table_file) if table_file.is_file() else ""))
+    inria = root / "train" / "images", root / "train" / "gt"
+    found = str(table_file) if table_file.is_file() else "binary" if inria[1].is_dir() else ""
+    table, pictures = ClassTable.load(lc_classes or found), lc_classes == "pictures"
     for name in ("train",) if split == "train" else ("val", "validation", "test"):
         folders = {
             "unaligned": (root / f"{name}A", root / f"{name}B"),
@@ -568,27 +573,24 @@ def find_images(data, split, lc_classes=""):
             a, b = _files(folder_a), _files(folder_b, labels=layout in ("land cover", "Inria") or table is not None)
             if layout == "Inria" and split == "train" and not (root / "val" / "gt").is_dir():
                 a, b = ([p for p in paths if not _INRIA_VALIDATION.match(p.stem)] for paths in (a, b))
-            return _split(root, layout, name, folder_a, folder_b, a, b, table)
+            return _split(root, layout, name, folder_a, folder_b, a, b, table, pictures)
         if (root / name).is_dir() and (files := _files(root / name)):
             return Split(root, "side by side", name, files, files, True, True, table)
-    inria = root / "train" / "images", root / "train" / "gt"
     if split == "val" and all(folder.is_dir() for folder in inria):
         a, b = ([p for p in _files(f, labels=True) if _INRIA_VALIDATION.match(p.stem)] for f in inria)
-        return _split(root, "Inria", "train, images 1-5 of each city", *inria, a, b, table)
+        return _split(root, "Inria", "train, images 1-5 of each city", *inria, a, b, table, pictures)
     if split == "val" and any((root / name).is_dir() for name in ("train", "trainA")):
         raise UserError(f"{root}: no validation split: put some of the images in val (laid out like train), or in test")
     raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
 
 
-def _split(root, layout, name, folder_a, folder_b, a, b, table):
+def _split(root, layout, name, folder_a, folder_b, a, b, table, pictures):
     for folder, files in ((folder_a, a), (folder_b, b)):
         if not files:
             raise UserError(f"{folder}: no images in split {name}")
     if layout != "unaligned":
         a, b = _match(a, b, f"{root}, split {name}")
-    if layout == "Inria":
-        table = table or ClassTable.load("binary")
-    if layout == "land cover" and table is None:
+    if layout == "land cover" and table is None and not pictures:
         raise UserError(f"{root}: label maps need a class table: write {root}/classes.json or pass --lc-classes s2glc")
     return Split(root, layout, name, a, b, layout != "unaligned", False, table)
 
@@ -786,10 +788,10 @@ def steps_in_epoch(count, batch_size):
 
 
 def rank_rows(order, batch_size):
-    """An epoch's order of rows as (steps, batch_size): this process's share of every step."""
+    """An epoch's order of rows (N, ...) as (steps, batch_size, ...): this process's share of every step."""
     rank, world = rank_and_world()
     steps = steps_in_epoch(len(order), batch_size)
-    return order[: steps * batch_size * world].reshape(steps, world, batch_size)[:, rank]
+    return order[: steps * batch_size * world].reshape(steps, world, batch_size, *order.shape[1:])[:, rank]
 
 
 # --------------------------------------------------------------------------------------------------- data: demo world
@@ -1222,6 +1224,27 @@ def plot_metrics(rows, path):
     pyplot.close(figure)
 
 
+def plot_confusion(confusion, names, path):
+    """A confusion matrix (classes, classes) as a picture: rows are the target's classes, cells the share of the row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    share = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
+    figure, axis = pyplot.subplots(figsize=(2.5 + 0.6 * len(names), 2 + 0.6 * len(names)))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set(xlabel="generated", ylabel="target", xticks=range(len(names)), yticks=range(len(names)))
+    axis.set_xticklabels(names, rotation=60, ha="right")
+    axis.set_yticklabels(names)
+    for row, column in np.ndindex(*share.shape):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axis.text(column, row, f"{share[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def to_bytes(images):
     """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture."""
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -1325,14 +1348,19 @@ def measure_labels(confusion):
     }
 
 
+def level_counts(images):
+    """How often each level occurs in uint8 images (N, H, W, C): (C, 256); read in pieces, whatever the size."""
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for first in range(0, len(images), 64):
+        piece = images[first : first + 64]
+        counts += [np.bincount(piece[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    return counts
+
+
 def constant_guesses(images, classes=None):
     """The baselines that see no input: {name: (3,) colour in [-1, 1]}, from training images (N, H, W, 3) uint8, or from
     label maps (N, H, W, 1) of a ClassTable, which also give the most frequent class."""
-    counts = np.zeros((images.shape[-1], 256), np.int64)
-    for first in range(0, len(images), 64):  # in pieces: a store may be larger than memory
-        piece = images[first : first + 64]
-        counts += [np.bincount(piece[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
-    guesses = {}
+    counts, guesses = level_counts(images), {}
     if images.shape[-1] == 1:
         guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
         counts = np.stack([np.bincount(classes.palette[:, c], counts[0], 256) for c in range(3)])
@@ -1379,6 +1407,16 @@ def inputs_of(path, out, labels=False):
     if out.resolve() == files[0].parent.resolve():
         raise UserError(f"--out {out}: holds the inputs, and the results have the same names: choose another folder")
     return files
+
+
+def write_labels(path, index, classes):
+    """Writes (H, W) uint8 indices twice: name.png, indices with the classes' palette, and name_colours.png."""
+    path = Path(path).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(index)
+    image.putpalette(classes.palette.tobytes())
+    image.save(path)
+    Image.fromarray(classes.palette[index]).save(path.with_name(f"{path.stem}_colours.png"))
 
 
 def write_image(path, image):

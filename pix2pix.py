@@ -113,9 +113,8 @@ class Pairs:
         room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
         plan = rng.integers(0, (room + 1, room + 1, 2), (len(self), 3))  # top, left, flip of every image
-        index = common.rank_rows(order, self.cfg.batch_size)[first:]  # (batches, B)
-        plan = torch.from_numpy(plan[index]).to(self.device)  # (batches, B, 3)
-        for records, jitters in zip(self.rows.batches(index), plan, strict=True):
+        index, plan = (common.rank_rows(x, self.cfg.batch_size)[first:] for x in (order, plan))  # (batches, B, ...)
+        for records, jitters in zip(self.rows.batches(index), torch.from_numpy(plan).to(self.device), strict=True):
             yield self.sides(jitter(records, *jitters.unbind(1), self.cfg.size))
 
     def in_order(self, count, batch_size=8):
