@@ -1,0 +1,548 @@
+"""CycleGAN: networks, losses, pool, straight-through one-hot, the step, sampling, the command line."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import common
+import cyclegan
+from conftest import TABLE, land_cover, picture, save
+from cyclegan import Config, Discriminator, Domains, ImagePool, ResNetGenerator, build, main, train_step, translate
+
+CPU = torch.device("cpu")
+TINY = Config(size=64, width=4, blocks=1, batch_size=2, precision="fp32", pool_size=3)
+LABELS = dataclasses.replace(TINY, lc_classes=json.dumps(TABLE))
+ARGUMENTS = [
+    "--size",
+    "64",
+    "--width",
+    "4",
+    "--blocks",
+    "1",
+    "--batch-size",
+    "2",
+    "--log-every",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def pictures(seed=0, count=2, side=64):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def maps(seed=0, count=2, side=64, classes=3):
+    index = torch.randint(classes, (count, side, side), generator=torch.Generator().manual_seed(seed))
+    return F.one_hot(index, classes).permute(0, 3, 1, 2).float()
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(("channels", "count"), [((3, 3), 11_378_179), ((14, 3), 11_412_675), ((3, 14), 11_412_686)])
+def test_generator_parameters(channels, count):
+    assert parameters(ResNetGenerator(*channels, 64, 9, pictures=True)) == count
+
+
+@pytest.mark.parametrize(("channels", "count"), [(3, 2_764_737), (14, 2_776_001)])
+def test_discriminator_parameters(channels, count):
+    assert parameters(Discriminator(channels, 64)) == count
+
+
+def test_discriminator_gives_16x16_at_256():
+    assert Discriminator(3, 4)(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 16, 16)
+
+
+def test_discriminator_receptive_field():
+    seen = 1
+    for layer in reversed([m for m in Discriminator(3, 4).modules() if isinstance(m, nn.Conv2d)]):
+        seen = layer.kernel_size[0] + (seen - 1) * layer.stride[0]
+    assert seen == 94
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_output_shapes(size):
+    for cfg, channels in ((TINY, 3), (LABELS, 3)):
+        state = build(dataclasses.replace(cfg, size=size, width=2), CPU, training=False)
+        with torch.no_grad():
+            assert state.G_AB(torch.zeros(1, 3, size, size)).shape == (1, channels, size, size)
+
+
+def test_blocks_follow_the_size():
+    for size, blocks in ((128, 6), (256, 9)):
+        G = build(Config(size=size, width=2), CPU, training=False).G_AB
+        assert sum(isinstance(m, cyclegan.ResidualBlock) for m in G.modules()) == blocks
+
+
+def test_pictures_end_in_tanh_and_land_cover_in_logits():
+    assert isinstance(build(TINY, CPU).G_AB.layers[-1], nn.Tanh)
+    state = build(LABELS, CPU)
+    assert isinstance(state.G_AB.layers[-1], nn.Identity) and isinstance(state.G_BA.layers[-1], nn.Tanh)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in state.G_AB.modules())
+
+
+# ----------------------------------------------------------------------------------- one-hot maps, straight through
+
+
+def test_straight_through_is_exactly_one_hot():
+    logits = torch.randn(2, 14, 9, 9) * 5
+    hot = cyclegan.straight_through(logits)
+    assert set(hot.unique().tolist()) == {0.0, 1.0} and torch.equal(hot.sum(1), torch.ones(2, 9, 9))
+    assert torch.equal(hot.argmax(1), logits.argmax(1))
+
+
+def test_straight_through_has_the_gradient_of_the_softmax():
+    logits, weight = torch.randn(1, 5, 3, 3, requires_grad=True), torch.randn(1, 5, 3, 3)
+    (got,) = torch.autograd.grad((cyclegan.straight_through(logits) * weight).sum(), logits)
+    (want,) = torch.autograd.grad((logits.softmax(1) * weight).sum(), logits)
+    assert torch.allclose(got, want) and got.abs().sum() > 0
+
+
+def test_discriminator_and_return_generator_see_exact_one_hots(monkeypatch):
+    state, seen = build(LABELS, CPU), {"D_B": [], "G_BA": []}
+    for name, inputs in seen.items():
+        getattr(state, name).register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0].detach().clone()))
+    train_step(state, (pictures(), maps()), LABELS)
+    assert len(seen["D_B"]) == 2 and len(seen["G_BA"]) == 2
+    for images in (*seen["D_B"], *seen["G_BA"]):
+        assert set(images.unique().tolist()) == {0.0, 1.0} and (images.sum(1) == 1).all()
+
+
+def test_adversarial_gradient_reaches_the_generator_of_land_cover():
+    state = build(LABELS, CPU)
+    fake = cyclegan.straight_through(state.G_AB(pictures()))
+    cyclegan.gan_loss(state.D_B(fake), True).backward()
+    assert all(p.grad is not None for p in state.G_AB.parameters())
+    assert next(state.G_AB.parameters()).grad.abs().sum() > 0
+
+
+def test_holes_are_the_same_in_real_and_fake_maps():
+    state, seen, real = build(dataclasses.replace(LABELS, pool_size=0), CPU), [], maps()
+    real[:, :, 10:20, 30:40] = 0
+    state.D_B.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().clone()))
+    train_step(state, (pictures(), real), dataclasses.replace(LABELS, pool_size=0))
+    for images in seen:
+        assert all(torch.equal(image.sum(0) == 0, real[0].sum(0) == 0) for image in images)
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_lsgan_loss_by_hand():
+    logits = torch.tensor([0.0, 3.0])
+    assert cyclegan.gan_loss(logits, True).item() == pytest.approx(2.5)
+    assert cyclegan.gan_loss(logits, False).item() == pytest.approx(4.5)
+
+
+def test_l1_loss_by_hand():
+    assert cyclegan.l1_loss(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 1.0])).item() == pytest.approx(1.25)
+
+
+def test_label_loss_by_hand_leaves_out_what_is_ignored():
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, :, 0, 0] = torch.tensor([math.log(3.0), 0.0])  # probability 3/4 of class 0
+    logits[0, :, 0, 2] = 100.0  # ignored
+    target = torch.zeros(1, 2, 1, 3)
+    target[0, 0, 0, 0] = target[0, 1, 0, 1] = 1
+    want = (-math.log(3 / 4) - math.log(1 / 2)) / 2
+    assert cyclegan.label_loss(logits, target).item() == pytest.approx(want)
+    reference = F.cross_entropy(logits, torch.tensor([[[0, 1, 255]]]), ignore_index=255)
+    assert cyclegan.label_loss(logits, target).item() == pytest.approx(reference.item())
+    assert cyclegan.label_loss(logits, target * 0).item() == 0  # nothing but holes: no loss, not NaN
+
+
+def test_cycle_loss_of_a_perfect_generator_is_near_zero():
+    """After a softmax it could not fall below 1.755 for 14 classes."""
+    target = maps(classes=14)
+    assert cyclegan.label_loss(target * 40, target).item() < 1e-6
+    assert cyclegan.label_loss((target * 40).softmax(1), target).item() == pytest.approx(1.755, abs=1e-3)
+
+
+@pytest.mark.parametrize(("given", "result"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_losses_are_in_at_least_float32(given, result):
+    x = torch.zeros(1, 2, 4, 4, dtype=given)
+    losses = cyclegan.gan_loss(x, True), cyclegan.l1_loss(x, x), cyclegan.label_loss(x, x)
+    assert all(loss.dtype == result for loss in losses)
+
+
+# --------------------------------------------------------------------------------------------------------- image pool
+
+
+class ListPool:
+    """The pool as the paper's code has it: a list, and a branch on the host."""
+
+    def __init__(self, size):
+        self.size, self.images = size, []
+
+    def __call__(self, image, swap, slot):
+        if len(self.images) < self.size:
+            self.images.append(image)
+            return image
+        if swap:
+            old, self.images[slot] = self.images[slot], image
+            return old
+        return image
+
+
+def test_pool_against_a_plain_list(monkeypatch):
+    draws, plain, pool = random.Random(0), ListPool(4), ImagePool(4, 1, 1, torch.float32)
+    drawn = []
+
+    def rand(*_, **__):
+        drawn.append([draws.random(), draws.randrange(4)])
+        return torch.tensor([drawn[-1][0]])
+
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([drawn[-1][1]]))
+    for k in range(40):
+        fakes = torch.arange(3.0).view(3, 1, 1, 1) + 3 * k
+        got = pool(fakes).flatten().tolist()
+        want = [
+            plain(fake, u < 0.5, slot) for fake, (u, slot) in zip(fakes.flatten().tolist(), drawn[-3:], strict=True)
+        ]
+        assert got == want
+        assert pool.images.flatten().tolist()[: len(plain.images)] == plain.images
+
+
+def test_pool_returns_an_old_fake_half_of_the_time():
+    torch.manual_seed(0)
+    pool = ImagePool(50, 1, 1, torch.float32)
+    fakes = torch.arange(2050.0).view(-1, 1, 1, 1)
+    returned = pool(fakes).flatten()
+    assert torch.equal(returned[:50], fakes.flatten()[:50]) and pool.count.item() == 50
+    assert (returned[50:] != fakes.flatten()[50:]).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_pool_of_size_zero_passes_through_and_buffers_are_kept():
+    x = pictures()
+    assert ImagePool(0, 3, 64, torch.float32)(x) is x
+    assert set(ImagePool(2, 3, 8, torch.uint8).state_dict()) == {"images", "count"}
+
+
+def test_discriminators_see_the_pool(monkeypatch):
+    cfg = dataclasses.replace(TINY, pool_size=2, batch_size=1)
+    state, batch = build(cfg, CPU), (pictures(count=1), pictures(1, count=1))
+    train_step(state, batch, cfg)
+    assert state.pool_A.count.item() == 1 and state.pool_A.images[0].abs().sum() > 0
+    assert not state.pool_A.images.requires_grad
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+
+def batches_of(cfg):
+    return pictures(), (maps() if cfg.lc_classes else pictures(1))
+
+
+@pytest.mark.parametrize("cfg", [TINY, LABELS])
+def test_each_step_leaves_the_other_networks_gradients_untouched(cfg):
+    state, seen = build(cfg, CPU), {}
+    nets = {"G": nn.ModuleList((state.G_AB, state.G_BA)), "D": nn.ModuleList((state.D_A, state.D_B))}
+
+    def watch(name):
+        def step():
+            seen[name] = {
+                k: [None if p.grad is None else p.grad.clone() for p in n.parameters()] for k, n in nets.items()
+            }
+
+        return step
+
+    state.opt_G.step, state.opt_D.step = watch("G step"), watch("D step")
+    train_step(state, batches_of(cfg), cfg)
+    assert all(grad is None for grad in seen["G step"]["D"])
+    assert all(grad is not None for grad in seen["G step"]["G"] + seen["D step"]["D"])
+    assert all(torch.equal(a, b) for a, b in zip(seen["G step"]["G"], seen["D step"]["G"], strict=True))
+
+
+def test_loss_names():
+    names = ["adv_AB", "adv_BA", "cycle_A", "cycle_B", "identity_A", "identity_B", "d_A", "d_B"]
+    assert list(train_step(build(TINY, CPU), batches_of(TINY), TINY)) == names
+    without = [name for name in names if "identity" not in name]
+    assert list(train_step(build(LABELS, CPU), batches_of(LABELS), LABELS)) == without
+
+
+def test_merged_batches_equal_separate_ones():
+    state, (a, b) = build(TINY, CPU), batches_of(TINY)
+    state.G_AB.double(), state.D_A.double()
+    a, b = a.double(), b.double()
+    together = state.G_AB(torch.cat([a, b]))
+    assert torch.allclose(together, torch.cat([state.G_AB(a), state.G_AB(b)]), atol=1e-12)
+    assert torch.allclose(state.D_A(torch.cat([a, b])), torch.cat([state.D_A(a), state.D_A(b)]), atol=1e-12)
+
+
+@pytest.mark.parametrize("cfg", [TINY, LABELS])
+def test_step_reads_no_value_on_the_host(cfg, monkeypatch):
+    """On the meta device tensors have no values: .item() or a branch on one would raise."""
+    monkeypatch.setattr(common, "autocast", lambda cfg, device: contextlib.nullcontext())
+    state, meta = build(cfg, CPU), torch.device("meta")
+    nets = [net.to(meta) for net in vars(state).values() if isinstance(net, nn.Module)]
+    state.opt_G = torch.optim.SGD(nn.ModuleList(nets[:2]).parameters(), lr=0.1)
+    state.opt_D = torch.optim.SGD(nn.ModuleList(nets[2:4]).parameters(), lr=0.1)
+    losses = train_step(state, tuple(x.to(meta) for x in batches_of(cfg)), cfg)
+    assert all(loss.shape == () for loss in losses.values())
+
+
+@pytest.mark.parametrize(("cfg", "steps"), [(TINY, 10), (LABELS, 3)])
+def test_fast_path_trains_like_the_plain_one(cfg, steps):
+    """Land cover only briefly: once rounding has made one pixel another class, the two are different trainings."""
+    cfg = dataclasses.replace(cfg, pool_size=0)
+    fast = build(cfg, CPU)
+    plain = copy.deepcopy(fast)
+    for name, nets in (("opt_G", (plain.G_AB, plain.G_BA)), ("opt_D", (plain.D_A, plain.D_B))):
+        module = nn.ModuleList(nets).to(memory_format=torch.contiguous_format)
+        setattr(plain, name, torch.optim.Adam(module.parameters(), lr=cfg.lr, betas=(cfg.beta1, 0.999)))
+    for k in range(steps):
+        batch = pictures(k), (maps(k) if cfg.lc_classes else pictures(k + 50))
+        want = train_step(plain, batch, cfg)
+        got = train_step(fast, tuple(x.to(memory_format=torch.channels_last) for x in batch), cfg)
+        for name, loss in want.items():
+            assert got[name].item() == pytest.approx(loss.item(), rel=1e-2, abs=1e-3), (k, name)
+
+
+@pytest.mark.parametrize("cfg", [TINY, LABELS])
+def test_bf16_step_gives_float32_losses_near_those_of_fp32(cfg):
+    cfg = dataclasses.replace(cfg, pool_size=0)
+    state = build(cfg, CPU)
+    other = copy.deepcopy(state)
+    want, got = train_step(state, batches_of(cfg), cfg), None
+    got = train_step(other, batches_of(cfg), dataclasses.replace(cfg, precision="bf16"))
+    for name, loss in want.items():
+        assert got[name].dtype == torch.float32
+        assert got[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.05), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cfg", [TINY, LABELS])
+def test_cuda_graph_trains_like_the_plain_path(cfg):
+    device, cfg = torch.device("cuda"), dataclasses.replace(cfg, pool_size=0, width=16)
+    plain = build(cfg, device)
+    graphed = build(cfg, device)
+    for name in ("G_AB", "G_BA", "D_A", "D_B"):
+        getattr(graphed, name).load_state_dict(getattr(plain, name).state_dict())
+    step = common.fast_step(train_step, cfg, device)
+    for k in range(12):
+        batch = tuple(x.to(device) for x in (pictures(k), maps(k) if cfg.lc_classes else pictures(k + 50)))
+        want = {name: loss.item() for name, loss in train_step(plain, batch, cfg).items()}
+        got = {name: loss.item() for name, loss in step(graphed, batch, cfg).items()}
+        for name, loss in want.items():
+            assert got[name] == pytest.approx(loss, rel=1e-2, abs=1e-3), (k, name)
+
+
+@pytest.mark.cuda
+def test_cuda_pool_fills_inside_a_graph():
+    device, cfg = torch.device("cuda"), dataclasses.replace(TINY, pool_size=5, batch_size=1)
+    state, step = build(cfg, device), common.fast_step(train_step, TINY, device)
+    for k in range(8):
+        step(state, tuple(x.to(device) for x in (pictures(k, 1), pictures(k + 50, 1))), cfg)
+    assert state.pool_A.count.item() == 5 and (state.pool_A.images.abs().sum((1, 2, 3)) > 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def unaligned(tmp_path):
+    rng = np.random.default_rng(5)
+    for folder, count in (("trainA", 5), ("trainB", 2), ("testA", 2), ("testB", 3)):
+        for k in range(count):
+            save(tmp_path / "unaligned" / folder / f"{k}.jpg", picture(rng, 80, 80))
+    return tmp_path / "unaligned"
+
+
+def domains(root, cache, cfg=TINY, split="train"):
+    return Domains(dataclasses.replace(cfg, data=str(root), cache=str(cache)), split, CPU)
+
+
+def test_an_epoch_is_as_long_as_the_larger_domain(unaligned, tmp_path):
+    data = domains(unaligned, tmp_path / "cache", dataclasses.replace(TINY, batch_size=1))
+    batches = list(data.batches(0))
+    assert len(data) == data.steps == len(batches) == 5
+    assert all(a.shape == b.shape == (1, 3, 64, 64) for a, b in batches)
+
+
+def test_domains_are_drawn_independently(pairs, tmp_path):
+    """B is A's negative in this data: were they drawn together, every batch would say so."""
+    data = domains(pairs, tmp_path / "cache")
+    distances = [(a + b).abs().mean().item() for epoch in range(3) for a, b in data.batches(epoch)]
+    assert np.mean(distances) > 0.3
+
+
+def test_every_image_once_an_epoch_and_the_smaller_domain_evenly(unaligned, tmp_path):
+    seen = []
+    data = domains(unaligned, tmp_path / "cache", dataclasses.replace(TINY, batch_size=1))
+    data.rows_A.batches = lambda index, honest=data.rows_A.batches: (
+        seen.append(index.ravel().tolist()),
+        honest(index),
+    )[1]
+    list(data.batches(0))
+    data.rows_B.batches = lambda index, honest=data.rows_B.batches: (
+        seen.append(index.ravel().tolist()),
+        honest(index),
+    )[1]
+    list(data.batches(0))
+    assert sorted(seen[0]) == [0, 1, 2, 3, 4] and sorted(seen[2])[1:4] in ([0, 0, 1], [0, 1, 1])
+
+
+def test_batches_follow_from_seed_epoch_and_number(pairs, tmp_path):
+    data = domains(pairs, tmp_path / "cache")
+    first, later = list(data.batches(2)), list(data.batches(2, first=1))
+    assert all(torch.equal(x, y) for p, q in zip(first[1:], later, strict=True) for x, y in zip(p, q, strict=True))
+
+
+def test_land_cover_batches_are_one_hot_with_holes(tmp_path):
+    data = domains(land_cover(tmp_path / "lc"), tmp_path / "cache")
+    _, b = next(data.batches(0))
+    assert b.shape == (2, 3, 64, 64) and set(b.unique().tolist()) == {0.0, 1.0}
+    assert set(b.sum(1).unique().tolist()) == {0.0, 1.0}
+    drawn = {tuple(color) for color in common.to_bytes(data.picture(b)).permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    assert (0x9B, 0x9B, 0x9B) in drawn and (0xE2, 0xA9, 0x29) in drawn
+
+
+def test_jitter_mirrors_both_ways():
+    y, x = np.mgrid[:72, :72].astype(np.uint8)
+    images = torch.from_numpy(np.stack([y, x], -1)[None].repeat(4, 0))
+    plan = torch.tensor([[0, 8, 0, 0], [8, 0, 1, 0], [3, 4, 0, 1], [3, 4, 1, 1]])
+    out = cyclegan.jitter(images, *plan.unbind(1), 64)
+    for image, (top, left, flip, upside_down) in zip(out, plan.tolist(), strict=True):
+        y, x = np.mgrid[top : top + 64, left : left + 64]
+        y, x = (y[::-1] if upside_down else y), (x[:, ::-1] if flip else x)
+        assert (image[..., 0].numpy() == y).all() and (image[..., 1].numpy() == x).all()
+
+
+def test_upside_down_beside_land_cover_only(pairs, tmp_path):
+    plans = []
+    honest = cyclegan.jitter
+    for root in (pairs, land_cover(tmp_path / "lc", train=12)):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cyclegan, "jitter", lambda *args, seen=seen: (seen.append(args[4]), honest(*args))[1])
+            for epoch in range(4):
+                list(domains(root, tmp_path / "cache").batches(epoch))
+        plans.append(torch.cat(seen).float().mean().item())
+    assert plans[0] == 0 and 0.2 < plans[1] < 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------- translate
+
+
+def test_translate_both_directions():
+    state, back = build(LABELS, CPU), dataclasses.replace(LABELS, direction="BtoA")
+    hot = translate(state, pictures(), LABELS)
+    assert (hot.sum(1) == 1).all() and set(hot.unique().tolist()) == {0.0, 1.0}
+    image = translate(state, maps(), back)
+    assert image.shape == (2, 3, 64, 64) and image.abs().max() <= 1 and not image.requires_grad
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+def options(data, out, *more):
+    return ["--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache"), *ARGUMENTS, *more]
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rows_of(out):
+    return json.loads((out / "evaluation.json").read_text())["rows"]
+
+
+def test_run_on_pictures_and_resume_with_the_pool_half_full(pairs, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--epochs", "3", "--pool-size", "12"]
+    main(options(pairs, whole, *more))
+    asked = iter([False] * 3 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "stopping", lambda run: next(asked))
+        with pytest.raises(SystemExit):
+            main(options(pairs, parts, *more))
+    stopped = state_of(parts / "checkpoints" / "last.pt")
+    assert stopped["batch"] == 1 and stopped["state"]["pool_A"]["count"].item() == 8  # of 12
+    main(["--resume", "--out", str(parts)])
+    got, want = (state_of(folder / "checkpoints" / "last.pt") for folder in (parts, whole))
+    assert same(got["state"], want["state"])
+    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    header = (whole / "metrics.csv").read_text().splitlines()[0]
+    assert header.endswith("identity_A,identity_B,d_A,d_B,val_cycle_A,val_rmse_AB,val_rmse_BA")
+    assert {"A to B: model", "B to A: model", "A to B: copy of the input", "A to B to A: model"} <= set(rows_of(whole))
+
+
+def test_run_on_land_cover(tmp_path):
+    root, out = land_cover(tmp_path / "data"), tmp_path / "run"
+    main(options(root, out, "--epochs", "1"))
+    rows = rows_of(out)
+    assert set(rows["A to B: model"]) == {"pixel_accuracy", "class_accuracy", "mean_iou"}
+    assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
+    assert rows["B to A: model"]["rmse"] > 0 and (out / "confusion.png").is_file()
+    checkpoint = str(out / "checkpoints" / "last.pt")
+    main(["--generate", str(root / "val" / "rgb"), "--checkpoint", checkpoint, "--out", str(tmp_path / "labels")])
+    index, colours = (Image.open(tmp_path / "labels" / name) for name in ("0.png", "0_colours.png"))
+    assert index.mode == "P" and index.size == (80, 80) and np.asarray(index).max() < 3
+    assert (np.asarray(index.convert("RGB")) == np.asarray(colours)).all()
+    way = ["--direction", "BtoA", "--checkpoint", checkpoint, "--out", str(tmp_path / "pictures")]
+    main(["--generate", str(tmp_path / "labels" / "0.png"), *way])
+    assert Image.open(tmp_path / "pictures" / "0.png").size == (80, 80)
+
+
+def test_mode_can_be_forced(pairs, tmp_path):
+    main(options(pairs, tmp_path / "labels" / "run", "--epochs", "1", "--lc-classes", "maps"))
+    assert "mean_iou" in rows_of(tmp_path / "labels" / "run")["A to B: model"]
+    root = land_cover(tmp_path / "data")
+    main(options(root, tmp_path / "pictures" / "run", "--epochs", "1", "--lc-classes", "pictures"))
+    assert "rmse" in rows_of(tmp_path / "pictures" / "run")["A to B: model"]
+
+
+def test_run_on_unaligned_data(unaligned, tmp_path):
+    main(options(unaligned, tmp_path / "run", "--epochs", "1"))
+    assert set(rows_of(tmp_path / "run")) == {"A to B to A: model", "B to A to B: model"}
+
+
+def test_published_weights_are_usable_at_once(pairs, tmp_path, capsys):
+    published = {f"model.{k}.x": value for k, value in enumerate(build(TINY, CPU).G_BA.state_dict().values())}
+    torch.save(published, tmp_path / "latest_net_G.pth")
+    use = ["--generate", str(pairs / "val"), "--init-BA", str(tmp_path / "latest_net_G.pth"), *ARGUMENTS]
+    main([*use, "--direction", "BtoA", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    with pytest.raises(SystemExit) as stopped:
+        main([*use, "--direction", "AtoB", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "--init-AB" in capsys.readouterr().err
+
+
+def test_init_of_one_generator_starts_from_our_checkpoint(pairs, tmp_path):
+    main(options(pairs, tmp_path / "first", "--epochs", "1"))
+    path = tmp_path / "first" / "checkpoints" / "last.pt"
+    cfg = dataclasses.replace(TINY, init_AB=str(path))
+    state = build(cfg, CPU)
+    before = copy.deepcopy(state.G_BA.state_dict())
+    cyclegan.load(state, cfg, None, "")
+    assert same(dict(state.G_AB.state_dict()), state_of(path)["state"]["G_AB"])
+    assert same(dict(state.G_BA.state_dict()), dict(before))
+
+
+def test_learning_rate_is_constant_for_half_then_falls_to_zero():
+    cfg = Config(epochs=200, lr=1.0)
+    assert cyclegan.learning_rate(cfg, 99) == 1.0 and cyclegan.learning_rate(cfg, 199) == pytest.approx(1 / 101)
