@@ -1252,7 +1252,7 @@ def to_bytes(images):
 
 def from_bytes(images):
     """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def grid(columns):
