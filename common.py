@@ -120,16 +120,19 @@ def parse(config, doc, quick, argv=None):
     groups = {}
     for group, field in grouped_fields(config):
         groups.setdefault(group, parser.add_argument_group(group))
-        shown = {True: "on", False: "off", "": "none"}.get(field.default, field.default)
+        shown = {True: "on", False: "off", "": "none", (): "none"}.get(field.default, field.default)
         kwargs = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{field.metadata['help']} [{shown}]"}
         if isinstance(field.default, bool):
             kwargs["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            kwargs.update(action="append", metavar="TEXT")
         else:
             kwargs.update(type=type(field.default), choices=field.metadata["choices"])
             if not field.metadata["choices"]:
                 kwargs["metavar"] = {int: "N", float: "X", str: "TEXT"}[type(field.default)]
         groups[group].add_argument(flag(field.name), **kwargs)
     given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     for field in dataclasses.fields(config):
         low, high, value = field.metadata["low"], field.metadata["high"], given.get(field.name)
         if value is not None and not (low is None or value >= low):
@@ -606,6 +609,7 @@ class ImageStore:
     split  "train" or "val"
     side   every image, or patch, is resized to side x side (bicubic; labels nearest)
     demo   which demo world stands in when cfg.data is empty: "maps" or "landcover"
+    smallest  images, or patches, of a smaller side than this are refused
 
     A  (N, side, side, 3) uint8
     B  (M, side, side, 3) uint8, or (M, side, side, 1) uint8 class indices when classes is not None; M = N if paired
@@ -615,11 +619,11 @@ class ImageStore:
     and renamed, so that it is whole or absent.
     """
 
-    def __init__(self, cfg, split, side, demo="maps"):
+    def __init__(self, cfg, split, side, demo="maps", smallest=0):
         self.cache = Path(cfg.cache) if cfg.cache else Path(cfg.out or "runs/run").parent / "cache"
         self.split = find_images(cfg.data or demo_world(self.cache, demo), split, cfg.lc_classes)
         self.classes, self.paired = self.split.classes, self.split.paired
-        self.side, self.patch = side, cfg.patch
+        self.side, self.patch, self.smallest = side, cfg.patch, smallest
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.A, self.B = self.records[..., :3], self.records[..., 3:]
@@ -697,6 +701,9 @@ class ImageStore:
             raise UserError(
                 f"{pair[0]} is {width}x{height} but {pair[1]} is {sizes[1][0]}x{sizes[1][1]}: sizes must agree"
             )
+        if min(width, height, self.patch or width) < self.smallest:
+            cut = f" cut into patches of {self.patch}" if self.patch else ""
+            raise UserError(f"{next(filter(None, pair))}: {width}x{height}{cut} is smaller than --size {self.smallest}")
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
     def _decode(self, pair, count):
