@@ -484,9 +484,9 @@ def painted(lc, strokes, classes):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say: writes it to --out, its name kept, and a before/after sheet.
+    """Edits --generate's photograph as --lc and --paint say, and writes it to --out with a before/after sheet.
 
-    With --keep-outside the photograph stays as it is beyond a feathered border, 12 pixels at 256, around what changed.
+    With --keep-outside the photograph stays as it is but for what changed and a feathered border, 12 pixels at 256.
     """
     classes = common.ClassTable.load(cfg.lc_classes)
     (path,) = common.inputs_of(cfg.generate, cfg.out)[:1]
