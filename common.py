@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -974,9 +974,9 @@ def load_generator(module, path, key="G"):
     module.load_state_dict(dict(zip(ours, content.values(), strict=True)))
 
 
-def vgg16_weights(path):
-    """The tensors of ImageNet's VGG16 (torchvision's layout, features.0.weight, ...) from a file, or, for "",
-    from torch.hub's cache or its download, whose hash is checked."""
+def vgg16_weights(path, names):
+    """The tensors `names` (features.0.weight, ...) of ImageNet's VGG16 in torchvision's layout, {name: tensor}: from a
+    file, or, for "", from torch.hub's cache or its download, whose hash is checked."""
     if path:
         weights = load_weights(path)
     else:
@@ -984,13 +984,12 @@ def vgg16_weights(path):
         try:
             weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:
-            raise UserError(
-                f"VGG16 is not at hand ({type(error).__name__}): fetch {url} and pass it with --vgg16 FILE"
-            ) from None
-    missing = [k for k in ("features.0.weight", "features.14.bias") if not (isinstance(weights, dict) and k in weights)]
+            remedy = f"fetch {url} and pass it with --vgg16 FILE"
+            raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
+    missing = [name for name in names if not (isinstance(weights, dict) and name in weights)]
     if missing:
         raise UserError(f"--vgg16 {path}: no {missing[0]} in it: torchvision's vgg16 state dict is needed")
-    return weights
+    return {name: weights[name] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
@@ -1435,3 +1434,66 @@ def write_image(path, image):
     lossy |= {"lossless": True} if path.suffix.lower() == ".webp" else {}
     Image.fromarray(image).save(path, **lossy)
     return path
+
+
+def painted(lc, strokes, classes):
+    """Land cover (H, W) with rectangles "class:x,y,width,height" painted into a copy, one after the other."""
+    lc = lc.copy()
+    for stroke in strokes:
+        name, _, numbers = stroke.rpartition(":")
+        names = [known.lower() for known in classes.names]
+        try:
+            x, y, width, height = (int(number) for number in numbers.split(","))
+        except ValueError:
+            raise UserError(f"--paint {stroke}: write class:x,y,width,height, in pixels") from None
+        if name.lower() not in names:
+            raise UserError(f"--paint {stroke}: no such class; there are {', '.join(classes.names)}")
+        area = lc[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
+        if area.size == 0:
+            raise UserError(f"--paint {stroke}: lies outside the image, {lc.shape[1]}x{lc.shape[0]} pixels")
+        area[...] = names.index(name.lower())
+    return lc
+
+
+def read_edit(cfg, classes):
+    """What --generate, --lc, --lc-before and --paint ask for: (path, photo, before, after).
+
+    photo   (H, W, 3) uint8, the photograph at path
+    before  (H, W) uint8 class indices, its land cover, or None where nothing tells
+    after   (H, W) uint8 class indices, the land cover that the edited photograph shall have
+    """
+    path = inputs_of(cfg.generate, cfg.out)[0]
+    if Path(cfg.generate).is_dir():
+        raise UserError(f"--generate {cfg.generate}: an edit takes one photograph, not a folder")
+    if not cfg.lc:
+        raise UserError("--generate needs --lc FILE, the photograph's land cover (edited, or to be edited by --paint)")
+    photo, lc = read_image(path), read_labels(cfg.lc, classes)
+    before = read_labels(cfg.lc_before, classes) if cfg.lc_before else lc if cfg.paint else None
+    for name, labels in ((cfg.lc, lc), (cfg.lc_before, before)):
+        if labels is not None and labels.shape != photo.shape[:2]:
+            sizes = f"{labels.shape[1]}x{labels.shape[0]} but {path} is {photo.shape[1]}x{photo.shape[0]}"
+            raise UserError(f"{name} is {sizes}: sizes must agree")
+    return path, photo, before, painted(lc, cfg.paint, classes)
+
+
+def keep_outside(edited, photo, before, after):
+    """The photograph (H, W, 3) where land cover stayed, the edited one where it changed, blended over a border of 12
+    pixels at 256. Where nothing tells what changed (before None), the edited one."""
+    if before is None:
+        print("the whole photograph is regenerated: --lc-before FILE would tell what changed", file=sys.stderr)
+        return edited
+    border = max(1, round(12 * min(after.shape) / 256))
+    mask = Image.fromarray((before != after).astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(border))
+    return np.asarray(Image.composite(Image.fromarray(edited), Image.fromarray(photo), mask))
+
+
+def resize(image, size, labels=False):
+    """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest. A copy, writable."""
+    how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
+    return np.array(Image.fromarray(image).resize(size, how))
+
+
+def save_sheet(path, pictures):
+    """Writes {title: (H, W, 3) uint8} side by side, those that are None left out."""
+    columns = {k: from_bytes(torch.from_numpy(np.array(x))[None]) for k, x in pictures.items() if x is not None}
+    save_grid(path, columns)

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import common
@@ -440,12 +439,10 @@ def generate(state, cfg, device):
     files = common.inputs_of(cfg.generate, cfg.out, labels=from_labels)
     for path in files:
         image = common.read_labels(path, classes) if from_labels else common.read_image(path)
-        how = Image.Resampling.NEAREST if from_labels else Image.Resampling.BICUBIC
-        small = torch.from_numpy(np.array(Image.fromarray(image).resize((cfg.size, cfg.size), how)))[None].to(device)
+        small = torch.from_numpy(common.resize(image, (cfg.size, cfg.size), labels=from_labels))[None].to(device)
         fake = translate(state, one_hot(small, len(classes)) if from_labels else common.from_bytes(small), cfg)[0]
         fake = fake.argmax(0).byte() if to_labels else common.to_bytes(fake).permute(1, 2, 0)
-        how = Image.Resampling.NEAREST if to_labels else Image.Resampling.BICUBIC
-        back = np.asarray(Image.fromarray(fake.cpu().numpy()).resize((image.shape[1], image.shape[0]), how))
+        back = common.resize(fake.cpu().numpy(), image.shape[1::-1], labels=to_labels)
         if to_labels:
             common.write_labels(Path(cfg.out) / path.name, back, classes)
         else:

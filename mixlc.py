@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 from torch import nn
 
 import common
@@ -48,7 +47,7 @@ class Config:
     alpha: float = option(0.5, "weight of the adversarial loss", "training", low=0.0)
     pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)
     local_pix_lambda: float = option(5.0, "weight of the L1 loss in the window of the edit", low=0.0)
-    lr: float = option(2e-4, "Adam's rate", low=0.0)
+    lr: float = option(1e-3, "Adam's rate", low=0.0)
     beta1: float = option(0.5, "Adam's first beta", low=0.0, high=0.999)
     batch_size: int = option(8, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1)
@@ -449,79 +448,30 @@ def show_samples(train, cfg):
     plan = train.plan(np.random.default_rng([cfg.seed, 0]), np.arange(len(train)), flips=1)
     a, b, box = next(train.tiles(*(x[None, : cfg.show_samples] for x in plan)))
     rgb_a, lc_ab, rgb_ab, box, inside, rgb_b = train.edit(a, b, box)
-    lc_a, lc_b = (train.picture(one_hot(x[..., 3], len(train.classes))) for x in (a, b))
-    columns = {
-        "rgb_a": rgb_a,
-        "lc_a": lc_a,
-        "rgb_b": rgb_b,
-        "lc_b": lc_b,
-        "lc_ab": train.picture(lc_ab),
-        "rgb_ab": rgb_ab,
-    }
+    lc_a, lc_b = (one_hot(x[..., 3], len(train.classes)) for x in (a, b))
+    lc_a, lc_b, lc_ab = map(train.picture, (lc_a, lc_b, lc_ab))
+    columns = {"rgb_a": rgb_a, "lc_a": lc_a, "rgb_b": rgb_b, "lc_b": lc_b, "lc_ab": lc_ab, "rgb_ab": rgb_ab}
     mask = edit_mask(box, inside, cfg.size).float()
     frame = F.max_pool2d(mask, 3, 1, 1) - mask  # one pixel around the box
     common.save_grid(Path(cfg.out) / "samples.png", {k: x * (1 - frame) + frame for k, x in columns.items()})
     print(f"written to {Path(cfg.out) / 'samples.png'}")
 
 
-def painted(lc, strokes, classes):
-    """Land cover (H, W) with rectangles "class:x,y,width,height" painted into a copy, one after the other."""
-    lc = lc.copy()
-    for stroke in strokes:
-        name, _, numbers = stroke.rpartition(":")
-        names = [known.lower() for known in classes.names]
-        try:
-            x, y, width, height = (int(number) for number in numbers.split(","))
-        except ValueError:
-            raise UserError(f"--paint {stroke}: write class:x,y,width,height, in pixels") from None
-        if name.lower() not in names:
-            raise UserError(f"--paint {stroke}: no such class; there are {', '.join(classes.names)}")
-        area = lc[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
-        if area.size == 0:
-            raise UserError(f"--paint {stroke}: lies outside the image, {lc.shape[1]}x{lc.shape[0]} pixels")
-        area[...] = names.index(name.lower())
-    return lc
-
-
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say, and writes it to --out with a before/after sheet.
-
-    With --keep-outside the photograph stays as it is but for what changed and a feathered border, 12 pixels at 256.
-    """
-    classes = common.ClassTable.load(cfg.lc_classes)
-    (path,) = common.inputs_of(cfg.generate, cfg.out)[:1]
-    if not cfg.lc:
-        raise UserError("--generate needs --lc FILE, the photograph's land cover (edited, or to be edited by --paint)")
-    photo, lc = common.read_image(path), common.read_labels(cfg.lc, classes)
-    before = common.read_labels(cfg.lc_before, classes) if cfg.lc_before else lc if cfg.paint else None
-    for name, labels in ((cfg.lc, lc), (cfg.lc_before, before)):
-        if labels is not None and labels.shape != photo.shape[:2]:
-            sizes = f"{labels.shape[1]}x{labels.shape[0]} but {path} is {photo.shape[1]}x{photo.shape[0]}"
-            raise UserError(f"{name} is {sizes}: sizes must agree")
-    after = painted(lc, cfg.paint, classes)
-
-    def resized(image, size, how):
-        return np.asarray(Image.fromarray(image).resize(size, how))
-
-    small = (cfg.size, cfg.size)
-    rgb = torch.from_numpy(resized(photo, small, Image.Resampling.BICUBIC).copy())[None].to(device)
-    label = torch.from_numpy(resized(after, small, Image.Resampling.NEAREST).copy())[None].to(device)
+    """Edits --generate's photograph as --lc and --paint say, and writes it to --out with a before/after sheet."""
+    classes, small = common.ClassTable.load(cfg.lc_classes), (cfg.size, cfg.size)
+    path, photo, before, after = common.read_edit(cfg, classes)
+    rgb = torch.from_numpy(common.resize(photo, small))[None].to(device)
+    label = torch.from_numpy(common.resize(after, small, labels=True))[None].to(device)
     fake = translate(state, (common.from_bytes(rgb), one_hot(label, len(classes))), cfg)
-    fake = common.to_bytes(fake)[0].permute(1, 2, 0).cpu().numpy()
-    edited = resized(fake, photo.shape[1::-1], Image.Resampling.BICUBIC)
-    if cfg.keep_outside and before is not None:
-        border = max(1, round(12 * min(lc.shape) / 256))
-        mask = Image.fromarray((before != after).astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(border))
-        edited = np.asarray(Image.composite(Image.fromarray(edited), Image.fromarray(photo), mask))
-    elif cfg.keep_outside:
-        print("the whole photograph is regenerated: --lc-before FILE would tell what changed")
+    edited = common.resize(common.to_bytes(fake)[0].permute(1, 2, 0).cpu().numpy(), photo.shape[1::-1])
+    if cfg.keep_outside:
+        edited = common.keep_outside(edited, photo, before, after)
     written = common.write_image(Path(cfg.out) / path.name, edited)
     pictures = {"before": photo, "land cover": None if before is None else classes.palette[before]}
     pictures |= {"edited land cover": classes.palette[after], "after": edited}
-    sheet = written.with_name(f"{written.stem}_sheet.png")
-    columns = {k: common.from_bytes(torch.from_numpy(x.copy())[None]) for k, x in pictures.items() if x is not None}
-    common.save_grid(sheet, columns)
-    print(f"written to {written} and {sheet}")
+    common.save_sheet(Path(cfg.out) / f"{path.stem}_sheet.png", pictures)
+    print(f"written to {written}, with a before/after sheet beside it")
 
 
 def report(state, train, val, cfg):
@@ -571,7 +521,7 @@ def main(argv=None):
                 run.stop(state)
         scores = evaluate(state, val, cfg, min(cfg.val_images or len(val), len(val)))["model"]
         columns = {"rgb_a": rgb_a, "lc_ab": val.picture(lc_ab), "fake": translate(state, (rgb_a, lc_ab), cfg)}
-        scores = {"val_l1_inside": scores["l1_inside"], "val_l1_outside": scores["l1_outside"]}
+        scores = {f"val_{name}": scores[name] for name in ("l1_inside", "l1_outside")}
         run.end_epoch(state, scores, columns | {"rgb_ab": rgb_ab})
     run.close()
     report(state, train, val, cfg)

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import common
@@ -260,9 +259,12 @@ def init_weights(net):
 
 
 class VGG16Features(nn.Module):
-    """VGG16 up to relu3_3 (Simonyan and Zisserman 2015), frozen: (B, 3, S, S) in [-1, 1] -> (B, 256, S/4, S/4)."""
+    """VGG16 up to relu3_3 (Simonyan and Zisserman 2015), frozen: (B, 3, S, S) in [-1, 1] -> (B, 256, S/4, S/4).
 
-    def __init__(self, weights):
+    path   the file of its weights, see common.vgg16_weights
+    """
+
+    def __init__(self, path):
         super().__init__()
         layers, channels = [], 3
         for out in (64, 64, "pool", 128, 128, "pool", 256, 256, 256):
@@ -272,10 +274,10 @@ class VGG16Features(nn.Module):
                 layers += [nn.Conv2d(channels, out, 3, 1, 1), nn.ReLU()]
                 channels = out
         self.features = nn.Sequential(*layers)
-        self.load_state_dict({name: weights[name] for name in self.state_dict()})
-        self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.load_state_dict(common.vgg16_weights(path, self.state_dict()))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
 
     def forward(self, images):
         return self.features(((images + 1) / 2 - self.mean) / self.std)
@@ -343,7 +345,7 @@ def build(cfg, device, training=True):
     D = D.to(device, memory_format=torch.channels_last)
     content = l1_loss
     if cfg.content == "vgg":
-        features = VGG16Features(common.vgg16_weights(cfg.vgg16)).to(device, memory_format=torch.channels_last)
+        features = VGG16Features(cfg.vgg16).to(device, memory_format=torch.channels_last)
         content = functools.partial(vgg_loss, features)
     return State(G, D, common.adam(G, cfg, device), common.adam(D, cfg, device), content)
 
@@ -450,16 +452,15 @@ def evaluate(state, val, cfg, count, constants=None):
 def generate(state, cfg, device):
     """Translates --generate's images into --out: resized to --size and back, names kept."""
     classes = common.ClassTable.load(cfg.lc_classes) if cfg.direction == "BtoA" else None
-    torch.manual_seed(cfg.seed)
     files = common.inputs_of(cfg.generate, cfg.out, labels=classes is not None)
     for path in files:
+        torch.manual_seed(cfg.seed)  # for each: a picture does not depend on the others in its folder
         image = classes.palette[common.read_labels(path, classes)] if classes else common.read_image(path)
-        how = Image.Resampling.NEAREST if classes else Image.Resampling.BICUBIC
-        small = np.asarray(Image.fromarray(image).resize((cfg.size, cfg.size), how))
-        x = common.from_bytes(torch.from_numpy(small.copy())[None].to(device))
-        fake = common.to_bytes(translate(state, x, cfg))[0].permute(1, 2, 0).cpu().numpy()
-        back = Image.fromarray(fake).resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC)
-        common.write_image(Path(cfg.out) / path.name, np.asarray(back))
+        small = torch.from_numpy(common.resize(image, (cfg.size, cfg.size), labels=classes is not None))[None].to(
+            device
+        )
+        fake = common.to_bytes(translate(state, common.from_bytes(small), cfg))[0].permute(1, 2, 0).cpu().numpy()
+        common.write_image(Path(cfg.out) / path.name, common.resize(fake, image.shape[1::-1]))
     print(f"{len(files)} images written to {cfg.out}")
 
 
