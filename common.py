@@ -18,12 +18,14 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,10 @@ class UserError(Exception):
     """A mistake of the user's: its text names the file or the option and the remedy, on one line."""
 
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
+_DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
+
+
 def command(main):
     """Decorates a script's main: a mistake of the user's becomes one line on stderr and exit status 2, no traceback."""
 
@@ -62,7 +68,7 @@ def command(main):
                 raise
             message = "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            if error.errno not in _DISK_ERRORS:
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}; choose another place with --out or --cache"
         for bar in list(getattr(tqdm, "_instances", [])):  # a line of its own, not the end of a progress bar
@@ -77,13 +83,13 @@ def command(main):
 # ------------------------------------------------------------------------------------------------------------ options
 
 
-def option(default, help, group=None, *, choices=None, low=None, high=None):
+def option(default, help, group=None, *, choices=None, low=None, high=None, may_change=False):
     """A field of a Config dataclass that is also a command-line option.
 
     group starts a new heading in --help (later fields stay under it; "model" marks what a checkpoint fixes);
-    low and high bound a number, both included.
+    low and high bound a number, both included; may_change says that a resumed run may have another value.
     """
-    meta = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
+    meta = {"help": help, "group": group, "choices": choices, "low": low, "high": high, "may_change": may_change}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -139,8 +145,7 @@ def parse(config, doc, quick, argv=None):
             raise UserError(f"{flag(field.name)} {value}: must be at least {low}")
         if value is not None and not (high is None or value <= high):
             raise UserError(f"{flag(field.name)} {value}: must be at most {high}")
-    given = {**quick, **given} if given.get("quick") else given
-    return config(**given), given
+    return config(**({**quick, **given} if given.get("quick") else given)), given
 
 
 RESUME_MAY_CHANGE = {"data", "cache", "out", "resume", "device", "track", "save_every"}
@@ -158,7 +163,7 @@ def settle(cfg, given, script):
     if cfg.resume and using:
         raise UserError("--resume goes on training: name the model to evaluate or to generate with by --checkpoint")
     if not cfg.resume and not using:
-        return dataclasses.replace(cfg, out=str(_new_folder(cfg.out, script))), None
+        return dataclasses.replace(cfg, out=of_rank_0(_new_folder(cfg.out, script))), None
     if using and not cfg.checkpoint:
         if not cfg.evaluate and any(value for name, value in vars(cfg).items() if name.startswith("init")):
             return dataclasses.replace(cfg, out=cfg.out or f"runs/{script}/generated"), None
@@ -177,10 +182,12 @@ def settle(cfg, given, script):
         path = Path(cfg.checkpoint)
         run = path.parent.parent if path.parent.name == "checkpoints" else Path(f"runs/{script}")
     checkpoint = load_checkpoint(path, script)
-    saved = checkpoint["config"]
+    saved, world = checkpoint["config"], rank_and_world()[1]
     if cfg.resume:
-        held = {field.name for field in dataclasses.fields(cfg)} - RESUME_MAY_CHANGE
+        held = {field.name for field in dataclasses.fields(cfg) if not field.metadata["may_change"]} - RESUME_MAY_CHANGE
         held -= {"epochs"} if saved.get("schedule", "linear") != "linear" else set()
+        if checkpoint.get("world", 1) != world:
+            raise UserError(f"{path}: a run of {checkpoint['world']} processes cannot go on with {world}")
     else:
         held = {field.name for group, field in grouped_fields(type(cfg)) if group == "model"}
     for name in sorted(held & set(given) & set(saved)):
@@ -193,17 +200,25 @@ def settle(cfg, given, script):
     known = {field.name for field in dataclasses.fields(cfg)}
     adopted = {name: value for name, value in saved.items() if name in known} | typed
     folder = run if cfg.resume or (cfg.evaluate and not cfg.out) else Path(cfg.out or run / "generated")
-    mode = {name: getattr(cfg, name) for name in ("resume", "checkpoint", "generate", "evaluate")}
+    mode = {name: getattr(cfg, name) for name in ("resume", "checkpoint", "generate", "evaluate", "device")}
     return type(cfg)(**(adopted | mode | {"out": str(folder)})), checkpoint
 
 
 def _new_folder(out, script):
-    """Where a new run writes: --out, or the first free of runs/script, runs/script-2, ...: saved work stays."""
-    held = [Path(out)] if out else [Path(f"runs/{script}" + (f"-{k}" if k > 1 else "")) for k in range(1, 10000)]
-    free = [path for path in held if not (path / "checkpoints" / "last.pt").exists()]
-    if not free:
-        raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
-    return free[0]
+    """Claims the folder of a new run: --out, or the first of runs/script, runs/script-2, ... that does not exist."""
+    if rank_and_world()[0]:
+        return ""
+    if out:
+        if (Path(out) / "checkpoints" / "last.pt").exists():
+            raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
+        return out
+    Path("runs").mkdir(exist_ok=True)
+    for k in itertools.count(1):
+        folder = Path(f"runs/{script}" + (f"-{k}" if k > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return str(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- device
@@ -212,6 +227,19 @@ def _new_folder(out, script):
 def rank_and_world():
     """This process's rank and the number of processes: (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_rank_0(value):
+    """Rank 0's value (numbers, text), in every process."""
+    values = [value]
+    if rank_and_world()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def first_here():
+    """Whether this process is the one of its machine that writes what all processes there read: stores, demo worlds."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def start(cfg):
@@ -292,7 +320,7 @@ class GraphedStep:
         if self.graph is None:
             self.batch = tuple(tensor.clone() for tensor in batch)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread may pin memory
                 self.losses = self.step(state, self.batch, cfg)
         for static, tensor in zip(self.batch, batch, strict=True):
             static.copy_(tensor)
@@ -400,10 +428,13 @@ class ClassTable:
         return palette
 
     def from_codes(self, codes, path):
-        """(H, W) integers -> (H, W) uint8 indices; codes are the table's values, or positions in it, or 255."""
+        """(H, W) integers -> (H, W) uint8 indices; codes are the table's values, or 255, or positions in the table
+        where these cannot be mistaken for values: no number is a value of one class and the position of another."""
         present = np.unique(codes)
         values = {value: index for value, _, index in self.rows}
         positions = {position: index for position, (_, _, index) in enumerate(self.rows)}
+        if any(values.get(position, index) != index for position, index in positions.items()):
+            positions = {}
         for table in ({IGNORED: IGNORED} | values, {IGNORED: IGNORED} | positions):
             if all(int(code) in table for code in present):
                 return np.array([table[int(code)] for code in present], np.uint8)[np.searchsorted(present, codes)]
@@ -441,6 +472,7 @@ class ClassTable:
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
+LOSSY = {".jpg", ".jpeg", ".webp"}
 LAYOUTS = (
     "train/1.jpg, twice as wide as high (pairs side by side); train/A/x.png + train/B/x.png (two folders); "
     "trainA/x.jpg + trainB/y.jpg (unaligned); train/rgb/7.png + train/lc/7.png (land cover); "
@@ -482,15 +514,13 @@ def read_labels(path, table):
                 return table.from_one_hot(array, path)
             return table.from_codes(array.squeeze().astype(np.int64), path)
         with Image.open(path) as image:
-            if image.mode == "1":
-                return table.from_codes(np.asarray(image).astype(np.int64) * 255, path)
             if image.mode == "P":  # class colours that were stored with a palette, or else indices
                 rgb = np.asarray(image.convert("RGB"))
                 used = {tuple(int(c) for c in color) for color in np.unique(rgb.reshape(-1, 3), axis=0)}
                 if 2 * len(used & {color for _, color, _ in table.rows}) > len(used):
                     return table.from_colours(rgb, path, False)
                 return table.from_codes(np.asarray(image).astype(np.int64), path)
-            if image.mode in ("L", "I", "I;16", "I;16B", "I;16L"):
+            if image.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L"):
                 return table.from_codes(np.asarray(image).astype(np.int64), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
             return table.from_colours(np.asarray(image.convert("RGB")), path, lossy)
@@ -582,6 +612,8 @@ def find_images(data, split, lc_classes=""):
     if split == "val" and all(folder.is_dir() for folder in inria):
         a, b = ([p for p in _files(f, labels=True) if _INRIA_VALIDATION.match(p.stem)] for f in inria)
         return _split(root, "Inria", "train, images 1-5 of each city", *inria, a, b, table, pictures)
+    if split == "train" and any((root / name).is_dir() for name in ("val", "test", "valA", "testA")):
+        raise UserError(f"{root}: no training split: put images in train; baselines are measured on it, too")
     if split == "val" and any((root / name).is_dir() for name in ("train", "trainA")):
         raise UserError(f"{root}: no validation split: put some of the images in val (laid out like train), or in test")
     raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
@@ -643,16 +675,25 @@ class ImageStore:
             )
 
     def _open(self, pairs, what):
-        text = [str((what, self.side, self.patch, self.split.halves, self.classes and self.classes.rows, 1))]
+        text = [
+            str(
+                (
+                    what,
+                    self.side,
+                    self.patch,
+                    self.split.halves,
+                    self.classes and (self.classes.rows, self.classes.nearest),
+                )
+            )
+        ]
         for path in (path for pair in pairs for path in pair if path):
             stat = path.stat()
             text.append(f"{path.relative_to(self.split.root)} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
         path = self.cache / f"{re.sub(r'[^A-Za-z0-9]+', '-', self.split.name)}-{what}-{self.side}px-{digest}.npy"
-        rank, world = rank_and_world()
-        if rank == 0 and not path.is_file():
+        if first_here() and not path.is_file():
             self._build(pairs, path)
-        if world > 1:
+        if rank_and_world()[1] > 1:
             dist.barrier()
         return np.load(path, mmap_mode="r")
 
@@ -673,11 +714,15 @@ class ImageStore:
                     np.lib.format.write_array_header_1_0(file, header)
                     offset = file.tell()
                     file.flush()
-                    os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))  # a full disk says so here
+                    if hasattr(os, "posix_fallocate"):  # Linux: a full disk says so here
+                        os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
+                    else:
+                        file.truncate(offset + math.prod(shape))
                 store = np.memmap(aside, np.uint8, "r+", offset, shape)
 
                 def work(k):
-                    store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k], counts[k])
+                    if counts[k]:
+                        store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k])
 
                 jobs = pool.map(work, range(len(pairs)))
                 jobs = tqdm(jobs, f"decoding {self.split.name}", len(pairs), unit="file", leave=False)
@@ -706,21 +751,21 @@ class ImageStore:
             raise UserError(f"{next(filter(None, pair))}: {width}x{height}{cut} is smaller than --size {self.smallest}")
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
-    def _decode(self, pair, count):
-        """One file, or pair of files, as (count, side, side, channels) uint8."""
+    def _decode(self, pair):
+        """One file, or pair of files, as (records, side, side, channels) uint8."""
         path_a, path_b = pair
         if self.split.halves:
             both = read_image(path_a)
             a, b = both[:, : both.shape[0]], both[:, both.shape[0] :]
             if self.classes:
-                b = self.classes.from_colours(b, path_a, self.classes.nearest or path_a.suffix.lower() != ".png")
+                b = self.classes.from_colours(b, path_a, self.classes.nearest or path_a.suffix.lower() in LOSSY)
             images = [a, b]
         else:
             images = [] if path_a is None else [read_image(path_a)]
             if path_b is not None:
                 images.append(read_labels(path_b, self.classes) if self.classes else read_image(path_b))
         patches = [list(self._patches(image)) for image in images]
-        return np.stack([np.concatenate(record, -1) for record in zip(*patches, strict=True)]) if count else []
+        return np.stack([np.concatenate(record, -1) for record in zip(*patches, strict=True)])
 
     def _patches(self, image):
         step_y, step_x = (self.patch, self.patch) if self.patch else image.shape[:2]
@@ -854,23 +899,26 @@ def demo_world(cache, kind, train=96, val=12, side=256):
     kind  "maps": pairs side by side, satellite | map; "landcover": rgb and lc folders with classes.json
     """
     root, labels = Path(cache) / f"demo-{kind}", kind == "landcover"
-    if rank_and_world()[0] == 0 and not (root / "complete").exists():
+    if first_here() and not root.exists():
+        aside = root.with_name(f".{root.name}.{os.getpid()}")  # written aside and renamed: whole or absent
         for split, count, first in (("train", train, 0), ("val", val, 100_000)):
             for name in ("rgb", "lc") if labels else ("",):
-                (root / split / name).mkdir(parents=True, exist_ok=True)
+                (aside / split / name).mkdir(parents=True, exist_ok=True)
             for k in tqdm(range(count), f"demo world, {split}", unit="image", leave=False):
                 satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
                 if labels:
-                    Image.fromarray(satellite).save(root / split / "rgb" / f"{k:03}.png")
-                    Image.fromarray(ground).save(root / split / "lc" / f"{k:03}.png")
+                    Image.fromarray(satellite).save(aside / split / "rgb" / f"{k:03}.png")
+                    Image.fromarray(ground).save(aside / split / "lc" / f"{k:03}.png")
                 else:
-                    Image.fromarray(np.concatenate([satellite, drawn], 1)).save(root / split / f"{k:03}.png")
+                    Image.fromarray(np.concatenate([satellite, drawn], 1)).save(aside / split / f"{k:03}.png")
         if labels:
-            table = [
-                {"name": n, "color": ",".join(map(str, c))} for n, c in zip(DEMO_CLASSES, _DEMO_COLORS, strict=True)
-            ]
-            (root / "classes.json").write_text(json.dumps(table))
-        (root / "complete").touch()
+            rows = zip(DEMO_CLASSES, _DEMO_COLORS, strict=True)
+            table = [{"name": name, "color": ",".join(map(str, color))} for name, color in rows]
+            (aside / "classes.json").write_text(json.dumps(table))
+        try:
+            aside.rename(root)
+        except OSError:  # another process was faster, and its world is the same
+            shutil.rmtree(aside)
     if rank_and_world()[1] > 1:
         dist.barrier()
     return str(root)
@@ -939,38 +987,41 @@ def restore(state, saved, path):
         if name not in saved:
             raise UserError(f"{path}: holds no {name}: written by another version of this script")
         if hasattr(value, "load_state_dict"):
+            here = [dict(group) for group in getattr(value, "param_groups", [])]
             try:
                 value.load_state_dict(saved[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(f"{path}: its {name} does not fit the options ({reason})") from None
-            for group in getattr(value, "param_groups", []):
-                if isinstance(group["lr"], torch.Tensor):
-                    group["lr"] = group["lr"].to(group["params"][0].device)
+            for group, own in zip(getattr(value, "param_groups", []), here, strict=True):  # of this device, not that
+                rate = float(group["lr"])
+                group.update({key: own[key] for key in ("lr", "fused", "capturable")})
+                set_lr([value], rate)
         elif isinstance(value, torch.Tensor):
             value.copy_(saved[name])
         else:
             setattr(state, name, saved[name])
 
 
-def load_generator(module, path, key="G"):
+def load_generator(module, path, cfg, key="G"):
     """Fills a generator from path: network `key` of one of our checkpoints, or a bare state dict (a published
     generator's), whose tensors are taken by position. Buffers of InstanceNorm layers in old files are dropped."""
     content = load_weights(path)
     if isinstance(content, dict) and "state" in content and key in content["state"]:
         content = content["state"][key]
     if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
-        raise UserError(f"--init {path}: holds no generator {key} and is no state dict")
+        raise UserError(f"{path}: holds no generator {key} and is no state dict")
     ours = module.state_dict()
     if not any("running_mean" in name for name in ours):
         content = {k: v for k, v in content.items() if not re.search("running_(mean|var)$|num_batches_tracked$", k)}
-    remedy = "check --generator, --norm, --size, --width, --blocks"
+    options = [name for name in ("generator", "norm", "size", "width", "blocks", "lc_classes") if hasattr(cfg, name)]
+    remedy = f"check {', '.join(map(flag, options))}"
     if len(ours) != len(content):
-        raise UserError(f"--init {path}: {len(content)} tensors, but this generator has {len(ours)}: {remedy}")
+        raise UserError(f"{path}: {len(content)} tensors, but this generator has {len(ours)}: {remedy}")
     for (name, mine), (theirs, value) in zip(ours.items(), content.items(), strict=True):
         if mine.shape != value.shape:
             shapes = f"{theirs} is {tuple(value.shape)}, but our {name} is {tuple(mine.shape)}"
-            raise UserError(f"--init {path}: {shapes}: {remedy}")
+            raise UserError(f"{path}: {shapes}: {remedy}")
     module.load_state_dict(dict(zip(ours, content.values(), strict=True)))
 
 
@@ -993,6 +1044,9 @@ def vgg16_weights(path, names):
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
+
+
+REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
 
 
 class Run:
@@ -1045,9 +1099,9 @@ class Run:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     def stopping(self):
-        """Whether to save and stop. Several processes agree on it, at log lines only, so that all stop at one step."""
+        """Whether to save and stop. Several processes agree on it, every ten steps, so that all stop at one step."""
         if rank_and_world()[1] > 1:
-            if self.step % self.cfg.log_every:
+            if self.step % 10:
                 return False
             asked = torch.tensor(self.interrupted, device="cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(asked, dist.ReduceOp.MAX)
@@ -1073,10 +1127,7 @@ class Run:
             self.means = dict(zip(self.names, means.tolist(), strict=True))
         bad = [name for name, value in (self.means | scores).items() if not math.isfinite(value)]
         if bad:
-            raise UserError(
-                f"{', '.join(bad)} not finite by step {self.step}: stopped; the last good checkpoint is kept "
-                f"({self.out / 'checkpoints' / 'last.pt'}); try a lower --lr or --precision fp32"
-            )
+            raise UserError(f"{', '.join(bad)} not finite by step {self.step}: stopped; {self._kept()}; {REMEDY}")
         if (self.count or scores) and self.rank == 0:
             row = {"epoch": self.epoch + 1, "step": self.step, "lr": f"{self.lr:.8g}"}
             row |= {name: f"{value:.8g}" for name, value in self.means.items()}
@@ -1125,12 +1176,16 @@ class Run:
         content = state_dict(state)
         tensors = [t for t in _tensors(content) if t.is_floating_point() and t.numel()]
         if not torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors]).all():
-            raise UserError(f"weights not finite by step {self.step}: stopped; the last good checkpoint is kept")
+            raise UserError(f"weights not finite by step {self.step}: stopped; {self._kept()}; {REMEDY}")
         if self.rank == 0:
             position = {"epoch": self.epoch, "batch": self.batch, "step": self.step}
             meter = {"names": self.names, "sums": self.sums, "count": self.count}
-            about = {"script": self.script, "config": dataclasses.asdict(self.cfg)}
+            about = {"script": self.script, "config": dataclasses.asdict(self.cfg), "world": rank_and_world()[1]}
             save_checkpoint(self.out / "checkpoints" / "last.pt", {**about, **position, **meter, "state": content})
+
+    def _kept(self):
+        last = self.out / "checkpoints" / "last.pt"
+        return f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
 
     def stop(self, state):
         """Saves in the middle of an epoch, after SIGINT or SIGTERM, and exits with 128 + the signal's number."""
@@ -1402,14 +1457,17 @@ def print_table(rows):
 # --------------------------------------------------------------------------------------------------------- generation
 
 
-def inputs_of(path, out, labels=False):
-    """The files that --generate names: one file, or the images of a folder; refuses to write over them."""
+def inputs_of(path, out, labels=False, by_stem=False):
+    """The files that --generate names: one file, or the images of a folder (by_stem: that differ in more than their
+    ending); refuses to write over them."""
     path, out = Path(path), Path(out)
     if not path.exists():
         raise UserError(f"--generate {path}: no such file or directory")
     files = _files(path, labels) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--generate {path}: no images in it")
+    if by_stem and len({file.stem for file in files}) < len(files):
+        raise UserError(f"--generate {path}: two files have the same name but for their ending")
     if out.resolve() == files[0].parent.resolve():
         raise UserError(f"--out {out}: holds the inputs, and the results have the same names: choose another folder")
     return files
@@ -1426,9 +1484,9 @@ def write_labels(path, index, classes):
 
 
 def write_image(path, image):
-    """Writes (H, W, 3) uint8 by the ending of path: JPEG at quality 95, array files as PNG, the rest lossless."""
+    """Writes (H, W, 3) uint8 by the ending of path: JPEG at quality 95, the rest lossless, PNG if unknown."""
     path = Path(path)
-    path = path.with_suffix(".png") if path.suffix.lower() in ARRAY_SUFFIXES else path
+    path = path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     lossy = {"quality": 95, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     lossy |= {"lossless": True} if path.suffix.lower() == ".webp" else {}
@@ -1467,6 +1525,8 @@ def read_edit(cfg, classes):
         raise UserError(f"--generate {cfg.generate}: an edit takes one photograph, not a folder")
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover (edited, or to be edited by --paint)")
+    if Path(cfg.out).resolve() in {Path(file).resolve().parent for file in (cfg.lc, cfg.lc_before) if file}:
+        raise UserError(f"--out {cfg.out}: holds the land cover, which may have the same name: choose another folder")
     photo, lc = read_image(path), read_labels(cfg.lc, classes)
     before = read_labels(cfg.lc_before, classes) if cfg.lc_before else lc if cfg.paint else None
     for name, labels in ((cfg.lc, lc), (cfg.lc_before, before)):

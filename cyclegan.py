@@ -50,7 +50,7 @@ class Config:
     epochs: int = option(200, "passes over the larger domain; the rate falls to zero in the second half", low=1)
     init_AB: str = option("", "weights of G_AB to start from, or to generate with: ours, or published ones")
     init_BA: str = option("", "the same for G_BA")
-    seed: int = option(0, "of weights, order, augmentation and pool", low=0)
+    seed: int = option(0, "of weights, order, augmentation and pool", low=0, high=2**32 - 1)
     quick: bool = option(False, "small networks, images and epochs: works in two minutes on two CPU cores", "run")
     out: str = option("", "run folder, or folder of the generated images; none: runs/cyclegan")
     resume: bool = option(False, "go on with the run in --out, at the step where it stopped")
@@ -436,7 +436,7 @@ def generate(state, cfg, device):
     """
     classes = common.ClassTable.load(cfg.lc_classes)
     from_labels, to_labels = (classes and cfg.direction == way for way in ("BtoA", "AtoB"))
-    files = common.inputs_of(cfg.generate, cfg.out, labels=from_labels)
+    files = common.inputs_of(cfg.generate, cfg.out, labels=from_labels, by_stem=to_labels)
     for path in files:
         image = common.read_labels(path, classes) if from_labels else common.read_image(path)
         small = torch.from_numpy(common.resize(image, (cfg.size, cfg.size), labels=from_labels))[None].to(device)
@@ -468,8 +468,8 @@ def report(state, train, val, cfg):
 @common.command
 def main(argv=None):
     cfg, given = common.parse(Config, __doc__, QUICK, argv)
-    cfg, checkpoint = common.settle(cfg, given, "cyclegan")
     device = common.start(cfg)
+    cfg, checkpoint = common.settle(cfg, given, "cyclegan")
     if cfg.generate or cfg.evaluate:
         state = build(cfg, device, training=False)
         load(state, cfg, checkpoint, cfg.checkpoint)
@@ -480,8 +480,8 @@ def main(argv=None):
         return
 
     train, val = Domains(cfg, "train", device), Domains(cfg, "val", device)
-    if train.classes:
-        cfg = dataclasses.replace(cfg, lc_classes=train.classes.text)  # the checkpoint keeps the whole table
+    # the checkpoint keeps the whole class table, or that there is none
+    cfg = dataclasses.replace(cfg, lc_classes=train.classes.text if train.classes else "pictures")
     state = build(cfg, device)
     load(state, cfg, checkpoint, cfg.out)
     scores = ("val_cycle_A", "val_accuracy_AB" if val.classes else "val_rmse_AB", "val_rmse_BA")
@@ -518,7 +518,7 @@ def load(state, cfg, checkpoint, path):
         return
     for G, key, init in ((state.G_AB, "G_AB", cfg.init_AB), (state.G_BA, "G_BA", cfg.init_BA)):
         if init:
-            common.load_generator(G, init, key)
+            common.load_generator(G, init, cfg, key)
         elif cfg.generate and key == f"G_{cfg.direction[0]}{cfg.direction[-1]}":
             raise UserError(f"--generate with --direction {cfg.direction}: needs --checkpoint, or --init-{key[2:]}")
 

@@ -50,8 +50,8 @@ class Config:
     lr: float = option(1e-3, "Adam's rate", low=0.0)
     beta1: float = option(0.5, "Adam's first beta", low=0.0, high=0.999)
     batch_size: int = option(8, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the training images", low=1)
-    seed: int = option(0, "of weights, order, pairs, boxes and flips", low=0)
+    epochs: int = option(200, "passes over the training images", low=1, may_change=True)
+    seed: int = option(0, "of weights, order, pairs, boxes and flips", low=0, high=2**32 - 1)
     eval_norm: str = option("running", "generating: the image's own statistics | running statistics",
                             choices=("batch", "running"))  # fmt: skip
     quick: bool = option(False, "small networks, images and epochs: works in two minutes on two CPU cores", "run")
@@ -142,7 +142,9 @@ class Edits:
     def tiles(self, index, boxes, flips):
         """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, S, S, 4) uint8 and box (B, 4)."""
         boxes, flips = (torch.from_numpy(x).to(self.device) for x in (boxes, flips))
-        for records, box, flip in zip(self.rows.batches(index.reshape(len(index), -1)), boxes, flips, strict=True):
+        for records, box, flip in zip(
+            self.rows.batches(index.reshape(len(index), 2 * index.shape[1])), boxes, flips, strict=True
+        ):
             yield mirror(records[::2], flip[:, :2]), mirror(records[1::2], flip[:, 2:]), box
 
     def edit(self, a, b, box, use_ba=False):
@@ -417,8 +419,9 @@ def set_mode(net, training, track):
 
 
 def evaluate(state, val, cfg, count, constants=None):
-    """L1 (levels 0-255) and PSNR (dB) against rgb_ab, inside the box and outside it, over the first `count` validation
-    edits, {row: {measure: mean}}: the model, the copy of rgb_a, and `constants`, {name: (3,) colour in [-1, 1]}."""
+    """L1 (levels 0-255) and PSNR (dB) against rgb_ab, inside the box and outside it, and L1 to rgb_a inside, over the
+    first `count` validation edits, {row: {measure: mean}}: the model, the copy of rgb_a, and `constants`, {name: (3,)
+    colour in [-1, 1]}."""
     sums, pixels = {}, torch.zeros(2, 1)
     for rgb_a, lc_ab, rgb_ab, box, inside, _ in val.in_order(count):
         guesses = {"model": translate(state, (rgb_a, lc_ab), cfg), "copy of rgb_a": rgb_a}
@@ -429,14 +432,16 @@ def evaluate(state, val, cfg, count, constants=None):
         masks = torch.stack([mask, 1 - mask])  # (2, B, 1, S, S): the edit, and what it leaves
         pixels += masks.sum((1, 2, 3, 4)).cpu().view(2, 1) * 3
         for row, guess in guesses.items():
-            error = common.to_bytes(guess).float() - common.to_bytes(rgb_ab).float()
-            errors = [(masks * e).sum((1, 2, 3, 4)) for e in (error.abs(), error.square())]
-            sums[row] = sums.get(row, 0) + torch.stack(errors, 1).double().cpu()  # (2 areas, L1 and MSE)
+            guess, target, source = (common.to_bytes(image).float() for image in (guess, rgb_ab, rgb_a))
+            errors = (guess - target).abs(), (guess - target).square(), (guess - source).abs()
+            errors = torch.stack([(masks * e).sum((1, 2, 3, 4)) for e in errors], 1)
+            sums[row] = sums.get(row, 0) + errors.double().cpu()  # (2 areas, L1, MSE, L1 to the input)
     rows = {}
     for row, total in sums.items():
-        (l1_in, mse_in), (l1_out, mse_out) = (total / pixels).tolist()
+        (l1_in, mse_in, to_input), (l1_out, mse_out, _) = (total / pixels).tolist()
         psnr_in, psnr_out = (10 * np.log10(255**2 / max(mse, 1e-10)).item() for mse in (mse_in, mse_out))
         rows[row] = {"l1_inside": l1_in, "psnr_inside": psnr_in, "l1_outside": l1_out, "psnr_outside": psnr_out}
+        rows[row]["l1_to_input"] = to_input  # inside
     return rows
 
 
@@ -474,13 +479,21 @@ def generate(state, cfg, device):
     print(f"written to {written}, with a before/after sheet beside it")
 
 
+def copy_verdict(rows):
+    """Whether the generator copies its input, in a sentence: is what it paints nearer to rgb_a than to rgb_ab?"""
+    target, source = (rows["model"][name] for name in ("l1_inside", "l1_to_input"))
+    verdict = "it copies its input" if source < target else "it does not copy its input"
+    copy = rows["copy of rgb_a"]["l1_inside"]
+    return f"inside the edit the model is {target:.2f} levels from the target (a copy of rgb_a {copy:.2f}) and " + (
+        f"{source:.2f} from its input: {verdict}"
+    )
+
+
 def report(state, train, val, cfg):
     """The whole validation split beside baselines that cost nothing: printed, and written to evaluation.json; and the
     question whether the generator copies its input, answered."""
     rows = evaluate(state, val, cfg, len(val), common.constant_guesses(train.store.A))
-    model, copy = (rows[name]["l1_inside"] for name in ("model", "copy of rgb_a"))
-    verdict = "it does not copy its input" if model < copy else "it might as well copy its input"
-    answer = f"inside the edit the model is {model:.2f} levels from the target, the copy of rgb_a {copy:.2f}: {verdict}"
+    answer = copy_verdict(rows)
     common.write_evaluation(cfg, rows, images=len(val), split=val.store.split.name, answer=answer)
     print(answer)
 
@@ -488,8 +501,8 @@ def report(state, train, val, cfg):
 @common.command
 def main(argv=None):
     cfg, given = common.parse(Config, __doc__, QUICK, argv)
-    cfg, checkpoint = common.settle(cfg, given, "mixlc")
     device = common.start(cfg)
+    cfg, checkpoint = common.settle(cfg, given, "mixlc")
     if cfg.generate or cfg.evaluate:
         state = build(cfg, device, training=False)
         common.restore(state, checkpoint["state"], cfg.checkpoint)

@@ -57,8 +57,8 @@ class Config:
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     beta1: float = option(0.5, "Adam's first beta", low=0.0, high=0.999)
     batch_size: int = option(16, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the training images", low=1)
-    seed: int = option(0, "of weights, order, pairs, boxes, flips and dropout", low=0)
+    epochs: int = option(200, "passes over the training images", low=1, may_change=True)
+    seed: int = option(0, "of weights, order, pairs, boxes, flips and dropout", low=0, high=2**32 - 1)
     eval_norm: str = option("running", "generating: the image's own statistics | running statistics",
                             choices=("batch", "running"))  # fmt: skip
     quick: bool = option(False, "small networks, images and epochs: works in two minutes on two CPU cores", "run")
@@ -158,7 +158,9 @@ class Edits:
     def tiles(self, index, boxes, flips):
         """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, S, S, 4) uint8 and box (B, 4)."""
         boxes, flips = (torch.from_numpy(x).to(self.device) for x in (boxes, flips))
-        for records, box, flip in zip(self.rows.batches(index.reshape(len(index), -1)), boxes, flips, strict=True):
+        for records, box, flip in zip(
+            self.rows.batches(index.reshape(len(index), 2 * index.shape[1])), boxes, flips, strict=True
+        ):
             yield mirror(records[::2], flip[:, :2]), mirror(records[1::2], flip[:, 2:]), box
 
     def edit(self, a, b, box):
@@ -520,7 +522,7 @@ def evaluate(state, val, cfg, count, constants=None, judge=None):
     """Measures over the first `count` validation edits, {row: {measure: mean}}: the model, the copy of rgb_a, and
     `constants`, {name: (3,) colour in [-1, 1]}.
 
-    l1 (levels 0-255), psnr (dB)  against rgb_ab, inside the box and outside it
+    l1 (levels 0-255), psnr (dB)  against rgb_ab, inside the box and outside it; l1_to_input against rgb_a, inside
     own_accuracy, own_iou         whether D's classifier sees the requested land cover inside the box
     judge_accuracy, judge_iou     whether `judge` does, a classifier that only ever saw photographs
     The copy of rgb_a is the floor of the classifiers' measures, and the photograph b the ceiling.
@@ -540,14 +542,16 @@ def evaluate(state, val, cfg, count, constants=None, judge=None):
         masks = torch.stack([mask, ~mask]).float()  # (2, B, 1, S, S): the edit, and what it leaves
         pixels += masks.sum((1, 2, 3, 4)).cpu().view(2, 1) * 3
         for row, guess in guesses.items():
-            error = common.to_bytes(guess).float() - common.to_bytes(rgb_ab).float()
-            errors = [(masks * e).sum((1, 2, 3, 4)) for e in (error.abs(), error.square())]
-            sums[row] = sums.get(row, 0) + torch.stack(errors, 1).double().cpu()  # (2 areas, L1 and MSE)
+            guess, target, source = (common.to_bytes(image).float() for image in (guess, rgb_ab, rgb_a))
+            errors = (guess - target).abs(), (guess - target).square(), (guess - source).abs()
+            errors = torch.stack([(masks * e).sum((1, 2, 3, 4)) for e in errors], 1)
+            sums[row] = sums.get(row, 0) + errors.double().cpu()  # (2 areas, L1, MSE, L1 to the input)
     rows = {}
     for row, total in sums.items():
-        (l1_in, mse_in), (l1_out, mse_out) = (total / pixels).tolist()
+        (l1_in, mse_in, to_input), (l1_out, mse_out, _) = (total / pixels).tolist()
         psnr_in, psnr_out = (10 * np.log10(255**2 / max(mse, 1e-10)).item() for mse in (mse_in, mse_out))
         rows[row] = {"l1_inside": l1_in, "psnr_inside": psnr_in, "l1_outside": l1_out, "psnr_outside": psnr_out}
+        rows[row]["l1_to_input"] = to_input  # inside
     for (row, name), confusion in confusions.items():
         measured = common.measure_labels(confusion)
         scores = {f"{name}_accuracy": measured["pixel_accuracy"], f"{name}_iou": measured["mean_iou"]}
@@ -619,6 +623,16 @@ def train_judge(cfg, train, device, path):
     return judge
 
 
+def copy_verdict(rows):
+    """Whether the generator copies its input, in a sentence: is what it paints nearer to rgb_a than to rgb_ab?"""
+    target, source = (rows["model"][name] for name in ("l1_inside", "l1_to_input"))
+    verdict = "it copies its input" if source < target else "it does not copy its input"
+    copy = rows["copy of rgb_a"]["l1_inside"]
+    return f"inside the edit the model is {target:.2f} levels from the target (a copy of rgb_a {copy:.2f}) and " + (
+        f"{source:.2f} from its input: {verdict}"
+    )
+
+
 def report(state, train, val, cfg, device):
     """The whole validation split beside baselines that cost nothing: printed, and written to evaluation.json; and the
     question whether the generator copies its input, answered. A judge kept in the run folder judges, too."""
@@ -629,9 +643,7 @@ def report(state, train, val, cfg, device):
         judge = Discriminator(len(train.classes), cfg.width).to(device)
         common.restore(SimpleNamespace(judge=judge), common.load_checkpoint(path, "mixlc_acgan")["state"], path)
     rows = evaluate(state, val, cfg, len(val), common.constant_guesses(train.store.A), judge)
-    model, copy = (rows[name]["l1_inside"] for name in ("model", "copy of rgb_a"))
-    verdict = "it does not copy its input" if model < copy else "it might as well copy its input"
-    answer = f"inside the edit the model is {model:.2f} levels from the target, the copy of rgb_a {copy:.2f}: {verdict}"
+    answer = copy_verdict(rows)
     common.write_evaluation(cfg, rows, images=len(val), split=val.store.split.name, answer=answer)
     print(answer)
 
@@ -639,8 +651,8 @@ def report(state, train, val, cfg, device):
 @common.command
 def main(argv=None):
     cfg, given = common.parse(Config, __doc__, QUICK, argv)
-    cfg, checkpoint = common.settle(cfg, given, "mixlc_acgan")
     device = common.start(cfg)
+    cfg, checkpoint = common.settle(cfg, given, "mixlc_acgan")
     if cfg.generate or cfg.evaluate:
         state = build(cfg, device, training=False)
         common.restore(state, checkpoint["state"], cfg.checkpoint)

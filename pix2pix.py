@@ -59,7 +59,7 @@ class Config:
     schedule: str = option("linear", "rate: to zero in the second half | constant | follows the validation RMSE",
                            choices=("linear", "constant", "plateau"))  # fmt: skip
     init: str = option("", "generator weights to start from, or to generate with: ours, or published ones")
-    seed: int = option(0, "of weights, order, augmentation and dropout", low=0)
+    seed: int = option(0, "of weights, order, augmentation and dropout", low=0, high=2**32 - 1)
     eval_norm: str = option("batch", "generating: dropout on and the image's own statistics, as the paper | running "
                             "statistics, no dropout", choices=("batch", "running"))  # fmt: skip
     quick: bool = option(False, "small networks, images and epochs: works in two minutes on two CPU cores", "run")
@@ -475,14 +475,14 @@ def report(state, train, val, cfg):
 @common.command
 def main(argv=None):
     cfg, given = common.parse(Config, __doc__, QUICK, argv)
-    cfg, checkpoint = common.settle(cfg, given, "pix2pix")
     device = common.start(cfg)
+    cfg, checkpoint = common.settle(cfg, given, "pix2pix")
     if cfg.generate or cfg.evaluate:
         state = build(cfg, device, training=False)
         if checkpoint:
             common.restore(state, checkpoint["state"], cfg.checkpoint)
         else:
-            common.load_generator(state.G, cfg.init)
+            common.load_generator(state.G, cfg.init, cfg)
         if cfg.evaluate:
             report(state, Pairs(cfg, "train", device), Pairs(cfg, "val", device), cfg)
         if cfg.generate:
@@ -490,13 +490,13 @@ def main(argv=None):
         return
 
     train, val = Pairs(cfg, "train", device), Pairs(cfg, "val", device)
-    if train.classes:
-        cfg = dataclasses.replace(cfg, lc_classes=train.classes.text)  # the checkpoint keeps the whole table
+    # the checkpoint keeps the whole class table, or that there is none
+    cfg = dataclasses.replace(cfg, lc_classes=train.classes.text if train.classes else "pictures")
     state = build(cfg, device)
     if checkpoint:
         common.restore(state, checkpoint["state"], cfg.out)
     elif cfg.init:
-        common.load_generator(state.G, cfg.init)
+        common.load_generator(state.G, cfg.init, cfg)
     run = common.Run(cfg, checkpoint, "pix2pix", train.steps, scores=("val_psnr", "val_rmse"))
     step = common.fast_step(train_step, cfg, device)
     sample_x, sample_y = val.sides(next(val.in_order(min(cfg.sample_rows, len(val)), cfg.sample_rows)))
@@ -510,7 +510,7 @@ def main(argv=None):
                 run.stop(state)
         scores = evaluate(state, val, cfg, min(cfg.val_images or len(val), len(val)))["model"]
         if cfg.schedule == "plateau":
-            follow_plateau(state, scores["rmse"])
+            follow_plateau(state, common.of_rank_0(scores["rmse"]))
         columns = {"input": sample_x, "fake": translate(state, sample_x, cfg), "target": sample_y}
         run.end_epoch(state, {"val_psnr": scores["psnr"], "val_rmse": scores["rmse"]}, columns)
     run.close()

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -234,12 +236,18 @@ def test_pool_of_size_zero_passes_through_and_buffers_are_kept():
     assert set(ImagePool(2, 3, 8, torch.uint8).state_dict()) == {"images", "count"}
 
 
-def test_discriminators_see_the_pool(monkeypatch):
-    cfg = dataclasses.replace(TINY, pool_size=2, batch_size=1)
-    state, batch = build(cfg, CPU), (pictures(count=1), pictures(1, count=1))
-    train_step(state, batch, cfg)
-    assert state.pool_A.count.item() == 1 and state.pool_A.images[0].abs().sum() > 0
-    assert not state.pool_A.images.requires_grad
+def test_discriminators_see_the_pool():
+    """With draws that always swap, the fakes that D_A judges in its own step are the pool's old ones."""
+    cfg = dataclasses.replace(TINY, pool_size=2)
+    state, seen, batch = build(cfg, CPU), [], (pictures(), pictures(1))
+    state.pool_A.images[:], state.pool_A.count[:] = 0.25, 2
+    state.D_A.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().clone()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1))
+        slots = itertools.cycle([0, 1])
+        patch.setattr(torch, "randint", lambda *_, **__: torch.tensor([next(slots)]))
+        train_step(state, batch, cfg)
+    assert (seen[1][2:] == 0.25).all() and torch.equal(state.pool_A.images, seen[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
@@ -541,6 +549,26 @@ def test_init_of_one_generator_starts_from_our_checkpoint(pairs, tmp_path):
     cyclegan.load(state, cfg, None, "")
     assert same(dict(state.G_AB.state_dict()), state_of(path)["state"]["G_AB"])
     assert same(dict(state.G_BA.state_dict()), dict(before))
+
+
+def test_crop_offsets_reach_both_ends(pairs, tmp_path, monkeypatch):
+    honest, drawn = cyclegan.jitter, []
+    monkeypatch.setattr(cyclegan, "jitter", lambda *args: (drawn.append(torch.stack(args[1:4])), honest(*args))[1])
+    data = domains(pairs, tmp_path / "cache")
+    for epoch in range(25):
+        list(data.batches(epoch))
+    top, left, flip = torch.cat(drawn, 1)
+    assert set(top.tolist()) == set(left.tolist()) == set(range(9)) and set(flip.tolist()) == {0, 1}
+
+
+def test_the_mode_is_bound_to_the_checkpoint(pairs, tmp_path):
+    """A classes.json that appears later does not turn a model of pictures into one of land cover."""
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    main(options(data, tmp_path / "run", "--epochs", "1"))
+    (data / "classes.json").write_text(json.dumps(TABLE))
+    main(["--evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
+    assert "rmse" in rows_of(tmp_path / "run")["A to B: model"]
 
 
 def test_learning_rate_is_constant_for_half_then_falls_to_zero():

@@ -162,6 +162,16 @@ def test_s2glc_codes(tmp_path):
         assert read_labels(tmp_path / f"{name}.png", table).tolist() == [[0, 1, 13, 255]]
 
 
+def test_codes_that_could_be_mistaken_for_positions_are_never_taken_for_them(tmp_path):
+    rows = [{"name": n, "color": f"{k},0,0", "value": k} for k, n in enumerate(("land", "water", "forest"), 1)]
+    table = ClassTable.load(json.dumps(rows))
+    save(tmp_path / "good.png", np.array([[1, 2, 3, 255]], np.uint8))
+    assert read_labels(tmp_path / "good.png", table).tolist() == [[0, 1, 2, 255]]
+    save(tmp_path / "stray.png", np.array([[0, 1, 2]], np.uint8))
+    with pytest.raises(UserError, match=r"\[0\] are outside"):
+        read_labels(tmp_path / "stray.png", table)
+
+
 def test_binary_masks(tmp_path):
     table = ClassTable.load("binary")
     save(tmp_path / "grey.png", np.array([[0, 255, 255]], np.uint8))
@@ -219,6 +229,12 @@ def test_patches(pairs, tmp_path):
     assert (store.A[1] == both[:32, 32:64]).all() and (store.B[2] == both[32:64, 80:112]).all()
     with pytest.raises(UserError, match="--patch 81"):
         ImageStore(config(pairs, tmp_path, patch=81), "train", 32)
+
+
+def test_images_smaller_than_a_patch_are_left_out(tmp_path):
+    root = side_by_side(tmp_path / "data")
+    save(root / "train" / "small.png", np.zeros((20, 40, 3), np.uint8))
+    assert len(ImageStore(config(root, tmp_path / "cache", patch=40), "train", 32).A) == 6 * 4
 
 
 def test_maps_patch_count(tmp_path):

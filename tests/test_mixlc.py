@@ -382,6 +382,19 @@ def test_evaluation_by_hand(data, tmp_path, monkeypatch):
     assert rows["model"]["l1_inside"] == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+def test_the_verdict_on_copying(data, tmp_path, monkeypatch):
+    val, answers = edits(data, tmp_path, "val"), {}
+    guesses = {"darker copy": lambda a, ab: (a + 1) * 0.8 - 1, "target": lambda a, ab: ab, "grey": lambda a, ab: a * 0}
+    for name, guess in guesses.items():
+        batches = iter(list(val.in_order(3)))
+        monkeypatch.setattr(mixlc, "translate", lambda state, x, cfg, g=guess, b=batches: g(x[0], next(b)[2]))
+        answers[name] = mixlc.copy_verdict(mixlc.evaluate(None, val, val.cfg, 3))
+    assert answers["darker copy"].endswith("it copies its input")
+    assert (
+        answers["target"].endswith("it does not copy its input") and "0.00 levels from the target" in answers["target"]
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -413,19 +426,21 @@ def trained(tmp_path_factory):
 def test_run_folder_and_answer(trained):
     report = json.loads((trained / "run" / "evaluation.json").read_text())
     assert list(report["rows"])[:2] == ["model", "copy of rgb_a"]
-    assert set(report["rows"]["model"]) == {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside"}
+    assert set(report["rows"]["model"]) == {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input"}
     assert "copy its input" in report["answer"]
     header = (trained / "run" / "metrics.csv").read_text().splitlines()[0]
     assert header == "epoch,step,lr,g_total,g_adv,g_l1,g_local,d_total,d_real,d_fake,val_l1_inside,val_l1_outside"
 
 
-def test_resume_is_exact(trained, tmp_path, monkeypatch):
-    out, asked = tmp_path / "run", iter([False] * 2 + [True])
+@pytest.mark.parametrize(("steps", "batch"), [(2, 2), (3, 1)])
+def test_resume_is_exact(trained, tmp_path, monkeypatch, steps, batch):
+    """Stopped at the last step of an epoch (of two), and in the middle of one."""
+    out, asked = tmp_path / "run", iter([False] * (steps - 1) + [True])
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "stopping", lambda run: next(asked))
         with pytest.raises(SystemExit):
             main(options(trained / "data", out, "--epochs", "2"))
-    assert state_of(out / "checkpoints" / "last.pt")["batch"] == 1
+    assert state_of(out / "checkpoints" / "last.pt")["batch"] == batch
     main(["--resume", "--out", str(out)])
     got, want = (state_of(folder / "checkpoints" / "last.pt")["state"] for folder in (out, trained / "run"))
     for net in ("G", "D"):

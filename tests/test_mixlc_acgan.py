@@ -386,7 +386,7 @@ def test_run_folder(trained):
     rows = json.loads((trained / "run" / "evaluation.json").read_text())["rows"]
     scores = {"own_accuracy", "own_iou", "judge_accuracy", "judge_iou"}
     assert set(rows["model"]) == set(rows["copy of rgb_a"]) == scores | {
-        "l1_inside", "psnr_inside", "l1_outside", "psnr_outside",
+        "l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input",
     }  # fmt: skip
     assert set(rows["photograph b"]) == scores
     header = (trained / "run" / "metrics.csv").read_text().splitlines()[0]
