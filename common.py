@@ -269,6 +269,15 @@ def autocast(cfg, device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
+def place(net, device):
+    """A network on the device, in the memory format that is fastest there: channels_last, but not with InstanceNorm.
+
+    In PyTorch 2.13 the backward pass of InstanceNorm is wrong for a batch of one image whose gradient is channels_last.
+    """
+    instance_norm = any(isinstance(module, torch.nn.InstanceNorm2d) for module in net.modules())
+    return net.to(device, memory_format=torch.contiguous_format if instance_norm else torch.channels_last)
+
+
 def adam(module, cfg, device):
     """Fused Adam at cfg.lr, betas (cfg.beta1, 0.999); on CUDA its rate is a tensor, so that a graph can capture it."""
     cuda = device.type == "cuda"
@@ -1313,7 +1322,7 @@ def to_bytes(images):
 
 def from_bytes(images):
     """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return images.permute(0, 3, 1, 2).float().contiguous().div_(127.5).sub_(1)
 
 
 def grid(columns):

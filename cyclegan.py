@@ -304,11 +304,11 @@ def build(cfg, device, training=True):
     channels_B, blocks = len(classes) if classes else 3, cfg.blocks or (9 if cfg.size >= 256 else 6)
     G_AB = ResNetGenerator(3, channels_B, cfg.width, blocks, pictures=not classes)
     G_BA = ResNetGenerator(channels_B, 3, cfg.width, blocks, pictures=True)
-    G_AB, G_BA = (init_weights(G).to(device, memory_format=torch.channels_last) for G in (G_AB, G_BA))
+    G_AB, G_BA = (common.place(init_weights(G), device) for G in (G_AB, G_BA))
     if not training:
         return State(G_AB, G_BA)
     D_A, D_B = Discriminator(3, cfg.width), Discriminator(channels_B, cfg.width)
-    D_A, D_B = (init_weights(D).to(device, memory_format=torch.channels_last) for D in (D_A, D_B))
+    D_A, D_B = (common.place(init_weights(D), device) for D in (D_A, D_B))
     opt_G, opt_D = (common.adam(nn.ModuleList(nets), cfg, device) for nets in ((G_AB, G_BA), (D_A, D_B)))
     pool_A = ImagePool(cfg.pool_size, 3, cfg.size, torch.float32).to(device)
     pool_B = ImagePool(cfg.pool_size, channels_B, cfg.size, torch.uint8 if classes else torch.float32).to(device)

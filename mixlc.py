@@ -351,11 +351,10 @@ def build(cfg, device, training=True):
     classes = common.ClassTable.load(cfg.lc_classes)
     if classes is None:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
-    G = init_weights(Generator(len(classes), cfg.size, cfg.width, cfg.fusion))
-    G = G.to(device, memory_format=torch.channels_last)
+    G = common.place(init_weights(Generator(len(classes), cfg.size, cfg.width, cfg.fusion)), device)
     if not training:
         return State(G)
-    D = init_weights(Discriminator(cfg.size, cfg.width, cfg.local_d)).to(device, memory_format=torch.channels_last)
+    D = common.place(init_weights(Discriminator(cfg.size, cfg.width, cfg.local_d)), device)
     return State(G, D, common.adam(G, cfg, device), common.adam(D, cfg, device))
 
 

@@ -431,12 +431,12 @@ def build(cfg, device, training=True):
     classes = common.ClassTable.load(cfg.lc_classes)
     if classes is None:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
-    G = init_weights(Generator(len(classes), cfg.width, cfg.dropout)).to(device, memory_format=torch.channels_last)
-    D = init_weights(Discriminator(len(classes), cfg.width)).to(device, memory_format=torch.channels_last)
+    G = common.place(init_weights(Generator(len(classes), cfg.width, cfg.dropout)), device)
+    D = common.place(init_weights(Discriminator(len(classes), cfg.width)), device)
     state = State(G, D, torch.ones(len(classes), device=device))
     if training:
         vgg = VGG16Features([n for n in cfg.style_layers.split(",") if n], cfg.style_features, cfg.vgg16)
-        state.style = functools.partial(style_loss, vgg.to(device, memory_format=torch.channels_last))
+        state.style = functools.partial(style_loss, common.place(vgg, device))
         state.opt_G, state.opt_D = common.adam(G, cfg, device), common.adam(D, cfg, device)
     return state
 
@@ -606,7 +606,7 @@ def generate(state, cfg, device):
 
 def train_judge(cfg, train, device, path):
     """A classifier of the discriminator's shape, trained on photographs and their land cover alone; kept in path."""
-    judge = init_weights(Discriminator(len(train.classes), cfg.width)).to(device, memory_format=torch.channels_last)
+    judge = common.place(init_weights(Discriminator(len(train.classes), cfg.width)), device)
     optimizer, weights = (
         common.adam(judge, cfg, device),
         inverse_frequency(train.store.B, len(train.classes)).to(device),

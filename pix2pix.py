@@ -336,16 +336,15 @@ def build(cfg, device, training=True):
         G = UNetGenerator(cfg.size, cfg.width, cfg.norm, cfg.dropout)
     else:
         G = ResNetGenerator(3, 3, cfg.width, cfg.blocks or (9 if cfg.size >= 256 else 6), cfg.norm)
-    G = init_weights(G).to(device, memory_format=torch.channels_last)
+    G = common.place(init_weights(G), device)
     if not training:
         return State(G)
     if cfg.patch_gan == 286 and cfg.size < 128:
         raise UserError(f"--patch-gan 286 sees nothing of an image of --size {cfg.size}: it needs 128 or more")
-    D = init_weights(Discriminator(cfg.width, cfg.norm, cfg.patch_gan))
-    D = D.to(device, memory_format=torch.channels_last)
+    D = common.place(init_weights(Discriminator(cfg.width, cfg.norm, cfg.patch_gan)), device)
     content = l1_loss
     if cfg.content == "vgg":
-        features = VGG16Features(cfg.vgg16).to(device, memory_format=torch.channels_last)
+        features = common.place(VGG16Features(cfg.vgg16), device)
         content = functools.partial(vgg_loss, features)
     return State(G, D, common.adam(G, cfg, device), common.adam(D, cfg, device), content)
 

@@ -293,6 +293,23 @@ def test_merged_batches_equal_separate_ones():
     assert torch.allclose(state.D_A(torch.cat([a, b])), torch.cat([state.D_A(a), state.D_A(b)]), atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_a_batch_are_the_mean_of_those_of_its_images(layout, device):
+    """Batch size 1 is the paper's; and two processes with one image each must equal one with two."""
+    cfg = dataclasses.replace(TINY, pool_size=0)
+    state, batch = build(cfg, torch.device(device)), [x.double().to(device) for x in batches_of(cfg)]
+    nets = nn.ModuleList((state.G_AB, state.G_BA, state.D_A, state.D_B)).double()
+    state.opt_G.step = state.opt_D.step = lambda: None
+
+    def gradients(part):
+        train_step(state, tuple(x[part].to(memory_format=layout) for x in batch), cfg)
+        return [p.grad.clone() for p in nets.parameters()]
+
+    for whole, *parts in zip(*map(gradients, (slice(0, 2), slice(0, 1), slice(1, 2))), strict=True):
+        assert torch.allclose(whole, sum(parts) / 2, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("cfg", [TINY, LABELS])
 def test_step_reads_no_value_on_the_host(cfg, monkeypatch):
     """On the meta device tensors have no values: .item() or a branch on one would raise."""

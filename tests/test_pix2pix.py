@@ -223,6 +223,23 @@ def test_discriminator_gradient_is_that_of_its_own_loss_alone():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, state.opt_D.seen["D"], strict=True))
 
 
+@pytest.mark.parametrize("generator", ["unet", "resnet"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_a_batch_are_the_mean_of_those_of_its_images(layout, generator):
+    """With InstanceNorm; batch size 1 is the paper's, and two processes with one image each must equal one with two."""
+    cfg = dataclasses.replace(TINY, norm="instance", generator=generator, blocks=1, dropout=0.0)
+    state, batch = build(cfg, CPU), random_batch(dtype=torch.float64)
+    nets = nn.ModuleList((state.G, state.D)).double()
+    state.opt_G.step = state.opt_D.step = lambda: None
+
+    def gradients(part):
+        train_step(state, tuple(x[part].to(memory_format=layout) for x in batch), cfg)
+        return [p.grad.clone() for p in nets.parameters()]
+
+    for whole, *parts in zip(*map(gradients, (slice(0, 2), slice(0, 1), slice(1, 2))), strict=True):
+        assert torch.allclose(whole, sum(parts) / 2, rtol=1e-6, atol=1e-9)
+
+
 def test_step_changes_both_networks():
     state = build(TINY, CPU)
     before = copy.deepcopy((state.G, state.D))
