@@ -734,7 +734,7 @@ class ImageStore:
                         store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k])
 
                 jobs = pool.map(work, range(len(pairs)))
-                jobs = tqdm(jobs, f"decoding {self.split.name}", len(pairs), unit="file", leave=False)
+                jobs = tqdm(jobs, f"decoding {self.split.name}", len(pairs), unit="file", leave=False, disable=None)
                 collections.deque(jobs, 0)
                 store.flush()
                 os.replace(aside, path)
@@ -913,7 +913,7 @@ def demo_world(cache, kind, train=96, val=12, side=256):
         for split, count, first in (("train", train, 0), ("val", val, 100_000)):
             for name in ("rgb", "lc") if labels else ("",):
                 (aside / split / name).mkdir(parents=True, exist_ok=True)
-            for k in tqdm(range(count), f"demo world, {split}", unit="image", leave=False):
+            for k in tqdm(range(count), f"demo world, {split}", unit="image", leave=False, disable=None):
                 satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
                 if labels:
                     Image.fromarray(satellite).save(aside / split / "rgb" / f"{k:03}.png")

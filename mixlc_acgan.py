@@ -611,7 +611,7 @@ def train_judge(cfg, train, device, path):
         common.adam(judge, cfg, device),
         inverse_frequency(train.store.B, len(train.classes)).to(device),
     )
-    for epoch in common.tqdm(range(cfg.judge_epochs), "training the judge", unit="epoch", leave=False):
+    for epoch in common.tqdm(range(cfg.judge_epochs), "training the judge", unit="epoch", leave=False, disable=None):
         for *_, rgb_b, lc_b in train.batches(epoch):
             with common.autocast(cfg, device):
                 logits = judge.classify(rgb_b)
