@@ -652,9 +652,9 @@ class ImageStore:
     demo   which demo world stands in when cfg.data is empty: "maps" or "landcover"
     smallest  images, or patches, of a smaller side than this are refused
 
-    A  (N, side, side, 3) uint8
-    B  (M, side, side, 3) uint8, or (M, side, side, 1) uint8 class indices when classes is not None; M = N if paired
-    records  (N, side, side, 3 + 3 or 1) uint8, A and B side by side in the last axis, if paired; else None
+    A  (N, 3, side, side) uint8
+    B  (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices when classes is not None; M = N if paired
+    records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
 
     The file's name is a hash of the list of files, their sizes and times, and every parameter. It is written aside
     and renamed, so that it is whole or absent.
@@ -667,7 +667,7 @@ class ImageStore:
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
-            self.A, self.B = self.records[..., :3], self.records[..., 3:]
+            self.A, self.B = self.records[:, :3], self.records[:, 3:]
         else:
             self.records = None
             self.A = self._open([(path, None) for path in self.split.A], "A")
@@ -688,6 +688,7 @@ class ImageStore:
             str(
                 (
                     what,
+                    "planar",
                     self.side,
                     self.patch,
                     self.split.halves,
@@ -704,7 +705,7 @@ class ImageStore:
             self._build(pairs, path)
         if rank_and_world()[1] > 1:
             dist.barrier()
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="c")  # nothing writes; torch wants what it could write to
 
     def _build(self, pairs, path):
         pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
@@ -714,7 +715,7 @@ class ImageStore:
                 raise UserError(f"--patch {self.patch}: no image of {self.split.root} is that large")
             ends = np.cumsum(counts)
             channels = sum(0 if p is None else 3 if k == 0 or not self.classes else 1 for k, p in enumerate(pairs[0]))
-            shape = (int(ends[-1]), self.side, self.side, channels)
+            shape = (int(ends[-1]), channels, self.side, self.side)
             self.cache.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".{path.name}.{os.getpid()}")
             try:
@@ -761,7 +762,7 @@ class ImageStore:
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
     def _decode(self, pair):
-        """One file, or pair of files, as (records, side, side, channels) uint8."""
+        """One file, or pair of files, as (records, channels, side, side) uint8."""
         path_a, path_b = pair
         if self.split.halves:
             both = read_image(path_a)
@@ -774,7 +775,7 @@ class ImageStore:
             if path_b is not None:
                 images.append(read_labels(path_b, self.classes) if self.classes else read_image(path_b))
         patches = [list(self._patches(image)) for image in images]
-        return np.stack([np.concatenate(record, -1) for record in zip(*patches, strict=True)])
+        return np.stack([np.concatenate(record) for record in zip(*patches, strict=True)])
 
     def _patches(self, image):
         step_y, step_x = (self.patch, self.patch) if self.patch else image.shape[:2]
@@ -783,34 +784,32 @@ class ImageStore:
                 cut = Image.fromarray(np.ascontiguousarray(image[top : top + step_y, left : left + step_x]))
                 how = Image.Resampling.BICUBIC if image.ndim == 3 else Image.Resampling.NEAREST
                 resized = np.asarray(cut.resize((self.side, self.side), how))
-                yield resized if image.ndim == 3 else resized[..., None]
+                yield resized.transpose(2, 0, 1) if image.ndim == 3 else resized[None]
 
 
 class Rows:
-    """Rows of a uint8 array, gathered in batches onto the device.
+    """Rows of a uint8 array (N, C, side, side), taken in batches onto the device.
 
     On a GPU the array lives there when it fits in share of the free memory; otherwise a background thread gathers the
-    next batches into pinned memory. On the CPU rows come straight from the memory-mapped file.
+    next batches into pinned memory. On the CPU rows are views into the memory-mapped file: nothing is copied before
+    its crop is known.
     """
 
     def __init__(self, array, device, share=0.4):
-        self.array, self.device, self.resident = array, device, None
-        if device.type == "cuda" and array.size < share * torch.cuda.mem_get_info(device)[0]:
-            self.resident = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        self.device = device
+        self.resident = device.type == "cpu" or array.size < share * torch.cuda.mem_get_info(device)[0]
+        self.rows = torch.from_numpy(array).to(device) if self.resident else torch.from_numpy(array)
 
     def __len__(self):
-        return len(self.array)
+        return len(self.rows)
 
     def batches(self, index):
-        """index (steps, B) of rows -> yields steps tensors (B, side, side, C) uint8 on the device."""
-        if self.resident is not None:
-            for rows in torch.from_numpy(np.ascontiguousarray(index)).to(self.device):
-                yield self.resident[rows]
-        elif self.device.type == "cuda":
-            yield from self._prefetched(index)
+        """index (steps, B) of rows -> yields, step by step, lists of B images (C, side, side) uint8 on the device."""
+        if self.resident:
+            for rows in index.tolist():
+                yield [self.rows[row] for row in rows]
         else:
-            for rows in index:
-                yield torch.from_numpy(self.array[rows])
+            yield from self._prefetched(index)
 
     def _prefetched(self, index, ahead=4):
         ready, stop = queue.Queue(ahead), threading.Event()
@@ -820,7 +819,7 @@ class Rows:
                 if stop.is_set():
                     return
                 try:
-                    ready.put(torch.from_numpy(self.array[rows]).pin_memory())
+                    ready.put(self.rows[torch.from_numpy(rows)].pin_memory())
                 except Exception as error:
                     ready.put(error)
                     return
@@ -832,7 +831,7 @@ class Rows:
                 batch = ready.get()
                 if isinstance(batch, Exception):
                     raise batch
-                yield batch.to(self.device, non_blocking=True)
+                yield list(batch.to(self.device, non_blocking=True))
         finally:
             stop.set()
             while worker.is_alive():  # it may wait to put one more batch
@@ -1321,8 +1320,20 @@ def to_bytes(images):
 
 
 def from_bytes(images):
-    """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
-    return images.permute(0, 3, 1, 2).float().contiguous().div_(127.5).sub_(1)
+    """Pictures (B, 3, H, W) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def as_tensor(image, device):
+    """An (H, W) or (H, W, 3) uint8 array -> (1, H, W) or (1, 3, H, W) uint8 on the device."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0) if image.ndim == 3 else image))[None].to(
+        device
+    )
+
+
+def as_array(images):
+    """The first of (B, 3, H, W) in [-1, 1] -> (H, W, 3) uint8 array."""
+    return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
 
 
 def grid(columns):
@@ -1419,19 +1430,19 @@ def measure_labels(confusion):
 
 
 def level_counts(images):
-    """How often each level occurs in uint8 images (N, H, W, C): (C, 256); read in pieces, whatever the size."""
-    counts = np.zeros((images.shape[-1], 256), np.int64)
+    """How often each level occurs in uint8 images (N, C, H, W): (C, 256); read in pieces, whatever the size."""
+    counts = np.zeros((images.shape[1], 256), np.int64)
     for first in range(0, len(images), 64):
         piece = images[first : first + 64]
-        counts += [np.bincount(piece[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+        counts += [np.bincount(piece[:, c].ravel(), minlength=256) for c in range(images.shape[1])]
     return counts
 
 
 def constant_guesses(images, classes=None):
-    """The baselines that see no input: {name: (3,) colour in [-1, 1]}, from training images (N, H, W, 3) uint8, or from
-    label maps (N, H, W, 1) of a ClassTable, which also give the most frequent class."""
+    """The baselines that see no input: {name: (3,) colour in [-1, 1]}, from training images (N, 3, H, W) uint8, or from
+    label maps (N, 1, H, W) of a ClassTable, which also give the most frequent class."""
     counts, guesses = level_counts(images), {}
-    if images.shape[-1] == 1:
+    if images.shape[1] == 1:
         guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
         counts = np.stack([np.bincount(classes.palette[:, c], counts[0], 256) for c in range(3)])
     guesses["mean training colour"] = (counts * np.arange(256)).sum(1) / counts.sum(1)
@@ -1564,5 +1575,5 @@ def resize(image, size, labels=False):
 
 def save_sheet(path, pictures):
     """Writes {title: (H, W, 3) uint8} side by side, those that are None left out."""
-    columns = {k: from_bytes(torch.from_numpy(np.array(x))[None]) for k, x in pictures.items() if x is not None}
+    columns = {k: from_bytes(as_tensor(x, "cpu")) for k, x in pictures.items() if x is not None}
     save_grid(path, columns)

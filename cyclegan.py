@@ -105,9 +105,9 @@ class Domains:
             order = np.concatenate(rounds)[: len(self)]
             plan = rng.integers(0, (room + 1, room + 1, 2, 2 if self.classes else 1), (len(self), 4))
             index, plan = (common.rank_rows(x, self.cfg.batch_size)[first:] for x in (order, plan))
-            domains.append(zip(rows.batches(index), torch.from_numpy(plan).to(self.device), strict=True))
+            domains.append(zip(rows.batches(index), plan.tolist(), strict=True))
         for (a, jitters_a), (b, jitters_b) in zip(*domains, strict=True):
-            a, b = jitter(a, *jitters_a.unbind(1), self.cfg.size), jitter(b, *jitters_b.unbind(1), self.cfg.size)
+            a, b = jitter(a, jitters_a, self.cfg.size), jitter(b, jitters_b, self.cfg.size)
             yield self.side_A(a), self.side_B(b)
 
     def in_order(self, count, batch_size=8):
@@ -115,32 +115,34 @@ class Domains:
         for first in range(0, count, batch_size):
             last = min(first + batch_size, count)
             a, b = (next(rows.batches(np.arange(first, last)[None] % len(rows))) for rows in (self.rows_A, self.rows_B))
-            yield self.side_A(a), self.side_B(b)
+            yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
 
     def side_A(self, records):
-        """(B, S, S, 3 or more) uint8 -> (B, 3, S, S) in [-1, 1]."""
-        return common.from_bytes(records[..., :3])
+        """(B, 3 or more, S, S) uint8 -> (B, 3, S, S) in [-1, 1]."""
+        return common.from_bytes(records[:, :3])
 
     def side_B(self, records):
-        """(B, S, S, C) uint8 -> (B, 3, S, S) in [-1, 1], or (B, classes, S, S) one-hot, all zeros where ignored."""
-        records = records[..., 3:] if self.paired else records
-        return one_hot(records[..., 0], len(self.classes)) if self.classes else common.from_bytes(records)
+        """(B, C, S, S) uint8 -> (B, 3, S, S) in [-1, 1], or (B, classes, S, S) one-hot, all zeros where ignored."""
+        records = records[:, 3:] if self.paired else records
+        return one_hot(records[:, 0], len(self.classes)) if self.classes else common.from_bytes(records)
 
     def picture(self, images):
         """Images of domain B as pictures (B, 3, S, S) in [-1, 1]: one-hot maps in class colours."""
         if not self.classes:
             return images
-        return common.from_bytes(self.palette[torch.where(images.sum(1) > 0, images.argmax(1), common.IGNORED)])
+        index = torch.where(images.sum(1) > 0, images.argmax(1), common.IGNORED)
+        return common.from_bytes(self.palette[index].permute(0, 3, 1, 2))
 
 
-def jitter(images, top, left, flip, upside_down, size):
-    """Random crop and mirrors: images (B, S, S, C); top, left, flip, upside_down (B,) -> (B, size, size, C)."""
-    along = torch.arange(size, device=images.device)
-    y, x = top[:, None] + along, left[:, None] + along  # (B, size)
-    x = torch.where(flip[:, None] == 1, x.flip(1), x)
-    y = torch.where(upside_down[:, None] == 1, y.flip(1), y)
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch[:, None, None], y[:, :, None], x[:, None, :]]
+def jitter(images, plan, size):
+    """Random crops and mirrors: B images (C, S, S), and for each its (top, left, flip, upside_down) ->
+    (B, C, size, size)."""
+    crops = []
+    for image, (top, left, flip, upside_down) in zip(images, plan, strict=True):
+        crop = image[:, top : top + size, left : left + size]
+        crop = crop.flip(2) if flip else crop
+        crops.append(crop.flip(1) if upside_down else crop)
+    return torch.stack(crops)
 
 
 def one_hot(index, classes):
@@ -439,10 +441,10 @@ def generate(state, cfg, device):
     files = common.inputs_of(cfg.generate, cfg.out, labels=from_labels, by_stem=to_labels)
     for path in files:
         image = common.read_labels(path, classes) if from_labels else common.read_image(path)
-        small = torch.from_numpy(common.resize(image, (cfg.size, cfg.size), labels=from_labels))[None].to(device)
-        fake = translate(state, one_hot(small, len(classes)) if from_labels else common.from_bytes(small), cfg)[0]
-        fake = fake.argmax(0).byte() if to_labels else common.to_bytes(fake).permute(1, 2, 0)
-        back = common.resize(fake.cpu().numpy(), image.shape[1::-1], labels=to_labels)
+        small = common.as_tensor(common.resize(image, (cfg.size, cfg.size), labels=from_labels), device)
+        fake = translate(state, one_hot(small, len(classes)) if from_labels else common.from_bytes(small), cfg)
+        fake = fake[0].argmax(0).byte().cpu().numpy() if to_labels else common.as_array(fake)
+        back = common.resize(fake, image.shape[1::-1], labels=to_labels)
         if to_labels:
             common.write_labels(Path(cfg.out) / path.name, back, classes)
         else:

@@ -140,33 +140,32 @@ class Edits:
                 yield self.edit(a, b, box)
 
     def tiles(self, index, boxes, flips):
-        """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, S, S, 4) uint8 and box (B, 4)."""
-        boxes, flips = (torch.from_numpy(x).to(self.device) for x in (boxes, flips))
-        for records, box, flip in zip(
-            self.rows.batches(index.reshape(len(index), 2 * index.shape[1])), boxes, flips, strict=True
-        ):
-            yield mirror(records[::2], flip[:, :2]), mirror(records[1::2], flip[:, 2:]), box
+        """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, 4, S, S) uint8 and box (B, 4)."""
+        batches = self.rows.batches(index.reshape(len(index), 2 * index.shape[1]))
+        for images, box, flip in zip(batches, torch.from_numpy(boxes).to(self.device), flips, strict=True):
+            yield mirror(images[::2], flip[:, :2].tolist()), mirror(images[1::2], flip[:, 2:].tolist()), box
 
     def edit(self, a, b, box, use_ba=False):
-        """Records a and b (B, S, S, 4) uint8 and box (B, 4) -> a batch."""
+        """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> a batch."""
         inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        ab = torch.where(edit_mask(box, inside, self.cfg.size).permute(0, 2, 3, 1), b, a)
+        ab = torch.where(edit_mask(box, inside, self.cfg.size), b, a)
         if use_ba:
             a, b, ab, box = torch.cat([a, b]), torch.cat([b, a]), ab.repeat(2, 1, 1, 1), box.repeat(2, 1)
             inside = torch.cat([inside, ~inside])
-        rgb_a, rgb_ab, real = (common.from_bytes(x[..., :3]) for x in (a, ab, b))
-        return rgb_a, one_hot(ab[..., 3], len(self.classes)), rgb_ab, box, inside, real
+        rgb_a, rgb_ab, real = (common.from_bytes(x[:, :3]) for x in (a, ab, b))
+        return rgb_a, one_hot(ab[:, 3], len(self.classes)), rgb_ab, box, inside, real
 
     def picture(self, lc):
         """One-hot land cover (B, classes, S, S) -> (B, 3, S, S) in [-1, 1], in class colours."""
-        return common.from_bytes(self.palette[torch.where(lc.sum(1) > 0, lc.argmax(1), common.IGNORED)])
+        index = torch.where(lc.sum(1) > 0, lc.argmax(1), common.IGNORED)
+        return common.from_bytes(self.palette[index].permute(0, 3, 1, 2))
 
 
 def mirror(images, flips):
-    """Mirrors images (B, S, S, C) where the first column of flips (B, 2) is 1, turns them over where the second is."""
-    flip, upside_down = (flips == 1)[:, :, None, None, None].unbind(1)
-    images = torch.where(flip, images.flip(2), images)
-    return torch.where(upside_down, images.flip(1), images)
+    """B images (C, S, S), mirrored where the first of an image's two flips is 1, turned over where the second is ->
+    (B, C, S, S)."""
+    axes = [[axis for axis, on in zip((2, 1), flip, strict=True) if on] for flip in flips]
+    return torch.stack([image.flip(axis) if axis else image for image, axis in zip(images, axes, strict=True)])
 
 
 def one_hot(index, classes):
@@ -452,7 +451,7 @@ def show_samples(train, cfg):
     plan = train.plan(np.random.default_rng([cfg.seed, 0]), np.arange(len(train)), flips=1)
     a, b, box = next(train.tiles(*(x[None, : cfg.show_samples] for x in plan)))
     rgb_a, lc_ab, rgb_ab, box, inside, rgb_b = train.edit(a, b, box)
-    lc_a, lc_b = (one_hot(x[..., 3], len(train.classes)) for x in (a, b))
+    lc_a, lc_b = (one_hot(x[:, 3], len(train.classes)) for x in (a, b))
     lc_a, lc_b, lc_ab = map(train.picture, (lc_a, lc_b, lc_ab))
     columns = {"rgb_a": rgb_a, "lc_a": lc_a, "rgb_b": rgb_b, "lc_b": lc_b, "lc_ab": lc_ab, "rgb_ab": rgb_ab}
     mask = edit_mask(box, inside, cfg.size).float()
@@ -465,10 +464,10 @@ def generate(state, cfg, device):
     """Edits --generate's photograph as --lc and --paint say, and writes it to --out with a before/after sheet."""
     classes, small = common.ClassTable.load(cfg.lc_classes), (cfg.size, cfg.size)
     path, photo, before, after = common.read_edit(cfg, classes)
-    rgb = torch.from_numpy(common.resize(photo, small))[None].to(device)
-    label = torch.from_numpy(common.resize(after, small, labels=True))[None].to(device)
+    rgb = common.as_tensor(common.resize(photo, small), device)
+    label = common.as_tensor(common.resize(after, small, labels=True), device)
     fake = translate(state, (common.from_bytes(rgb), one_hot(label, len(classes))), cfg)
-    edited = common.resize(common.to_bytes(fake)[0].permute(1, 2, 0).cpu().numpy(), photo.shape[1::-1])
+    edited = common.resize(common.as_array(fake), photo.shape[1::-1])
     if cfg.keep_outside:
         edited = common.keep_outside(edited, photo, before, after)
     written = common.write_image(Path(cfg.out) / path.name, edited)

@@ -156,30 +156,29 @@ class Edits:
                 yield self.edit(a, b, box)
 
     def tiles(self, index, boxes, flips):
-        """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, S, S, 4) uint8 and box (B, 4)."""
-        boxes, flips = (torch.from_numpy(x).to(self.device) for x in (boxes, flips))
-        for records, box, flip in zip(
-            self.rows.batches(index.reshape(len(index), 2 * index.shape[1])), boxes, flips, strict=True
-        ):
-            yield mirror(records[::2], flip[:, :2]), mirror(records[1::2], flip[:, 2:]), box
+        """For rows (steps, B, 2), boxes and flips (steps, B, 4): records a, b (B, 4, S, S) uint8 and box (B, 4)."""
+        batches = self.rows.batches(index.reshape(len(index), 2 * index.shape[1]))
+        for images, box, flip in zip(batches, torch.from_numpy(boxes).to(self.device), flips, strict=True):
+            yield mirror(images[::2], flip[:, :2].tolist()), mirror(images[1::2], flip[:, 2:].tolist()), box
 
     def edit(self, a, b, box):
-        """Records a and b (B, S, S, 4) uint8 and box (B, 4) -> a batch."""
-        ab = torch.where(edit_mask(box, self.cfg.size).permute(0, 2, 3, 1), b, a)
-        rgb_a, rgb_ab, rgb_b = (common.from_bytes(x[..., :3]) for x in (a, ab, b))
-        lc_a, lc_ab, lc_b = (one_hot(x[..., 3], len(self.classes)) for x in (a, ab, b))
+        """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> a batch."""
+        ab = torch.where(edit_mask(box, self.cfg.size), b, a)
+        rgb_a, rgb_ab, rgb_b = (common.from_bytes(x[:, :3]) for x in (a, ab, b))
+        lc_a, lc_ab, lc_b = (one_hot(x[:, 3], len(self.classes)) for x in (a, ab, b))
         return rgb_a, lc_ab, rgb_ab, box, lc_a, rgb_b, lc_b
 
     def picture(self, lc):
         """One-hot land cover (B, classes, S, S) -> (B, 3, S, S) in [-1, 1], in class colours."""
-        return common.from_bytes(self.palette[torch.where(lc.sum(1) > 0, lc.argmax(1), common.IGNORED)])
+        index = torch.where(lc.sum(1) > 0, lc.argmax(1), common.IGNORED)
+        return common.from_bytes(self.palette[index].permute(0, 3, 1, 2))
 
 
 def mirror(images, flips):
-    """Mirrors images (B, S, S, C) where the first column of flips (B, 2) is 1, turns them over where the second is."""
-    flip, upside_down = (flips == 1)[:, :, None, None, None].unbind(1)
-    images = torch.where(flip, images.flip(2), images)
-    return torch.where(upside_down, images.flip(1), images)
+    """B images (C, S, S), mirrored where the first of an image's two flips is 1, turned over where the second is ->
+    (B, C, S, S)."""
+    axes = [[axis for axis, on in zip((2, 1), flip, strict=True) if on] for flip in flips]
+    return torch.stack([image.flip(axis) if axis else image for image, axis in zip(images, axes, strict=True)])
 
 
 def one_hot(index, classes):
@@ -404,7 +403,7 @@ def style_loss(vgg, fake, target):
 
 
 def inverse_frequency(labels, classes):
-    """Class weights from training label maps (N, H, W, 1) uint8: the mean frequency over each class's own, at most 10,
+    """Class weights from training label maps (N, 1, H, W) uint8: the mean frequency over each class's own, at most 10,
     0 for a class that does not occur: (classes,) float32."""
     counts = common.level_counts(labels)[0, :classes]
     occurring = counts[counts > 0].mean() if counts.any() else 1.0
@@ -580,8 +579,8 @@ def generate(state, cfg, device):
     sheet; and, of several, the standard deviation, white at 32 levels or more, as a picture."""
     classes, small = common.ClassTable.load(cfg.lc_classes), (cfg.size, cfg.size)
     path, photo, before, after = common.read_edit(cfg, classes)
-    rgb = torch.from_numpy(common.resize(photo, small))[None].to(device)
-    label = torch.from_numpy(common.resize(after, small, labels=True))[None].to(device)
+    rgb = common.as_tensor(common.resize(photo, small), device)
+    label = common.as_tensor(common.resize(after, small, labels=True), device)
     pictures = {"before": photo, "land cover": None if before is None else classes.palette[before]}
     pictures |= {"edited land cover": classes.palette[after]}
     answers, names = [], [path.name]
@@ -590,7 +589,7 @@ def generate(state, cfg, device):
     torch.manual_seed(cfg.seed)
     for name in names:
         fake = translate(state, (common.from_bytes(rgb), one_hot(label, len(classes))), cfg)
-        edited = common.resize(common.to_bytes(fake)[0].permute(1, 2, 0).cpu().numpy(), photo.shape[1::-1])
+        edited = common.resize(common.as_array(fake), photo.shape[1::-1])
         if cfg.keep_outside:
             edited = common.keep_outside(edited, photo, before, after)
         common.write_image(Path(cfg.out) / name, edited)

@@ -113,30 +113,31 @@ class Pairs:
         order = rng.permutation(len(self))
         plan = rng.integers(0, (room + 1, room + 1, 2), (len(self), 3))  # top, left, flip of every image
         index, plan = (common.rank_rows(x, self.cfg.batch_size)[first:] for x in (order, plan))  # (batches, B, ...)
-        for records, jitters in zip(self.rows.batches(index), torch.from_numpy(plan).to(self.device), strict=True):
-            yield self.sides(jitter(records, *jitters.unbind(1), self.cfg.size))
+        for images, jitters in zip(self.rows.batches(index), plan.tolist(), strict=True):
+            yield self.sides(jitter(images, jitters, self.cfg.size))
 
     def in_order(self, count, batch_size=8):
-        """The first `count` records, without jitter, in batches (B, S, S, 3 + C) uint8."""
+        """The first `count` records, without jitter, in batches (B, 3 + C, S, S) uint8."""
         for first in range(0, count, batch_size):
-            yield from self.rows.batches(np.arange(first, min(first + batch_size, count))[None])
+            index = np.arange(first, min(first + batch_size, count))[None]
+            yield torch.stack(next(self.rows.batches(index)))
 
     def sides(self, records):
-        """Records (B, S, S, 3 + C) uint8 -> (input, target), each (B, 3, S, S) in [-1, 1]; labels in class colours."""
-        a, b = records[..., :3], records[..., 3:]
+        """Records (B, 3 + C, S, S) uint8 -> (input, target), each (B, 3, S, S) in [-1, 1]; labels in class colours."""
+        a, b = records[:, :3], records[:, 3:]
         if self.palette is not None:
-            b = self.palette[b[..., 0].long()]
+            b = self.palette[b[:, 0].long()].permute(0, 3, 1, 2)
         a, b = common.from_bytes(a), common.from_bytes(b)
         return (a, b) if self.cfg.direction == "AtoB" else (b, a)
 
 
-def jitter(images, top, left, flip, size):
-    """Random crop and mirror: images (B, S, S, C); top, left, flip (B,) -> (B, size, size, C)."""
-    along = torch.arange(size, device=images.device)
-    y, x = top[:, None] + along, left[:, None] + along  # (B, size)
-    x = torch.where(flip[:, None] == 1, x.flip(1), x)
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch[:, None, None], y[:, :, None], x[:, None, :]]
+def jitter(images, plan, size):
+    """Random crops and mirrors: B images (C, S, S), and for each its (top, left, flip) -> (B, C, size, size)."""
+    crops = []
+    for image, (top, left, flip) in zip(images, plan, strict=True):
+        crop = image[:, top : top + size, left : left + size]
+        crops.append(crop.flip(2) if flip else crop)
+    return torch.stack(crops)
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -439,7 +440,7 @@ def evaluate(state, val, cfg, count, constants=None):
         for row, guess in guesses.items():
             measured.setdefault(row, []).append(common.measure_images(common.to_bytes(guess), common.to_bytes(y)))
             if val.classes and cfg.direction == "AtoB":  # the target is a label map drawn in its colours
-                labels = common.nearest_class(guess, val.classes), records[..., 3]
+                labels = common.nearest_class(guess, val.classes), records[:, 3]
                 confusions[row] = confusions.get(row, 0) + common.confusion_matrix(*labels, len(val.classes))
     rows = {row: common.average_measures(batches) for row, batches in measured.items()}
     return {row: rows[row] | (common.measure_labels(confusions[row]) if confusions else {}) for row in rows}
@@ -455,10 +456,8 @@ def generate(state, cfg, device):
     for path in files:
         torch.manual_seed(cfg.seed)  # for each: a picture does not depend on the others in its folder
         image = classes.palette[common.read_labels(path, classes)] if classes else common.read_image(path)
-        small = torch.from_numpy(common.resize(image, (cfg.size, cfg.size), labels=classes is not None))[None].to(
-            device
-        )
-        fake = common.to_bytes(translate(state, common.from_bytes(small), cfg))[0].permute(1, 2, 0).cpu().numpy()
+        small = common.as_tensor(common.resize(image, (cfg.size, cfg.size), labels=classes is not None), device)
+        fake = common.as_array(translate(state, common.from_bytes(small), cfg))
         common.write_image(Path(cfg.out) / path.name, common.resize(fake, image.shape[1::-1]))
     print(f"{len(files)} images written to {cfg.out}")
 

@@ -52,7 +52,7 @@ def test_unaligned(tmp_path):
     split = find_images(tmp_path, "train")
     assert (split.layout, split.paired, len(split.A), len(split.B)) == ("unaligned", False, 3, 2)
     store = ImageStore(config(tmp_path, tmp_path / "cache"), "train", 8)
-    assert store.A.shape == (3, 8, 8, 3) and store.B.shape == (2, 8, 8, 3) and store.records is None
+    assert store.A.shape == (3, 3, 8, 8) and store.B.shape == (2, 3, 8, 8) and store.records is None
 
 
 def test_land_cover(landcover):
@@ -69,7 +69,7 @@ def test_inria(tmp_path):
     assert stems(train.A) == ["austin6", "tyrol-w10", "vienna36"] and train.layout == "Inria"
     assert stems(val.A) == ["austin1", "austin5", "tyrol-w2"]
     store = ImageStore(config(tmp_path, tmp_path / "cache", patch=20), "train", 20)
-    assert store.records.shape == (12, 20, 20, 4) and set(np.unique(store.B)) == {0, 1}
+    assert store.records.shape == (12, 4, 20, 20) and set(np.unique(store.B)) == {0, 1}
 
 
 def test_classes_turn_any_layout_into_label_maps(pairs, tmp_path):
@@ -218,7 +218,7 @@ def test_store_holds_the_resized_images(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path), "train", 40)
     both = Image.open(pairs / "train" / "3.png")
     a = np.asarray(both.crop((0, 0, 80, 80)).resize((40, 40), Image.Resampling.BICUBIC))
-    assert (store.A[3] == a).all() and store.records.shape == (6, 40, 40, 6)
+    assert (store.A[3].transpose(1, 2, 0) == a).all() and store.records.shape == (6, 6, 40, 40)
     assert np.shares_memory(store.A, store.records)
 
 
@@ -226,7 +226,8 @@ def test_patches(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path, patch=32), "train", 32)
     both = np.asarray(Image.open(pairs / "train" / "0.png"))
     assert len(store.A) == 6 * 4  # what does not fill a patch is left out
-    assert (store.A[1] == both[:32, 32:64]).all() and (store.B[2] == both[32:64, 80:112]).all()
+    assert (store.A[1].transpose(1, 2, 0) == both[:32, 32:64]).all()
+    assert (store.B[2].transpose(1, 2, 0) == both[32:64, 80:112]).all()
     with pytest.raises(UserError, match="--patch 81"):
         ImageStore(config(pairs, tmp_path, patch=81), "train", 32)
 
@@ -245,7 +246,7 @@ def test_maps_patch_count(tmp_path):
 
 def test_labels_are_resized_with_nearest_only(landcover, tmp_path):
     store = ImageStore(config(landcover, tmp_path), "train", 50)
-    assert store.B.shape == (4, 50, 50, 1) and set(np.unique(store.B)) == {0, 1, 2, 255}
+    assert store.B.shape == (4, 1, 50, 50) and set(np.unique(store.B)) == {0, 1, 2, 255}
 
 
 def store_files(folder):
@@ -308,7 +309,7 @@ def test_rows_gather(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path), "train", 32)
     index = np.array([[3, 1], [0, 5]])
     batches = list(common.Rows(store.records, torch.device("cpu")).batches(index))
-    assert all((batch.numpy() == store.records[rows]).all() for batch, rows in zip(batches, index, strict=True))
+    assert all((np.stack(batch) == store.records[rows]).all() for batch, rows in zip(batches, index, strict=True))
 
 
 def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path, monkeypatch):
@@ -316,7 +317,8 @@ def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     rows = common.Rows(ImageStore(config(pairs, tmp_path), "train", 32).records, torch.device("cpu"))
     index = np.arange(6).repeat(4).reshape(12, 2)
-    assert all(torch.equal(a, b) for a, b in zip(rows._prefetched(index), rows.batches(index), strict=True))
+    for one, other in zip(rows._prefetched(index), rows.batches(index), strict=True):
+        assert torch.equal(torch.stack(one), torch.stack(other))
     half = rows._prefetched(index)
     next(half)
     half.close()  # ends the thread although it waits to put the next batch
@@ -386,22 +388,25 @@ def test_label_measures_by_hand():
 
 
 def test_constant_guesses():
-    images = np.zeros((2, 4, 4, 3), np.uint8)
-    images[0, ..., 0], images[1, :1, :, 1] = 200, 80
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    images[0, 0], images[1, 1, :1] = 200, 80
     guesses = common.constant_guesses(images)
     bytes_of = {name: common.to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
     table = ClassTable.load(json.dumps(TABLE))
-    labels = np.array([0, 1, 1, 2, 1, 255, 255, 255, 255], np.uint8).reshape(1, 3, 3, 1)
+    labels = np.array([0, 1, 1, 2, 1, 255, 255, 255, 255], np.uint8).reshape(1, 1, 3, 3)
     frequent = common.to_bytes(common.constant_guesses(labels, table)["most frequent class"])
     assert tuple(frequent.tolist()) == table.colors[1]
-    drawn = torch.tensor([[table.colors[2]]]).view(1, 1, 1, 3)
+    drawn = torch.tensor(table.colors[2]).view(1, 3, 1, 1)
     assert common.nearest_class(common.from_bytes(drawn), table).item() == 2
 
 
 def test_bytes_and_back():
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    assert torch.equal(common.to_bytes(common.from_bytes(levels))[0, 0], levels[0, ..., 0])
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(common.to_bytes(common.from_bytes(levels)), levels)
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert (common.as_array(common.from_bytes(common.as_tensor(picture, "cpu"))) == picture).all()
+    assert common.from_bytes(common.as_tensor(picture, "cpu")).is_contiguous()
     assert common.to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 

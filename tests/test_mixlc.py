@@ -56,12 +56,13 @@ def test_paste_geometry_pixel_by_pixel(data, tmp_path, box):
         row_a, row_b = plan[0][k]
         top, left, height, width = plan[1][k]
         want = np.array(records[row_a])
-        want[top : top + height, left : left + width] = records[row_b][top : top + height, left : left + width]
-        assert (common.to_bytes(rgb_ab[k]).permute(1, 2, 0).numpy() == want[..., :3]).all()
-        assert (common.to_bytes(rgb_a[k]).permute(1, 2, 0).numpy() == records[row_a][..., :3]).all()
-        assert (common.to_bytes(real[k]).permute(1, 2, 0).numpy() == records[row_b][..., :3]).all()
+        part = slice(top, top + height), slice(left, left + width)
+        want[:, *part] = records[row_b][:, *part]
+        assert (common.to_bytes(rgb_ab[k]).numpy() == want[:3]).all()
+        assert (common.to_bytes(rgb_a[k]).numpy() == records[row_a][:3]).all()
+        assert (common.to_bytes(real[k]).numpy() == records[row_b][:3]).all()
         index = torch.where(lc_ab[k].sum(0) > 0, lc_ab[k].argmax(0), 255)
-        assert (index.numpy() == want[..., 3]).all()
+        assert (index.numpy() == want[3]).all()
     assert inside.all()
 
 
@@ -88,12 +89,12 @@ def test_b_is_never_a_and_may_be_any_other(data, tmp_path):
 
 def test_flips_are_joint_for_photograph_and_land_cover_and_separate_for_a_and_b():
     y, x = np.mgrid[:8, :8].astype(np.uint8)
-    images = torch.from_numpy(np.stack([y, x, y, x], -1)[None].repeat(4, 0))
-    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    images = torch.from_numpy(np.stack([y, x, y, x])[None].repeat(4, 0))
+    flips = [[0, 0], [1, 0], [0, 1], [1, 1]]
     out = mixlc.mirror(images, flips).numpy()
-    for image, (flip, upside_down) in zip(out, flips.tolist(), strict=True):
-        want = images[0].numpy()[:: -1 if upside_down else 1, :: -1 if flip else 1]
-        assert (image == want).all() and (image[..., 0] == image[..., 2]).all()
+    for image, (flip, upside_down) in zip(out, flips, strict=True):
+        want = images[0].numpy()[:, :: -1 if upside_down else 1, :: -1 if flip else 1]
+        assert (image == want).all() and (image[0] == image[2]).all()
 
 
 def test_all_four_flips_are_drawn(data, tmp_path):
@@ -104,12 +105,12 @@ def test_all_four_flips_are_drawn(data, tmp_path):
 def test_real_is_never_a_collage(data, tmp_path):
     """Every "real" is one of the files, mirrored or not; rgb_ab is none of them."""
     train = edits(data, tmp_path)
-    whole = np.array(train.store.records[..., :3])
-    known = {image[::v, ::h].tobytes() for image in whole for v in (1, -1) for h in (1, -1)}
+    whole = np.array(train.store.records[:, :3])
+    known = {image[:, ::v, ::h].tobytes() for image in whole for v in (1, -1) for h in (1, -1)}
     for _, _, rgb_ab, _, _, real in train.batches(0):
         for image, collage in zip(real, rgb_ab, strict=True):
-            assert common.to_bytes(image).permute(1, 2, 0).contiguous().numpy().tobytes() in known
-            assert common.to_bytes(collage).permute(1, 2, 0).contiguous().numpy().tobytes() not in known
+            assert common.to_bytes(image).contiguous().numpy().tobytes() in known
+            assert common.to_bytes(collage).contiguous().numpy().tobytes() not in known
 
 
 def test_use_ba_adds_the_complement(data, tmp_path):

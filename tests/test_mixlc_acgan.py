@@ -156,9 +156,9 @@ def test_class_loss_by_hand_with_weights_and_ignored_pixels():
 
 
 def test_class_weights_by_hand():
-    labels = np.array([0] * 6 + [1] * 2 + [255] * 8, np.uint8).reshape(1, 4, 4, 1)
+    labels = np.array([0] * 6 + [1] * 2 + [255] * 8, np.uint8).reshape(1, 1, 4, 4)
     assert mixlc_acgan.inverse_frequency(labels, 3).tolist() == pytest.approx([4 / 6, 4 / 2, 0.0])
-    rare = np.array([0] * 1023 + [1], np.uint8).reshape(1, 32, 32, 1)
+    rare = np.array([0] * 1023 + [1], np.uint8).reshape(1, 1, 32, 32)
     assert mixlc_acgan.inverse_frequency(rare, 2).tolist() == pytest.approx([512 / 1023, 10.0])
 
 

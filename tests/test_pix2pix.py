@@ -348,19 +348,19 @@ def test_cuda_rows_resident_and_prefetched_agree():
 def coordinates(count, side):
     """Records whose first two channels say where a pixel was, and whose other four repeat them for the target."""
     y, x = np.mgrid[:side, :side].astype(np.uint8)
-    record = np.stack([y, x, y * 0, y, x, y * 0], -1)
+    record = np.stack([y, x, y * 0, y, x, y * 0])
     return torch.from_numpy(np.repeat(record[None], count, 0))
 
 
 def test_jitter_is_the_same_for_input_and_target():
     rng = np.random.default_rng(0)
-    plan = torch.from_numpy(rng.integers(0, (9, 9, 2), (32, 3)))
-    out = pix2pix.jitter(coordinates(32, 72), *plan.unbind(1), 64)
-    assert torch.equal(out[..., :3], out[..., 3:])
-    for image, (top, left, flip) in zip(out, plan.tolist(), strict=True):
+    plan = rng.integers(0, (9, 9, 2), (32, 3)).tolist()
+    out = pix2pix.jitter(coordinates(32, 72), plan, 64)
+    assert torch.equal(out[:, :3], out[:, 3:])
+    for image, (top, left, flip) in zip(out, plan, strict=True):
         y, x = np.mgrid[top : top + 64, left : left + 64]
         x = x[:, ::-1] if flip else x
-        assert (image[..., 0].numpy() == y).all() and (image[..., 1].numpy() == x).all()
+        assert (image[0].numpy() == y).all() and (image[1].numpy() == x).all()
 
 
 @pytest.fixture
@@ -400,11 +400,11 @@ def test_ranks_share_an_epoch_without_sharing_an_image(train, monkeypatch):
 
 def test_crop_offsets_reach_both_ends(train, monkeypatch):
     honest, drawn = pix2pix.jitter, []
-    monkeypatch.setattr(pix2pix, "jitter", lambda *args: (drawn.append(torch.stack(args[1:4])), honest(*args))[1])
+    monkeypatch.setattr(pix2pix, "jitter", lambda *args: (drawn.extend(args[1]), honest(*args))[1])
     for epoch in range(40):
         list(train.batches(epoch))
-    top, left, flip = torch.cat(drawn, 1)
-    assert set(top.tolist()) == set(left.tolist()) == set(range(9)) and set(flip.tolist()) == {0, 1}  # 72 - 64 = 8
+    top, left, flip = zip(*drawn, strict=True)
+    assert set(top) == set(left) == set(range(9)) and set(flip) == {0, 1}  # 72 - 64 = 8
 
 
 def test_validation_is_not_augmented(pairs, tmp_path):
