@@ -5,9 +5,8 @@ options     option, parse, settle
 device      start, seed_step, autocast, adam, set_lr, average_gradients, fast_step, GraphedStep
 data        ClassTable, find_images, read_image, read_labels, ImageStore, Rows, rank_rows, demo_world
 runs        Run, save_checkpoint, load_checkpoint, restore, load_generator, save_grid
-measures    measure_images, confusion_matrix, measure_labels, level_counts, constant_guesses,
-                write_evaluation
-generation  inputs_of, write_image
+measures    measure_images, confusion_matrix, measure_labels, level_counts, constant_guesses, write_evaluation
+generation  inputs_of, write_image, write_labels, read_edit, keep_outside, save_sheet
 """
 
 import argparse
@@ -15,7 +14,6 @@ import collections
 import contextlib
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
@@ -30,6 +28,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,10 +44,6 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake of the user's: its text names the file or the option and the remedy, on one line."""
-
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
-_DISK_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
 
 
 def command(main):
@@ -67,8 +62,11 @@ def command(main):
             if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text):
                 raise
             message = "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
+        except BrokenPipeError:  # whoever read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno is None:
                 raise
             message = f"{error.filename or 'writing'}: {error.strerror}; choose another place with --out or --cache"
         for bar in list(getattr(tqdm, "_instances", [])):  # a line of its own, not the end of a progress bar
@@ -126,7 +124,8 @@ def parse(config, doc, quick, argv=None):
     groups = {}
     for group, field in grouped_fields(config):
         groups.setdefault(group, parser.add_argument_group(group))
-        shown = {True: "on", False: "off", "": "none", (): "none"}.get(field.default, field.default)
+        shown = "none" if field.default in ("", ()) else field.default
+        shown = ("off", "on")[shown] if isinstance(shown, bool) else shown
         kwargs = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{field.metadata['help']} [{shown}]"}
         if isinstance(field.default, bool):
             kwargs["action"] = argparse.BooleanOptionalAction
@@ -148,6 +147,7 @@ def parse(config, doc, quick, argv=None):
     return config(**({**quick, **given} if given.get("quick") else given)), given
 
 
+GENERATION_ALONE = {"lc", "lc_before", "paint", "samples", "keep_outside"}
 RESUME_MAY_CHANGE = {"data", "cache", "out", "resume", "device", "track", "save_every"}
 
 
@@ -158,6 +158,12 @@ def settle(cfg, given, script):
     --evaluate and --generate only the options of the group "model" are held to the checkpoint's.
     """
     using = cfg.generate or cfg.evaluate
+    lone = sorted(GENERATION_ALONE & set(given))
+    if lone and not cfg.generate:
+        raise UserError(f"{flag(lone[0])} goes with --generate FILE")
+    for name, value in vars(cfg).items():
+        if (name.startswith("init") or name == "vgg16") and value and not Path(value).is_file():
+            raise UserError(f"{flag(name)} {value}: no such file")
     if cfg.checkpoint and not using:
         raise UserError("--checkpoint goes with --generate or --evaluate (to go on training: --resume, or --init)")
     if cfg.resume and using:
@@ -173,14 +179,13 @@ def settle(cfg, given, script):
         found = [run for run in runs if (run / "checkpoints" / "last.pt").is_file()]
         found = [run for run in found if cfg.out or re.fullmatch(rf"{script}(-\d+)?", run.name)]
         if not found:
-            raise UserError(
-                f"--resume: no checkpoints/last.pt in {cfg.out or f'runs/{script}'}: start without --resume"
-            )
+            where = cfg.out or f"runs/{script}"
+            raise UserError(f"--resume: no checkpoints/last.pt in {where}: start without --resume")
         run = max(found, key=lambda run: (run / "checkpoints" / "last.pt").stat().st_mtime)
         path = run / "checkpoints" / "last.pt"
     else:
         path = Path(cfg.checkpoint)
-        run = path.parent.parent if path.parent.name == "checkpoints" else Path(f"runs/{script}")
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
     checkpoint = load_checkpoint(path, script)
     saved, world = checkpoint["config"], rank_and_world()[1]
     if cfg.resume:
@@ -195,7 +200,7 @@ def settle(cfg, given, script):
         if name == "lc_classes" and given[name] and saved[name]:
             same = ClassTable.load(given[name]) == ClassTable.load(saved[name])
         if not same:
-            raise UserError(f"{flag(name)} {given[name]} contradicts {path} ({saved[name]}): leave the option out")
+            raise UserError(f"{flag(name)} {given[name]} contradicts {path} ({str(saved[name])[:60]}): leave it out")
     typed = {name: value for name, value in given.items() if name not in held}
     known = {field.name for field in dataclasses.fields(cfg)}
     adopted = {name: value for name, value in saved.items() if name in known} | typed
@@ -211,6 +216,8 @@ def _new_folder(out, script):
     if out:
         if (Path(out) / "checkpoints" / "last.pt").exists():
             raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
+        if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "checkpoints").is_dir():
+            raise UserError(f"--out {out} holds other files: choose an empty or a new folder")
         return out
     Path("runs").mkdir(exist_ok=True)
     for k in itertools.count(1):
@@ -390,15 +397,16 @@ class ClassTable:
         if source in BUILTIN_CLASSES:
             return ClassTable._build(BUILTIN_CLASSES[source], source == "maps", source)
         try:
-            table = json.loads(source if source.lstrip().startswith(("[", "{")) else Path(source).read_text())
+            table = json.loads(
+                source if source.lstrip().startswith(("[", "{")) else Path(source).read_text("utf-8-sig")
+            )
             entries, nearest = (table["classes"], table["nearest"]) if isinstance(table, dict) else (table, False)
             return ClassTable._build(entries, nearest, source[:60])
         except FileNotFoundError:
             raise UserError(f"class table {source}: no such file (built in: {', '.join(BUILTIN_CLASSES)})") from None
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-            raise UserError(
-                f"class table {source[:60]}: not a list of {{name, color, value, ignore}} ({error!r})"
-            ) from None
+            what = "not a list of {name, color, value, ignore}"
+            raise UserError(f"class table {source[:60]}: {what} ({error!r})") from None
 
     @staticmethod
     def _build(entries, nearest, source):
@@ -500,15 +508,15 @@ def _decoding(path):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (
-        Exception
-    ) as error:  # Pillow and numpy raise OSError, SyntaxError, ValueError, BadZipFile, ... as files differ
+    except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
         raise UserError(f"{path}: cannot be decoded ({error}): replace or remove the file") from None
 
 
 def read_image(path):
     """An image file as (H, W, 3) uint8."""
     with _decoding(path), Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: has more than 8 bits a channel: convert it to 8 bits, with limits of your choice")
         return np.asarray(image.convert("RGB"))
 
 
@@ -521,6 +529,8 @@ def read_labels(path, table):
                 array = array[array.files[0]]
             if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
                 return table.from_one_hot(array, path)
+            if not (array == array.astype(np.int64)).all():
+                raise UserError(f"{path}: holds fractions, which are no class indices")
             return table.from_codes(array.squeeze().astype(np.int64), path)
         with Image.open(path) as image:
             if image.mode == "P":  # class colours that were stored with a palette, or else indices
@@ -595,7 +605,8 @@ def find_images(data, split, lc_classes=""):
     """
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such directory")
+        what = "is a file, not a directory" if root.is_file() else "no such directory"
+        raise UserError(f"--data {root}: {what} (--data also tells a checkpoint where its data lies now)")
     table_file = root / "classes.json"
     inria = root / "train" / "images", root / "train" / "gt"
     found = str(table_file) if table_file.is_file() else "binary" if inria[1].is_dir() else ""
@@ -642,6 +653,15 @@ def _split(root, layout, name, folder_a, folder_b, a, b, table, pictures):
 # ------------------------------------------------------------------------------------------- data: decoded just once
 
 
+def _readable(path):
+    """Whether path is a whole .npy file."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 class ImageStore:
     """Every image of a split, decoded, cut and resized once, in a memory-mapped uint8 file that later runs find again.
 
@@ -673,35 +693,30 @@ class ImageStore:
             self.A = self._open([(path, None) for path in self.split.A], "A")
             self.B = self._open([(None, path) for path in self.split.B], "B")
         if rank_and_world()[0] == 0:
-            files = (
-                f"{len(self.split.A)} + {len(self.split.B)} files" if not self.paired else f"{len(self.split.A)} files"
-            )
-            labels = f", B labels of {len(self.classes)} classes" if self.classes else ""
+            files = f"{len(self.split.A)}" + ("" if self.paired else f" + {len(self.split.B)}") + " files"
             cut = f" cut into {len(self.A)} patches of {self.patch}" if self.patch else ""
-            print(
-                f"{self.split.root}: {self.split.layout}, split {self.split.name}: {files}{cut}{labels}",
-                file=sys.stderr,
-            )
+            about = f"{self.split.root}: {self.split.layout}, split {self.split.name}: {files}{cut}{self._labels()}"
+            print(about, file=sys.stderr)
+
+    def _labels(self):
+        """What there is to say of B's labels; refuses maps without any."""
+        if not self.classes:
+            return ""
+        ignored = np.mean(self.B[:: -(-len(self.B) // 100)] == IGNORED)
+        if ignored == 1 and all((image == IGNORED).all() for image in self.B):
+            raise UserError(f"{self.split.root}, split {self.split.name}: no pixel has a class: check the class table")
+        share = f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else ""
+        return f", B labels of {len(self.classes)} classes{share}"
 
     def _open(self, pairs, what):
-        text = [
-            str(
-                (
-                    what,
-                    "planar",
-                    self.side,
-                    self.patch,
-                    self.split.halves,
-                    self.classes and (self.classes.rows, self.classes.nearest),
-                )
-            )
-        ]
+        table = self.classes and (self.classes.rows, self.classes.nearest)
+        text = [f"{what} planar {self.side} {self.patch} {self.split.halves} {table}"]
         for path in (path for pair in pairs for path in pair if path):
             stat = path.stat()
-            text.append(f"{path.relative_to(self.split.root)} {stat.st_size} {stat.st_mtime_ns}")
-        digest = hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+            text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+        digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         path = self.cache / f"{re.sub(r'[^A-Za-z0-9]+', '-', self.split.name)}-{what}-{self.side}px-{digest}.npy"
-        if first_here() and not path.is_file():
+        if first_here() and not _readable(path):
             self._build(pairs, path)
         if rank_and_world()[1] > 1:
             dist.barrier()
@@ -753,9 +768,8 @@ class ImageStore:
                 raise UserError(f"{pair[0]}: {width}x{height} is no pair side by side, which is twice as wide as high")
             width = height
         elif sizes[0] != sizes[-1]:
-            raise UserError(
-                f"{pair[0]} is {width}x{height} but {pair[1]} is {sizes[1][0]}x{sizes[1][1]}: sizes must agree"
-            )
+            other = f"{pair[1]} is {sizes[1][0]}x{sizes[1][1]}"
+            raise UserError(f"{pair[0]} is {width}x{height} but {other}: sizes must agree")
         if min(width, height, self.patch or width) < self.smallest:
             cut = f" cut into patches of {self.patch}" if self.patch else ""
             raise UserError(f"{next(filter(None, pair))}: {width}x{height}{cut} is smaller than --size {self.smallest}")
@@ -948,28 +962,34 @@ def save_checkpoint(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason}): free some space; what was saved before is kept"
-        ) from None
+        remedy = "free some space; what was saved before is kept"
+        raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
     finally:
         aside.unlink(missing_ok=True)
 
 
 def load_weights(path):
     """A file of tensors, read with weights_only=True onto the CPU."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a directory: name a file, such as {Path(path) / 'checkpoints' / 'last.pt'}")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load checks no sums
+            raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         reason = (str(error).splitlines() or [repr(error)])[0][:90]
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
+        older = sorted(Path(path).parent.glob("epoch_*.pt"))[-1:] if Path(path).name == "last.pt" else []
+        remedy = f": {older[0]} is an older one, to put in its place" if older else ""
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}){remedy}") from None
 
 
 def load_checkpoint(path, script):
     """A checkpoint that script ("pix2pix", ...) wrote; refuses another script's."""
     content = load_weights(path)
-    if not (isinstance(content, dict) and {"script", "config", "state"} <= content.keys()):
+    parts = [content.get(name) for name in ("config", "state")] if isinstance(content, dict) else [None]
+    if not (all(isinstance(part, dict) for part in parts) and "script" in content):
         raise UserError(f"{path}: not a checkpoint of {script}.py (published generator weights go with --init)")
     if content["script"] != script:
         raise UserError(f"{path}: written by {content['script']}.py: use that script, not {script}.py")
@@ -1015,8 +1035,8 @@ def load_generator(module, path, cfg, key="G"):
     """Fills a generator from path: network `key` of one of our checkpoints, or a bare state dict (a published
     generator's), whose tensors are taken by position. Buffers of InstanceNorm layers in old files are dropped."""
     content = load_weights(path)
-    if isinstance(content, dict) and "state" in content and key in content["state"]:
-        content = content["state"][key]
+    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+        content = content["state"].get(key)
     if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
         raise UserError(f"{path}: holds no generator {key} and is no state dict")
     ours = module.state_dict()
@@ -1033,9 +1053,9 @@ def load_generator(module, path, cfg, key="G"):
     module.load_state_dict(dict(zip(ours, content.values(), strict=True)))
 
 
-def vgg16_weights(path, names):
-    """The tensors `names` (features.0.weight, ...) of ImageNet's VGG16 in torchvision's layout, {name: tensor}: from a
-    file, or, for "", from torch.hub's cache or its download, whose hash is checked."""
+def vgg16_weights(path, wanted):
+    """Tensors of the names and shapes of `wanted` (features.0.weight, ...), of ImageNet's VGG16 in torchvision's
+    layout, {name: tensor}: from a file, or, for "", from torch.hub's cache or its download, whose hash is checked."""
     if path:
         weights = load_weights(path)
     else:
@@ -1045,15 +1065,20 @@ def vgg16_weights(path, names):
         except Exception as error:
             remedy = f"fetch {url} and pass it with --vgg16 FILE"
             raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
-    missing = [name for name in names if not (isinstance(weights, dict) and name in weights)]
-    if missing:
-        raise UserError(f"--vgg16 {path}: no {missing[0]} in it: torchvision's vgg16 state dict is needed")
-    return {name: weights[name] for name in names}
+    for name, tensor in wanted.items():
+        found = weights.get(name) if isinstance(weights, dict) else None
+        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
+            what = f"no {name} of shape {tuple(tensor.shape)}"
+            raise UserError(f"--vgg16 {path}: {what} in it: torchvision's vgg16 state dict is needed")
+    return {name: weights[name] for name in wanted}
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+    SIGNALS.append(signal.SIGHUP)
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
 
 
@@ -1065,7 +1090,7 @@ class Run:
     scores           names of the measures that close an epoch's last row of metrics.csv
 
     epoch, batch, step  where training stands: epochs done, batches done in this epoch, steps done in all
-    interrupted         the number of a signal (SIGINT, SIGTERM) that asked to stop, else 0
+    interrupted         the number of a signal (one of SIGNALS) that asked to stop, else 0
     """
 
     def __init__(self, cfg, checkpoint, script, steps_per_epoch, scores=()):
@@ -1075,7 +1100,7 @@ class Run:
         self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
         self.names, self.sums, self.count, self.lr = saved["names"], saved["sums"], saved["count"], 0.0
         self.interrupted, self.means, self.tracker = 0, {}, None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, self._interrupt)
         if self.rank:
             self.bar = tqdm(disable=True)
@@ -1093,7 +1118,7 @@ class Run:
         (self.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         self.metrics = self.out / "metrics.csv"
         rows = read_metrics(self.metrics) if checkpoint else []
-        self.rows = [row for row in rows if int(row["step"]) <= self.step]
+        self.rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= self.step]
         self._rewrite_metrics()
         if cfg.track:
             self.tracker = _tracker(cfg, self.out, script)
@@ -1105,6 +1130,8 @@ class Run:
     def _interrupt(self, number, frame):
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if self.rank == 0:
+            os.write(2, b"\nstopping: this step is finished and saved first\n")
 
     def stopping(self):
         """Whether to save and stop. Several processes agree on it, every ten steps, so that all stop at one step."""
@@ -1196,7 +1223,7 @@ class Run:
         return f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
 
     def stop(self, state):
-        """Saves in the middle of an epoch, after SIGINT or SIGTERM, and exits with 128 + the signal's number."""
+        """Saves in the middle of an epoch, after a signal, and exits with 128 + the signal's number."""
         self.save(state)
         self.bar.write(f"stopped at step {self.step}: go on with --resume --out {self.out}", file=sys.stderr)
         self.bar.close()
@@ -1205,7 +1232,7 @@ class Run:
     def close(self):
         """Ends the progress bar and gives the signals back; evaluation and generation may follow."""
         self.bar.close()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
@@ -1228,12 +1255,9 @@ def _link(source, target):
 
 def _git_commit():
     """The commit of these scripts, or None where they are not in a repository."""
-    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
     with contextlib.suppress(OSError):
-        return (
-            subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip().removeprefix("HEAD")
-            or None
-        )
+        return subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _tracker(cfg, out, script):
@@ -1268,7 +1292,7 @@ def read_metrics(path):
     """The rows of a metrics.csv as dicts of text; [] where there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         return [row for row in csv.DictReader(file) if all(value is not None for value in row.values())]
 
 
@@ -1285,7 +1309,7 @@ def plot_metrics(rows, path):
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.plot(*zip(*points, strict=True), linewidth=1, marker="o" if len(points) == 1 else "")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -1304,8 +1328,8 @@ def plot_confusion(confusion, names, path):
     figure, axis = pyplot.subplots(figsize=(2.5 + 0.6 * len(names), 2 + 0.6 * len(names)))
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axis.set(xlabel="generated", ylabel="target", xticks=range(len(names)), yticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=60, ha="right")
-    axis.set_yticklabels(names)
+    axis.set_xticklabels(names, rotation=60, ha="right", parse_math=False)
+    axis.set_yticklabels(names, parse_math=False)
     for row, column in np.ndindex(*share.shape):
         color = "white" if share[row, column] > 0.5 else "black"
         axis.text(column, row, f"{share[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)

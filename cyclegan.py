@@ -40,7 +40,7 @@ class Config:
     lc_classes: str = option("", "B is land cover: s2glc, maps, binary or a classes.json (data/classes.json is found); "
                              "pictures: B is pictures, come what may")  # fmt: skip
     blocks: int = option(0, "residual blocks; 0: 9, or 6 below size 256", low=0)
-    width: int = option(64, "channels of the first layer", low=1)
+    width: int = option(64, "channels of the first layer", low=1, high=1024)
     lambda_cycle: float = option(10.0, "weight of the cycle losses", "training", low=0.0)
     lambda_identity: float = option(0.5, "weight of the identity losses, times lambda_cycle; pictures only", low=0.0)
     pool_size: int = option(50, "fakes that the image pool of each domain holds; 0: none", low=0)

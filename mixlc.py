@@ -42,7 +42,7 @@ class Config:
     lc_classes: str = option("", "land cover: s2glc, maps, binary or a classes.json (data/classes.json is found)")
     fusion: str = option("late", "photograph and land cover: a U-Net each | one U-Net for both | a U-Net, and dilated "
                          "convolutions for the land cover", choices=("late", "early", "dilated"))  # fmt: skip
-    width: int = option(64, "channels of the first layer", low=1)
+    width: int = option(64, "channels of the first layer", low=1, high=1024)
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
     alpha: float = option(0.5, "weight of the adversarial loss", "training", low=0.0)
     pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)

@@ -41,7 +41,7 @@ class Config:
                       choices=("center", "random"))  # fmt: skip
     size: int = option(256, "side of the images that the networks see", "model", choices=(64, 128, 256, 512))
     lc_classes: str = option("", "land cover: s2glc, maps, binary or a classes.json (data/classes.json is found)")
-    width: int = option(64, "channels of the first layer", low=1)
+    width: int = option(64, "channels of the first layer", low=1, high=1024)
     dropout: float = option(0.5, "dropout of the generator, on in training and in generating: it is the noise",
                             low=0.0, high=0.9)  # fmt: skip
     adv_lambda: float = option(0.05, "weight of the adversarial loss", "training", low=0.0)

@@ -43,7 +43,7 @@ class Config:
     )
     generator: str = option("unet", "generator", choices=("unet", "resnet"))
     blocks: int = option(0, "residual blocks of --generator resnet; 0: 9, or 6 below size 256", low=0)
-    width: int = option(64, "channels of the first layer", low=1)
+    width: int = option(64, "channels of the first layer", low=1, high=1024)
     norm: str = option("batch", "normalisation", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of the discriminator, in pixels", choices=(1, 16, 70, 286))
     dropout: float = option(0.5, "dropout of the U-Net's inner up blocks", low=0.0, high=0.9)

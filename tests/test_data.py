@@ -293,6 +293,53 @@ def test_refuses_what_does_not_fit(tmp_path):
         ImageStore(config(root, tmp_path / "cache"), "train", 32)
 
 
+def test_refuses_pictures_of_more_than_eight_bits(tmp_path):
+    root = side_by_side(tmp_path / "a")
+    save(root / "train" / "2.png", np.full((80, 160), 40_000, np.uint16))
+    with pytest.raises(UserError, match="2.png: has more than 8 bits"):
+        ImageStore(config(root, tmp_path / "cache"), "train", 32)
+
+
+def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsys):
+    root = tmp_path / "data"
+    rows = [{"name": "ground", "color": "0,0,0"}, {"name": "building", "color": "255,255,255"}]
+    for split in ("train", "val"):  # a mask of 0 and 255 under a table whose values are 0 and 1
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:10] = 255
+        save(root / split / "rgb" / "1.png", np.zeros((40, 40, 3), np.uint8))
+        save(root / split / "lc" / "1.png", mask if split == "train" else mask * 0 + 255)
+    (root / "classes.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())  # as some editors write it
+    ImageStore(config(root, tmp_path / "cache"), "train", 40)
+    assert "2 classes, 25% of the pixels ignored" in capsys.readouterr().err
+    with pytest.raises(UserError, match="split val: no pixel has a class"):
+        ImageStore(config(root, tmp_path / "cache"), "val", 40)
+
+
+def test_refuses_fractions_as_class_indices(tmp_path, table):
+    np.save(tmp_path / "lc.npy", np.full((4, 4), 0.7))
+    with pytest.raises(UserError, match="fractions"):
+        read_labels(tmp_path / "lc.npy", table)
+    np.save(tmp_path / "lc.npy", np.full((4, 4), 1.0))
+    assert (read_labels(tmp_path / "lc.npy", table) == 1).all()
+
+
+def test_a_damaged_store_is_built_again(tmp_path):
+    root, cache = side_by_side(tmp_path / "data"), tmp_path / "cache"
+    whole = np.array(ImageStore(config(root, cache), "train", 32).records)
+    file = store_files(cache)[0]
+    (cache / file).write_bytes((cache / file).read_bytes()[:5000])
+    assert (ImageStore(config(root, cache), "train", 32).records == whole).all()
+
+
+def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):
+    for name, level in (("a", 10), ("b", 200)):
+        for split in ("train", "val"):
+            save(tmp_path / name / split / "1.bmp", np.full((40, 80, 3), level, np.uint8))
+            os.utime(tmp_path / name / split / "1.bmp", (1, 1))
+    stores = [ImageStore(config(tmp_path / name, tmp_path / "cache"), "train", 32) for name in ("a", "b")]
+    assert [store.A.max() for store in stores] == [10, 200]
+
+
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")

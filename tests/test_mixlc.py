@@ -512,6 +512,9 @@ def test_mistakes_are_one_line(trained, photo, tmp_path, capsys):
 
 def test_data_that_does_not_do(tmp_path, capsys):
     pairs = side_by_side(tmp_path / "pairs")
+    assert "--paint goes with --generate" in line_of(
+        [*options(pairs, tmp_path / "run"), "--paint", "a:1,2,3,4"], capsys
+    )
     assert "--lc-classes" in line_of(options(pairs, tmp_path / "run"), capsys)
     small = land_cover(tmp_path / "small", side=60)
     assert "0.jpg: 60x60 is smaller than --size 64" in line_of(options(small, tmp_path / "run"), capsys)

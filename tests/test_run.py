@@ -321,6 +321,41 @@ def test_published_resnet_weights_with_instance_norm_buffers_load(tmp_path):
     assert all((value == 0.5).all() for value in G.state_dict().values())
 
 
+def test_damage_in_the_middle_of_a_checkpoint_is_noticed(trained, tmp_path, capsys):
+    content = bytearray((trained / "checkpoints" / "last.pt").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = b"\0damage\0"
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes(content)
+    (folder / "epoch_0001.pt").write_bytes((trained / "checkpoints" / "epoch_0001.pt").read_bytes())
+    text = line_of(["--evaluate", "--checkpoint", str(folder / "last.pt")], capsys)
+    assert "damaged" in text and "epoch_0001.pt" in text
+
+
+def test_results_of_a_lone_checkpoint_lie_beside_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
+    main(["--evaluate", "--checkpoint", "mine.pt"])
+    assert (tmp_path / "mine" / "evaluation.json").is_file() and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_other_files_is_no_run_folder(pairs, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.csv").write_text("years of work")
+    assert "holds other files" in line_of(options(pairs, tmp_path / "mine", "--epochs", "1"), capsys)
+    assert (tmp_path / "mine" / "metrics.csv").read_text() == "years of work"
+
+
+def test_resume_survives_a_damaged_metrics_file(pairs, tmp_path, capsys):
+    out = tmp_path / "run"
+    main(options(pairs, out, "--epochs", "1", "--schedule", "constant"))
+    rows = common.read_metrics(out / "metrics.csv")
+    (out / "metrics.csv").write_bytes((out / "metrics.csv").read_bytes() + b"\xff\xfenonsense,nonsense\n")
+    main(["--resume", "--out", str(out), "--epochs", "2"])
+    assert common.read_metrics(out / "metrics.csv")[: len(rows)] == rows
+
+
 def test_init_refuses_another_architecture(trained, tmp_path, capsys, pairs):
     checkpoint = str(trained / "checkpoints" / "last.pt")
     text = line_of([*options(pairs, tmp_path / "a", "--init", checkpoint), "--generator", "resnet"], capsys)
@@ -336,7 +371,7 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
     checkpoint = str(trained / "checkpoints" / "last.pt")
     (tmp_path / "corrupt.pt").write_bytes(Path(checkpoint).read_bytes()[:5000])
     torch.save({"script": "cyclegan", "config": {}, "state": {}}, tmp_path / "other.pt")
-    torch.save({"x": 1}, tmp_path / "odd.pt")
+    torch.save({"state": 3, "script": "pix2pix", "config": {}}, tmp_path / "odd.pt")
     (tmp_path / "empty").mkdir()
     cases = {
         "no such directory": options(tmp_path / "nowhere", tmp_path / "r"),
@@ -349,6 +384,11 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
         "written by cyclegan.py": ["--evaluate", "--checkpoint", str(tmp_path / "other.pt")],
         "not a checkpoint of pix2pix.py": ["--evaluate", "--checkpoint", str(tmp_path / "odd.pt")],
         "no such file": ["--evaluate", "--checkpoint", str(tmp_path / "nothing.pt")],
+        "is a directory: name a file, such as": ["--evaluate", "--checkpoint", str(trained)],
+        "is a file, not a directory": options(tmp_path / "odd.pt", tmp_path / "r"),
+        "--width 99999: must be at most": ["--width", "99999"],
+        "holds no generator G": [*options(pairs, tmp_path / "r"), "--init", str(tmp_path / "odd.pt")],
+        "--vgg16 nowhere.pth: no such file": [*options(pairs, tmp_path / "r"), "--vgg16", "nowhere.pth"],
         "needs --checkpoint": ["--evaluate"],
         "--checkpoint goes with": ["--checkpoint", checkpoint],
         "--size 128 contradicts": ["--evaluate", "--checkpoint", checkpoint, "--size", "128"],
@@ -416,7 +456,8 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for field in dataclasses.fields(Config):
-        shown = {True: "on", False: "off", "": "none"}.get(field.default, field.default)
+        shown = "none" if field.default in ("", ()) else field.default
+        shown = {"True": "on", "False": "off"}.get(str(shown), shown)
         assert re.search(rf"{common.flag(field.name)}\b[^\[]*{re.escape(f'[{shown}]')}", text), field.name
 
 
