@@ -84,15 +84,8 @@ class Config:
     keep_outside: bool = option(True, "keep the photograph outside the edit, with a feathered border, or regenerate it")
 
 
-QUICK = {
-    "size": 64,
-    "width": 12,
-    "batch_size": 4,
-    "epochs": 16,
-    "log_every": 12,
-    "style_features": "random",
-    "lr": 5e-4,
-}
+QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 12, "log_every": 12, "lr": 5e-4}
+QUICK |= {"style_features": "random", "style_layers": "relu2_2"}
 
 # --------------------------------------------------------------------------------------------------------------- data
 
