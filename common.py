@@ -59,9 +59,12 @@ def command(main):
             sys.exit(130)
         except (MemoryError, RuntimeError) as error:
             text = str(error)
-            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text):
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+                message = "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
+            elif rank_and_world()[1] > 1 and re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
+                message = "another process of this run has ended: mend what it says, and go on with --resume"
+            else:
                 raise
-            message = "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
         except BrokenPipeError:  # whoever read our output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
@@ -996,6 +999,22 @@ def load_checkpoint(path, script):
     return content
 
 
+RANKS = "buffers of ranks"
+
+
+def buffers_of_ranks(state):
+    """What processes other than the first have of their own: [{module: {buffer: tensor}} for rank 1, 2, ...] in rank 0,
+    where it goes into the checkpoint; weights and optimizers are the same in all."""
+    rank, world = rank_and_world()
+    own = {}
+    for name, module in vars(state).items():
+        if isinstance(module, torch.nn.Module):
+            own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
+    gathered = [None] * world if rank == 0 else None
+    dist.gather_object(own, gathered)
+    return gathered[1:] if rank == 0 else []
+
+
 def state_dict(state):
     """What a checkpoint holds of a State: modules and optimizers by their state_dict, tensors and numbers as such."""
     kept = {name: value for name, value in vars(state).items() if _is_kept(value)}
@@ -1008,7 +1027,8 @@ def _is_kept(value):
 
 def restore(state, saved, path):
     """Puts a checkpoint's state back into a State, in place. What the State lacks (an optimizer, when one only
-    generates) is passed over; what the checkpoint lacks is refused."""
+    generates) is passed over; what the checkpoint lacks is refused. Processes other than the first take their own
+    buffers from it (image pools, running statistics)."""
     for name, value in vars(state).items():
         if not _is_kept(value):
             continue
@@ -1029,6 +1049,9 @@ def restore(state, saved, path):
             value.copy_(saved[name])
         else:
             setattr(state, name, saved[name])
+    rank = rank_and_world()[0]
+    for name, buffers in (saved[RANKS][rank - 1] if rank and RANKS in saved else {}).items():
+        getattr(state, name).load_state_dict(buffers, strict=False)
 
 
 def load_generator(module, path, cfg, key="G"):
@@ -1212,6 +1235,8 @@ class Run:
         tensors = [t for t in _tensors(content) if t.is_floating_point() and t.numel()]
         if not torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors]).all():
             raise UserError(f"weights not finite by step {self.step}: stopped; {self._kept()}; {REMEDY}")
+        if rank_and_world()[1] > 1:
+            content[RANKS] = buffers_of_ranks(state)
         if self.rank == 0:
             position = {"epoch": self.epoch, "batch": self.batch, "step": self.step}
             meter = {"names": self.names, "sums": self.sums, "count": self.count}

@@ -14,3 +14,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What a result is worth knowing of its machine, and not what the machine is called."""
+    del machine_info["node"]
+    machine_info["torch"] = torch.__version__
+    machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    machine_info["threads"] = torch.get_num_threads()

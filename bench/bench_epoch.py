@@ -1,0 +1,91 @@
+"""A whole epoch, loader and step together: how long, and how much of it the step waits for its data.
+
+    pytest bench/bench_epoch.py --benchmark-only
+
+An epoch over real files is timed against as many steps on one batch that never changes: what is missing there is the
+loading. Pairs are JPEGs of 600x1200 pixels, served from the store.
+"""
+
+import harness
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+RUNS = [("cpu", 64, 1, 24), ("cpu", 64, 4, 24), ("cuda", 256, 1, 64), ("cuda", 256, 16, 64)]
+CASES = [
+    pytest.param(
+        *(script, device, size, batch_size, count),
+        id=f"{script}-{device}-{size}-{batch_size}",
+        marks=[pytest.mark.cuda] if device == "cuda" else [],
+    )
+    for device, size, batch_size, count in RUNS
+    for script in harness.SCRIPTS
+]
+SCHEDULE = 200 * 1096  # images that a run of the paper's sees: 200 epochs of the maps data
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """A directory of 64 pairs, satellite | map."""
+    root = tmp_path_factory.mktemp("pairs")
+    for k in range(64):
+        satellite, drawn, _ = common.landscape(np.random.default_rng(k % 8), 600)
+        both = Image.fromarray(np.concatenate([satellite, drawn], 1))
+        for split in ("train", "val") if k < 2 else ("train",):
+            (root / split).mkdir(exist_ok=True)
+            both.save(root / split / f"{k}.jpg", quality=90)
+    return root
+
+
+def dataset(script, module, cfg, device):
+    name = {"pix2pix": "Pairs", "cyclegan": "Domains"}.get(script, "Edits")
+    return getattr(module, name)(cfg, "train", torch.device(device))
+
+
+@pytest.mark.benchmark(timer=harness.device_time)
+@pytest.mark.parametrize(("script", "device", "size", "batch_size", "count"), CASES)
+def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch_size, count):
+    timed = request.config.getoption("benchmark_only")
+    options = {"size": size, "batch_size": batch_size, "data": str(files), "cache": str(tmp_path)}
+    options |= {"width": 16 if device == "cpu" else 64} if timed else {"width": 4}
+    options |= {"lc_classes": "maps"} if "mixlc" in script else {}
+    state, cfg, step = harness.prepare(script, harness.FAST, device, **options)
+    train = dataset(script, harness.config(script)[0], cfg, device)
+    steps = (count if timed else 4) // batch_size or 1
+    batch = next(train.batches(0))
+
+    def epoch(number):
+        for _, batch in zip(range(steps), train.batches(number), strict=False):
+            common.seed_step(cfg.seed, number, 0)
+            step(state, batch, cfg)
+
+    def steps_alone():
+        for _ in range(steps):
+            common.seed_step(cfg.seed, 0, 0)
+            step(state, batch, cfg)
+
+    numbers = iter(range(1000))
+    benchmark.group = f"epoch-{size}-batch-{batch_size}-{script}-{device}"
+    rounds = (20 if device == "cuda" else 3) if timed else 1
+    alone = []
+    for _ in range(rounds + 1):  # before and between, so that a slow moment of the machine meets both
+        begin = harness.device_time()
+        steps_alone()
+        alone.append(harness.device_time() - begin)
+    benchmark.pedantic(lambda: epoch(next(numbers)), rounds=rounds, warmup_rounds=1 if timed else 0)
+    if not benchmark.stats:
+        return
+    seconds, alone = benchmark.stats.stats.median, float(np.median(alone[1:]))
+    benchmark.extra_info.update(
+        script=script,
+        size=size,
+        batch_size=batch_size,
+        seconds_per_image=seconds / steps / batch_size,
+        share_waiting=max(0.0, 1 - alone / seconds),
+        **harness.about(device),
+    )
+    if size == 256:
+        benchmark.extra_info["hours_of_the_full_schedule"] = seconds / steps / batch_size * SCHEDULE / 3600

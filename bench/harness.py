@@ -1,0 +1,103 @@
+"""What the benchmarks share: a clock that waits for the device, one training step in several variants, and how much
+arithmetic it is."""
+
+import importlib
+import json
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+
+SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
+TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(14)])
+# What one would write first, then each thing that the fast path adds to it alone, then all of them.
+PLAIN, FAST = "plain", "fast"
+VARIANTS = (PLAIN, "channels_last", "fused", "bf16", "compile", "graph", FAST)
+
+
+def device_time():
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def config(script, **options):
+    """A script's module and its Config; the edits get a table of 14 classes and a style loss that needs no file."""
+    module = importlib.import_module(script)
+    options |= {"lc_classes": TABLE} if "mixlc" in script and "lc_classes" not in options else {}
+    options |= {"style_features": "random"} if script == "mixlc_acgan" else {}
+    return module, module.Config(**options)
+
+
+def random_batch(script, cfg, device):
+    """Random images in the shapes that the script's train_step takes."""
+    shape = cfg.batch_size, 3, cfg.size, cfg.size
+    images = [torch.rand(shape, device=device) * 2 - 1 for _ in range(3)]
+    if "mixlc" not in script:
+        return tuple(images[:2])
+    index = torch.randint(14, (cfg.batch_size, cfg.size, cfg.size), device=device)
+    lc = nn.functional.one_hot(index, 14).permute(0, 3, 1, 2).float().contiguous()
+    box = torch.tensor([[cfg.size // 4] * 4] * cfg.batch_size, device=device)
+    if script == "mixlc":
+        return images[0], lc, images[1], box, torch.ones(cfg.batch_size, dtype=torch.bool, device=device), images[2]
+    return images[0], lc, images[1], box, lc, images[2], lc
+
+
+def prepare(script, variant, device, **options):
+    """(state, cfg, step) of a variant of a script: step(state, batch, cfg) is what main calls for "fast", and for the
+    others the script's own train_step on a state that lacks what the variant does not have."""
+    device = torch.device(device)
+    bf16 = variant == "bf16" or (variant == FAST and device.type == "cuda")
+    options |= {"graph": variant in ("graph", FAST), "precision": "bf16" if bf16 else "fp32"}
+    module, cfg = config(script, **options)
+    state = module.build(cfg, device)
+    for name, value in vars(state).items():
+        if isinstance(value, nn.Module):
+            if variant == "channels_last":
+                value.to(memory_format=torch.channels_last)
+            elif variant != FAST:
+                value.to(memory_format=torch.contiguous_format)
+            if variant == "compile":
+                value.compile()
+        if isinstance(value, torch.optim.Optimizer) and variant not in ("fused", "graph", FAST):
+            parameters = value.param_groups[0]["params"]
+            setattr(state, name, torch.optim.Adam(parameters, lr=cfg.lr, betas=(cfg.beta1, 0.999)))
+    return state, cfg, common.fast_step(module.train_step, cfg, device)
+
+
+def parameters(state):
+    """How many weights a State trains."""
+    return sum(p.numel() for o in vars(state).values() if isinstance(o, torch.optim.Optimizer)
+               for group in o.param_groups for p in group["params"])  # fmt: skip
+
+
+def step_flops(script, **options):
+    """Floating-point operations of convolutions and matrix products in one train_step, forward and backward; two to a
+    multiplication with its addition. Counted on tensors without values."""
+    module, cfg = config(script, **options)
+    state = module.build(cfg, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        module.train_step(state, random_batch(script, cfg, "cpu"), cfg)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device, dtype, rounds=10):
+    """The operations a second that this device reaches on large square matrix products: its practical peak."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        begin = device_time()
+        a @ b
+        best = min(best, device_time() - begin)
+    return 2 * side**3 / best
+
+
+def about(device):
+    """What every result says of where it comes from."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__}

@@ -1,0 +1,164 @@
+"""Turns benchmark results into the tables of README.md and bench/README.md.
+
+    pytest bench --benchmark-only --benchmark-json=run.json
+    python bench/report.py run.json      keep what matters of a run in bench/results/, then write the tables
+    python bench/report.py               write the tables from what is kept
+
+A kept file holds, for every benchmark, its median, spread and rounds in seconds, and what the benchmark noted.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
+SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
+
+
+def keep(path):
+    """Files a run of pytest-benchmark under its device's name; a benchmark that is there already is replaced."""
+    run = json.loads(Path(path).read_text())
+    info = run["machine_info"]
+    slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")
+    machine = {"cpu": info["cpu"].get("brand_raw", info["machine"]), "python": info["python_version"]}
+    machine |= {name: info[name] for name in ("device", "threads", "torch")}
+    target = RESULTS / f"{slug}.json"
+    found = json.loads(target.read_text())["benchmarks"] if target.is_file() else {}
+    for benchmark in run["benchmarks"]:
+        stats = {name: benchmark["stats"][name] for name in ("median", "min", "max", "stddev", "rounds")}
+        found[benchmark["name"]] = {"group": benchmark["group"], **stats, **benchmark["extra_info"]}
+    RESULTS.mkdir(exist_ok=True)
+    about = {"date": run["datetime"][:10], "commit": run["commit_info"].get("id"), "machine": machine}
+    target.write_text(json.dumps({**about, "benchmarks": dict(sorted(found.items()))}, indent=1) + "\n")
+    return target
+
+
+def load():
+    """Every kept benchmark as a dict, with its name and machine."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        file = json.loads(path.read_text())
+        rows += [{"name": name, "machine": file["machine"], **row} for name, row in file["benchmarks"].items()]
+    return rows
+
+
+def table(header, rows):
+    """Markdown; the columns after the first are aligned right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def seconds(value):
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def steps(rows):
+    """One training step: the plain path, and how many times as fast each variant is, measured in the same run."""
+    found = {}
+    for row in rows:
+        if row["name"].startswith("bench_step") and "script" in row:
+            key = row["device"], row["size"], row["batch_size"], row["script"]
+            found.setdefault(key, {})[row["variant"]] = row
+    variants = [
+        v for v in ("channels_last", "fused", "bf16", "compile", "graph", "fast") if any(v in f for f in found.values())
+    ]
+    lines = []
+    for (device, size, batch, script), by in sorted(found.items(), key=lambda item: order(item[0])):
+        plain, fast = by["plain"]["seconds"], by["fast"]
+        ratios = [f"{plain / by[v]['seconds']:.2f}" if v in by else "" for v in variants]
+        share = f"{100 * fast['share_of_matrix_rate']:.0f} %"
+        lines.append([script, size, batch, seconds(plain), *ratios, f"{fast['images_per_second']:.3g}", share, device])
+    header = ["script", "size", "batch", "plain step", *variants, "images/s", "of matrix rate", "device"]
+    return table(header, lines)
+
+
+def order(key):
+    device, size, batch, script = key
+    return device, size, batch, SCRIPTS.index(script)
+
+
+def serving(rows):
+    """What an image costs to serve, decoded every epoch and from the store."""
+    titles = {
+        "serve-maps-64": "maps pairs, 600 x 1200 JPEG, to 64",
+        "serve-maps-256": "maps pairs, 600 x 1200 JPEG, to 256",
+        "serve-inria-256": "Inria tiles, 5000 x 5000 TIFF, to 256",
+        "serve-land-cover-256": "photograph + land cover, one-hot .npz, 256",
+    }
+    lines = []
+    for group, title in titles.items():
+        found = {row["how"]: row["milliseconds_per_image"] for row in rows if row["group"] == group and "how" in row}
+        for how, cost in found.items():
+            lines.append([title, how.replace("-", " "), f"{cost:.3g} ms", f"{found['decode'] / cost:.3g}"])
+    return table(["data", "served by", "an image", "ratio to decode"], lines)
+
+
+def store(rows):
+    """Building the store as threads grow, and the cost of an image as the dataset grows."""
+    found = [row for row in rows if row["group"] in ("build-store-256", "growth-256") and "how" in row]
+    found.sort(key=lambda row: (row["group"], row.get("threads", 0), row.get("count", 0)))
+    lines = []
+    for row in found:
+        size = f"{row['store_bytes'] / 1e6:.0f} MB" if "store_bytes" in row else ""
+        what = "build" if "threads" in row else "serve"
+        lines.append([what, row["how"], f"{row['milliseconds_per_image']:.3g} ms", size])
+    return table(["256 pixels", "with", "an image", "store file"], lines)
+
+
+def epochs(rows):
+    """Loader and step together: the share of the time in which the step waits for data."""
+    lines = []
+    found = [row for row in rows if row["name"].startswith("bench_epoch") and "script" in row]
+    for row in sorted(found, key=lambda row: order((row["device"], row["size"], row["batch_size"], row["script"]))):
+        hours = row.get("hours_of_the_full_schedule")
+        full = f"{hours:.3g} h" if hours else ""
+        waiting, each = f"{100 * row['share_waiting']:.1f} %", seconds(row["seconds_per_image"])
+        lines.append([row["script"], row["size"], row["batch_size"], each, waiting, full, row["device"]])
+    return table(["script", "size", "batch", "an image", "waiting", "200 epochs of maps", "device"], lines)
+
+
+def generation(rows):
+    lines = []
+    found = [row for row in rows if row["name"].startswith(("bench_images", "bench_raster")) and "script" in row]
+    found.sort(
+        key=lambda row: (row["name"][:12], *order((row["device"], row["size"], row["batch_size"], row["script"])))
+    )
+    for row in found:
+        what = "images" if row["name"].startswith("bench_images") else "raster"
+        rates = f"{row['images_per_second']:.3g}", f"{row['megapixels_per_second']:.3g}"
+        lines.append([row["script"], what, row["size"], row["batch_size"], *rates, row["device"]])
+    return table(["script", "what", "size", "batch", "images/s", "megapixels/s", "device"], lines)
+
+
+def brief(rows):
+    """README's few lines: full-size steps at batch 1."""
+    return steps([row for row in rows if row.get("size") == 256 and row.get("batch_size") == 1])
+
+
+TABLES = {
+    "steps": steps,
+    "brief": brief,
+    "serving": serving,
+    "store": store,
+    "epochs": epochs,
+    "generation": generation,
+}
+
+
+def write(text, rows):
+    """A page with the tables between <!-- name --> and <!-- end --> made anew."""
+
+    def fill(match):
+        return f"<!-- {match[1]} -->\n\n{TABLES[match[1]](rows)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        print(f"kept in {keep(file)}")
+    for page in PAGES:
+        page.write_text(write(page.read_text(), load()))
