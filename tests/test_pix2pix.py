@@ -260,34 +260,6 @@ def test_step_reads_no_value_on_the_host(monkeypatch):
         assert all(loss.shape == () for loss in losses.values())
 
 
-def test_fast_path_trains_like_the_plain_one():
-    """channels_last and fused Adam against NCHW and plain Adam, over twenty steps."""
-    cfg = dataclasses.replace(TINY, dropout=0.0)
-    fast = build(cfg, CPU)
-    plain = State(*(copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (fast.G, fast.D)))
-    for name, net in (("opt_G", plain.G), ("opt_D", plain.D)):
-        setattr(plain, name, torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, 0.999)))
-    for k in range(20):
-        batch = random_batch(k)
-        got = train_step(fast, tuple(x.to(memory_format=torch.channels_last) for x in batch), cfg)
-        want = train_step(plain, batch, cfg)
-        for name in want:
-            assert got[name].item() == pytest.approx(want[name].item(), rel=2e-3, abs=2e-4), (k, name)
-
-
-def test_bf16_trains_like_fp32():
-    states = {precision: build(dataclasses.replace(TINY, dropout=0.0), CPU) for precision in ("fp32", "bf16")}
-    for net in ("G", "D"):
-        getattr(states["bf16"], net).load_state_dict(getattr(states["fp32"], net).state_dict())
-    curves = {precision: [] for precision in states}
-    for k in range(30):
-        for precision, state in states.items():
-            losses = train_step(state, random_batch(k % 3), dataclasses.replace(TINY, precision=precision, dropout=0.0))
-            assert all(value.dtype == torch.float32 for value in losses.values())
-            curves[precision].append(losses["g_l1"].item())
-    assert np.mean(curves["bf16"][-5:]) == pytest.approx(np.mean(curves["fp32"][-5:]), rel=0.1)
-
-
 @pytest.mark.cuda
 def test_cuda_graph_trains_like_the_plain_path():
     device = torch.device("cuda")
@@ -339,7 +311,7 @@ def test_cuda_rows_resident_and_prefetched_agree():
     array, index = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8), np.arange(10).reshape(5, 2)
     resident = list(common.Rows(array, torch.device("cuda")).batches(index))
     prefetched = list(common.Rows(array, torch.device("cuda"), share=0.0).batches(index))
-    assert all(torch.equal(a, b) for a, b in zip(resident, prefetched, strict=True))
+    assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(resident, prefetched, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- data
