@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second, one way, for each GPU: NVLink 4, and 400 Gb/s
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
 
@@ -133,6 +134,16 @@ def generation(rows):
     return table(["script", "what", "size", "batch", "images/s", "megapixels/s", "device"], lines)
 
 
+def ranks(rows):
+    """What a step sends: a ring all-reduce moves 2 (N - 1) / N times the gradients through every GPU's link."""
+    lines = []
+    for row in sorted((row for row in rows if "gradient_bytes" in row), key=lambda row: SCRIPTS.index(row["script"])):
+        sent = row["gradient_bytes"]
+        eight, many = 2 * 7 / 8 * sent / NVLINK, 2 * 63 / 64 * sent / INFINIBAND
+        lines.append([row["script"], f"{sent / 1e6:.0f} MB", seconds(eight), seconds(many)])
+    return table(["script", "gradients a step", "8 GPUs, one machine", "64 GPUs, 8 machines"], lines)
+
+
 def brief(rows):
     """README's few lines: full-size steps at batch 1."""
     return steps([row for row in rows if row.get("size") == 256 and row.get("batch_size") == 1])
@@ -145,6 +156,7 @@ TABLES = {
     "store": store,
     "epochs": epochs,
     "generation": generation,
+    "ranks": ranks,
 }
 
 
