@@ -61,3 +61,32 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def landcover(tmp_path_factory):
     return land_cover(tmp_path_factory.mktemp("landcover"))
+
+
+def parameters(net):
+    """How many weights a module has."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def state_of(path):
+    """A checkpoint's content."""
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether nested dicts and lists of tensors and numbers are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def line_of(main, arguments, capsys):
+    """The one line on stderr that a mistake prints, with exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]

@@ -18,7 +18,7 @@ from torch import nn
 
 import common
 import cyclegan
-from conftest import TABLE, land_cover, picture, save
+from conftest import TABLE, land_cover, parameters, picture, same, save, state_of
 from cyclegan import Config, Discriminator, Domains, ImagePool, ResNetGenerator, build, main, train_step, translate
 
 CPU = torch.device("cpu")
@@ -38,10 +38,6 @@ ARGUMENTS = [
     "--device",
     "cpu",
 ]
-
-
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def pictures(seed=0, count=2, side=64):
@@ -478,18 +474,6 @@ def test_translate_both_directions():
 
 def options(data, out, *more):
     return ["--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache"), *ARGUMENTS, *more]
-
-
-def state_of(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def rows_of(out):

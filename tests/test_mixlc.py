@@ -13,16 +13,12 @@ from torch import nn
 
 import common
 import mixlc
-from conftest import TABLE, land_cover, picture, save, side_by_side
+from conftest import TABLE, land_cover, line_of, parameters, picture, save, side_by_side, state_of
 from mixlc import Config, Discriminator, Edits, Generator, build, edit_mask, main, train_step, translate
 
 CPU = torch.device("cpu")
 TINY = Config(size=64, width=4, batch_size=2, precision="fp32", lc_classes=json.dumps(TABLE))
 ARGUMENTS = ["--size", "64", "--width", "4", "--batch-size", "2", "--log-every", "2", "--device", "cpu"]
-
-
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def random_batch(seed=0, size=64, count=2):
@@ -390,19 +386,6 @@ def options(data, out, *more):
     return ["--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache"), *ARGUMENTS, *more]
 
 
-def state_of(path):
-    return torch.load(path, weights_only=True)
-
-
-def line_of(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("mixlc")
@@ -494,19 +477,19 @@ def test_mistakes_are_one_line(trained, photo, tmp_path, capsys):
         "needs --checkpoint": use(trained, photo, out)[:4],
     }
     for text, arguments in cases.items():
-        assert text in line_of(arguments, capsys), text
+        assert text in line_of(main, arguments, capsys), text
 
 
 def test_data_that_does_not_do(tmp_path, capsys):
     pairs = side_by_side(tmp_path / "pairs")
     assert "--paint goes with --generate" in line_of(
-        [*options(pairs, tmp_path / "run"), "--paint", "a:1,2,3,4"], capsys
+        main, [*options(pairs, tmp_path / "run"), "--paint", "a:1,2,3,4"], capsys
     )
-    assert "--lc-classes" in line_of(options(pairs, tmp_path / "run"), capsys)
+    assert "--lc-classes" in line_of(main, options(pairs, tmp_path / "run"), capsys)
     small = land_cover(tmp_path / "small", side=60)
-    assert "0.jpg: 60x60 is smaller than --size 64" in line_of(options(small, tmp_path / "run"), capsys)
+    assert "0.jpg: 60x60 is smaller than --size 64" in line_of(main, options(small, tmp_path / "run"), capsys)
     lone = land_cover(tmp_path / "lone", train=1)
-    assert "an edit takes two" in line_of(options(lone, tmp_path / "run"), capsys)
+    assert "an edit takes two" in line_of(main, options(lone, tmp_path / "run"), capsys)
 
 
 def test_every_layout_works_through_lc_classes(tmp_path):

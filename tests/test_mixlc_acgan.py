@@ -15,7 +15,7 @@ from torch import nn
 import common
 import mixlc
 import mixlc_acgan
-from conftest import TABLE, land_cover, picture, save
+from conftest import TABLE, land_cover, parameters, picture, save, state_of
 from mixlc_acgan import Config, Discriminator, Edits, Generator, VGG16Features, build, main, train_step, translate
 
 CPU = torch.device("cpu")
@@ -26,10 +26,6 @@ TINY = Config(
 ARGUMENTS = ["--size", "64", "--width", "4", "--batch-size", "2", "--log-every", "2", "--device", "cpu"]
 ARGUMENTS += ["--style-features", "random", "--style-layers", "relu1_2"]
 FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
-
-
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def maps(seed=0, count=2, size=64, classes=3):
@@ -354,10 +350,6 @@ def test_classifiers_are_scored_inside_the_edit_only(tmp_path):
 
 def options(data, out, *more):
     return ["--data", str(data), "--out", str(out), "--cache", str(out.parent / "cache"), *ARGUMENTS, *more]
-
-
-def state_of(path):
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,11 @@ from torch import nn
 
 import common
 import pix2pix
+from conftest import parameters
 from pix2pix import Config, Discriminator, Pairs, ResNetGenerator, State, UNetGenerator, build, train_step, translate
 
 CPU = torch.device("cpu")
 TINY = Config(size=64, width=4, batch_size=2, precision="fp32")
-
-
-def parameters(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def random_batch(seed=0, size=64, batch=2, dtype=torch.float32):

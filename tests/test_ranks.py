@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import land_cover, side_by_side
+from conftest import land_cover, same, side_by_side, state_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "64", "--width", "4", "--log-every", "2", "--device", "cpu", "--sample-rows", "1"]
@@ -58,21 +58,13 @@ def finish(process):
     return process.communicate()[1].decode(errors="replace")
 
 
+def last(out):
+    return state_of(out / "checkpoints" / "last.pt")
+
+
 def metrics(out):
     with open(out / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def state_of(out):
-    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)["state"]
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +146,14 @@ def test_two_ranks_resume_to_the_bit(straight, data, tmp_path, script):
     process.send_signal(signal.SIGTERM)
     said = finish(process)
     assert process.returncode != 0 and "stopped at step" in said, said
-    stopped = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    stopped = last(out)
     assert 0 < stopped["step"] < 36 and stopped["world"] == 2
     module = importlib.import_module(script)
     with pytest.raises(SystemExit):
         module.main(["--resume", "--out", str(out)])  # one process cannot go on with the work of two
     resumed = two_ranks(script, ["--resume", "--out", str(out)])
     assert resumed.wait() == 0, finish(resumed)
-    assert same(state_of(out), state_of(whole))
+    assert same(last(out)["state"], last(whole)["state"])
     assert metrics(out) == metrics(whole)
 
 

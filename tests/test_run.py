@@ -18,7 +18,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from conftest import picture, save
+from conftest import line_of, picture, same, save, state_of
 from pix2pix import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -35,34 +35,12 @@ def start(arguments):
     return subprocess.Popen([sys.executable, str(ROOT / "pix2pix.py"), *arguments], stderr=subprocess.PIPE, env=env)
 
 
-def line_of(arguments, capsys):
-    """The one line on stderr that a mistake prints, with exit status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def trained(pairs, tmp_path_factory):
     """A finished run of two epochs."""
     out = tmp_path_factory.mktemp("trained") / "run"
     main(options(pairs, out, "--epochs", "2", "--save-every", "1"))
     return out
-
-
-def state_of(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ----------------------------------------------------------------------------------------------------- the run folder
@@ -111,7 +89,7 @@ def test_sample_grid_shows_fixed_images_on_a_fixed_scale(trained, pairs):
 
 
 def test_a_run_folder_is_never_written_over(trained, pairs, capsys, tmp_path, monkeypatch):
-    assert "--resume" in line_of(options(pairs, trained), capsys)
+    assert "--resume" in line_of(main, options(pairs, trained), capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/pix2pix/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/pix2pix/checkpoints/last.pt").touch()
@@ -122,7 +100,7 @@ def test_a_run_folder_is_never_written_over(trained, pairs, capsys, tmp_path, mo
 def test_tracking_is_optional(pairs, tmp_path, capsys, monkeypatch):
     for package, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
-        text = line_of(options(pairs, tmp_path / package, "--track", package), capsys)
+        text = line_of(main, options(pairs, tmp_path / package, "--track", package), capsys)
         assert f"pip install {package}" in text
 
 
@@ -208,9 +186,11 @@ def test_resume_in_the_middle_of_an_epoch(pairs, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_options_that_contradict(trained, tmp_path, capsys):
-    assert "--lambda-l1 50.0 contradicts" in line_of(["--resume", "--out", str(trained), "--lambda-l1", "50"], capsys)
-    assert "--epochs 9 contradicts" in line_of(["--resume", "--out", str(trained), "--epochs", "9"], capsys)
-    assert "no checkpoints/last.pt" in line_of(["--resume", "--out", str(tmp_path)], capsys)
+    assert "--lambda-l1 50.0 contradicts" in line_of(
+        main, ["--resume", "--out", str(trained), "--lambda-l1", "50"], capsys
+    )
+    assert "--epochs 9 contradicts" in line_of(main, ["--resume", "--out", str(trained), "--epochs", "9"], capsys)
+    assert "no checkpoints/last.pt" in line_of(main, ["--resume", "--out", str(tmp_path)], capsys)
 
 
 def test_resume_finds_the_newest_default_run(pairs, tmp_path, monkeypatch):
@@ -243,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path, monkeypatch, c
         return losses | ({"d_fake": losses["d_fake"] * float("nan")} if len(calls) == 5 else {})
 
     monkeypatch.setattr(pix2pix, "train_step", step)
-    text = line_of(options(pairs, tmp_path / "run", "--epochs", "4"), capsys)
+    text = line_of(main, options(pairs, tmp_path / "run", "--epochs", "4"), capsys)
     assert "d_fake not finite by step 6" in text and "g_l1" not in text
     assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
 
@@ -257,7 +237,7 @@ def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch,
         return scores
 
     monkeypatch.setattr(pix2pix, "evaluate", evaluate)
-    assert "weights not finite" in line_of(options(pairs, tmp_path / "run", "--epochs", "1"), capsys)
+    assert "weights not finite" in line_of(main, options(pairs, tmp_path / "run", "--epochs", "1"), capsys)
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
@@ -329,7 +309,7 @@ def test_damage_in_the_middle_of_a_checkpoint_is_noticed(trained, tmp_path, caps
     folder.mkdir(parents=True)
     (folder / "last.pt").write_bytes(content)
     (folder / "epoch_0001.pt").write_bytes((trained / "checkpoints" / "epoch_0001.pt").read_bytes())
-    text = line_of(["--evaluate", "--checkpoint", str(folder / "last.pt")], capsys)
+    text = line_of(main, ["--evaluate", "--checkpoint", str(folder / "last.pt")], capsys)
     assert "damaged" in text and "epoch_0001.pt" in text
 
 
@@ -343,7 +323,7 @@ def test_results_of_a_lone_checkpoint_lie_beside_it(trained, tmp_path, monkeypat
 def test_a_folder_of_other_files_is_no_run_folder(pairs, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metrics.csv").write_text("years of work")
-    assert "holds other files" in line_of(options(pairs, tmp_path / "mine", "--epochs", "1"), capsys)
+    assert "holds other files" in line_of(main, options(pairs, tmp_path / "mine", "--epochs", "1"), capsys)
     assert (tmp_path / "mine" / "metrics.csv").read_text() == "years of work"
 
 
@@ -358,9 +338,9 @@ def test_resume_survives_a_damaged_metrics_file(pairs, tmp_path, capsys):
 
 def test_init_refuses_another_architecture(trained, tmp_path, capsys, pairs):
     checkpoint = str(trained / "checkpoints" / "last.pt")
-    text = line_of([*options(pairs, tmp_path / "a", "--init", checkpoint), "--generator", "resnet"], capsys)
+    text = line_of(main, [*options(pairs, tmp_path / "a", "--init", checkpoint), "--generator", "resnet"], capsys)
     assert "tensors, but this generator has" in text and "--generator" in text
-    text = line_of([*options(pairs, tmp_path / "b", "--init", checkpoint), "--width", "8"], capsys)
+    text = line_of(main, [*options(pairs, tmp_path / "b", "--init", checkpoint), "--width", "8"], capsys)
     assert "(4, 3, 4, 4)" in text and "(8, 3, 4, 4)" in text
 
 
@@ -406,19 +386,19 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
         "holds the inputs": ["--generate", str(pairs / "val"), "--checkpoint", checkpoint, "--out", str(pairs / "val")],
     }
     for text, arguments in cases.items():
-        assert text in line_of(arguments, capsys), text
+        assert text in line_of(main, arguments, capsys), text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_asked_for_and_absent(pairs, tmp_path, capsys):
     arguments = [*options(pairs, tmp_path / "run"), "--device", "cuda"]
-    assert "--device cuda: no CUDA device" in line_of(arguments, capsys)
+    assert "--device cuda: no CUDA device" in line_of(main, arguments, capsys)
 
 
 def test_unaligned_data_is_refused_by_pix2pix(tmp_path, capsys):
     for folder in ("trainA", "trainB", "testA", "testB"):
         save(tmp_path / "data" / folder / "0.png", np.zeros((8, 8, 3), np.uint8))
-    assert "cyclegan.py" in line_of(options(tmp_path / "data", tmp_path / "run"), capsys)
+    assert "cyclegan.py" in line_of(main, options(tmp_path / "data", tmp_path / "run"), capsys)
 
 
 def test_vgg16_that_cannot_be_fetched_says_what_to_do(pairs, tmp_path, capsys, monkeypatch):
@@ -426,7 +406,7 @@ def test_vgg16_that_cannot_be_fetched_says_what_to_do(pairs, tmp_path, capsys, m
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    text = line_of([*options(pairs, tmp_path / "run"), "--content", "vgg"], capsys)
+    text = line_of(main, [*options(pairs, tmp_path / "run"), "--content", "vgg"], capsys)
     assert "vgg16-397923af.pth" in text and "--vgg16 FILE" in text
 
 
