@@ -280,12 +280,11 @@ def autocast(cfg, device):
 
 
 def place(net, device):
-    """A network on the device, in the memory format that is fastest there: channels_last, but not with InstanceNorm.
-
-    In PyTorch 2.13 the backward pass of InstanceNorm is wrong for a batch of one image whose gradient is channels_last.
-    """
+    """A network on the device, in the memory format that is fastest there: on CUDA channels_last, but not with
+    InstanceNorm, whose backward pass is wrong in PyTorch 2.13 for one image with a channels_last gradient."""
     instance_norm = any(isinstance(module, torch.nn.InstanceNorm2d) for module in net.modules())
-    return net.to(device, memory_format=torch.contiguous_format if instance_norm else torch.channels_last)
+    plain = device.type == "cpu" or instance_norm
+    return net.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
 
 
 def adam(module, cfg, device):
@@ -446,6 +445,10 @@ class ClassTable:
         ignored = [color for _, color, index in self.rows if index == IGNORED]
         palette[IGNORED] = ignored[0] if ignored else 0
         return palette
+
+    def palette_on(self, device):
+        """palette as a tensor (3, 256) in [-1, 1], for draw."""
+        return from_bytes(torch.from_numpy(self.palette.T.copy())).to(device)
 
     def from_codes(self, codes, path):
         """(H, W) integers -> (H, W) uint8 indices; codes are the table's values, or 255, or positions in the table
@@ -1370,7 +1373,13 @@ def to_bytes(images):
 
 def from_bytes(images):
     """Pictures (B, 3, H, W) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(127.5).mul_(1 / 127.5)
+
+
+def draw(index, palette):
+    """Class indices (B, H, W) in the colours of ClassTable.palette_on: (B, 3, H, W) in [-1, 1]."""
+    flat = palette.index_select(1, index.flatten().int())
+    return flat.view(3, *index.shape).transpose(0, 1).contiguous()
 
 
 def as_tensor(image, device):

@@ -85,7 +85,7 @@ class Domains:
         self.paired, self.classes = self.store.paired, self.store.classes
         self.rows_A = common.Rows(self.store.records if self.paired else self.store.A, device)
         self.rows_B = self.rows_A if self.paired else common.Rows(self.store.B, device)
-        self.palette = torch.from_numpy(self.classes.palette).to(device) if self.classes else None
+        self.palette = self.classes.palette_on(device) if self.classes else None
 
     def __len__(self):
         return max(len(self.rows_A), len(self.rows_B))
@@ -131,7 +131,7 @@ class Domains:
         if not self.classes:
             return images
         index = torch.where(images.sum(1) > 0, images.argmax(1), common.IGNORED)
-        return common.from_bytes(self.palette[index].permute(0, 3, 1, 2))
+        return common.draw(index, self.palette)
 
 
 def jitter(images, plan, size):
@@ -147,7 +147,9 @@ def jitter(images, plan, size):
 
 def one_hot(index, classes):
     """Class indices (B, S, S) uint8 -> (B, classes, S, S) float32; an ignored pixel is zero in every class."""
-    return (index[:, None] == torch.arange(classes, device=index.device).view(1, -1, 1, 1)).float()
+    each = torch.arange(classes, dtype=torch.uint8, device=index.device).view(1, -1, 1, 1)
+    maps = torch.empty(len(index), classes, *index.shape[1:], device=index.device)
+    return torch.eq(index[:, None], each, out=maps)  # straight into floats: on a CPU ten times as fast as by bools
 
 
 # ----------------------------------------------------------------------------------------------------------- networks

@@ -96,7 +96,7 @@ class Pairs:
             raise UserError(f"--data {cfg.data}: trainA and trainB are not pairs: cyclegan.py learns without pairs")
         self.rows = common.Rows(self.store.records, device)
         self.classes = self.store.classes
-        self.palette = torch.from_numpy(self.classes.palette).to(device) if self.classes else None
+        self.palette = self.classes.palette_on(device) if self.classes else None
 
     def __len__(self):
         return len(self.rows)
@@ -124,10 +124,8 @@ class Pairs:
 
     def sides(self, records):
         """Records (B, 3 + C, S, S) uint8 -> (input, target), each (B, 3, S, S) in [-1, 1]; labels in class colours."""
-        a, b = records[:, :3], records[:, 3:]
-        if self.palette is not None:
-            b = self.palette[b[:, 0].long()].permute(0, 3, 1, 2)
-        a, b = common.from_bytes(a), common.from_bytes(b)
+        a, b = common.from_bytes(records[:, :3]), records[:, 3:]
+        b = common.from_bytes(b) if self.palette is None else common.draw(b[:, 0], self.palette)
         return (a, b) if self.cfg.direction == "AtoB" else (b, a)
 
 

@@ -57,10 +57,9 @@ def prepare(script, variant, device, **options):
     state = module.build(cfg, device)
     for name, value in vars(state).items():
         if isinstance(value, nn.Module):
-            if variant == "channels_last":
-                value.to(memory_format=torch.channels_last)
-            elif variant != FAST:
-                value.to(memory_format=torch.contiguous_format)
+            if variant != FAST:  # there as build placed it
+                formats = {"channels_last": torch.channels_last}
+                value.to(memory_format=formats.get(variant, torch.contiguous_format))
             if variant == "compile":
                 value.compile()
         if isinstance(value, torch.optim.Optimizer) and variant not in ("fused", "graph", FAST):

@@ -57,21 +57,21 @@ def seconds(value):
 
 
 def steps(rows):
-    """One training step: the plain path, and how many times as fast each variant is, measured in the same run."""
+    """One training step: the plain path, and how many times as fast each variant is, the two taking turns."""
     found = {}
     for row in rows:
         if row["name"].startswith("bench_step") and "script" in row:
             key = row["device"], row["size"], row["batch_size"], row["script"]
             found.setdefault(key, {})[row["variant"]] = row
-    variants = [
-        v for v in ("channels_last", "fused", "bf16", "compile", "graph", "fast") if any(v in f for f in found.values())
-    ]
+    variants = ("channels_last", "fused", "bf16", "compile", "graph", "fast")
+    variants = [variant for variant in variants if any(variant in by for by in found.values())]
     lines = []
     for (device, size, batch, script), by in sorted(found.items(), key=lambda item: order(item[0])):
-        plain, fast = by["plain"]["seconds"], by["fast"]
-        ratios = [f"{plain / by[v]['seconds']:.2f}" if v in by else "" for v in variants]
+        fast = by["fast"]
+        ratios = [f"{by[v]['plain_seconds'] / by[v]['seconds']:.2f}" if v in by else "" for v in variants]
         share = f"{100 * fast['share_of_matrix_rate']:.0f} %"
-        lines.append([script, size, batch, seconds(plain), *ratios, f"{fast['images_per_second']:.3g}", share, device])
+        plain, rate = seconds(fast["plain_seconds"]), f"{fast['images_per_second']:.3g}"
+        lines.append([script, size, batch, plain, *ratios, rate, share, device])
     header = ["script", "size", "batch", "plain step", *variants, "images/s", "of matrix rate", "device"]
     return table(header, lines)
 

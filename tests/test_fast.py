@@ -93,11 +93,11 @@ def test_cuda_graph_equals_eager_over_200_steps(script):
 @pytest.mark.parametrize("script", OPTIONS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_bf16_stays_within_a_band_of_fp32(script, device):
-    """The mean of each loss over the last quarter of the run: within 15 %, or 0.05 (measured on a CPU: below half)."""
+    """The mean of each loss over the last quarter of the run: within 15 %, or 0.05; on a CPU it is 5 %."""
     steps = {"pix2pix": 200, "mixlc_acgan": 20}.get(script, 40) if device == "cpu" else 200
-    _, cfg, module = state_and_cfg(script, device)
+    _, cfg, module = state_and_cfg(script, device, lr=2e-4)
     batches, seen = [harness.random_batch(script, cfg, device)] * steps, {}
     for precision in ("fp32", "bf16"):
-        state, options = state_and_cfg(script, device)[0], dataclasses.replace(cfg, precision=precision)
+        state, options = state_and_cfg(script, device, lr=2e-4)[0], dataclasses.replace(cfg, precision=precision)
         seen[precision] = curves(module.train_step, state, options, batches)[-steps // 4 :].mean(0)
     assert np.allclose(seen["bf16"], seen["fp32"], rtol=0.15, atol=0.05), seen

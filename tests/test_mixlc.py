@@ -519,10 +519,10 @@ def test_show_samples_writes_a_picture_and_does_not_train(data, tmp_path):
 
 
 def test_training_lowers_the_local_loss(tmp_path):
-    common.demo_world(tmp_path / "cache", "landcover", train=16, val=4, side=96)
+    common.demo_world(tmp_path / "cache", "landcover", train=56, val=4, side=96)
     out = tmp_path / "run"
     shape = ["--size", "64", "--width", "16", "--batch-size", "4", "--lr", "1e-3"]
-    main([*shape, "--epochs", "30", "--log-every", "4", "--out", str(out)])
+    main([*shape, "--epochs", "8", "--log-every", "4", "--out", str(out)])
     rows = common.read_metrics(out / "metrics.csv")
     first, last = (np.mean([float(row["g_local"]) for row in part]) for part in (rows[:2], rows[-4:]))
     assert last < 0.6 * first

@@ -133,7 +133,7 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def uninterrupted(pairs, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start(options(pairs, out, "--epochs", "12"))
+    process = start(options(pairs, out, "--epochs", "6"))
     assert process.wait(120) == 0, process.stderr.read().decode()
     return out
 
@@ -153,17 +153,17 @@ def wait_for_step(out, step, process):
 def test_resume_is_exact(pairs, tmp_path, uninterrupted, number):
     """Stopped in the middle of an epoch (3 steps each), resumed: the same weights and metrics to the bit."""
     out = tmp_path / "run"
-    process = start(options(pairs, out, "--epochs", "12"))
-    wait_for_step(out, 14, process)
+    process = start(options(pairs, out, "--epochs", "6"))
+    wait_for_step(out, 8, process)
     process.send_signal(number)
     status = process.wait(60)
     assert status == (-number if number == signal.SIGKILL else 128 + number), process.stderr.read().decode()
     stopped = state_of(out / "checkpoints" / "last.pt")
-    assert 12 <= stopped["step"] < 36
+    assert 6 <= stopped["step"] < 18
     process = start(["--resume", "--out", str(out)])
     assert process.wait(120) == 0, process.stderr.read().decode()
     got, want = (state_of(folder / "checkpoints" / "last.pt") for folder in (out, uninterrupted))
-    assert (got["step"], got["epoch"]) == (36, 12)
+    assert (got["step"], got["epoch"]) == (18, 6)
     assert same(got["state"], want["state"])
     assert (out / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
 
@@ -463,10 +463,10 @@ def test_negative_flags_exist():
 
 def test_training_on_the_demo_world_lowers_l1(tmp_path):
     """Without data: the demo world; L1 falls well below its start, and below the constant colours' level."""
-    common.demo_world(tmp_path / "cache", "maps", train=16, val=2, side=96)
+    common.demo_world(tmp_path / "cache", "maps", train=48, val=2, side=96)
     out = tmp_path / "run"
     shape = ["--size", "64", "--width", "12", "--batch-size", "4"]
-    main([*shape, "--epochs", "25", "--log-every", "4", "--eval-norm", "running", "--out", str(out)])
+    main([*shape, "--epochs", "8", "--log-every", "4", "--eval-norm", "running", "--out", str(out)])
     rows = common.read_metrics(out / "metrics.csv")
     first, last = (np.mean([float(row["g_l1"]) for row in part]) for part in (rows[:2], rows[-4:]))
     assert last < 0.5 * first
