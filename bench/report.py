@@ -145,8 +145,14 @@ def ranks(rows):
 
 
 def brief(rows):
-    """README's few lines: full-size steps at batch 1."""
-    return steps([row for row in rows if row.get("size") == 256 and row.get("batch_size") == 1])
+    """README's few lines: full-size steps at batch 1, and what they make of 200 epochs of 1096 pairs."""
+    found = [row for row in rows if row.get("variant") == "fast" and (row["size"], row["batch_size"]) == (256, 1)]
+    lines = []
+    for row in sorted(found, key=lambda row: (row["device"], SCRIPTS.index(row["script"]))):
+        ratio, hours = row["plain_seconds"] / row["seconds"], row["seconds"] * 200 * 1096 / 3600
+        times = seconds(row["plain_seconds"]), seconds(row["seconds"]), f"{ratio:.2f}", f"{hours:.3g} h"
+        lines.append([row["script"], *times, row["device"]])
+    return table(["script", "plain step", "fast step", "ratio", "200 epochs of maps", "device"], lines)
 
 
 TABLES = {
