@@ -188,7 +188,7 @@ def settle(cfg, given, script):
         path = run / "checkpoints" / "last.pt"
     else:
         path = Path(cfg.checkpoint)
-        run = path.parent.parent if path.parent.name == "checkpoints" else path.with_suffix("")
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.with_name(f"{path.stem}_results")
     checkpoint = load_checkpoint(path, script)
     saved, world = checkpoint["config"], rank_and_world()[1]
     if cfg.resume:
@@ -217,9 +217,13 @@ def _new_folder(out, script):
     if rank_and_world()[0]:
         return ""
     if out:
-        if (Path(out) / "checkpoints" / "last.pt").exists():
+        folder, about = Path(out), Path(out) / "config.json"
+        if folder.is_file():
+            raise UserError(f"--out {out}: is a file, not a folder")
+        if any(folder.glob("checkpoints/*.pt")):
             raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
-        if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / "checkpoints").is_dir():
+        begun = about.is_file() and f'"script": "{script}"' in about.read_text(errors="replace")  # and never saved
+        if folder.is_dir() and any(folder.iterdir()) and not begun:
             raise UserError(f"--out {out} holds other files: choose an empty or a new folder")
         return out
     Path("runs").mkdir(exist_ok=True)
@@ -521,7 +525,7 @@ def _decoding(path):
 def read_image(path):
     """An image file as (H, W, 3) uint8."""
     with _decoding(path), Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
+        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
             raise UserError(f"{path}: has more than 8 bits a channel: convert it to 8 bits, with limits of your choice")
         return np.asarray(image.convert("RGB"))
 
@@ -663,7 +667,7 @@ def _readable(path):
     """Whether path is a whole .npy file."""
     try:
         np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return False
     return True
 
@@ -1548,6 +1552,9 @@ def inputs_of(path, out, labels=False, by_stem=False):
         raise UserError(f"--generate {path}: two files have the same name but for their ending")
     if out.resolve() == files[0].parent.resolve():
         raise UserError(f"--out {out}: holds the inputs, and the results have the same names: choose another folder")
+    there = [out / file.name for file in files if (out / file.name).exists()]
+    if there and out.name != "generated":  # the folder that is ours when none is named
+        raise UserError(f"{there[0]} exists and would be written over: choose another --out")
     return files
 
 

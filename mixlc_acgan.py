@@ -12,6 +12,8 @@ Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and Super-Re
 
 Differences from the system that this follows: its classifier saw the land cover that it was to find; here land cover
 enters the adversarial head only. And the classifier's verdict on fakes teaches the generator, as in the paper.
+
+Measured: --quick, 88 s on two cores of a CPU, inside the edit 19.1 levels from the target; a copy of the input 34.9.
 """
 
 import dataclasses
@@ -618,10 +620,13 @@ def train_judge(cfg, train, device, path):
 
 
 def copy_verdict(rows):
-    """Whether the generator copies its input, in a sentence: is what it paints nearer to rgb_a than to rgb_ab?"""
+    """Whether the generator copies its input, in a sentence. It does where what it paints is nearer to rgb_a than to
+    rgb_ab, and has not even gone half the way that lies between the two."""
     target, source = (rows["model"][name] for name in ("l1_inside", "l1_to_input"))
-    verdict = "it copies its input" if source < target else "it does not copy its input"
     copy = rows["copy of rgb_a"]["l1_inside"]
+    verdict = "it does not copy its input"
+    if source < target:
+        verdict = "it copies its input" if source < copy / 2 else "it neither copies its input nor hits the target"
     return f"inside the edit the model is {target:.2f} levels from the target (a copy of rgb_a {copy:.2f}) and " + (
         f"{source:.2f} from its input: {verdict}"
     )
@@ -634,6 +639,7 @@ def report(state, train, val, cfg, device):
     if cfg.train_judge and not path.is_file():
         judge = train_judge(cfg, train, device, path)
     elif path.is_file():
+        print(f"the judge is {path}; without that file --train-judge trains another")
         judge = Discriminator(len(train.classes), cfg.width).to(device)
         common.restore(SimpleNamespace(judge=judge), common.load_checkpoint(path, "mixlc_acgan")["state"], path)
     rows = evaluate(state, val, cfg, len(val), common.constant_guesses(train.store.A), judge)

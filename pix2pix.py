@@ -12,6 +12,8 @@ Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional
 Differences from the paper: the U-Net's depth follows --size, down to a bottleneck of 1x1, which has no norm; the rate
 falls linearly to zero in the second half, as in the published code; --generator resnet, --norm instance, --gan lsgan
 and --content vgg are experiments beside it, --schedule constant and --d-weight 1.0 those of other systems.
+
+Measured: --quick, 45 s on two cores of a CPU, validation RMSE 13.6 levels; a constant colour 34.6, the input 124.7.
 """
 
 import dataclasses

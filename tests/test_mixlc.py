@@ -374,6 +374,8 @@ def test_the_verdict_on_copying(data, tmp_path, monkeypatch):
         monkeypatch.setattr(mixlc, "translate", lambda state, x, cfg, g=guess, b=batches: g(x[0], next(b)[2]))
         answers[name] = mixlc.copy_verdict(mixlc.evaluate(None, val, val.cfg, 3))
     assert answers["darker copy"].endswith("it copies its input")
+    rows = {"model": {"l1_inside": 57.0, "l1_to_input": 53.0}, "copy of rgb_a": {"l1_inside": 73.0}}
+    assert mixlc.copy_verdict(rows).endswith("it neither copies its input nor hits the target")
     assert (
         answers["target"].endswith("it does not copy its input") and "0.00 levels from the target" in answers["target"]
     )

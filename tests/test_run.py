@@ -262,6 +262,14 @@ def test_generate_keeps_names_and_sizes(trained, tmp_path):
     assert (one == many).all()
 
 
+def test_generate_writes_over_nothing(trained, pairs, tmp_path, capsys):
+    save(tmp_path / "pictures" / "1.png", np.zeros((8, 8, 3), np.uint8))
+    before = (tmp_path / "pictures" / "1.png").read_bytes()
+    arguments = ["--generate", str(pairs / "val"), "--checkpoint", str(trained / "checkpoints" / "last.pt")]
+    assert "1.png exists" in line_of(main, [*arguments, "--out", str(tmp_path / "pictures")], capsys)
+    assert (tmp_path / "pictures" / "1.png").read_bytes() == before
+
+
 def test_generate_from_label_maps(landcover, tmp_path):
     main(options(landcover, tmp_path / "run", "--epochs", "1"))
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.pt")
@@ -317,13 +325,18 @@ def test_results_of_a_lone_checkpoint_lie_beside_it(trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
     main(["--evaluate", "--checkpoint", "mine.pt"])
-    assert (tmp_path / "mine" / "evaluation.json").is_file() and not (tmp_path / "runs").exists()
+    assert (tmp_path / "mine_results" / "evaluation.json").is_file() and not (tmp_path / "runs").exists()
 
 
 def test_a_folder_of_other_files_is_no_run_folder(pairs, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metrics.csv").write_text("years of work")
     assert "holds other files" in line_of(main, options(pairs, tmp_path / "mine", "--epochs", "1"), capsys)
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "epoch_0001.pt").write_text("a model")
+    assert "holds a run" in line_of(main, options(pairs, tmp_path / "old", "--epochs", "1"), capsys)
+    file = tmp_path / "mine" / "metrics.csv"
+    assert "is a file" in line_of(main, ["--out", str(file), *TINY], capsys)
     assert (tmp_path / "mine" / "metrics.csv").read_text() == "years of work"
 
 
