@@ -13,7 +13,7 @@ Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and Super-Re
 Differences from the system that this follows: its classifier saw the land cover that it was to find; here land cover
 enters the adversarial head only. And the classifier's verdict on fakes teaches the generator, as in the paper.
 
-Measured: --quick, 88 s on two cores of a CPU, inside the edit 19.1 levels from the target; a copy of the input 34.9.
+Measured: --quick, 90 s on two cores of a CPU, inside the edit 19.1 levels from the target; a copy of the input 34.9.
 """
 
 import dataclasses
