@@ -1,12 +1,17 @@
-"""What the four scripts share and what teaches nothing about GANs: options, data on disk, the run folder, measures.
+"""What the four scripts share and what teaches nothing about GANs. The names that scripts use:
 
 errors      UserError, command
-options     option, parse, settle
-device      start, seed_step, autocast, adam, set_lr, average_gradients, fast_step, GraphedStep
-data        ClassTable, find_images, read_image, read_labels, ImageStore, Rows, rank_rows, demo_world
-runs        Run, save_checkpoint, load_checkpoint, restore, load_generator, save_grid
-measures    measure_images, confusion_matrix, measure_labels, level_counts, constant_guesses, write_evaluation
-generation  inputs_of, write_image, write_labels, read_edit, keep_outside, save_sheet
+options     option, Options, EditOptions, flag, begin
+device      autocast, full_precision, set_mode, place, adam, fast_step, seed_step,
+            average_gradients, of_rank_0
+data        IGNORED, ImageStore, Rows, batches_of_rank, chunks, spread
+files       read_image, read_labels
+runs        Run, restore, load_generator, save_checkpoint, load_checkpoint, save_grid
+pictures    from_bytes, one_hot, class_index, draw, as_tensor, as_array, resize
+measures    Scores, constant_colors, constant_guesses, copy_verdict, write_evaluation,
+            plot_confusion
+features    VGG16Features
+generation  inputs_of, write_image, read_edit, keep_outside, save_sheet
 """
 
 import argparse
@@ -21,13 +26,13 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,18 +41,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
+from torch import nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text names the file or the option and the remedy, on one line."""
+    """A user's mistake: its text names the file or the option and the remedy, on one line."""
 
 
 def command(main):
-    """Decorates a script's main: a mistake of the user's becomes one line on stderr and exit status 2, no traceback."""
+    """Decorates a script's main: a user's mistake becomes one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -58,12 +64,8 @@ def command(main):
         except KeyboardInterrupt:
             sys.exit(130)
         except (MemoryError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-                message = "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
-            elif rank_and_world()[1] > 1 and re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
-                message = "another process of this run has ended: mend what it says, and go on with --resume"
-            else:
+            message = _explain(error)
+            if not message:
                 raise
         except BrokenPipeError:  # whoever read our output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,8 +73,9 @@ def command(main):
         except OSError as error:
             if error.errno is None:
                 raise
-            message = f"{error.filename or 'writing'}: {error.strerror}; choose another place with --out or --cache"
-        for bar in list(getattr(tqdm, "_instances", [])):  # a line of its own, not the end of a progress bar
+            where = error.filename or "writing"
+            message = f"{where}: {error.strerror}; choose another place with --out or --cache"
+        for bar in list(getattr(tqdm, "_instances", [])):  # the message gets a line of its own
             bar.leave = False
             bar.close()
         print("error: " + " ".join(message.split()), file=sys.stderr)
@@ -81,17 +84,90 @@ def command(main):
     return wrapper
 
 
-# ------------------------------------------------------------------------------------------------------------ options
+def _explain(error):
+    """What to tell the user of an error that PyTorch raised; "" if it is a bug of ours."""
+    text = str(error)
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if memory or "can't allocate memory" in text:
+        return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
+    if world_size() > 1 and re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
+        return "another process of this run has ended: fix what it says, then go on with --resume"
+    return ""
 
 
-def option(default, help, group=None, *, choices=None, low=None, high=None, may_change=False):
-    """A field of a Config dataclass that is also a command-line option.
+# ------------------------------------------------------------------------------------------ options
 
-    group starts a new heading in --help (later fields stay under it; "model" marks what a checkpoint fixes);
-    low and high bound a number, both included; may_change says that a resumed run may have another value.
+
+def option(default, help, group=None, *, choices=None, low=None, high=None, **meaning):
+    """A field of an Options class that is also a command-line option.
+
+    group       a heading of --help, under which later fields stay; a checkpoint fixes "model"
+    low, high   bounds of a number, both included
+    may_change  a resumed run may have another value: True, or a function of the saved options
+    needs       the option without which this one has no effect, such as "generate"
+    file        it names a file, which must exist
+    weights     generator weights, which --generate takes in place of --checkpoint
     """
-    meta = {"help": help, "group": group, "choices": choices, "low": low, "high": high, "may_change": may_change}
-    return dataclasses.field(default=default, metadata=meta)
+    about = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=about | meaning)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that all four scripts share; a script's Config adds the model's own.
+
+    script  its name, which run folders and checkpoints carry
+    demo    the demo world that stands in where there is no --data: "maps" or "landcover"
+    """
+
+    script = ""
+    demo = "maps"
+
+    data: str = option("", "directory with the images; none: a demo world", "data", may_change=True)
+    patch: int = option(0, "cut images into N x N patches first; 0: whole images", low=0)
+    cache: str = option("", "folder of the decoded images; none: beside the run", may_change=True)
+    val_images: int = option(100, "validation images measured after an epoch; 0: all", low=0)
+    size: int = option(256, "side of what the networks see", "model", choices=(64, 128, 256, 512))
+    width: int = option(64, "channels of the first layer", low=1, high=1024)
+    lc_classes: str = option("", "classes of B: s2glc, maps, binary, a classes.json, or pictures")
+    beta1: float = option(0.5, "Adam's first beta", "training", low=0.0, high=0.999)
+    seed: int = option(0, "of weights, order, augmentation and noise", low=0, high=2**32 - 1)
+    quick: bool = option(False, "small networks, images and epochs: a minute on two cores", "run")
+    out: str = option("", "run folder, or folder of what is generated; none: runs/<script>")
+    resume: bool = option(False, "continue the run in --out, at the step where it stopped")
+    log_every: int = option(50, "steps between rows of metrics.csv", low=1)
+    save_every: int = option(10, "epochs between checkpoints that stay", low=0, may_change=True)
+    sample_rows: int = option(6, "validation images in a sample grid", low=1)
+    track: str = option("", "log there, too", choices=("", "tensorboard", "wandb"), may_change=True)
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), may_change=True)
+    precision: str = option("auto", "auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
+    graph: bool = option(True, "capture the training step in a CUDA graph")
+    checkpoint: str = option("", "model to evaluate or to generate with", "use a trained model")
+    evaluate: bool = option(False, "measure --checkpoint on the validation split")
+    generate: str = option("", "image or folder to translate, or photograph to edit")
+
+    @functools.cached_property
+    def classes(self):
+        """The ClassTable that --lc-classes names; None where B holds pictures."""
+        return ClassTable.load(self.lc_classes)
+
+    @property
+    def using(self):
+        """Whether a trained model is used; else one is trained."""
+        return bool(self.evaluate or self.generate)
+
+
+@dataclasses.dataclass(frozen=True)
+class EditOptions(Options):
+    """The options that the scripts which edit photographs share, too."""
+
+    demo = "landcover"
+
+    show_samples: int = option(0, "write a picture of N training edits, and stop", "run", low=0)
+    lc: str = option("", "the photograph's land cover", "use a trained model", needs="generate")
+    lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
+    paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
+    keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
 
 
 def flag(name):
@@ -105,7 +181,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def grouped_fields(config):
-    """Pairs (group, field) of a Config class, each field under the last group named."""
+    """Pairs (group, field) of an options class, each field under the last group named."""
     group = "options"
     for field in dataclasses.fields(config):
         group = field.metadata["group"] or group
@@ -113,194 +189,293 @@ def grouped_fields(config):
 
 
 def parse(config, doc, quick, argv=None):
-    """The command line as (cfg, given): a frozen Config, and a dict of just the options that were typed.
+    """The command line as (cfg, given): a config, and a dict of just the options that were typed.
 
-    config  a dataclass whose fields are made by option()
-    doc     the script's docstring: its first paragraph heads --help
-    quick   {name: value}: the defaults that --quick puts in place of the usual ones
+    doc    the script's docstring: its first two paragraphs, with the commands, head --help
+    quick  {name: value}: the defaults that --quick puts in place of the usual ones
     """
     parser = _Parser(
-        description=doc.strip().split("\n\n")[0],
+        usage="%(prog)s [options]",
+        description="\n\n".join(doc.strip().split("\n\n")[:2]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     groups = {}
     for group, field in grouped_fields(config):
-        groups.setdefault(group, parser.add_argument_group(group))
-        shown = "none" if field.default in ("", ()) else field.default
-        shown = ("off", "on")[shown] if isinstance(shown, bool) else shown
-        kwargs = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{field.metadata['help']} [{shown}]"}
-        if isinstance(field.default, bool):
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif isinstance(field.default, tuple):
-            kwargs.update(action="append", metavar="TEXT")
-        else:
-            kwargs.update(type=type(field.default), choices=field.metadata["choices"])
-            if not field.metadata["choices"]:
-                kwargs["metavar"] = {int: "N", float: "X", str: "TEXT"}[type(field.default)]
-        groups[group].add_argument(flag(field.name), **kwargs)
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
     given = vars(parser.parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     for field in dataclasses.fields(config):
         low, high, value = field.metadata["low"], field.metadata["high"], given.get(field.name)
         if value is not None and not (low is None or value >= low):
             raise UserError(f"{flag(field.name)} {value}: must be at least {low}")
         if value is not None and not (high is None or value <= high):
             raise UserError(f"{flag(field.name)} {value}: must be at most {high}")
-    return config(**({**quick, **given} if given.get("quick") else given)), given
+    defaults = quick if given.get("quick") else {}
+    return config(**{**defaults, **given}), given
 
 
-GENERATION_ALONE = {"lc", "lc_before", "paint", "samples", "keep_outside"}
-RESUME_MAY_CHANGE = {"data", "cache", "out", "resume", "device", "track", "save_every"}
+def _argument(field):
+    """What argparse needs to know of a field."""
+    shown = "none" if field.default in ("", ()) else field.default
+    if isinstance(field.default, bool):
+        shown = "on" if field.default else "off"
+    kwargs = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} [{shown}]"}
+    kind = type(field.default)
+    if kind is bool:
+        return kwargs | {"action": argparse.BooleanOptionalAction}
+    if kind is tuple:
+        return kwargs | {"action": "append", "metavar": "TEXT"}
+    if field.metadata["choices"]:
+        return kwargs | {"type": kind, "choices": field.metadata["choices"]}
+    return kwargs | {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
 
-def settle(cfg, given, script):
-    """What this call works on, as (cfg, checkpoint): a new run (checkpoint None), a run resumed, a trained model used.
+def begin(config, doc, quick, argv=None):
+    """Begins a program: (cfg, device, checkpoint). The arguments are parse's.
 
-    Resumed, the options are the checkpoint's, and one that was typed and contradicts them is refused by name. For
-    --evaluate and --generate only the options of the group "model" are held to the checkpoint's.
+    A new run has no checkpoint and a folder of its own; its data have been found, and its class
+    table stands in cfg. For --resume the options are the checkpoint's, for --evaluate and
+    --generate those of the group "model"; one that was typed and contradicts them is refused.
     """
-    using = cfg.generate or cfg.evaluate
-    lone = sorted(GENERATION_ALONE & set(given))
-    if lone and not cfg.generate:
-        raise UserError(f"{flag(lone[0])} goes with --generate FILE")
-    for name, value in vars(cfg).items():
-        if (name.startswith("init") or name == "vgg16") and value and not Path(value).is_file():
+    cfg, given = parse(config, doc, quick, argv)
+    weights = _check_options(cfg, given)
+    checkpoint = None
+    if cfg.checkpoint or cfg.resume:
+        cfg, checkpoint = _adopt(cfg, given)
+    elif cfg.using and not weights:
+        what = "--generate" if cfg.generate else "--evaluate"
+        raise UserError(f"{what} needs --checkpoint FILE, a model to use")
+    device = start(cfg)
+    if cfg.using and not checkpoint:
+        cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
+    elif not checkpoint:
+        classes = find_images(source(cfg), "train", cfg.lc_classes).classes
+        text = classes.text if classes else "pictures"
+        cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_new_folder(cfg)))
+    return cfg, device, checkpoint
+
+
+def _check_options(cfg, given):
+    """Refuses options that do not go together; whether there are weights to generate with."""
+    weights = False
+    for field in dataclasses.fields(cfg):
+        name, about, value = field.name, field.metadata, getattr(cfg, field.name)
+        needed = about.get("needs")
+        if name in given and needed and not getattr(cfg, needed):
+            raise UserError(f"{flag(name)} goes with {flag(needed)}")
+        if about.get("file") and value and not Path(value).is_file():
             raise UserError(f"{flag(name)} {value}: no such file")
-    if cfg.checkpoint and not using:
-        raise UserError("--checkpoint goes with --generate or --evaluate (to go on training: --resume, or --init)")
-    if cfg.resume and using:
-        raise UserError("--resume goes on training: name the model to evaluate or to generate with by --checkpoint")
-    if not cfg.resume and not using:
-        return dataclasses.replace(cfg, out=of_rank_0(_new_folder(cfg.out, script))), None
-    if using and not cfg.checkpoint:
-        if not cfg.evaluate and any(value for name, value in vars(cfg).items() if name.startswith("init")):
-            return dataclasses.replace(cfg, out=cfg.out or f"runs/{script}/generated"), None
-        raise UserError(f"{'--generate' if cfg.generate else '--evaluate'} needs --checkpoint FILE, a model to use")
+        weights = weights or bool(about.get("weights") and value and cfg.generate)
+    if cfg.checkpoint and not cfg.using:
+        remedy = "to go on training: --resume, or --init"
+        raise UserError(f"--checkpoint goes with --generate or --evaluate ({remedy})")
+    if cfg.resume and cfg.using:
+        remedy = "name the model to evaluate or to generate with by --checkpoint"
+        raise UserError(f"--resume goes on training: {remedy}")
+    return weights and not cfg.evaluate
+
+
+def _adopt(cfg, given):
+    """(cfg, checkpoint): the options that --resume or --checkpoint finds, with those typed."""
     if cfg.resume:
-        runs = [Path(cfg.out)] if cfg.out else sorted(Path("runs").glob(f"{script}*"))
-        found = [run for run in runs if (run / "checkpoints" / "last.pt").is_file()]
-        found = [run for run in found if cfg.out or re.fullmatch(rf"{script}(-\d+)?", run.name)]
-        if not found:
-            where = cfg.out or f"runs/{script}"
-            raise UserError(f"--resume: no checkpoints/last.pt in {where}: start without --resume")
-        run = max(found, key=lambda run: (run / "checkpoints" / "last.pt").stat().st_mtime)
+        run = _newest_run(cfg)
         path = run / "checkpoints" / "last.pt"
     else:
         path = Path(cfg.checkpoint)
-        run = path.parent.parent if path.parent.name == "checkpoints" else path.with_name(f"{path.stem}_results")
-    checkpoint = load_checkpoint(path, script)
-    saved, world = checkpoint["config"], rank_and_world()[1]
-    if cfg.resume:
-        held = {field.name for field in dataclasses.fields(cfg) if not field.metadata["may_change"]} - RESUME_MAY_CHANGE
-        held -= {"epochs"} if saved.get("schedule", "linear") != "linear" else set()
-        if checkpoint.get("world", 1) != world:
-            raise UserError(f"{path}: a run of {checkpoint['world']} processes cannot go on with {world}")
-    else:
-        held = {field.name for group, field in grouped_fields(type(cfg)) if group == "model"}
+        inside = path.parent.name == "checkpoints"
+        run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
+    checkpoint = load_checkpoint(path, cfg.script)
+    saved, world = checkpoint["config"], int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.resume and checkpoint.get("world", 1) != world:
+        raise UserError(
+            f"{path}: a run of {checkpoint['world']} processes cannot go on with {world}"
+        )
+    held = {
+        field.name for group, field in grouped_fields(type(cfg)) if _held(cfg, group, field, saved)
+    }
     for name in sorted(held & set(given) & set(saved)):
         same = given[name] == saved[name]
         if name == "lc_classes" and given[name] and saved[name]:
             same = ClassTable.load(given[name]) == ClassTable.load(saved[name])
         if not same:
-            raise UserError(f"{flag(name)} {given[name]} contradicts {path} ({str(saved[name])[:60]}): leave it out")
-    typed = {name: value for name, value in given.items() if name not in held}
+            value = str(saved[name])[:60]
+            raise UserError(
+                f"{flag(name)} {given[name]} contradicts {path} ({value}): leave it out"
+            )
     known = {field.name for field in dataclasses.fields(cfg)}
-    adopted = {name: value for name, value in saved.items() if name in known} | typed
-    folder = run if cfg.resume or (cfg.evaluate and not cfg.out) else Path(cfg.out or run / "generated")
-    mode = {name: getattr(cfg, name) for name in ("resume", "checkpoint", "generate", "evaluate", "device")}
-    return type(cfg)(**(adopted | mode | {"out": str(folder)})), checkpoint
+    adopted = {name: value for name, value in saved.items() if name in known}
+    adopted |= {name: value for name, value in given.items() if name not in held}
+    for name in (
+        "resume",
+        "checkpoint",
+        "generate",
+        "evaluate",
+        *([] if cfg.resume else ["device"]),
+    ):
+        adopted[name] = getattr(cfg, name)
+    keep = cfg.resume or (cfg.evaluate and not cfg.out)
+    adopted["out"] = str(run if keep else cfg.out or run / "generated")
+    return type(cfg)(**adopted), checkpoint
 
 
-def _new_folder(out, script):
-    """Claims the folder of a new run: --out, or the first of runs/script, runs/script-2, ... that does not exist."""
-    if rank_and_world()[0]:
+def _held(cfg, group, field, saved):
+    """Whether a checkpoint's value of an option is kept, whatever is typed."""
+    if not cfg.resume:
+        return group == "model"
+    may_change = field.metadata.get("may_change", False)
+    may_change = may_change(saved) if callable(may_change) else may_change
+    return not may_change and field.name not in ("out", "resume")
+
+
+def _newest_run(cfg):
+    """The run folder that --resume means: --out, or the newest of runs/script, runs/script-2..."""
+    runs = [Path(cfg.out)]
+    if not cfg.out:
+        name = re.compile(rf"{cfg.script}(-\d+)?")
+        runs = [run for run in Path("runs").glob(f"{cfg.script}*") if name.fullmatch(run.name)]
+    saved = {run: run / "checkpoints" / "last.pt" for run in runs}
+    times = {run: path.stat().st_mtime for run, path in saved.items() if path.is_file()}
+    if not times:
+        where = cfg.out or f"runs/{cfg.script}"
+        raise UserError(f"--resume: no checkpoints/last.pt in {where}: start without --resume")
+    return max(times, key=times.get)
+
+
+def _new_folder(cfg):
+    """Claims a new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
+    if rank():
         return ""
-    if out:
-        folder, about = Path(out), Path(out) / "config.json"
-        if folder.is_file():
-            raise UserError(f"--out {out}: is a file, not a folder")
-        if any(folder.glob("checkpoints/*.pt")):
-            raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
-        begun = about.is_file() and f'"script": "{script}"' in about.read_text(errors="replace")  # and never saved
-        if folder.is_dir() and any(folder.iterdir()) and not begun:
-            raise UserError(f"--out {out} holds other files: choose an empty or a new folder")
-        return out
-    Path("runs").mkdir(exist_ok=True)
-    for k in itertools.count(1):
-        folder = Path(f"runs/{script}" + (f"-{k}" if k > 1 else ""))
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return str(folder)
+    if not cfg.out:
+        Path("runs").mkdir(exist_ok=True)
+        for k in itertools.count(1):
+            folder = Path(f"runs/{cfg.script}" + (f"-{k}" if k > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return str(folder)
+    folder, about = Path(cfg.out), Path(cfg.out) / "config.json"
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file, not a folder")
+    if any(folder.glob("checkpoints/*.pt")):
+        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    begun = f'"script": "{cfg.script}"' in text  # and never saved
+    if folder.is_dir() and any(folder.iterdir()) and not begun:
+        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
+    return cfg.out
 
 
-# ------------------------------------------------------------------------------------------------------------- device
+# ------------------------------------------------------------------------------------------- device
 
 
-def rank_and_world():
-    """This process's rank and the number of processes: (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    """This process's number: 0 unless torchrun started several."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def of_rank_0(value):
-    """Rank 0's value (numbers, text), in every process."""
+    """Process 0's value (numbers, text), in every process."""
     values = [value]
-    if rank_and_world()[1] > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
+def reduced(tensor, how=dist.ReduceOp.SUM):
+    """The sum of all processes' tensors, on the device that the group works on."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(tensor, how)
+    return tensor
+
+
+def wait_for_others():
+    """Returns when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def first_here():
-    """Whether this process is the one of its machine that writes what all processes there read: stores, demo worlds."""
+    """Whether this process is the one of its machine that writes what all there read."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def start(cfg):
-    """The device to work on, with the process group (under torchrun) and the random numbers started from --seed."""
+    """The device to work on; starts the process group (under torchrun) and the random numbers."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible here (leave --device out to run on the CPU)")
+        remedy = "leave --device out to run on the CPU"
+        raise UserError(f"--device cuda: no CUDA device is visible here ({remedy})")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(cfg.seed)
     return device
 
 
 def seed_step(seed, epoch, batch):
-    """Sets PyTorch's random numbers from (seed, epoch, batch, rank) alone: a resumed run needs no generator state."""
-    words = np.random.SeedSequence([seed, epoch, batch, rank_and_world()[0]]).generate_state(2)
+    """Sets PyTorch's random numbers from (seed, epoch, batch, rank): a resume needs no state."""
+    words = np.random.SeedSequence([seed, epoch, batch, rank()]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def autocast(cfg, device):
-    """bf16 autocast where --precision says so (auto: on CUDA), else nothing; never fp16, whose range GANs overflow."""
+    """bf16 autocast where --precision says so (auto: on CUDA); never fp16, which GANs overflow."""
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
+def full_precision(x):
+    """At least float32, as losses need: bf16 becomes float32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def set_mode(net, training, track):
+    """net.train(training); without track, BatchNorm in training mode keeps its statistics."""
+    for module in net.train(training).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = track
+
+
 def place(net, device):
-    """A network on the device, in the memory format that is fastest there: on CUDA channels_last, but not with
-    InstanceNorm, whose backward pass is wrong in PyTorch 2.13 for one image with a channels_last gradient."""
-    instance_norm = any(isinstance(module, torch.nn.InstanceNorm2d) for module in net.modules())
+    """A network on the device, in the memory format that is fastest there.
+
+    That is channels_last on CUDA, but not with InstanceNorm, whose backward pass is wrong in
+    PyTorch 2.13 for one image with a channels_last gradient.
+    """
+    instance_norm = any(isinstance(module, nn.InstanceNorm2d) for module in net.modules())
     plain = device.type == "cpu" or instance_norm
-    return net.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+    layout = torch.contiguous_format if plain else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 
 def adam(module, cfg, device):
-    """Fused Adam at cfg.lr, betas (cfg.beta1, 0.999); on CUDA its rate is a tensor, so that a graph can capture it."""
+    """Fused Adam, betas (beta1, 0.999); on CUDA its rate is a tensor that a graph can read."""
     cuda = device.type == "cuda"
-    lr = torch.tensor(cfg.lr, device=device) if cuda else cfg.lr
-    return torch.optim.Adam(module.parameters(), lr=lr, betas=(cfg.beta1, 0.999), fused=True, capturable=cuda)
+    return torch.optim.Adam(
+        module.parameters(),
+        lr=torch.tensor(cfg.lr, device=device) if cuda else cfg.lr,
+        betas=(cfg.beta1, 0.999),
+        fused=True,
+        capturable=cuda,
+    )
 
 
-def set_lr(optimizers, lr):
-    """Gives every optimizer the rate lr, in place where the rate is a tensor that a captured graph reads."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+def set_lr(optimizer, lr):
+    """Gives an optimizer the rate lr, in place where it is a tensor that a captured graph reads."""
+    for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
@@ -308,21 +483,23 @@ def set_lr(optimizers, lr):
 
 
 def average_gradients(module):
-    """Averages a module's gradients over all processes, as one flat message; does nothing in a single process."""
-    world = rank_and_world()[1]
-    if world > 1:
-        grads = [p.grad for p in module.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        for grad, mean in zip(grads, flat.div_(world).split([g.numel() for g in grads]), strict=True):
-            grad.copy_(mean.view(grad.shape))
+    """Averages a module's gradients over all processes, as one flat message."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    means = flat.div_(world_size()).split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(mean.view(grad.shape))
 
 
 class GraphedStep:
-    """train_step captured whole in one CUDA graph: the first calls run as they are on a side stream (they train, too),
-    the next captures, and from then on a call copies its batch into the graph's own tensors and replays.
+    """train_step captured whole in one CUDA graph.
 
-    Called like train_step. The losses it returns are overwritten by the next call.
+    The first calls run as they are on a side stream (they train, too), the next captures, and
+    from then on a call copies its batch into the graph's own tensors and replays.
+    Called like train_step. The losses that it returns are overwritten by the next call.
     """
 
     warmup = 3
@@ -342,7 +519,8 @@ class GraphedStep:
         if self.graph is None:
             self.batch = tuple(tensor.clone() for tensor in batch)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread may pin memory
+            # thread_local: another thread may pin memory meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.losses = self.step(state, self.batch, cfg)
         for static, tensor in zip(self.batch, batch, strict=True):
             static.copy_(tensor)
@@ -351,41 +529,55 @@ class GraphedStep:
 
 
 def fast_step(step, cfg, device):
-    """train_step the way this device runs it fastest: captured in a CUDA graph, or as it is (CPU, or --no-graph)."""
+    """train_step as this device runs it fastest: in a CUDA graph, or as it is (CPU, --no-graph)."""
     return GraphedStep(step) if device.type == "cuda" and cfg.graph else step
 
 
-# ------------------------------------------------------------------------------------------------ data: class tables
+# ------------------------------------------------------------------------------- data: class tables
 
 IGNORED = 255  # index of what has no class: it enters no loss and no measure
 
-_S2GLC = """0 255,255,255 Clouds|62 210,0,0 Artificial surfaces and constructions|73 253,211,39 Cultivated areas|
-75 176,91,16 Vineyards|82 35,152,0 Broadleaf tree cover|83 8,98,0 Coniferous tree cover|
-102 249,150,39 Herbaceous vegetation|103 141,139,0 Moors and Heathland|104 95,53,6 Sclerophyllous vegetation|
-105 149,107,196 Marshes|106 77,37,106 Peatbogs|121 154,154,154 Natural material surfaces|
-123 106,255,255 Permanent snow covered surfaces|162 20,69,249 Water bodies"""
-_MAPS = """0 233,229,222 land|1 243,241,235 building|2 254,254,252 road|3 252,157,36 motorway|4 177,208,254 water|
-5 203,223,172 park|6 186,210,186 cemetery|7 222,218,212 paved|8 211,201,189 airfield"""
-_BINARY = "0 0,0,0 background|255 255,255,255 foreground"
-
-
-def _builtin(text):
-    rows = [row.strip().split(" ", 2) for row in text.split("|")]
-    return [{"name": name, "value": int(value), "color": color} for value, color, name in rows]
-
-
-BUILTIN_CLASSES = {"s2glc": _builtin(_S2GLC), "maps": _builtin(_MAPS), "binary": _builtin(_BINARY)}
+_TABLES = {
+    "s2glc": """
+        0 255,255,255 Clouds
+        62 210,0,0 Artificial surfaces and constructions
+        73 253,211,39 Cultivated areas
+        75 176,91,16 Vineyards
+        82 35,152,0 Broadleaf tree cover
+        83 8,98,0 Coniferous tree cover
+        102 249,150,39 Herbaceous vegetation
+        103 141,139,0 Moors and Heathland
+        104 95,53,6 Sclerophyllous vegetation
+        105 149,107,196 Marshes
+        106 77,37,106 Peatbogs
+        121 154,154,154 Natural material surfaces
+        123 106,255,255 Permanent snow covered surfaces
+        162 20,69,249 Water bodies""",
+    "maps": """
+        0 233,229,222 land
+        1 243,241,235 building
+        2 254,254,252 road
+        3 252,157,36 motorway
+        4 177,208,254 water
+        5 203,223,172 park
+        6 186,210,186 cemetery
+        7 222,218,212 paved
+        8 211,201,189 airfield""",
+    "binary": """
+        0 0,0,0 background
+        255 255,255,255 foreground""",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassTable:
-    """The classes of a label map. Index i has names[i] and colors[i]; what is ignored has no index but IGNORED.
+    """The classes of a label map. Index i has names[i] and colors[i]; what is ignored has none.
 
-    names     of the n classes
-    colors    (r, g, b) of each
-    rows      (value, (r, g, b), index or IGNORED) of every row of the table, ignored rows included, in its order
-    nearest   colours are matched to the nearest (pictures that went through JPEG), not exactly
-    text      the table as JSON: load(text) gives it back
+    names    of the n classes
+    colors   (r, g, b) of each
+    rows     (value, (r, g, b), index or IGNORED) of every row of the table, in its order
+    nearest  colours are matched to the nearest (pictures that went through JPEG), not exactly
+    text     the table as JSON: load(text) gives it back
     """
 
     names: tuple
@@ -396,23 +588,28 @@ class ClassTable:
 
     @staticmethod
     def load(source):
-        """The table called source: s2glc, maps or binary, a path to a classes.json, or JSON text. None for "" and for
-        "pictures", which says that B is no label map, whatever it looks like."""
+        """The table called source: a built-in name, a path to a classes.json, or JSON text.
+
+        None for "", and for "pictures", which says that B is no label map.
+        """
         if source in ("", "pictures"):
             return None
-        if source in BUILTIN_CLASSES:
-            return ClassTable._build(BUILTIN_CLASSES[source], source == "maps", source)
+        if source in _TABLES:
+            rows = [row.split(maxsplit=2) for row in _TABLES[source].strip().splitlines()]
+            entries = [{"name": n, "value": int(value), "color": c} for value, c, n in rows]
+            return ClassTable._build(entries, source == "maps", source)
         try:
-            table = json.loads(
-                source if source.lstrip().startswith(("[", "{")) else Path(source).read_text("utf-8-sig")
-            )
-            entries, nearest = (table["classes"], table["nearest"]) if isinstance(table, dict) else (table, False)
+            is_json = source.lstrip().startswith(("[", "{"))
+            table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
+            nearest = table["nearest"] if isinstance(table, dict) else False
+            entries = table["classes"] if isinstance(table, dict) else table
             return ClassTable._build(entries, nearest, source[:60])
         except FileNotFoundError:
-            raise UserError(f"class table {source}: no such file (built in: {', '.join(BUILTIN_CLASSES)})") from None
+            known = ", ".join(_TABLES)
+            raise UserError(f"class table {source}: no such file (built in: {known})") from None
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-            what = "not a list of {name, color, value, ignore}"
-            raise UserError(f"class table {source[:60]}: {what} ({error!r})") from None
+            what = f"not a list of {{name, color, value, ignore}} ({error!r})"
+            raise UserError(f"class table {source[:60]}: {what}") from None
 
     @staticmethod
     def _build(entries, nearest, source):
@@ -420,8 +617,10 @@ class ClassTable:
         for position, entry in enumerate(entries):
             color = entry["color"]
             if isinstance(color, str):
-                text = color.lstrip("#")
-                color = text.split(",") if "," in text else [int(text[k : k + 2], 16) for k in (0, 2, 4)]
+                hexadecimal = color.lstrip("#")
+                color = hexadecimal.split(",")
+                if len(color) == 1:
+                    color = [int(hexadecimal[k : k + 2], 16) for k in (0, 2, 4)]
             color = tuple(int(c) for c in color)
             if len(color) != 3 or not all(0 <= c <= 255 for c in color):
                 raise ValueError(f"colour {entry['color']}")
@@ -430,11 +629,12 @@ class ClassTable:
             if index != IGNORED:
                 names.append(str(entry["name"]))
                 colors.append(color)
-        for column, what in ((0, "value"), (1, "color")):
+        for column, what in enumerate(("value", "color")):
             if len({row[column] for row in rows}) != len(rows):
                 raise UserError(f"class table {source}: two classes have the same {what}")
         if not 2 <= len(names) < IGNORED or len(set(names)) != len(names):
-            raise UserError(f"class table {source}: needs 2 to 254 classes, each with a name of its own")
+            what = "needs 2 to 254 classes, each with a name of its own"
+            raise UserError(f"class table {source}: {what}")
         text = json.dumps({"nearest": nearest, "classes": entries})
         return ClassTable(tuple(names), tuple(colors), tuple(rows), nearest, text)
 
@@ -443,20 +643,19 @@ class ClassTable:
 
     @functools.cached_property
     def palette(self):
-        """(256, 3) uint8: the colour of every index; black for IGNORED and whatever has no class."""
+        """(256, 3) uint8: every index's colour; black for what has none."""
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self)] = self.colors
         ignored = [color for _, color, index in self.rows if index == IGNORED]
         palette[IGNORED] = ignored[0] if ignored else 0
         return palette
 
-    def palette_on(self, device):
-        """palette as a tensor (3, 256) in [-1, 1], for draw."""
-        return from_bytes(torch.from_numpy(self.palette.T.copy())).to(device)
-
     def from_codes(self, codes, path):
-        """(H, W) integers -> (H, W) uint8 indices; codes are the table's values, or 255, or positions in the table
-        where these cannot be mistaken for values: no number is a value of one class and the position of another."""
+        """(H, W) integers -> (H, W) uint8 indices.
+
+        Codes are the table's values, or 255, or positions in the table where these cannot be
+        mistaken for values: no number is a value of one class and the position of another.
+        """
         present = np.unique(codes)
         values = {value: index for value, _, index in self.rows}
         positions = {position: index for position, (_, _, index) in enumerate(self.rows)}
@@ -464,48 +663,52 @@ class ClassTable:
             positions = {}
         for table in ({IGNORED: IGNORED} | values, {IGNORED: IGNORED} | positions):
             if all(int(code) in table for code in present):
-                return np.array([table[int(code)] for code in present], np.uint8)[np.searchsorted(present, codes)]
-        wrong = [int(code) for code in present if int(code) not in values and int(code) not in positions]
+                indices = np.array([table[int(code)] for code in present], np.uint8)
+                return indices[np.searchsorted(present, codes)]
+        wrong = [c for c in present.tolist() if c not in values and c not in positions]
         wrong = (wrong or present.tolist())[:8]
-        raise UserError(f"{path}: label values {wrong} are outside the class table, whose values are {sorted(values)}")
+        what = f"outside the class table, whose values are {sorted(values)}"
+        raise UserError(f"{path}: label values {wrong} are {what}")
 
     def from_colours(self, rgb, path, nearest):
-        """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours become IGNORED, unless nearest takes the closest."""
+        """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours are ignored, unless nearest."""
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse = np.unique(packed, return_inverse=True)
         present_rgb = (present[:, None] >> (16, 8, 0)) & 255  # (K, 3)
-        colors = np.array([color for _, color, _ in self.rows])
-        distance = np.stack([((present_rgb - color) ** 2).sum(1) for color in colors])  # (rows, K)
+        distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.rows]
+        distance = np.stack(distance)  # (rows, K)
         index = np.array([row[2] for row in self.rows], np.uint8)[distance.argmin(0)]
         if not nearest:
             exact = distance.min(0) == 0
             if not exact.any():
-                raise UserError(f"{path}: no pixel has a colour of the class table ({', '.join(self.names[:6])}, ...)")
+                known = ", ".join(self.names[:6])
+                raise UserError(f"{path}: no pixel has a colour of the class table ({known}, ...)")
             index[~exact] = IGNORED
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
-        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; a pixel with no class at all becomes IGNORED."""
-        counts = {len(self): range(len(self)), len(self.rows): [row[2] for row in self.rows]}  # ignored rows or not
-        if array.shape[-1] not in counts and array.shape[0] in counts:
+        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; no class at all: IGNORED."""
+        indices = {len(self): range(len(self)), len(self.rows): [row[2] for row in self.rows]}
+        if array.shape[-1] not in indices and array.shape[0] in indices:
             array = np.moveaxis(array, 0, -1)
-        if array.shape[-1] not in counts:
-            raise UserError(f"{path}: shape {array.shape} is no one-hot of the class table's {len(self)} classes")
-        index = np.array(counts[array.shape[-1]], np.uint8)[array.argmax(-1)]
+        if array.shape[-1] not in indices:
+            what = f"no one-hot of the class table's {len(self)} classes"
+            raise UserError(f"{path}: shape {array.shape} is {what}")
+        index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
 
 
-# ---------------------------------------------------------------------------------------------- data: files on disk
+# ------------------------------------------------------------------------------ data: files on disk
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
 LAYOUTS = (
-    "train/1.jpg, twice as wide as high (pairs side by side); train/A/x.png + train/B/x.png (two folders); "
-    "trainA/x.jpg + trainB/y.jpg (unaligned); train/rgb/7.png + train/lc/7.png (land cover); "
+    "train/1.jpg, twice as wide as high (pairs side by side); "
+    "train/A/x.png + train/B/x.png (two folders); trainA/x.jpg + trainB/y.jpg (unaligned); "
+    "train/rgb/7.png + train/lc/7.png (land cover); "
     "train/images/vienna1.tif + train/gt/vienna1.tif (Inria)"
 )
-_INRIA_VALIDATION = re.compile(r"(austin|chicago|kitsap|tyrol-w|vienna)[1-5]$")
 
 
 @contextlib.contextmanager
@@ -519,50 +722,61 @@ def _decoding(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
-        raise UserError(f"{path}: cannot be decoded ({error}): replace or remove the file") from None
+        raise UserError(
+            f"{path}: cannot be decoded ({error}): replace or remove the file"
+        ) from None
 
 
 def read_image(path):
     """An image file as (H, W, 3) uint8."""
     with _decoding(path), Image.open(path) as image:
         if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
-            raise UserError(f"{path}: has more than 8 bits a channel: convert it to 8 bits, with limits of your choice")
+            remedy = "convert it to 8 bits, with limits of your choice"
+            raise UserError(f"{path}: has more than 8 bits a channel: {remedy}")
         return np.asarray(image.convert("RGB"))
 
 
 def read_labels(path, table):
-    """A label map as (H, W) uint8 class indices, from an array file or an image of indices, code values or colours."""
+    """A label map as (H, W) uint8 class indices.
+
+    From an array file, or an image of indices, of code values or of class colours.
+    """
     with _decoding(path):
         if Path(path).suffix.lower() in ARRAY_SUFFIXES:
-            array = np.load(path)
-            if isinstance(array, np.lib.npyio.NpzFile):
-                array = array[array.files[0]]
+            array = _load_array(path)
             if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
                 return table.from_one_hot(array, path)
-            if not (array == array.astype(np.int64)).all():
+            codes = array.astype(np.int64)
+            if not (array == codes).all():
                 raise UserError(f"{path}: holds fractions, which are no class indices")
-            return table.from_codes(array.squeeze().astype(np.int64), path)
+            return table.from_codes(codes.squeeze(), path)
         with Image.open(path) as image:
-            if image.mode == "P":  # class colours that were stored with a palette, or else indices
-                rgb = np.asarray(image.convert("RGB"))
-                used = {tuple(int(c) for c in color) for color in np.unique(rgb.reshape(-1, 3), axis=0)}
-                if 2 * len(used & {color for _, color, _ in table.rows}) > len(used):
-                    return table.from_colours(rgb, path, False)
-                return table.from_codes(np.asarray(image).astype(np.int64), path)
-            if image.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L"):
+            if image.mode == "P" and _palette_is_of(image, table):
+                return table.from_colours(np.asarray(image.convert("RGB")), path, False)
+            if image.mode in ("P", "1", "L", "I", "I;16", "I;16B", "I;16L"):
                 return table.from_codes(np.asarray(image).astype(np.int64), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
             return table.from_colours(np.asarray(image.convert("RGB")), path, lossy)
+
+
+def _load_array(path, **how):
+    """The array of a .npy file, or the first one of a .npz file."""
+    array = np.load(path, **how)
+    return array[array.files[0]] if isinstance(array, np.lib.npyio.NpzFile) else array
+
+
+def _palette_is_of(image, table):
+    """Whether most of the colours that a palette image uses are the class table's."""
+    used = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    known = {color for _, color, _ in table.rows}
+    return 2 * len(known & set(map(tuple, used.tolist()))) > len(used)
 
 
 def _image_size(path):
     """(width, height) of an image or array file, from its header where the format has one."""
     with _decoding(path):
         if path.suffix.lower() in ARRAY_SUFFIXES:
-            array = np.load(path, mmap_mode="r")
-            if isinstance(array, np.lib.npyio.NpzFile):
-                array = array[array.files[0]]
-            shape = [s for s in array.shape if s != 1]
+            shape = [side for side in _load_array(path, mmap_mode="r").shape if side != 1]
             if len(shape) == 3:  # the class axis is the short one
                 shape.pop(0 if shape[0] < shape[2] else 2)
             return shape[1], shape[0]
@@ -574,9 +788,9 @@ def _image_size(path):
 class Split:
     """The images of one split: two lists of files, A and B.
 
-    paired    A[i] and B[i] show the same place
-    halves    A[i] and B[i] are the left and the right half of one file
-    classes   the ClassTable of B when B holds label maps, else None
+    paired   A[i] and B[i] show the same place
+    halves   A[i] and B[i] are the left and the right half of one file
+    classes  the ClassTable of B when B holds label maps, else None
     """
 
     root: Path
@@ -591,7 +805,8 @@ class Split:
 
 def _files(folder, labels=False):
     suffixes = IMAGE_SUFFIXES | (ARRAY_SUFFIXES if labels else set())
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    found = (path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _match(a, b, where):
@@ -600,173 +815,203 @@ def _match(a, b, where):
     lone = sorted(set(stems_a) ^ set(stems_b))
     if lone:
         path = stems_a.get(lone[0]) or stems_b.get(lone[0])
-        raise UserError(f"{where}: {len(a)} images on one side, {len(b)} on the other; {path} has no partner")
+        counts = f"{len(a)} images on one side, {len(b)} on the other"
+        raise UserError(f"{where}: {counts}; {path} has no partner")
     if len(stems_a) != len(a) or len(stems_b) != len(b):
         raise UserError(f"{where}: two files in one folder have the same name but for their ending")
     return list(stems_a.values()), [stems_b[stem] for stem in stems_a]
 
 
 def find_images(data, split, lc_classes=""):
-    """Recognises the layout of a dataset directory (LAYOUTS) and lists the split "train" or "val" as a Split.
+    """Recognises the layout of a dataset directory and lists "train" or "val" as a Split.
 
-    The validation split is val, or test where there is no val; in the Inria layout images 1-5 of each city.
-    B is taken for label maps in the layouts land cover and Inria, with a classes.json in data, or with lc_classes;
-    lc_classes "pictures" takes it for pictures all the same.
+    The validation split is val, or test where there is no val; in the Inria layout images 1-5 of
+    each city. B is taken for label maps in the layouts land cover and Inria, with a classes.json
+    in data, or with lc_classes; "pictures" takes it for pictures all the same.
     """
     root = Path(data)
     if not root.is_dir():
         what = "is a file, not a directory" if root.is_file() else "no such directory"
-        raise UserError(f"--data {root}: {what} (--data also tells a checkpoint where its data lies now)")
-    table_file = root / "classes.json"
-    inria = root / "train" / "images", root / "train" / "gt"
-    found = str(table_file) if table_file.is_file() else "binary" if inria[1].is_dir() else ""
-    table, pictures = ClassTable.load(lc_classes or found), lc_classes == "pictures"
-    for name in ("train",) if split == "train" else ("val", "validation", "test"):
-        folders = {
+        hint = "--data also tells a checkpoint where its data lies now"
+        raise UserError(f"--data {root}: {what} ({hint})")
+    found = "binary" if (root / "train" / "gt").is_dir() else ""
+    if (root / "classes.json").is_file():
+        found = str(root / "classes.json")
+    table = ClassTable.load(lc_classes or found)
+    for name in ("train",) if split == "train" else ("val", "validation", "test", "train"):
+        folder, inria = root / name, not (root / "val" / "gt").is_dir()
+        layouts = {
             "unaligned": (root / f"{name}A", root / f"{name}B"),
-            "two folders": (root / name / "A", root / name / "B"),
-            "two folders ": (root / name / "a", root / name / "b"),
-            "land cover": (root / name / "rgb", root / name / "lc"),
-            "Inria": (root / name / "images", root / name / "gt"),
+            "two folders": (folder / "A", folder / "B"),
+            "two folders ": (folder / "a", folder / "b"),
+            "land cover": (folder / "rgb", folder / "lc"),
+            "Inria": (folder / "images", folder / "gt"),
         }
-        for layout, (folder_a, folder_b) in folders.items():
-            if not (folder_a.is_dir() and folder_b.is_dir()):
+        if split == "val" and name == "train":  # only Inria's validates on some of train
+            layouts = {"Inria": layouts["Inria"]}
+        for layout, folders in layouts.items():
+            if not all(side.is_dir() for side in folders):
                 continue
-            layout = layout.strip()
-            a, b = _files(folder_a), _files(folder_b, labels=layout in ("land cover", "Inria") or table is not None)
-            if layout == "Inria" and split == "train" and not (root / "val" / "gt").is_dir():
-                a, b = ([p for p in paths if not _INRIA_VALIDATION.match(p.stem)] for paths in (a, b))
-            return _split(root, layout, name, folder_a, folder_b, a, b, table, pictures)
-        if (root / name).is_dir() and (files := _files(root / name)):
+            a, b = (
+                _files(folders[0]),
+                _files(folders[1], layout in ("land cover", "Inria") or table),
+            )
+            if layout == "Inria" and name == "train" and inria:
+                a, b = ([p for p in x if _validates(p) == (split == "val")] for x in (a, b))
+                name = "train" if split == "train" else "train, images 1-5 of each city"
+            for side, files in zip(folders, (a, b), strict=True):
+                if not files:
+                    raise UserError(f"{side}: no images in split {name}")
+            if layout != "unaligned":
+                a, b = _match(a, b, f"{root}, split {name}")
+            if layout == "land cover" and table is None and lc_classes != "pictures":
+                remedy = f"write {root}/classes.json or pass --lc-classes s2glc"
+                raise UserError(f"{root}: label maps need a class table: {remedy}")
+            return Split(root, layout.strip(), name, a, b, layout != "unaligned", False, table)
+        if (
+            (name == "train") == (split == "train")
+            and folder.is_dir()
+            and (files := _files(folder))
+        ):
             return Split(root, "side by side", name, files, files, True, True, table)
-    if split == "val" and all(folder.is_dir() for folder in inria):
-        a, b = ([p for p in _files(f, labels=True) if _INRIA_VALIDATION.match(p.stem)] for f in inria)
-        return _split(root, "Inria", "train, images 1-5 of each city", *inria, a, b, table, pictures)
-    if split == "train" and any((root / name).is_dir() for name in ("val", "test", "valA", "testA")):
-        raise UserError(f"{root}: no training split: put images in train; baselines are measured on it, too")
-    if split == "val" and any((root / name).is_dir() for name in ("train", "trainA")):
-        raise UserError(f"{root}: no validation split: put some of the images in val (laid out like train), or in test")
+    there = [
+        name
+        for name in ("train", "trainA", "val", "test", "valA", "testA")
+        if (root / name).is_dir()
+    ]
+    if split == "train" and there and "train" not in there:
+        raise UserError(f"{root}: no training split: put images in train")
+    if split == "val" and there:
+        remedy = "put some of the images in val (laid out like train), or in test"
+        raise UserError(f"{root}: no validation split: {remedy}")
     raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
 
 
-def _split(root, layout, name, folder_a, folder_b, a, b, table, pictures):
-    for folder, files in ((folder_a, a), (folder_b, b)):
-        if not files:
-            raise UserError(f"{folder}: no images in split {name}")
-    if layout != "unaligned":
-        a, b = _match(a, b, f"{root}, split {name}")
-    if layout == "land cover" and table is None and not pictures:
-        raise UserError(f"{root}: label maps need a class table: write {root}/classes.json or pass --lc-classes s2glc")
-    return Split(root, layout, name, a, b, layout != "unaligned", False, table)
+def _validates(path):
+    """Whether an image of Inria's is one that its authors keep for validation."""
+    return bool(re.fullmatch(r"(austin|chicago|kitsap|tyrol-w|vienna)[1-5]", path.stem))
 
 
-# ------------------------------------------------------------------------------------------- data: decoded just once
+# -------------------------------------------------------------------------- data: decoded just once
 
 
-def _readable(path):
-    """Whether path is a whole .npy file."""
-    try:
-        np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
+def cache_folder(cfg):
+    """Where decoded images and demo worlds lie: --cache, or cache/ beside the run folder."""
+    return Path(cfg.cache) if cfg.cache else Path(cfg.out or "runs/run").parent / "cache"
+
+
+def source(cfg):
+    """The directory of the images: --data, or the demo world's."""
+    return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
 
 
 class ImageStore:
-    """Every image of a split, decoded, cut and resized once, in a memory-mapped uint8 file that later runs find again.
+    """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
-    cfg    its data, lc_classes (see find_images), patch (cut sources into patches of this side first; 0: whole images)
-           and cache, the folder of the store files (none: cache/ beside the run folder)
-    split  "train" or "val"
-    side   every image, or patch, is resized to side x side (bicubic; labels nearest)
-    demo   which demo world stands in when cfg.data is empty: "maps" or "landcover"
+    cfg       its data, demo, lc_classes, patch (0: whole images) and cache
+    split     "train" or "val"
+    side      every image, or patch, is resized to side x side (bicubic; labels nearest)
     smallest  images, or patches, of a smaller side than this are refused
 
-    A  (N, 3, side, side) uint8
-    B  (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices when classes is not None; M = N if paired
+    A        (N, 3, side, side) uint8
+    B        (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
     records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
 
-    The file's name is a hash of the list of files, their sizes and times, and every parameter. It is written aside
-    and renamed, so that it is whole or absent.
+    The file's name is a hash of the list of files, their sizes and times, and every parameter.
+    It is written aside and renamed, so that it is whole or absent.
     """
 
-    def __init__(self, cfg, split, side, demo="maps", smallest=0):
-        self.cache = Path(cfg.cache) if cfg.cache else Path(cfg.out or "runs/run").parent / "cache"
-        self.split = find_images(cfg.data or demo_world(self.cache, demo), split, cfg.lc_classes)
+    def __init__(self, cfg, split, side, smallest=0):
+        self.cache = cache_folder(cfg)
+        self.split = find_images(source(cfg), split, cfg.lc_classes)
         self.classes, self.paired = self.split.classes, self.split.paired
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
+        self.records = None
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.A, self.B = self.records[:, :3], self.records[:, 3:]
         else:
-            self.records = None
             self.A = self._open([(path, None) for path in self.split.A], "A")
             self.B = self._open([(None, path) for path in self.split.B], "B")
-        if rank_and_world()[0] == 0:
-            files = f"{len(self.split.A)}" + ("" if self.paired else f" + {len(self.split.B)}") + " files"
-            cut = f" cut into {len(self.A)} patches of {self.patch}" if self.patch else ""
-            about = f"{self.split.root}: {self.split.layout}, split {self.split.name}: {files}{cut}{self._labels()}"
-            print(about, file=sys.stderr)
+        if rank() == 0:
+            print(self._about(), file=sys.stderr)
 
-    def _labels(self):
-        """What there is to say of B's labels; refuses maps without any."""
+    def _about(self):
+        """What was found, on one line; refuses label maps without any class."""
+        split = self.split
+        text = f"{split.root}: {split.layout}, split {split.name}: {len(split.A)}"
+        text += " files" if self.paired else f" + {len(split.B)} files"
+        if self.patch:
+            text += f" cut into {len(self.A)} patches of {self.patch}"
         if not self.classes:
-            return ""
-        ignored = np.mean(self.B[:: -(-len(self.B) // 100)] == IGNORED)
+            return text
+        ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
         if ignored == 1 and all((image == IGNORED).all() for image in self.B):
-            raise UserError(f"{self.split.root}, split {self.split.name}: no pixel has a class: check the class table")
-        share = f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else ""
-        return f", B labels of {len(self.classes)} classes{share}"
+            what = "no pixel has a class: check the class table"
+            raise UserError(f"{split.root}, split {split.name}: {what}")
+        text += f", B labels of {len(self.classes)} classes"
+        return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
+
+    def histograms(self, most=1000):
+        """How often each level, or class, occurs: {"A": (3, 256), "B": (3 or 1, 256)} int64.
+
+        Of `most` images, evenly spread, where there are more. All baselines follow from these.
+        """
+        counts = {}
+        for name, images in (("A", self.A), ("B", self.B)):
+            counts[name] = np.zeros((images.shape[1], 256), np.int64)
+            for row in spread(most, len(images)):
+                counts[name] += [np.bincount(x.ravel(), minlength=256) for x in images[row]]
+        return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.rows, self.classes.nearest)
         text = [f"{what} planar {self.side} {self.patch} {self.split.halves} {table}"]
-        for path in (path for pair in pairs for path in pair if path):
+        for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
-        path = self.cache / f"{re.sub(r'[^A-Za-z0-9]+', '-', self.split.name)}-{what}-{self.side}px-{digest}.npy"
-        if first_here() and not _readable(path):
-            self._build(pairs, path)
-        if rank_and_world()[1] > 1:
-            dist.barrier()
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
+        path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
+        if first_here():
+            try:
+                np.load(path, mmap_mode="r")
+            except (OSError, ValueError, EOFError):  # there is none, or a damaged one
+                self._build(pairs, path)
+        wait_for_others()
         return np.load(path, mmap_mode="c")  # nothing writes; torch wants what it could write to
 
     def _build(self, pairs, path):
-        pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes and resizes outside the interpreter lock
+        pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             counts = list(pool.map(self._count, pairs))
             if sum(counts) == 0:
-                raise UserError(f"--patch {self.patch}: no image of {self.split.root} is that large")
+                raise UserError(
+                    f"--patch {self.patch}: no image of {self.split.root} is that large"
+                )
             ends = np.cumsum(counts)
-            channels = sum(0 if p is None else 3 if k == 0 or not self.classes else 1 for k, p in enumerate(pairs[0]))
-            shape = (int(ends[-1]), channels, self.side, self.side)
+            channels = 3 * (pairs[0][0] is not None)
+            channels += (1 if self.classes else 3) * (pairs[0][1] is not None)
             self.cache.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                with open(aside, "wb") as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    offset = file.tell()
-                    file.flush()
-                    if hasattr(os, "posix_fallocate"):  # Linux: a full disk says so here
-                        os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-                    else:
-                        file.truncate(offset + math.prod(shape))
-                store = np.memmap(aside, np.uint8, "r+", offset, shape)
+            shape = int(ends[-1]), channels, self.side, self.side
+            store = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # Linux: a full disk says so here
+                with open(aside, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
 
-                def work(k):
-                    if counts[k]:
-                        store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k])
+            def work(k):
+                if counts[k]:
+                    store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k])
 
-                jobs = pool.map(work, range(len(pairs)))
-                jobs = tqdm(jobs, f"decoding {self.split.name}", len(pairs), unit="file", leave=False, disable=None)
-                collections.deque(jobs, 0)
-                store.flush()
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
+            jobs = pool.map(work, range(len(pairs)))
+            about = {"unit": "file", "leave": False, "disable": None}
+            for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
+                pass
+            store.flush()
+            os.replace(aside, path)
         finally:
+            aside.unlink(missing_ok=True)
             pool.shutdown(cancel_futures=True)
 
     def _count(self, pair):
@@ -775,192 +1020,217 @@ class ImageStore:
         width, height = sizes[0]
         if self.split.halves:
             if width != 2 * height:
-                raise UserError(f"{pair[0]}: {width}x{height} is no pair side by side, which is twice as wide as high")
+                what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
+                raise UserError(f"{pair[0]}: {what}")
             width = height
         elif sizes[0] != sizes[-1]:
             other = f"{pair[1]} is {sizes[1][0]}x{sizes[1][1]}"
             raise UserError(f"{pair[0]} is {width}x{height} but {other}: sizes must agree")
         if min(width, height, self.patch or width) < self.smallest:
             cut = f" cut into patches of {self.patch}" if self.patch else ""
-            raise UserError(f"{next(filter(None, pair))}: {width}x{height}{cut} is smaller than --size {self.smallest}")
+            what = f"{width}x{height}{cut} is smaller than --size {self.smallest}"
+            raise UserError(f"{pair[0] or pair[1]}: {what}")
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
     def _decode(self, pair):
         """One file, or pair of files, as (records, channels, side, side) uint8."""
-        path_a, path_b = pair
+        images = []
         if self.split.halves:
-            both = read_image(path_a)
-            a, b = both[:, : both.shape[0]], both[:, both.shape[0] :]
+            both = read_image(pair[0])
+            a, b = np.split(both, 2, axis=1)
             if self.classes:
-                b = self.classes.from_colours(b, path_a, self.classes.nearest or path_a.suffix.lower() in LOSSY)
+                lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
+                b = self.classes.from_colours(b, pair[0], lossy)
             images = [a, b]
         else:
-            images = [] if path_a is None else [read_image(path_a)]
-            if path_b is not None:
-                images.append(read_labels(path_b, self.classes) if self.classes else read_image(path_b))
+            if pair[0]:
+                images.append(read_image(pair[0]))
+            if pair[1]:
+                labels = self.classes is not None
+                images.append(read_labels(pair[1], self.classes) if labels else read_image(pair[1]))
         patches = [list(self._patches(image)) for image in images]
         return np.stack([np.concatenate(record) for record in zip(*patches, strict=True)])
 
     def _patches(self, image):
+        """The patches of (H, W, 3) or (H, W), resized: (3 or 1, side, side) each."""
+        labels = image.ndim == 2
         step_y, step_x = (self.patch, self.patch) if self.patch else image.shape[:2]
         for top in range(0, image.shape[0] - step_y + 1, step_y):
             for left in range(0, image.shape[1] - step_x + 1, step_x):
-                cut = Image.fromarray(np.ascontiguousarray(image[top : top + step_y, left : left + step_x]))
-                how = Image.Resampling.BICUBIC if image.ndim == 3 else Image.Resampling.NEAREST
-                resized = np.asarray(cut.resize((self.side, self.side), how))
-                yield resized.transpose(2, 0, 1) if image.ndim == 3 else resized[None]
+                cut = np.ascontiguousarray(image[top : top + step_y, left : left + step_x])
+                resized = resize(cut, (self.side, self.side), labels)
+                yield resized[None] if labels else resized.transpose(2, 0, 1)
 
 
 class Rows:
     """Rows of a uint8 array (N, C, side, side), taken in batches onto the device.
 
-    On a GPU the array lives there when it fits in share of the free memory; otherwise a background thread gathers the
-    next batches into pinned memory. On the CPU rows are views into the memory-mapped file: nothing is copied before
-    its crop is known.
+    On a GPU the array lives there when it fits in share of the free memory; otherwise a
+    background thread gathers the next batches into pinned memory. On the CPU rows are views into
+    the memory-mapped file: nothing is copied before its crop is known.
     """
 
     def __init__(self, array, device, share=0.4):
         self.device = device
-        self.resident = device.type == "cpu" or array.size < share * torch.cuda.mem_get_info(device)[0]
-        self.rows = torch.from_numpy(array).to(device) if self.resident else torch.from_numpy(array)
+        on_cpu = device.type == "cpu"
+        self.resident = on_cpu or array.size < share * torch.cuda.mem_get_info(device)[0]
+        rows = torch.from_numpy(array)
+        self.rows = rows.to(device) if self.resident else rows
 
     def __len__(self):
         return len(self.rows)
 
     def batches(self, index):
-        """index (steps, B) of rows -> yields, step by step, lists of B images (C, side, side) uint8 on the device."""
-        if self.resident:
-            for rows in index.tolist():
-                yield [self.rows[row] for row in rows]
-        else:
+        """index (steps, B) of rows -> yields lists of B images (C, side, side) on the device."""
+        if not self.resident:
             yield from self._prefetched(index)
+            return
+        for rows in index.tolist():
+            yield [self.rows[row] for row in rows]
 
     def _prefetched(self, index, ahead=4):
-        ready, stop = queue.Queue(ahead), threading.Event()
+        def gather(rows):
+            return self.rows[torch.from_numpy(rows)].pin_memory()
 
-        def gather():
-            for rows in index:
-                if stop.is_set():
-                    return
-                try:
-                    ready.put(self.rows[torch.from_numpy(rows)].pin_memory())
-                except Exception as error:
-                    ready.put(error)
-                    return
-
-        worker = threading.Thread(target=gather, daemon=True)
-        worker.start()
-        try:
-            for _ in index:
-                batch = ready.get()
-                if isinstance(batch, Exception):
-                    raise batch
+        with ThreadPoolExecutor(1) as background:
+            jobs = collections.deque(background.submit(gather, rows) for rows in index[:ahead])
+            for k in range(len(index)):
+                batch = jobs.popleft().result()
+                if k + ahead < len(index):
+                    jobs.append(background.submit(gather, index[k + ahead]))
                 yield list(batch.to(self.device, non_blocking=True))
-        finally:
-            stop.set()
-            while worker.is_alive():  # it may wait to put one more batch
-                with contextlib.suppress(queue.Empty):
-                    ready.get(timeout=0.01)
 
 
 def steps_in_epoch(count, batch_size):
-    """How many batches count images give in an epoch, the same number in every process; the remainder is left out."""
-    world = rank_and_world()[1]
+    """How many batches count images give in an epoch, the same in every process."""
+    world = world_size()
     if count < batch_size * world:
-        raise UserError(f"--batch-size {batch_size} in {world} process(es) is more than the {count} training images")
+        what = f"--batch-size {batch_size} in {world} process(es) is more than"
+        raise UserError(f"{what} the {count} training images")
     return count // (batch_size * world)
 
 
-def rank_rows(order, batch_size):
-    """An epoch's order of rows (N, ...) as (steps, batch_size, ...): this process's share of every step."""
-    rank, world = rank_and_world()
-    steps = steps_in_epoch(len(order), batch_size)
-    return order[: steps * batch_size * world].reshape(steps, world, batch_size, *order.shape[1:])[:, rank]
+def batches_of_rank(batch_size, first, *arrays):
+    """An epoch's arrays (N, ...), each as (steps, batch_size, ...) from step `first` on.
+
+    That is this process's share of every step; what does not fill a step is left out.
+    """
+    for array in arrays:
+        steps = steps_in_epoch(len(array), batch_size)
+        whole = array[: steps * batch_size * world_size()]
+        yield whole.reshape(steps, world_size(), batch_size, *array.shape[1:])[first:, rank()]
 
 
-# --------------------------------------------------------------------------------------------------- data: demo world
+def spread(count, total):
+    """`count` of `total` indices, evenly spread, in order; all of them for 0 or too many."""
+    if count == 0 or count >= total:
+        return np.arange(total)
+    return np.arange(count) * total // count
+
+
+def chunks(index, size=8):
+    """An array of indices in pieces of at most `size`."""
+    return np.split(index, range(size, len(index), size))
+
+
+# --------------------------------------------------------------------------------- data: demo world
 
 DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
-_DEMO_COLORS = ((170, 200, 120), (240, 220, 110), (40, 110, 50), (60, 110, 210), (190, 60, 50), (250, 250, 250))
-_DEMO_MAP = ((233, 229, 222), (186, 210, 186), (203, 223, 172), (177, 208, 254), (222, 218, 212), (254, 254, 252))
+_DEMO_COLORS = "170,200,120 240,220,110 40,110,50 60,110,210 190,60,50 250,250,250"
+_DEMO_MAP = "233,229,222 186,210,186 203,223,172 177,208,254 222,218,212 254,254,252"
+_DEMO_GROUND = "104,122,76 140,132,84 46,72,44 34,62,88 160,128,112 132,130,126"
 
 
 def landscape(rng, side):
-    """A procedural landscape as (satellite, map, classes): (side, side, 3) uint8 twice, (side, side) uint8 indices."""
+    """A procedural landscape as (satellite, map, classes).
+
+    (side, side, 3) uint8 twice, and (side, side) uint8 indices of DEMO_CLASSES.
+    """
     fx, fy = np.meshgrid(np.fft.rfftfreq(side), np.fft.fftfreq(side))
     radius = np.maximum(np.hypot(fx, fy), 1 / side)
 
     def noise(slope):  # spectrum 1 / f^slope, mean 0, deviation 1
-        field = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(side, side))) / radius**slope, (side, side))
+        spectrum = np.fft.rfft2(rng.normal(size=(side, side))) / radius**slope
+        field = np.fft.irfft2(spectrum, (side, side))
         return (field - field.mean()) / field.std()
 
     y, x = np.mgrid[:side, :side]
-    elevation, moisture, warp = noise(2.2), noise(1.9), noise(2.5)
+    elevation, moisture, warp, trees = noise(2.2), noise(1.9), noise(2.5), noise(0.4)
     angle = rng.uniform(0, np.pi)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    parcel = (u // rng.integers(24, 40)).astype(int) * 57 + (v // rng.integers(16, 28)).astype(int) * 131
+    u = x * np.cos(angle) + y * np.sin(angle)
+    v = y * np.cos(angle) - x * np.sin(angle)
+    parcel = (u // 32).astype(int) * 57 + (v // 22).astype(int) * 131
     tint = rng.uniform(-1, 1, (4096, 3))[parcel % 4096]  # (side, side, 3), one colour a field
 
     ground = np.zeros((side, side), np.uint8)
     ground[(moisture < 0.2) & (np.abs(elevation) < 1.2)] = 1
     ground[moisture > 0.5] = 2
     ground[elevation < -0.8] = 3
-    for _ in range(rng.integers(1, 4)):  # towns: a street grid, a house on most blocks, and a road that leaves
-        cx, cy, reach = rng.uniform(0.1, 0.9) * side, rng.uniform(0.1, 0.9) * side, rng.uniform(0.1, 0.22) * side
-        block = side // 18
+    block = side // 18
+    from_street = np.minimum(u % block, v % block) / block
+    street, house = from_street < 0.2, (from_street > 0.35) & (tint[..., 0] + warp < 1.5)
+    for _ in range(rng.integers(1, 4)):  # towns: a street grid, houses, and a road that leaves
+        cx, cy, reach = rng.uniform((0.1, 0.1, 0.1), (0.9, 0.9, 0.22)) * side
         town = (np.hypot(x - cx, y - cy) + 0.15 * reach * warp < reach) & (ground != 3)
-        inside = (u % block > 0.35 * block) & (v % block > 0.35 * block)
-        ground[town] = np.where(inside & (tint[..., 0] + warp < 1.5), 4, 0)[town]
-        ground[town & ((u % block < 0.2 * block) | (v % block < 0.2 * block))] = 5
-        across = (x - cx) * np.sin(angle) - (y - cy) * np.cos(angle) + side / 40 * (warp - warp[int(cy), int(cx)])
+        ground[town] = np.where(street, 5, np.where(house, 4, 0))[town]
+        across = (x - cx) * np.sin(angle) - (y - cy) * np.cos(angle)
+        across += side / 40 * (warp - warp[int(cy), int(cx)])
         ground[np.abs(across) < side / 100] = 5
 
-    base = np.array([(104, 122, 76), (140, 132, 84), (46, 72, 44), (34, 62, 88), (160, 128, 112), (132, 130, 126)])
-    satellite = base[ground] + 6 * rng.normal(size=(side, side, 1))
-    satellite += np.where((ground == 1)[..., None], 14 * tint + 5 * np.sin(u * 1.3)[..., None], 0)
-    satellite += np.where((ground == 2)[..., None], 12 * noise(0.4)[..., None], 0)
-    satellite += np.where((ground == 4)[..., None], 30 * tint[..., :1], 0)
-    shade = np.where(ground == 3, 4 * moisture, 9 * (np.roll(elevation, 2, 1) - np.roll(elevation, -2, 1)) * side / 64)
-    satellite = np.clip(satellite + shade[..., None], 0, 255).astype(np.uint8)
-    return satellite, np.array(_DEMO_MAP, np.uint8)[ground], ground
+    furrows = 5 * np.sin(u * 1.3)[..., None]
+    flat = np.zeros((1, 1, 1))
+    texture = [flat, 14 * tint + furrows, 12 * trees[..., None], flat, 30 * tint[..., :1], flat]
+    slope = np.roll(elevation, 2, 1) - np.roll(elevation, -2, 1)
+    shade = np.where(ground == 3, 4 * moisture, 9 * slope * side / 64)[..., None]
+    satellite = _colors(_DEMO_GROUND)[ground] + 6 * rng.normal(size=(side, side, 1)) + shade
+    satellite += np.choose(ground[..., None], texture)
+    drawn = _colors(_DEMO_MAP)[ground].astype(np.uint8)
+    return np.clip(satellite, 0, 255).astype(np.uint8), drawn, ground
+
+
+def _colors(text):
+    """ "1,2,3 4,5,6" as an array of colours, (n, 3)."""
+    return np.array([color.split(",") for color in text.split()]).astype(int)
 
 
 def demo_world(cache, kind, train=96, val=12, side=256):
     """Writes a small dataset of landscapes under cache, once, and returns its directory.
 
-    kind  "maps": pairs side by side, satellite | map; "landcover": rgb and lc folders with classes.json
+    kind  "maps": pairs side by side, satellite | map; "landcover": rgb and lc with classes.json
     """
-    root, labels = Path(cache) / f"demo-{kind}", kind == "landcover"
+    root = Path(cache) / f"demo-{kind}"
     if first_here() and not root.exists():
-        aside = root.with_name(f".{root.name}.{os.getpid()}")  # written aside and renamed: whole or absent
+        aside = root.with_name(f".{root.name}.{os.getpid()}")  # whole or absent
         for split, count, first in (("train", train, 0), ("val", val, 100_000)):
-            for name in ("rgb", "lc") if labels else ("",):
-                (aside / split / name).mkdir(parents=True, exist_ok=True)
-            for k in tqdm(range(count), f"demo world, {split}", unit="image", leave=False, disable=None):
+            about = {"unit": "image", "leave": False, "disable": None}
+            for k in tqdm(range(count), f"demo world, {split}", **about):
                 satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
-                if labels:
-                    Image.fromarray(satellite).save(aside / split / "rgb" / f"{k:03}.png")
-                    Image.fromarray(ground).save(aside / split / "lc" / f"{k:03}.png")
+                if kind == "landcover":
+                    write_image(aside / split / "rgb" / f"{k:03}.png", satellite)
+                    write_image(aside / split / "lc" / f"{k:03}.png", ground)
                 else:
-                    Image.fromarray(np.concatenate([satellite, drawn], 1)).save(aside / split / f"{k:03}.png")
-        if labels:
-            rows = zip(DEMO_CLASSES, _DEMO_COLORS, strict=True)
-            table = [{"name": name, "color": ",".join(map(str, color))} for name, color in rows]
+                    both = np.concatenate([satellite, drawn], 1)
+                    write_image(aside / split / f"{k:03}.png", both)
+        if kind == "landcover":
+            rows = zip(DEMO_CLASSES, _DEMO_COLORS.split(), strict=True)
+            table = [{"name": name, "color": color} for name, color in rows]
             (aside / "classes.json").write_text(json.dumps(table))
         try:
             aside.rename(root)
         except OSError:  # another process was faster, and its world is the same
             shutil.rmtree(aside)
-    if rank_and_world()[1] > 1:
-        dist.barrier()
+    wait_for_others()
     return str(root)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path, content):
-    """Writes content (dicts, lists, numbers, tensors) aside, fsyncs and renames: path is whole, old or new, always."""
+    """Writes content (dicts, lists, numbers, tensors) aside, fsyncs and renames.
+
+    Whenever path is there it is whole, the old one or the new.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -971,7 +1241,7 @@ def save_checkpoint(path, content):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         remedy = "free some space; what was saved before is kept"
         raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
     finally:
@@ -980,17 +1250,20 @@ def save_checkpoint(path, content):
 
 def load_weights(path):
     """A file of tensors, read with weights_only=True onto the CPU."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a directory: name a file, such as {Path(path) / 'checkpoints' / 'last.pt'}")
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir():
+        example = path / "checkpoints" / "last.pt"
+        raise UserError(f"{path}: is a directory: name a file, such as {example}")
+    if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load checks no sums
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        if damaged:  # torch.load checks no sums
             raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         reason = (str(error).splitlines() or [repr(error)])[0][:90]
-        older = sorted(Path(path).parent.glob("epoch_*.pt"))[-1:] if Path(path).name == "last.pt" else []
+        older = sorted(path.parent.glob("epoch_*.pt"))[-1:] if path.name == "last.pt" else []
         remedy = f": {older[0]} is an older one, to put in its place" if older else ""
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}){remedy}") from None
 
@@ -998,11 +1271,14 @@ def load_weights(path):
 def load_checkpoint(path, script):
     """A checkpoint that script ("pix2pix", ...) wrote; refuses another script's."""
     content = load_weights(path)
-    parts = [content.get(name) for name in ("config", "state")] if isinstance(content, dict) else [None]
-    if not (all(isinstance(part, dict) for part in parts) and "script" in content):
-        raise UserError(f"{path}: not a checkpoint of {script}.py (published generator weights go with --init)")
+    names = ("config", "state")
+    whole = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in names)
+    if not whole or "script" not in content:
+        hint = "published generator weights go with --init"
+        raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
     if content["script"] != script:
-        raise UserError(f"{path}: written by {content['script']}.py: use that script, not {script}.py")
+        theirs = content["script"]
+        raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
     return content
 
 
@@ -1010,72 +1286,98 @@ RANKS = "buffers of ranks"
 
 
 def buffers_of_ranks(state):
-    """What processes other than the first have of their own: [{module: {buffer: tensor}} for rank 1, 2, ...] in rank 0,
-    where it goes into the checkpoint; weights and optimizers are the same in all."""
-    rank, world = rank_and_world()
+    """What processes other than the first have of their own: [{module: {buffer: tensor}}, ...].
+
+    Rank 0 gets the list, for the checkpoint; weights and optimizers are the same in all.
+    """
     own = {}
     for name, module in vars(state).items():
-        if isinstance(module, torch.nn.Module):
+        if isinstance(module, nn.Module):
             own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
-    gathered = [None] * world if rank == 0 else None
+    gathered = [None] * world_size() if rank() == 0 else None
     dist.gather_object(own, gathered)
-    return gathered[1:] if rank == 0 else []
+    return gathered[1:] if rank() == 0 else []
 
 
 def state_dict(state):
-    """What a checkpoint holds of a State: modules and optimizers by their state_dict, tensors and numbers as such."""
-    kept = {name: value for name, value in vars(state).items() if _is_kept(value)}
-    return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in kept.items()}
+    """What a checkpoint holds of a State: modules and optimizers by their state_dict.
 
-
-def _is_kept(value):
-    return hasattr(value, "state_dict") or isinstance(value, (torch.Tensor, int, float))
-
-
-def restore(state, saved, path):
-    """Puts a checkpoint's state back into a State, in place. What the State lacks (an optimizer, when one only
-    generates) is passed over; what the checkpoint lacks is refused. Processes other than the first take their own
-    buffers from it (image pools, running statistics)."""
+    Tensors and numbers are kept as such; a module that has nothing to keep is left out.
+    """
+    kept = {}
     for name, value in vars(state).items():
-        if not _is_kept(value):
-            continue
+        if hasattr(value, "state_dict"):
+            content = value.state_dict()
+            if content:
+                kept[name] = content
+        elif isinstance(value, (torch.Tensor, int, float)):
+            kept[name] = value
+    return kept
+
+
+def restore(state, checkpoint, path):
+    """Puts a checkpoint's state back into a State, in place.
+
+    What the State lacks (an optimizer, when one only generates) is passed over; what the
+    checkpoint lacks is refused. Processes other than the first take their own buffers from it.
+    """
+    saved = checkpoint["state"]
+    for name in state_dict(state):
         if name not in saved:
             raise UserError(f"{path}: holds no {name}: written by another version of this script")
-        if hasattr(value, "load_state_dict"):
-            here = [dict(group) for group in getattr(value, "param_groups", [])]
-            try:
-                value.load_state_dict(saved[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                reason = " ".join(str(error).split())[:160]
-                raise UserError(f"{path}: its {name} does not fit the options ({reason})") from None
-            for group, own in zip(getattr(value, "param_groups", []), here, strict=True):  # of this device, not that
-                rate = float(group["lr"])
-                group.update({key: own[key] for key in ("lr", "fused", "capturable")})
-                set_lr([value], rate)
+        value = getattr(state, name)
+        if hasattr(value, "state_dict"):
+            _load_state_dict(value, saved[name], f"{path}: its {name}")
         elif isinstance(value, torch.Tensor):
             value.copy_(saved[name])
         else:
             setattr(state, name, saved[name])
-    rank = rank_and_world()[0]
-    for name, buffers in (saved[RANKS][rank - 1] if rank and RANKS in saved else {}).items():
+    own = saved[RANKS][rank() - 1] if rank() and RANKS in saved else {}
+    for name, buffers in own.items():
         getattr(state, name).load_state_dict(buffers, strict=False)
 
 
+def _load_state_dict(value, saved, what):
+    """A module's or an optimizer's state, whose layout and switches stay this device's."""
+    groups = [dict(group) for group in getattr(value, "param_groups", [])]
+    try:
+        value.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} does not fit the options ({reason})") from None
+    for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
+        rate = float(group["lr"])
+        group.update({key: own[key] for key in ("lr", "fused", "capturable")})
+        set_lr(value, rate)
+        for parameter in group["params"]:  # fused Adam pairs elements by their place in memory
+            for key, moment in value.state[parameter].items():
+                if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                    value.state[parameter][key] = torch.empty_like(parameter).copy_(moment)
+
+
 def load_generator(module, path, cfg, key="G"):
-    """Fills a generator from path: network `key` of one of our checkpoints, or a bare state dict (a published
-    generator's), whose tensors are taken by position. Buffers of InstanceNorm layers in old files are dropped."""
+    """Fills a generator from a file: ours (network `key` of a checkpoint), or a published one.
+
+    A published generator's bare state dict is taken by position. Buffers of InstanceNorm layers
+    in old files are dropped.
+    """
     content = load_weights(path)
     if isinstance(content, dict) and isinstance(content.get("state"), dict):
         content = content["state"].get(key)
-    if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
+    tensors = isinstance(content, dict) and all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    )
+    if not tensors or not content:
         raise UserError(f"{path}: holds no generator {key} and is no state dict")
     ours = module.state_dict()
     if not any("running_mean" in name for name in ours):
-        content = {k: v for k, v in content.items() if not re.search("running_(mean|var)$|num_batches_tracked$", k)}
-    options = [name for name in ("generator", "norm", "size", "width", "blocks", "lc_classes") if hasattr(cfg, name)]
-    remedy = f"check {', '.join(map(flag, options))}"
+        buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
+        content = {name: value for name, value in content.items() if not buffer.search(name)}
+    options = ("generator", "norm", "size", "width", "blocks", "lc_classes")
+    remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
     if len(ours) != len(content):
-        raise UserError(f"{path}: {len(content)} tensors, but this generator has {len(ours)}: {remedy}")
+        counts = f"{len(content)} tensors, but this generator has {len(ours)}"
+        raise UserError(f"{path}: {counts}: {remedy}")
     for (name, mine), (theirs, value) in zip(ours.items(), content.items(), strict=True):
         if mine.shape != value.shape:
             shapes = f"{theirs} is {tuple(value.shape)}, but our {name} is {tuple(mine.shape)}"
@@ -1083,192 +1385,215 @@ def load_generator(module, path, cfg, key="G"):
     module.load_state_dict(dict(zip(ours, content.values(), strict=True)))
 
 
-def vgg16_weights(path, wanted):
-    """Tensors of the names and shapes of `wanted` (features.0.weight, ...), of ImageNet's VGG16 in torchvision's
-    layout, {name: tensor}: from a file, or, for "", from torch.hub's cache or its download, whose hash is checked."""
-    if path:
-        weights = load_weights(path)
-    else:
-        url = "https://download.pytorch.org/models/vgg16-397923af.pth"
-        try:
-            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        except Exception as error:
-            remedy = f"fetch {url} and pass it with --vgg16 FILE"
-            raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
-    for name, tensor in wanted.items():
-        found = weights.get(name) if isinstance(weights, dict) else None
-        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
-            what = f"no {name} of shape {tuple(tensor.shape)}"
-            raise UserError(f"--vgg16 {path}: {what} in it: torchvision's vgg16 state dict is needed")
-    return {name: weights[name] for name in wanted}
-
-
-# ----------------------------------------------------------------------------------------------------- the run folder
-
+# ----------------------------------------------------------------------------------- the run folder
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-    SIGNALS.append(signal.SIGHUP)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS.append(signal.SIGHUP)  # nohup ignores it
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
 
 
 class Run:
-    """The folder of one training run: config.json, metrics.csv, losses.png, samples/, checkpoints/.
+    """The folder of one training run: config.json, metrics.csv, losses.png, samples, checkpoints.
 
-    cfg, checkpoint  as settle() returned them
-    script           its name, kept in the checkpoints
+    cfg, checkpoint  as begin gave them
+    data             the training data: its len() images are an epoch, its store has histograms
     scores           names of the measures that close an epoch's last row of metrics.csv
 
-    epoch, batch, step  where training stands: epochs done, batches done in this epoch, steps done in all
+    epoch, batch, step  where training stands: epochs done, batches done in this one, steps in all
+    histograms          of the training images, which evaluations compare with
     interrupted         the number of a signal (one of SIGNALS) that asked to stop, else 0
     """
 
-    def __init__(self, cfg, checkpoint, script, steps_per_epoch, scores=()):
-        self.cfg, self.script, self.scores, self.steps_per_epoch = cfg, script, scores, steps_per_epoch
-        self.out, self.rank = Path(cfg.out), rank_and_world()[0]
-        saved = checkpoint or {"epoch": 0, "batch": 0, "step": 0, "names": [], "sums": None, "count": 0}
-        self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
-        self.names, self.sums, self.count, self.lr = saved["names"], saved["sums"], saved["count"], 0.0
-        self.interrupted, self.means, self.tracker = 0, {}, None
+    def __init__(self, cfg, checkpoint, data, scores=()):
+        saved = checkpoint or {}
+        self.cfg, self.scores, self.out = cfg, scores, Path(cfg.out)
+        self.steps_per_epoch = steps_in_epoch(len(data), cfg.batch_size)
+        self.images_per_step = cfg.batch_size * world_size()
+        self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
+        self.names, self.sums = saved.get("names", []), saved.get("sums")
+        self.count, self.means, self.lr = saved.get("count", 0), {}, 0.0
+        self.histograms = saved.get("histograms") or data.store.histograms()
+        self.id = saved.get("id") or uuid.uuid4().hex[:8]
+        self.clock, self.first_step, self.plotted = None, self.step, -math.inf
+        self.interrupted, self.tracker = 0, None
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
-        if self.rank:
+        if rank():
             self.bar = tqdm(disable=True)
             return
-        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (self.out / "samples").mkdir(exist_ok=True)
+        for folder in ("checkpoints", "samples"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        self.metrics = self.out / "metrics.csv"
+        self.metrics.touch()
+        size = self.metrics.stat().st_size
+        os.truncate(self.metrics, min(saved.get("metrics_bytes", size), size) if saved else 0)
+        if cfg.track:
+            self.tracker = _tracker(cfg, self.id)
+        total = cfg.epochs * self.steps_per_epoch * self.images_per_step
+        done = self.step * self.images_per_step
+        self.bar = tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, smoothing=0.05)
+        self.say(f"run folder {self.out}")
+
+    def say(self, text):
+        """A line on stderr, above the progress bar."""
+        self.bar.write(text, file=sys.stderr)
+
+    def _write_config(self):
+        cuda = torch.cuda.is_available()
         about = {
-            "script": script,
-            "options": dataclasses.asdict(cfg),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "processes": rank_and_world()[1],
+            "script": self.cfg.script,
+            "options": dataclasses.asdict(self.cfg),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+            "processes": world_size(),
             "git_commit": _git_commit(),
         }
         (self.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-        self.metrics = self.out / "metrics.csv"
-        rows = read_metrics(self.metrics) if checkpoint else []
-        self.rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= self.step]
-        self._rewrite_metrics()
-        if cfg.track:
-            self.tracker = _tracker(cfg, self.out, script)
-        images = cfg.batch_size * rank_and_world()[1]
-        total = cfg.epochs * steps_per_epoch * images
-        self.bar = tqdm(total=total, initial=self.step * images, unit="image", dynamic_ncols=True, smoothing=0.05)
-        self.bar.write(f"run folder {self.out}", file=sys.stderr)
 
     def _interrupt(self, number, frame):
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        if self.rank == 0:
+        if rank() == 0:
             os.write(2, b"\nstopping: this step is finished and saved first\n")
 
     def stopping(self):
-        """Whether to save and stop. Several processes agree on it, every ten steps, so that all stop at one step."""
-        if rank_and_world()[1] > 1:
+        """Whether to save and stop. Several processes agree on it, every ten steps."""
+        if world_size() > 1:
             if self.step % 10:
                 return False
-            asked = torch.tensor(self.interrupted, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            asked = reduced(torch.tensor(self.interrupted), dist.ReduceOp.MAX)
             self.interrupted = int(asked)
         return self.interrupted != 0
 
+    def set_lr(self, lr, *optimizers):
+        """Gives optimizers the rate lr, which is logged."""
+        self.lr = lr
+        for optimizer in optimizers:
+            set_lr(optimizer, lr)
+
     def log(self, losses):
-        """Takes a step's losses {name: 0-d tensor}; their means are read and written every --log-every steps."""
+        """Takes a step's losses {name: 0-d tensor}; means are read every --log-every steps."""
         self.names = list(losses)
         values = torch.stack([value.detach().double() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.count, self.step, self.batch = self.count + 1, self.step + 1, self.batch + 1
-        self.bar.update(self.cfg.batch_size * rank_and_world()[1])
+        self.bar.update(self.images_per_step)
+        if self.step - self.first_step in (1, 4):
+            self._warn_of_weeks()
         if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
             self._flush({})  # an epoch's last row waits for its scores
 
+    def _warn_of_weeks(self):
+        """After a few steps: how long the run takes, if that is more than two days."""
+        if self.clock is None:
+            self.clock = time.monotonic()
+            return
+        seconds = (time.monotonic() - self.clock) / 3
+        left = self.cfg.epochs * self.steps_per_epoch - self.step
+        days = seconds * left / 86400
+        if days > 2 and rank() == 0:
+            remedy = "--size 128 --width 32 --epochs 20 or --max-images would make it hours"
+            self.say(f"{seconds:.2g} s a step: this run takes {days:.0f} days here; {remedy}")
+
     def _flush(self, scores):
         if self.count:
-            means = self.sums / self.count
-            if rank_and_world()[1] > 1:
-                dist.all_reduce(means)
-                means /= rank_and_world()[1]
+            means = reduced(self.sums / self.count) / world_size()
             self.means = dict(zip(self.names, means.tolist(), strict=True))
-        bad = [name for name, value in (self.means | scores).items() if not math.isfinite(value)]
+        values = self.means | scores
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise UserError(f"{', '.join(bad)} not finite by step {self.step}: stopped; {self._kept()}; {REMEDY}")
-        if (self.count or scores) and self.rank == 0:
-            row = {"epoch": self.epoch + 1, "step": self.step, "lr": f"{self.lr:.8g}"}
-            row |= {name: f"{value:.8g}" for name, value in self.means.items()}
-            row |= {name: f"{scores[name]:.8g}" if name in scores else "" for name in self.scores}
-            new = not self.rows
-            self.rows.append(row)
+            self._refuse(", ".join(bad))
+        if (self.count or scores) and rank() == 0:
+            header = ["epoch", "step", "lr", *self.means, *self.scores]
+            numbers = [*self.means.values(), *(scores.get(name) for name in self.scores)]
+            row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
+            row += ["" if number is None else f"{number:.8g}" for number in numbers]
             with open(self.metrics, "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+                csv.writer(file).writerows([row] if file.tell() else [header, row])
             if self.tracker:
-                self.tracker({**self.means, **scores, "lr": self.lr}, {}, self.step)
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in self.means.items()}, refresh=False)
+                self.tracker(values | {"lr": self.lr}, {}, self.step)
+            shown = {name: f"{value:.3g}" for name, value in self.means.items()}
+            self.bar.set_postfix(shown, refresh=False)
         self.sums, self.count = None, 0
 
-    def _rewrite_metrics(self):
-        aside = self.metrics.with_suffix(".tmp")
-        with open(aside, "w", newline="") as file:
-            if self.rows:
-                writer = csv.DictWriter(file, self.rows[0])
-                writer.writeheader()
-                writer.writerows(self.rows)
-        os.replace(aside, self.metrics)
+    def _refuse(self, what):
+        last = self.out / "checkpoints" / "last.pt"
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint yet"
+        raise UserError(f"{what} not finite by step {self.step}: stopped; {kept}; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
-        """Closes an epoch: writes its last row with scores {name: value}, the sample grid, the plot and a checkpoint.
+        """Closes an epoch: its last row with scores {name: value}, grid, plot and checkpoint.
 
         columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
         """
         self._flush(scores)
         self.epoch, self.batch = self.epoch + 1, 0
-        if self.rank == 0:
+        if rank() == 0:
             save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
-            plot_metrics(self.rows, self.out / "losses.png")
+            if time.monotonic() - self.plotted > 60:  # an epoch may take a second
+                self._plot()
             if self.tracker:
                 self.tracker({}, columns, self.step)
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in (self.means | scores).items())
-            self.bar.write(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}", file=sys.stderr)
+            values = (self.means | scores).items()
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values)
+            self.say(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         self.save(state)
-        if self.rank == 0 and self.cfg.save_every and self.epoch % self.cfg.save_every == 0:
-            _link(self.out / "checkpoints" / "last.pt", self.out / "checkpoints" / f"epoch_{self.epoch:04}.pt")
+        if rank() == 0 and self.cfg.save_every and self.epoch % self.cfg.save_every == 0:
+            kept = self.out / "checkpoints" / f"epoch_{self.epoch:04}.pt"
+            _link(self.out / "checkpoints" / "last.pt", kept)
+
+    def _plot(self):
+        plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
+        self.plotted = time.monotonic()
 
     def save(self, state):
-        """Writes checkpoints/last.pt, unless a weight is not finite: then the file stays the last good one."""
+        """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
         content = state_dict(state)
         tensors = [t for t in _tensors(content) if t.is_floating_point() and t.numel()]
-        if not torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors]).all():
-            raise UserError(f"weights not finite by step {self.step}: stopped; {self._kept()}; {REMEDY}")
-        if rank_and_world()[1] > 1:
+        finite = torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors])
+        if not finite.all():
+            self._refuse("weights")
+        if world_size() > 1:
             content[RANKS] = buffers_of_ranks(state)
-        if self.rank == 0:
-            position = {"epoch": self.epoch, "batch": self.batch, "step": self.step}
-            meter = {"names": self.names, "sums": self.sums, "count": self.count}
-            about = {"script": self.script, "config": dataclasses.asdict(self.cfg), "world": rank_and_world()[1]}
-            save_checkpoint(self.out / "checkpoints" / "last.pt", {**about, **position, **meter, "state": content})
-
-    def _kept(self):
-        last = self.out / "checkpoints" / "last.pt"
-        return f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        if self.sums is not None:  # of all processes, for all of them to go on with
+            self.sums = reduced(self.sums) / world_size()
+        if rank() == 0:
+            about = {
+                "script": self.cfg.script,
+                "config": dataclasses.asdict(self.cfg),
+                "world": world_size(),
+                "metrics_bytes": self.metrics.stat().st_size,
+                "state": content,
+            }
+            for name in ("epoch", "batch", "step", "names", "sums", "count", "histograms", "id"):
+                about[name] = getattr(self, name)
+            save_checkpoint(self.out / "checkpoints" / "last.pt", about)
 
     def stop(self, state):
-        """Saves in the middle of an epoch, after a signal, and exits with 128 + the signal's number."""
+        """Saves in the middle of an epoch, after a signal, and exits with 128 + its number."""
         self.save(state)
-        self.bar.write(f"stopped at step {self.step}: go on with --resume --out {self.out}", file=sys.stderr)
+        self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
         self.bar.close()
         sys.exit(128 + self.interrupted)
 
     def close(self):
-        """Ends the progress bar and gives the signals back; evaluation and generation may follow."""
+        """Ends the run: the last plot, and the signals are given back; an evaluation may follow."""
+        if rank() == 0:
+            self._plot()
         self.bar.close()
         for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tensors(content):
+    """Every tensor in nested dicts."""
     if isinstance(content, torch.Tensor):
         yield content
     elif isinstance(content, dict):
@@ -1282,66 +1607,73 @@ def _link(source, target):
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
-        save_checkpoint(target, load_weights(source))
+        shutil.copy(source, target)
 
 
 def _git_commit():
     """The commit of these scripts, or None where they are not in a repository."""
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
     with contextlib.suppress(OSError):
-        return subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() or None
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
 
 
-def _tracker(cfg, out, script):
-    """tracker(scalars, images, step) for --track tensorboard or wandb; neither is needed otherwise."""
+def _tracker(cfg, run_id):
+    """tracker(scalars, images, step): TensorBoard, which Weights & Biases copies if asked to."""
     try:
-        if cfg.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(out / "tensorboard"))
-
-            def track(scalars, images, step):
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, step)
-                if images:
-                    writer.add_image("samples", grid(images), step, dataformats="HWC")
-                writer.flush()
-        else:
+        if cfg.track == "wandb":
             import wandb
 
-            run = wandb.init(project=f"gan-{script}", dir=str(out), config=dataclasses.asdict(cfg), resume="allow")
-
-            def track(scalars, images, step):
-                pictures = {"samples": wandb.Image(grid(images))} if images else {}
-                run.log({**scalars, **pictures}, step=step)
-
-        return track
+            about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id}
+            config = dataclasses.asdict(cfg)
+            wandb.init(**about, config=config, resume="allow", sync_tensorboard=True)
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(f"--track {cfg.track}: not installed: pip install {cfg.track}") from None
+        packages = "tensorboard wandb" if cfg.track == "wandb" else "tensorboard"
+        raise UserError(f"--track {cfg.track}: not installed: pip install {packages}") from None
+    writer = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
+
+    def track(scalars, images, step):
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        if images:
+            writer.add_image("samples", grid(images), step, dataformats="HWC")
+        writer.flush()
+
+    return track
 
 
 def read_metrics(path):
     """The rows of a metrics.csv as dicts of text; [] where there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="", errors="replace") as file:
-        return [row for row in csv.DictReader(file) if all(value is not None for value in row.values())]
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def plot_metrics(rows, path):
-    """losses.png: one panel for each column of metrics.csv, over steps."""
+def _pyplot():
+    """matplotlib, which is slow to import, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in rows[0] if name not in ("epoch", "step")] if rows else []
-    figure, axes = pyplot.subplots(-(-len(names) // 3), 3, figsize=(13, 2.6 * -(-len(names) // 3)), squeeze=False)
+    return pyplot
+
+
+def plot_metrics(rows, path):
+    """losses.png: one panel for each column of metrics.csv, over steps."""
+    pyplot = _pyplot()
+    names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
+    height = -(-len(names) // 3)
+    figure, axes = pyplot.subplots(height, 3, figsize=(13, 2.6 * height), squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axis.plot(*zip(*points, strict=True), linewidth=1, marker="o" if len(points) == 1 else "")
+        measured = [row for row in rows if row[name]]
+        steps = [int(row["step"]) for row in measured]
+        values = [float(row[name]) for row in measured]
+        axis.plot(steps, values, linewidth=1, marker="o" if len(steps) == 1 else "")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -1350,47 +1682,65 @@ def plot_metrics(rows, path):
 
 
 def plot_confusion(confusion, names, path):
-    """A confusion matrix (classes, classes) as a picture: rows are the target's classes, cells the share of the row."""
-    import matplotlib
+    """A confusion matrix (classes, classes) as a picture: rows are the target's classes.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Cells are shares of their row.
+    """
+    pyplot = _pyplot()
     share = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
-    figure, axis = pyplot.subplots(figsize=(2.5 + 0.6 * len(names), 2 + 0.6 * len(names)))
+    side = 0.6 * len(names)
+    figure, axis = pyplot.subplots(figsize=(2.5 + side, 2 + side))
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="generated", ylabel="target", xticks=range(len(names)), yticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=60, ha="right", parse_math=False)
-    axis.set_yticklabels(names, parse_math=False)
+    axis.set(xlabel="generated", ylabel="target")
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", parse_math=False)
+    axis.set_yticks(range(len(names)), names, parse_math=False)
     for row, column in np.ndindex(*share.shape):
         color = "white" if share[row, column] > 0.5 else "black"
-        axis.text(column, row, f"{share[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)
+        text = f"{share[row, column]:.2f}"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
+# ----------------------------------------------------------------------------------------- pictures
+
+
 def to_bytes(images):
     """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture."""
-    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = (images.detach().float() + 1) * 127.5
+    return levels.round().clamp(0, 255).to(torch.uint8)
 
 
 def from_bytes(images):
-    """Pictures (B, 3, H, W) uint8 -> (B, 3, H, W) in [-1, 1], float32; the inverse of to_bytes."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(127.5).mul_(1 / 127.5)
+    """Pictures (B, 3, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes."""
+    levels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return levels.sub_(127.5).mul_(1 / 127.5)
 
 
-def draw(index, palette):
-    """Class indices (B, H, W) in the colours of ClassTable.palette_on: (B, 3, H, W) in [-1, 1]."""
+def one_hot(index, classes):
+    """Class indices (B, H, W) uint8 -> (B, classes, H, W) float32, all zeros where ignored."""
+    each = torch.arange(classes, dtype=torch.uint8, device=index.device).view(1, -1, 1, 1)
+    maps = torch.empty(len(index), classes, *index.shape[1:], device=index.device)
+    return torch.eq(index[:, None], each, out=maps)  # straight into floats: ten times as fast
+
+
+def class_index(maps):
+    """One-hot maps (B, classes, H, W) -> class indices (B, H, W); IGNORED where all are zero."""
+    return torch.where(maps.sum(1) > 0, maps.argmax(1), IGNORED)
+
+
+def draw(index, classes):
+    """Class indices (B, H, W) in the colours of a ClassTable: (B, 3, H, W) in [-1, 1]."""
+    palette = from_bytes(torch.from_numpy(classes.palette.T)).to(index.device)  # (3, 256)
     flat = palette.index_select(1, index.flatten().int())
     return flat.view(3, *index.shape).transpose(0, 1).contiguous()
 
 
 def as_tensor(image, device):
     """An (H, W) or (H, W, 3) uint8 array -> (1, H, W) or (1, 3, H, W) uint8 on the device."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0) if image.ndim == 3 else image))[None].to(
-        device
-    )
+    planes = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+    return torch.from_numpy(np.ascontiguousarray(planes))[None].to(device)
 
 
 def as_array(images):
@@ -1398,40 +1748,45 @@ def as_array(images):
     return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
 
 
-def grid(columns):
-    """{title: (B, 3, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, a column a title, titles on top."""
-    from PIL import ImageDraw
+def resize(image, size, labels=False):
+    """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
+    how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
+    return np.array(Image.fromarray(image).resize(size, how))
 
+
+def grid(columns):
+    """{title: (B, 3, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, with titles."""
     pictures = [to_bytes(images).cpu().permute(0, 2, 3, 1).numpy() for images in columns.values()]
     count, height, width = pictures[0].shape[:3]
     gap, head = 4, 16
-    sheet = Image.new("RGB", (len(pictures) * (width + gap) + gap, head + count * (height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
+    size = len(pictures) * (width + gap) + gap, head + count * (height + gap)
+    sheet = Image.new("RGB", size, "white")
+    text = ImageDraw.Draw(sheet)
     for k, (title, column) in enumerate(zip(columns, pictures, strict=True)):
-        draw.text((gap + k * (width + gap), 2), title, fill="black")
+        left = gap + k * (width + gap)
+        text.text((left, 2), title, fill="black")
         for row, picture in enumerate(column):
-            sheet.paste(Image.fromarray(picture), (gap + k * (width + gap), head + row * (height + gap)))
+            sheet.paste(Image.fromarray(picture), (left, head + row * (height + gap)))
     return np.asarray(sheet)
 
 
 def save_grid(path, columns):
     """Writes grid(columns) as an image file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(columns)).save(path)
+    write_image(path, grid(columns))
 
 
-# ----------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def measure_images(fake, target):
-    """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}, one value an image.
+    """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
 
-    psnr         10 log10(255^2 / MSE), in dB
-    ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window, sigma 1.5, mean over
-                 channels and places, no padding
-    mse          mean squared error, in squared levels 0-255
-    within_5     share of pixels all of whose channels are within 5 levels of the target's (Fu et al. 2019,
-    within_10    arXiv:1809.05852), and within 10
+    psnr       10 log10(255^2 / MSE), in dB
+    ssim       Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
+               sigma 1.5, mean over channels and places, no padding
+    mse        mean squared error, in squared levels 0-255
+    within_5   share of pixels all of whose channels are within 5 levels of the target's
+    within_10  (Fu et al. 2019, arXiv:1809.05852), and within 10
     """
     fake, target = fake.double(), target.double()
     error = (fake - target).abs()
@@ -1449,38 +1804,26 @@ def measure_images(fake, target):
     var_f, var_t = blur(fake * fake) - mean_f**2, blur(target * target) - mean_t**2
     cov = blur(fake * target) - mean_f * mean_t
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ssim = (2 * mean_f * mean_t + c1) * (2 * cov + c2) / ((mean_f**2 + mean_t**2 + c1) * (var_f + var_t + c2))
+    luminance = (2 * mean_f * mean_t + c1) / (mean_f**2 + mean_t**2 + c1)
+    structure = (2 * cov + c2) / (var_f + var_t + c2)
     return {
         "psnr": 10 * torch.log10(255**2 / mse.clamp_min(1e-10)),
-        "ssim": ssim.reshape(len(fake), -1).mean(1),
+        "ssim": (luminance * structure).reshape(len(fake), -1).mean(1),
         "mse": mse,
         "within_5": (worst <= 5).double().mean((1, 2)),
         "within_10": (worst <= 10).double().mean((1, 2)),
     }
 
 
-def average_measures(batches):
-    """measure_images' results, a list -> {name: mean over all images}; rmse, in levels, is the root of the mean MSE."""
-    means = {name: torch.cat([batch[name] for batch in batches]).mean().item() for name in batches[0]}
-    return {"rmse" if k == "mse" else k: math.sqrt(v) if k == "mse" else v for k, v in means.items()}
-
-
-def nearest_class(images, classes):
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, H, W) indices of the classes whose colours are nearest."""
-    colors = torch.tensor(classes.colors, device=images.device) / 127.5 - 1
-    distance = [(images - color.view(1, 3, 1, 1)).square().sum(1) for color in colors]
-    return torch.stack(distance).argmin(0)
-
-
 def confusion_matrix(predicted, target, classes):
-    """Counts of pixels, (classes, classes) int64, rows the target's class; IGNORED targets are left out."""
+    """Counts of pixels, (classes, classes) int64, rows the target's class; IGNORED is left out."""
     seen = target != IGNORED
     pairs = target[seen].long() * classes + predicted[seen].long()
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def measure_labels(confusion):
-    """Pixel accuracy, mean class accuracy and mean IoU; the means are over the classes that occur in the target."""
+    """Pixel accuracy, mean class accuracy and mean IoU, over the classes that the target has."""
     confusion = confusion.double()
     right, target, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     occurs = target > 0
@@ -1491,58 +1834,223 @@ def measure_labels(confusion):
     }
 
 
-def level_counts(images):
-    """How often each level occurs in uint8 images (N, C, H, W): (C, 256); read in pieces, whatever the size."""
-    counts = np.zeros((images.shape[1], 256), np.int64)
-    for first in range(0, len(images), 64):
-        piece = images[first : first + 64]
-        counts += [np.bincount(piece[:, c].ravel(), minlength=256) for c in range(images.shape[1])]
-    return counts
+class Scores:
+    """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
+
+    confusions  {(row, by): confusion matrix} of what add_labels got
+    """
+
+    def __init__(self):
+        self.sums, self.confusions = {}, {}  # sums: {row: {name: (sum, count)}}
+
+    def _add(self, row, name, values, where=1.0):
+        """Adds values to a mean, each weighing as much as `where` says."""
+        cells = self.sums.setdefault(row, {})
+        weights = torch.ones_like(values) * where
+        amounts = torch.stack([(values * weights).sum(), weights.sum()]).cpu()
+        cells[name] = cells.get(name, 0) + amounts
+
+    def add_images(self, row, guess, target):
+        """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
+        for name, values in measure_images(to_bytes(guess), to_bytes(target)).items():
+            self._add(row, name, values)
+
+    def add_edit(self, row, guess, target, source, mask):
+        """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
+
+        L1 in levels 0-255 and PSNR in dB, inside and outside the edit; inside, L1 to the source.
+        """
+        guess, target, source = (to_bytes(x).double() for x in (guess, target, source))
+        for area, where in (("inside", mask.double()), ("outside", 1 - mask.double())):
+            self._add(row, f"l1_{area}", (guess - target).abs(), where)
+            self._add(row, f"psnr_{area}", (guess - target).square(), where)
+        self._add(row, "l1_to_input", (guess - source).abs(), mask.double())
+
+    def add_labels(self, row, predicted, target, classes, by=""):
+        """Class indices (B, S, S), by measure_labels: of all pixels; `by` says who predicted."""
+        self.sums.setdefault(row, {})
+        confusion = confusion_matrix(predicted, target, classes).cpu()
+        self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
+
+    def rows(self):
+        """{row: {measure: value}}."""
+        rows = {}
+        for row, cells in self.sums.items():
+            means = {name: (total / count).item() for name, (total, count) in cells.items()}
+            for name, mse in means.items():
+                if name.startswith("psnr_"):  # of the mean squared error in an area
+                    means[name] = 10 * math.log10(255**2 / max(mse, 1e-10))
+            if "mse" in means:
+                means = {("rmse" if k == "mse" else k): v for k, v in means.items()}
+                means["rmse"] = math.sqrt(means["rmse"])
+            rows[row] = means
+        for (row, by), confusion in self.confusions.items():
+            measures = measure_labels(confusion).items()
+            rows[row] |= {f"{by}_{name}" if by else name: value for name, value in measures}
+        return rows
 
 
-def constant_guesses(images, classes=None):
-    """The baselines that see no input: {name: (3,) colour in [-1, 1]}, from training images (N, 3, H, W) uint8, or from
-    label maps (N, 1, H, W) of a ClassTable, which also give the most frequent class."""
-    counts, guesses = level_counts(images), {}
-    if images.shape[1] == 1:
+def constant_colors(histogram, classes=None):
+    """The baselines that see no input: {name: (3,) colour in [-1, 1]}.
+
+    histogram  (3, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
+               colours; these also give the most frequent class (see ImageStore.histograms)
+    """
+    counts, guesses = histogram.numpy(), {}
+    if len(counts) == 1:
         guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
-        counts = np.stack([np.bincount(classes.palette[:, c], counts[0], 256) for c in range(3)])
-    guesses["mean training colour"] = (counts * np.arange(256)).sum(1) / counts.sum(1)
-    guesses["median training colour"] = (counts.cumsum(1) * 2 >= counts.sum(1, keepdims=True)).argmax(1)
-    return {name: torch.tensor(np.asarray(color) / 127.5 - 1, dtype=torch.float32) for name, color in guesses.items()}
+        counts = np.stack([np.bincount(channel, counts[0], 256) for channel in classes.palette.T])
+    pixels = counts.sum(1, keepdims=True)
+    guesses["mean training colour"] = (counts * np.arange(256) / pixels).sum(1)
+    guesses["median training colour"] = (counts.cumsum(1) * 2 >= pixels).argmax(1)
+    return {name: torch.from_numpy(color / 127.5 - 1).float() for name, color in guesses.items()}
+
+
+def constant_guesses(colors, images):
+    """constant_colors as images: {name: a tensor like images (B, C, S, S)}."""
+    return {k: color.to(images).view(1, -1, 1, 1).expand_as(images) for k, color in colors.items()}
+
+
+def copy_verdict(rows):
+    """Whether a generator of edits copies its input, in a sentence.
+
+    It does where what it paints inside the edit is nearer to its input than to its target, and
+    has not even gone half the way that lies between the two.
+    """
+    target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
+    copy = rows["copy of rgb_a"]["l1_inside"]
+    if to_input >= target:
+        verdict = "it does not copy its input"
+    elif to_input < copy / 2:
+        verdict = "it copies its input"
+    else:
+        verdict = "it neither copies its input nor hits the target"
+    return (
+        f"inside the edit the model is {target:.2f} levels from the target "
+        f"(a copy of rgb_a {copy:.2f}) and {to_input:.2f} from its input: {verdict}"
+    )
 
 
 def write_evaluation(cfg, rows, **about):
-    """Prints {row: {measure: value}} as a table; writes it, with what was measured, to evaluation.json in cfg.out."""
-    if rank_and_world()[0] == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        what = {"size": cfg.size, "data": cfg.data or "demo world", "checkpoint": cfg.checkpoint, **about}
-        path = Path(cfg.out) / "evaluation.json"
-        path.write_text(json.dumps({**what, "rows": rows}, indent=2) + "\n")
-        print_table(rows)
-        print(f"written to {path}")
+    """Prints {row: {measure: value}} as a table; writes it with `about` to evaluation.json."""
+    if rank():
+        return
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    data = cfg.data or "demo world"
+    what = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint, **about, "rows": rows}
+    path = Path(cfg.out) / "evaluation.json"
+    path.write_text(json.dumps(what, indent=2) + "\n")
+    print_table(rows)
+    print(f"written to {path}")
 
 
 def print_table(rows):
     """Prints {row: {measure: value}} as text, a column a measure."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    width = max(map(len, rows)) + 2
-    print(" " * width + "".join(f"{name:>{max(len(name), 7) + 2}}" for name in columns))
+    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+    widths = [max(len(name), 7) + 2 for name in columns]
+    titles = max(map(len, rows)) + 2
+    print(" " * titles + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for title, row in rows.items():
-        cells = (f"{row[name]:.4f}" if name in row else "" for name in columns)
+        cells = [f"{row[name]:.4f}" if name in row else "" for name in columns]
         print(
-            f"{title:<{width}}"
-            + "".join(f"{c:>{max(len(name), 7) + 2}}" for name, c in zip(columns, cells, strict=True))
+            f"{title:<{titles}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
         )
 
 
-# --------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------------- features
 
 
-def inputs_of(path, out, labels=False, by_stem=False):
-    """The files that --generate names: one file, or the images of a folder (by_stem: that differ in more than their
-    ending); refuses to write over them."""
-    path, out = Path(path), Path(out)
+class VGG16Features(nn.Module):
+    """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
+
+    (B, 3, S, S) in [-1, 1] -> a list of activations, in the order of depth.
+
+    layers   names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
+    weights  "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
+             torch.hub's cache or download; "random": He-initialised from a fixed seed, the same on
+             every machine (random features carry texture: He, Wang, Hopcroft 2016,
+             arXiv:1606.04801)
+    """
+
+    depths = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each stage; a stage halves the side
+
+    def __init__(self, layers, weights, path):
+        super().__init__()
+        known = [(f"relu{s}_{k}", s, k) for s, n in self.depths.items() for k in range(1, n + 1)]
+        names = [name for name, _, _ in known]
+        wrong = [name for name in layers if name not in names]
+        if wrong or not layers:
+            what = f"no layer {wrong[:1]}; there are {', '.join(names)}"
+            raise UserError(f"--style-layers {','.join(layers)}: {what}")
+        deepest = max(names.index(name) for name in layers)
+        self.layers, self.steps, shapes = set(layers), known[: deepest + 1], {}
+        channels, position = 3, 0  # position: among torchvision's `features`
+        for name, stage, k in self.steps:
+            out = min(64 * 2 ** (stage - 1), 512)
+            position += k == 1 and stage > 1  # a pooling layer
+            shapes[name] = f"features.{position}", (out, channels, 3, 3)
+            channels, position = out, position + 2  # the convolution and its ReLU
+        found = _random_weights(shapes) if weights == "random" else _vgg16_weights(path, shapes)
+        for name, (weight, bias) in found.items():
+            self.register_buffer(f"{name}_weight", weight, persistent=False)
+            self.register_buffer(f"{name}_bias", bias, persistent=False)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        x, activations = ((images + 1) / 2 - self.mean) / self.std, []
+        for name, stage, k in self.steps:
+            if k == 1 and stage > 1:
+                x = F.max_pool2d(x, 2)
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+            x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            if name in self.layers:
+                activations.append(x)
+        return activations
+
+
+def _random_weights(shapes):
+    """{layer: (weight, bias)}: normal with variance 2 / fan in (He et al. 2015), biases 0."""
+    seeded, found = torch.Generator().manual_seed(0), {}
+    for name, (_, shape) in shapes.items():
+        weight = torch.randn(shape, generator=seeded) * (2 / (9 * shape[1])) ** 0.5
+        found[name] = weight, torch.zeros(shape[0])
+    return found
+
+
+def _vgg16_weights(path, shapes):
+    """{layer: (weight, bias)} of ImageNet's VGG16, from a file or torch.hub (hash checked)."""
+    if path:
+        weights = load_weights(path)
+    else:
+        url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+        how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+        try:
+            weights = torch.hub.load_state_dict_from_url(url, **how)
+        except Exception as error:
+            remedy = f"fetch {url} and pass it with --vgg16 FILE"
+            raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
+    found = {}
+    for name, (key, shape) in shapes.items():
+        found[name] = []
+        for part, size in (("weight", shape), ("bias", shape[:1])):
+            tensor = weights.get(f"{key}.{part}") if isinstance(weights, dict) else None
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != size:
+                what = f"no {key}.{part} of shape {size} in it"
+                raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
+            found[name].append(tensor)
+    return found
+
+
+# --------------------------------------------------------------------------------------- generation
+
+
+def inputs_of(cfg, labels=False, by_stem=False):
+    """The files that --generate names: one, or the images of a folder; never to be written over.
+
+    by_stem  results are told apart by their names without the ending
+    """
+    path, out = Path(cfg.generate), Path(cfg.out)
     if not path.exists():
         raise UserError(f"--generate {path}: no such file or directory")
     files = _files(path, labels) if path.is_dir() else [path]
@@ -1551,94 +2059,93 @@ def inputs_of(path, out, labels=False, by_stem=False):
     if by_stem and len({file.stem for file in files}) < len(files):
         raise UserError(f"--generate {path}: two files have the same name but for their ending")
     if out.resolve() == files[0].parent.resolve():
-        raise UserError(f"--out {out}: holds the inputs, and the results have the same names: choose another folder")
+        what = "holds the inputs, and the results have the same names"
+        raise UserError(f"--out {out}: {what}: choose another folder")
     there = [out / file.name for file in files if (out / file.name).exists()]
     if there and out.name != "generated":  # the folder that is ours when none is named
         raise UserError(f"{there[0]} exists and would be written over: choose another --out")
     return files
 
 
-def write_labels(path, index, classes):
-    """Writes (H, W) uint8 indices twice: name.png, indices with the classes' palette, and name_colours.png."""
-    path = Path(path).with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(index)
-    image.putpalette(classes.palette.tobytes())
-    image.save(path)
-    Image.fromarray(classes.palette[index]).save(path.with_name(f"{path.stem}_colours.png"))
-
-
 def write_image(path, image):
-    """Writes (H, W, 3) uint8 by the ending of path: JPEG at quality 95, the rest lossless, PNG if unknown."""
+    """Writes (H, W, 3) or (H, W) uint8 by the ending of path: JPEG at quality 95, else lossless."""
     path = Path(path)
-    path = path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_suffix(".png")
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lossy = {"quality": 95, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}
-    lossy |= {"lossless": True} if path.suffix.lower() == ".webp" else {}
-    Image.fromarray(image).save(path, **lossy)
+    options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+    if suffix == ".webp":
+        options = {"lossless": True}
+    Image.fromarray(image).save(path, **options)
     return path
 
 
 def painted(lc, strokes, classes):
-    """Land cover (H, W) with rectangles "class:x,y,width,height" painted into a copy, one after the other."""
-    lc = lc.copy()
+    """A copy of land cover (H, W) with rectangles "class:x,y,width,height" painted into it."""
+    lc, names = lc.copy(), [name.lower() for name in classes.names]
     for stroke in strokes:
         name, _, numbers = stroke.rpartition(":")
-        names = [known.lower() for known in classes.names]
         try:
             x, y, width, height = (int(number) for number in numbers.split(","))
         except ValueError:
             raise UserError(f"--paint {stroke}: write class:x,y,width,height, in pixels") from None
         if name.lower() not in names:
-            raise UserError(f"--paint {stroke}: no such class; there are {', '.join(classes.names)}")
+            known = ", ".join(classes.names)
+            raise UserError(f"--paint {stroke}: no such class; there are {known}")
         area = lc[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
         if area.size == 0:
-            raise UserError(f"--paint {stroke}: lies outside the image, {lc.shape[1]}x{lc.shape[0]} pixels")
+            size = f"{lc.shape[1]}x{lc.shape[0]}"
+            raise UserError(f"--paint {stroke}: lies outside the image, {size} pixels")
         area[...] = names.index(name.lower())
     return lc
 
 
-def read_edit(cfg, classes):
+def read_edit(cfg):
     """What --generate, --lc, --lc-before and --paint ask for: (path, photo, before, after).
 
     photo   (H, W, 3) uint8, the photograph at path
     before  (H, W) uint8 class indices, its land cover, or None where nothing tells
     after   (H, W) uint8 class indices, the land cover that the edited photograph shall have
     """
-    path = inputs_of(cfg.generate, cfg.out)[0]
+    path = inputs_of(cfg)[0]
     if Path(cfg.generate).is_dir():
         raise UserError(f"--generate {cfg.generate}: an edit takes one photograph, not a folder")
     if not cfg.lc:
-        raise UserError("--generate needs --lc FILE, the photograph's land cover (edited, or to be edited by --paint)")
-    if Path(cfg.out).resolve() in {Path(file).resolve().parent for file in (cfg.lc, cfg.lc_before) if file}:
-        raise UserError(f"--out {cfg.out}: holds the land cover, which may have the same name: choose another folder")
-    photo, lc = read_image(path), read_labels(cfg.lc, classes)
-    before = read_labels(cfg.lc_before, classes) if cfg.lc_before else lc if cfg.paint else None
+        what = "the photograph's land cover (edited, or to be edited by --paint)"
+        raise UserError(f"--generate needs --lc FILE, {what}")
+    files = [Path(file).resolve() for file in (cfg.lc, cfg.lc_before) if file]
+    if Path(cfg.out).resolve() in {file.parent for file in files}:
+        what = "holds the land cover, which may have the same name"
+        raise UserError(f"--out {cfg.out}: {what}: choose another folder")
+    photo, lc, before = read_image(path), read_labels(cfg.lc, cfg.classes), None
+    if cfg.lc_before:
+        before = read_labels(cfg.lc_before, cfg.classes)
+    elif cfg.paint:
+        before = lc
     for name, labels in ((cfg.lc, lc), (cfg.lc_before, before)):
         if labels is not None and labels.shape != photo.shape[:2]:
-            sizes = f"{labels.shape[1]}x{labels.shape[0]} but {path} is {photo.shape[1]}x{photo.shape[0]}"
-            raise UserError(f"{name} is {sizes}: sizes must agree")
-    return path, photo, before, painted(lc, cfg.paint, classes)
+            size = f"{labels.shape[1]}x{labels.shape[0]}"
+            other = f"{path} is {photo.shape[1]}x{photo.shape[0]}"
+            raise UserError(f"{name} is {size} but {other}: sizes must agree")
+    return path, photo, before, painted(lc, cfg.paint, cfg.classes)
 
 
 def keep_outside(edited, photo, before, after):
-    """The photograph (H, W, 3) where land cover stayed, the edited one where it changed, blended over a border of 12
-    pixels at 256. Where nothing tells what changed (before None), the edited one."""
+    """The photograph (H, W, 3) where land cover stayed, the edited one where it changed.
+
+    They blend over a border of 12 pixels at 256. Where before is None: the edited one.
+    """
     if before is None:
-        print("the whole photograph is regenerated: --lc-before FILE would tell what changed", file=sys.stderr)
+        hint = "--lc-before FILE would tell what changed"
+        print(f"the whole photograph is regenerated: {hint}", file=sys.stderr)
         return edited
     border = max(1, round(12 * min(after.shape) / 256))
-    mask = Image.fromarray((before != after).astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(border))
+    mask = Image.fromarray((before != after).astype(np.uint8) * 255)
+    mask = mask.filter(ImageFilter.BoxBlur(border))
     return np.asarray(Image.composite(Image.fromarray(edited), Image.fromarray(photo), mask))
 
 
-def resize(image, size, labels=False):
-    """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest. A copy, writable."""
-    how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
-    return np.array(Image.fromarray(image).resize(size, how))
-
-
 def save_sheet(path, pictures):
-    """Writes {title: (H, W, 3) uint8} side by side, those that are None left out."""
-    columns = {k: from_bytes(as_tensor(x, "cpu")) for k, x in pictures.items() if x is not None}
-    save_grid(path, columns)
+    """Writes {title: (H, W, 3) uint8} side by side."""
+    save_grid(path, {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()})

@@ -1,4 +1,4 @@
-"""Benchmarks run once, as tests, unless --benchmark-only asks for times; CUDA tests are skipped without a device."""
+"""Benchmarks run once, as tests, unless --benchmark-only asks for times; CUDA tests need a GPU."""
 
 import pytest
 import torch

@@ -1,9 +1,10 @@
-"""A whole epoch, loader and step together: how long, and how much of it the step waits for its data.
+"""A whole epoch, loader and step together: how long, and how much of it the step waits for its
+data.
 
     pytest bench/bench_epoch.py --benchmark-only
 
-An epoch over real files is timed against as many steps on one batch that never changes: what is missing there is the
-loading. Pairs are JPEGs of 600x1200 pixels, served from the store.
+An epoch over real files is timed against as many steps on one batch that never changes: what is
+missing there is the loading. Pairs are JPEGs of 600x1200 pixels, served from the store.
 """
 
 import harness
@@ -93,4 +94,6 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
         **harness.about(device),
     )
     if size == 256:
-        benchmark.extra_info["hours_of_the_full_schedule"] = seconds / steps / batch_size * SCHEDULE / 3600
+        benchmark.extra_info["hours_of_the_full_schedule"] = (
+            seconds / steps / batch_size * SCHEDULE / 3600
+        )

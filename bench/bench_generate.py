@@ -1,4 +1,5 @@
-"""Generation: images a second through translate, and megapixels a second over a raster cut into tiles.
+"""Generation: images a second through translate, and megapixels a second over a raster cut into
+tiles.
 
     pytest bench/bench_generate.py --benchmark-only
 
@@ -25,14 +26,16 @@ CASES = [
 
 def inputs_for(script, cfg, count, device):
     """Bytes, as files give them, for `count` images: pictures, and for the edits land cover."""
-    pictures = torch.randint(0, 256, (count, 3, cfg.size, cfg.size), dtype=torch.uint8, device=device)
+    pictures = torch.randint(
+        0, 256, (count, 3, cfg.size, cfg.size), dtype=torch.uint8, device=device
+    )
     labels = torch.randint(0, 14, (count, cfg.size, cfg.size), dtype=torch.uint8, device=device)
     return (pictures, labels) if "mixlc" in script else (pictures,)
 
 
 def generate(module, state, cfg, pictures, labels=None):
     inputs = common.from_bytes(pictures)
-    inputs = inputs if labels is None else (inputs, module.one_hot(labels, 14))
+    inputs = inputs if labels is None else (inputs, common.one_hot(labels, 14))
     return common.to_bytes(module.translate(state, inputs, cfg))
 
 
@@ -46,7 +49,9 @@ def bench_images(benchmark, request, script, device, size, batch_size):
     inputs = inputs_for(script, cfg, batch_size, device)
     benchmark.group = f"generate-{size}-batch-{batch_size}-{device}"
     rounds, warmup = (20 if device == "cuda" else 3, 2) if timed else (1, 0)
-    fakes = benchmark.pedantic(generate, (module, state, cfg, *inputs), rounds=rounds, warmup_rounds=warmup)
+    fakes = benchmark.pedantic(
+        generate, (module, state, cfg, *inputs), rounds=rounds, warmup_rounds=warmup
+    )
     assert fakes.shape == (batch_size, 3, size, size) and fakes.dtype == torch.uint8
     note(benchmark, script, device, size, batch_size, images=batch_size)
 
@@ -67,7 +72,9 @@ def bench_raster(benchmark, request, script, device, size, batch_size):
     def raster():
         parts = zip(*(kind.split(batch_size) for kind in tiles), strict=True)
         fakes = torch.cat([generate(module, state, cfg, *part) for part in parts])
-        rows = fakes.view(side, side, 3, size, size).permute(0, 3, 1, 4, 2)  # (side, size, side, size, 3)
+        rows = fakes.view(side, side, 3, size, size).permute(
+            0, 3, 1, 4, 2
+        )  # (side, size, side, size, 3)
         return rows.reshape(side * size, side * size, 3).cpu()
 
     benchmark.group = f"raster-{size}-batch-{batch_size}-{device}"

@@ -1,11 +1,13 @@
-"""Serving images to a training loop: decoding every epoch, as one would without this project, against the store.
+"""Serving images to a training loop: decoding every epoch, as one would without this project,
+against the store.
 
     pytest bench/bench_preprocessing.py --benchmark-only
 
-maps    JPEG pairs of 600x1200 pixels, split, resized, cropped and mirrored; one at a time, and by DataLoader workers
-inria   TIFF tiles of 5000x5000 pixels with their masks, uncompressed, resized whole
-lc      land cover of 14 classes as compressed one-hot .npz files, against indices expanded on the device
-build   the store itself, as threads grow; and the cost of an image as the dataset grows
+maps JPEG pairs of 600x1200 pixels, split, resized, cropped and mirrored; one at a time, and by
+DataLoader workers inria TIFF tiles of 5000x5000 pixels with their masks, uncompressed, resized
+whole lc land cover of 14 classes as compressed one-hot .npz files, against indices expanded on
+the device build the store itself, as threads grow; and the cost of an image as the dataset
+grows
 """
 
 import os
@@ -36,14 +38,18 @@ def maps(tmp_path_factory, timed):
     (root / "train").mkdir()
     for k in range(32 if timed else 3):
         satellite, drawn, _ = common.landscape(np.random.default_rng(k), 600)
-        Image.fromarray(np.concatenate([satellite, drawn], 1)).save(root / "train" / f"{k}.jpg", quality=90)
+        Image.fromarray(np.concatenate([satellite, drawn], 1)).save(
+            root / "train" / f"{k}.jpg", quality=90
+        )
     return root
 
 
 @pytest.fixture(scope="session")
 def inria(tmp_path_factory, timed):
-    """Tiles like those of the Inria data: 75 MB of picture and 25 MB of mask each. There are 155 in its training set;
-    here 36, which are three files under twelve names."""
+    """Tiles like those of the Inria data: 75 MB of picture and 25 MB of mask each.
+
+    There are 155 in its training set; here 36, which are three files under twelve names.
+    """
     root, side = tmp_path_factory.mktemp("inria"), 5000 if timed else 100
     satellite, _, ground = common.landscape(np.random.default_rng(0), min(side, 1000))
     repeats = -(-side // len(satellite))
@@ -81,7 +87,9 @@ def decode_pair(path, size, rng):
     top, left, flip = rng.integers(0, (load - size + 1, load - size + 1, 2))
     tensors = []
     for half in (both.crop((0, 0, side, side)), both.crop((side, 0, 2 * side, side))):
-        image = half.resize((load, load), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        image = half.resize((load, load), Image.Resampling.BICUBIC).crop(
+            (left, top, left + size, top + size)
+        )
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
         tensors.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
     return tuple(tensors)
@@ -118,7 +126,9 @@ def exhaust(batches):
 def measure(benchmark, group, how, function, rounds, timed, **extra):
     """Times function, which returns how many images it served."""
     benchmark.group = group
-    count = benchmark.pedantic(function, rounds=rounds if timed else 1, warmup_rounds=1 if timed else 0)
+    count = benchmark.pedantic(
+        function, rounds=rounds if timed else 1, warmup_rounds=1 if timed else 0
+    )
     if benchmark.stats:
         each = benchmark.stats.stats.median / count
         extra |= {"how": how, "milliseconds_per_image": 1000 * each, **harness.about("cpu")}
@@ -127,7 +137,9 @@ def measure(benchmark, group, how, function, rounds, timed, **extra):
 
 def pairs(root, size, cache, batch_size=1):
     return pix2pix.Pairs(
-        pix2pix.Config(data=str(root), size=size, cache=str(cache), batch_size=batch_size), "train", CPU
+        pix2pix.Config(data=str(root), size=size, cache=str(cache), batch_size=batch_size),
+        "train",
+        CPU,
     )
 
 
@@ -148,7 +160,15 @@ def bench_maps(benchmark, maps, tmp_path, timed, size, how):
         function = lambda: exhaust(loader)  # noqa: E731
     else:
         function = epochs(pairs(maps, size, tmp_path, 16 if timed and "16" in how else 1))
-    measure(benchmark, f"serve-maps-{size}", how, function, 3 if "decode" in how else 20, timed, size=size)
+    measure(
+        benchmark,
+        f"serve-maps-{size}",
+        how,
+        function,
+        3 if "decode" in how else 20,
+        timed,
+        size=size,
+    )
 
 
 @pytest.mark.parametrize("how", ["decode", "store"])
@@ -157,7 +177,9 @@ def bench_inria(benchmark, inria, tmp_path, timed, how):
         function = lambda: len([decode_tile(inria, k, 256) for k in range(3)])  # noqa: E731
     else:
         function = epochs(pairs(inria, 256, tmp_path))
-    measure(benchmark, "serve-inria-256", how, function, 2 if how == "decode" else 50, timed, size=256)
+    measure(
+        benchmark, "serve-inria-256", how, function, 2 if how == "decode" else 50, timed, size=256
+    )
 
 
 @pytest.mark.parametrize("how", ["decode", "store"])
@@ -168,15 +190,30 @@ def bench_land_cover(benchmark, one_hot, tmp_path, timed, how):
         def function():
             files = sorted((one_hot / "train" / "rgb").iterdir())
             for path in files:
-                torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float().div_(127.5).sub_(1)
+                torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float().div_(
+                    127.5
+                ).sub_(1)
                 with np.load(one_hot / "train" / "lc" / f"{path.stem}.npz") as archive:
                     torch.from_numpy(archive["arr_0"]).permute(2, 0, 1).float().contiguous()
             return len(files)
     else:
-        options = {"size": 256, "cache": str(tmp_path), "batch_size": 1, "lc_classes": harness.TABLE}
+        options = {
+            "size": 256,
+            "cache": str(tmp_path),
+            "batch_size": 1,
+            "lc_classes": harness.TABLE,
+        }
         data = cyclegan.Domains(cyclegan.Config(data=str(one_hot), **options), "train", CPU)
         function = epochs(data)
-    measure(benchmark, "serve-land-cover-256", how, function, 3 if how == "decode" else 20, timed, size=256)
+    measure(
+        benchmark,
+        "serve-land-cover-256",
+        how,
+        function,
+        3 if how == "decode" else 20,
+        timed,
+        size=256,
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -192,7 +229,9 @@ def bench_build(benchmark, maps, tmp_path, timed, monkeypatch, threads):
 
 @pytest.mark.parametrize("count", [8, 64, 512])
 def bench_growth(benchmark, tmp_path, timed, count):
-    """What one image costs to serve, in datasets of 8 to 512 pairs; and what they take: a file, no memory of ours."""
+    """What one image costs to serve, in datasets of 8 to 512 pairs; and what they take: a file, no
+    memory of ours.
+    """
     count = count if timed else 2
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8))
     (tmp_path / "train").mkdir()
@@ -200,4 +239,13 @@ def bench_growth(benchmark, tmp_path, timed, count):
         image.save(tmp_path / "train" / f"{k}.png")
     data = pairs(tmp_path, 256, tmp_path / "cache")
     size = data.store.records.nbytes
-    measure(benchmark, "growth-256", f"{count} pairs", epochs(data), 3, timed, count=count, store_bytes=size)
+    measure(
+        benchmark,
+        "growth-256",
+        f"{count} pairs",
+        epochs(data),
+        3,
+        timed,
+        count=count,
+        store_bytes=size,
+    )

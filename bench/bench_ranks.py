@@ -1,8 +1,10 @@
-"""What several processes send each other: the gradients of a step, counted where they are averaged.
+"""What several processes send each other: the gradients of a step, counted where they are
+averaged.
 
     pytest bench/bench_ranks.py --benchmark-only
 
-One process plays rank 0 of 2, with an all-reduce that only counts; what is timed is packing and unpacking.
+One process plays rank 0 of 2, with an all-reduce that only counts; what is timed is packing and
+unpacking.
 """
 
 import types
@@ -25,8 +27,10 @@ def bench_gradients(benchmark, request, monkeypatch, script):
     for parameter in (p for net in nets for p in net.parameters()):
         parameter.grad = torch.ones_like(parameter)
     sent = []
-    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
-    count = types.SimpleNamespace(all_reduce=lambda flat: sent.append(flat.numel() * flat.element_size()))
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    count = types.SimpleNamespace(
+        all_reduce=lambda flat: sent.append(flat.numel() * flat.element_size())
+    )
     monkeypatch.setattr(common, "dist", count)
 
     def average():

@@ -1,10 +1,11 @@
-"""The four scripts' own train_step: the plain path, what the fast path adds one thing at a time, and the fast path.
+"""The four scripts' own train_step: the plain path, what the fast path adds one thing at a time,
+and the fast path.
 
-    pytest bench/bench_step.py --benchmark-only                    on the CPU, and on a GPU where there is one
+    pytest bench/bench_step.py --benchmark-only             on the CPU, and on a GPU if there is one
     pytest bench/bench_step.py --benchmark-only -k cuda
 
-plain is what one would write first: eager, float32, NCHW, Adam as it comes. The ratio to it is the result: the two take
-turns.
+plain is what one would write first: eager, float32, NCHW, Adam as it comes. The ratio to it is
+the result: the two take turns.
 """
 
 import harness
@@ -35,7 +36,9 @@ CASES = [
 def peak():
     """The device's matrix rate for a type, measured once."""
     rates = {}
-    return lambda device, dtype: rates.setdefault((device, dtype), harness.matrix_rate(device, dtype))
+    return lambda device, dtype: rates.setdefault(
+        (device, dtype), harness.matrix_rate(device, dtype)
+    )
 
 
 @pytest.mark.benchmark(timer=harness.device_time)
@@ -65,11 +68,16 @@ def bench_step(benchmark, request, peak, script, device, size, batch_size, varia
     time_plain()
     plain.clear()
     benchmark.group = f"step-{size}-batch-{batch_size}-{script}-{device}"
-    losses = benchmark.pedantic(step, (state, batch, cfg), setup=time_plain, rounds=rounds if timed else 1)
+    losses = benchmark.pedantic(
+        step, (state, batch, cfg), setup=time_plain, rounds=rounds if timed else 1
+    )
     assert all(loss.isfinite() for loss in losses.values())
     if not benchmark.stats:
         return
-    seconds, flops = benchmark.stats.stats.median, harness.step_flops(script, size=size, batch_size=batch_size)
+    seconds, flops = (
+        benchmark.stats.stats.median,
+        harness.step_flops(script, size=size, batch_size=batch_size),
+    )
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     benchmark.extra_info.update(
         script=script,

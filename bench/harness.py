@@ -1,5 +1,6 @@
-"""What the benchmarks share: a clock that waits for the device, one training step in several variants, and how much
-arithmetic it is."""
+"""What the benchmarks share: a clock that waits for the device, one training step in several
+variants, and how much arithmetic it is.
+"""
 
 import importlib
 import json
@@ -26,7 +27,9 @@ def device_time():
 
 
 def config(script, **options):
-    """A script's module and its Config; the edits get a table of 14 classes and a style loss that needs no file."""
+    """A script's module and its Config; the edits get a table of 14 classes and a style loss that
+    needs no file.
+    """
     module = importlib.import_module(script)
     options |= {"lc_classes": TABLE} if "mixlc" in script and "lc_classes" not in options else {}
     options |= {"style_features": "random"} if script == "mixlc_acgan" else {}
@@ -42,14 +45,16 @@ def random_batch(script, cfg, device):
     index = torch.randint(14, (cfg.batch_size, cfg.size, cfg.size), device=device)
     lc = nn.functional.one_hot(index, 14).permute(0, 3, 1, 2).float().contiguous()
     box = torch.tensor([[cfg.size // 4] * 4] * cfg.batch_size, device=device)
-    if script == "mixlc":
-        return images[0], lc, images[1], box, torch.ones(cfg.batch_size, dtype=torch.bool, device=device), images[2]
-    return images[0], lc, images[1], box, lc, images[2], lc
+    inside = torch.ones(cfg.batch_size, dtype=torch.bool, device=device)
+    return images[0], lc, images[1], box, inside, lc, images[2], lc
 
 
 def prepare(script, variant, device, **options):
-    """(state, cfg, step) of a variant of a script: step(state, batch, cfg) is what main calls for "fast", and for the
-    others the script's own train_step on a state that lacks what the variant does not have."""
+    """(state, cfg, step) of a variant of a script.
+
+    step(state, batch, cfg) is what main calls for "fast", and for the others the script's own
+    train_step on a state that lacks what the variant does not have.
+    """
     device = torch.device(device)
     bf16 = variant == "bf16" or (variant == FAST and device.type == "cuda")
     options |= {"graph": variant in ("graph", FAST), "precision": "bf16" if bf16 else "fp32"}
@@ -75,8 +80,10 @@ def parameters(state):
 
 
 def step_flops(script, **options):
-    """Floating-point operations of convolutions and matrix products in one train_step, forward and backward; two to a
-    multiplication with its addition. Counted on tensors without values."""
+    """Floating-point operations of convolutions and matrix products in one train_step.
+
+    Forward and backward; two to a multiplication with its addition.
+    """
     module, cfg = config(script, **options)
     state = module.build(cfg, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
@@ -85,7 +92,9 @@ def step_flops(script, **options):
 
 
 def matrix_rate(device, dtype, rounds=10):
-    """The operations a second that this device reaches on large square matrix products: its practical peak."""
+    """The operations a second that this device reaches on large square matrix products: its
+    practical peak.
+    """
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -98,5 +107,9 @@ def matrix_rate(device, dtype, rounds=10):
 
 def about(device):
     """What every result says of where it comes from."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return {"device": name, "torch": torch.__version__}

@@ -1,12 +1,15 @@
 """Turns benchmark results into the tables of README.md and bench/README.md.
 
     pytest bench --benchmark-only --benchmark-json=run.json
-    python bench/report.py run.json      keep what matters of a run in bench/results/, then write the tables
+    python bench/report.py run.json      keep what matters in bench/results/, then write the tables
     python bench/report.py               write the tables from what is kept
 
-A kept file holds, for every benchmark, its median, spread and rounds in seconds, and what the benchmark noted.
+A kept file holds, for every benchmark, its median, spread and rounds in seconds, and what the
+benchmark noted.
 """
 
+import ast
+import difflib
 import json
 import re
 import sys
@@ -20,20 +23,33 @@ SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
 
 def keep(path):
-    """Files a run of pytest-benchmark under its device's name; a benchmark that is there already is replaced."""
+    """Files a run of pytest-benchmark under its device's name; a benchmark that is there already
+    is replaced.
+    """
     run = json.loads(Path(path).read_text())
     info = run["machine_info"]
     slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")
-    machine = {"cpu": info["cpu"].get("brand_raw", info["machine"]), "python": info["python_version"]}
+    machine = {
+        "cpu": info["cpu"].get("brand_raw", info["machine"]),
+        "python": info["python_version"],
+    }
     machine |= {name: info[name] for name in ("device", "threads", "torch")}
     target = RESULTS / f"{slug}.json"
     found = json.loads(target.read_text())["benchmarks"] if target.is_file() else {}
     for benchmark in run["benchmarks"]:
-        stats = {name: benchmark["stats"][name] for name in ("median", "min", "max", "stddev", "rounds")}
+        stats = {
+            name: benchmark["stats"][name] for name in ("median", "min", "max", "stddev", "rounds")
+        }
         found[benchmark["name"]] = {"group": benchmark["group"], **stats, **benchmark["extra_info"]}
     RESULTS.mkdir(exist_ok=True)
-    about = {"date": run["datetime"][:10], "commit": run["commit_info"].get("id"), "machine": machine}
-    target.write_text(json.dumps({**about, "benchmarks": dict(sorted(found.items()))}, indent=1) + "\n")
+    about = {
+        "date": run["datetime"][:10],
+        "commit": run["commit_info"].get("id"),
+        "machine": machine,
+    }
+    target.write_text(
+        json.dumps({**about, "benchmarks": dict(sorted(found.items()))}, indent=1) + "\n"
+    )
     return target
 
 
@@ -42,7 +58,10 @@ def load():
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
         file = json.loads(path.read_text())
-        rows += [{"name": name, "machine": file["machine"], **row} for name, row in file["benchmarks"].items()]
+        rows += [
+            {"name": name, "machine": file["machine"], **row}
+            for name, row in file["benchmarks"].items()
+        ]
     return rows
 
 
@@ -57,7 +76,9 @@ def seconds(value):
 
 
 def steps(rows):
-    """One training step: the plain path, and how many times as fast each variant is, the two taking turns."""
+    """One training step: the plain path, and how many times as fast each variant is, the two
+    taking turns.
+    """
     found = {}
     for row in rows:
         if row["name"].startswith("bench_step") and "script" in row:
@@ -68,11 +89,22 @@ def steps(rows):
     lines = []
     for (device, size, batch, script), by in sorted(found.items(), key=lambda item: order(item[0])):
         fast = by["fast"]
-        ratios = [f"{by[v]['plain_seconds'] / by[v]['seconds']:.2f}" if v in by else "" for v in variants]
+        ratios = [
+            f"{by[v]['plain_seconds'] / by[v]['seconds']:.2f}" if v in by else "" for v in variants
+        ]
         share = f"{100 * fast['share_of_matrix_rate']:.0f} %"
         plain, rate = seconds(fast["plain_seconds"]), f"{fast['images_per_second']:.3g}"
         lines.append([script, size, batch, plain, *ratios, rate, share, device])
-    header = ["script", "size", "batch", "plain step", *variants, "images/s", "of matrix rate", "device"]
+    header = [
+        "script",
+        "size",
+        "batch",
+        "plain step",
+        *variants,
+        "images/s",
+        "of matrix rate",
+        "device",
+    ]
     return table(header, lines)
 
 
@@ -91,15 +123,23 @@ def serving(rows):
     }
     lines = []
     for group, title in titles.items():
-        found = {row["how"]: row["milliseconds_per_image"] for row in rows if row["group"] == group and "how" in row}
+        found = {
+            row["how"]: row["milliseconds_per_image"]
+            for row in rows
+            if row["group"] == group and "how" in row
+        }
         for how, cost in found.items():
-            lines.append([title, how.replace("-", " "), f"{cost:.3g} ms", f"{found['decode'] / cost:.3g}"])
+            lines.append(
+                [title, how.replace("-", " "), f"{cost:.3g} ms", f"{found['decode'] / cost:.3g}"]
+            )
     return table(["data", "served by", "an image", "ratio to decode"], lines)
 
 
 def store(rows):
     """Building the store as threads grow, and the cost of an image as the dataset grows."""
-    found = [row for row in rows if row["group"] in ("build-store-256", "growth-256") and "how" in row]
+    found = [
+        row for row in rows if row["group"] in ("build-store-256", "growth-256") and "how" in row
+    ]
     found.sort(key=lambda row: (row["group"], row.get("threads", 0), row.get("count", 0)))
     lines = []
     for row in found:
@@ -113,19 +153,32 @@ def epochs(rows):
     """Loader and step together: the share of the time in which the step waits for data."""
     lines = []
     found = [row for row in rows if row["name"].startswith("bench_epoch") and "script" in row]
-    for row in sorted(found, key=lambda row: order((row["device"], row["size"], row["batch_size"], row["script"]))):
+    for row in sorted(
+        found, key=lambda row: order((row["device"], row["size"], row["batch_size"], row["script"]))
+    ):
         hours = row.get("hours_of_the_full_schedule")
         full = f"{hours:.3g} h" if hours else ""
         waiting, each = f"{100 * row['share_waiting']:.1f} %", seconds(row["seconds_per_image"])
-        lines.append([row["script"], row["size"], row["batch_size"], each, waiting, full, row["device"]])
-    return table(["script", "size", "batch", "an image", "waiting", "200 epochs of maps", "device"], lines)
+        lines.append(
+            [row["script"], row["size"], row["batch_size"], each, waiting, full, row["device"]]
+        )
+    return table(
+        ["script", "size", "batch", "an image", "waiting", "200 epochs of maps", "device"], lines
+    )
 
 
 def generation(rows):
     lines = []
-    found = [row for row in rows if row["name"].startswith(("bench_images", "bench_raster")) and "script" in row]
+    found = [
+        row
+        for row in rows
+        if row["name"].startswith(("bench_images", "bench_raster")) and "script" in row
+    ]
     found.sort(
-        key=lambda row: (row["name"][:12], *order((row["device"], row["size"], row["batch_size"], row["script"])))
+        key=lambda row: (
+            row["name"][:12],
+            *order((row["device"], row["size"], row["batch_size"], row["script"])),
+        )
     )
     for row in found:
         what = "images" if row["name"].startswith("bench_images") else "raster"
@@ -135,27 +188,95 @@ def generation(rows):
 
 
 def ranks(rows):
-    """What a step sends: a ring all-reduce moves 2 (N - 1) / N times the gradients through every GPU's link."""
+    """What a step sends: a ring all-reduce moves 2 (N - 1) / N times the gradients through every
+    GPU's link.
+    """
     lines = []
-    for row in sorted((row for row in rows if "gradient_bytes" in row), key=lambda row: SCRIPTS.index(row["script"])):
+    for row in sorted(
+        (row for row in rows if "gradient_bytes" in row),
+        key=lambda row: SCRIPTS.index(row["script"]),
+    ):
         sent = row["gradient_bytes"]
         eight, many = 2 * 7 / 8 * sent / NVLINK, 2 * 63 / 64 * sent / INFINIBAND
         lines.append([row["script"], f"{sent / 1e6:.0f} MB", seconds(eight), seconds(many)])
-    return table(["script", "gradients a step", "8 GPUs, one machine", "64 GPUs, 8 machines"], lines)
+    return table(
+        ["script", "gradients a step", "8 GPUs, one machine", "64 GPUs, 8 machines"], lines
+    )
 
 
 def brief(rows):
-    """README's few lines: full-size steps at batch 1, and what they make of 200 epochs of 1096 pairs."""
-    found = [row for row in rows if row.get("variant") == "fast" and (row["size"], row["batch_size"]) == (256, 1)]
+    """README's few lines: full-size steps at batch 1, and what they make of 200 epochs of 1096
+    pairs.
+    """
+    found = [
+        row
+        for row in rows
+        if row.get("variant") == "fast" and (row["size"], row["batch_size"]) == (256, 1)
+    ]
     lines = []
     for row in sorted(found, key=lambda row: (row["device"], SCRIPTS.index(row["script"]))):
         ratio, hours = row["plain_seconds"] / row["seconds"], row["seconds"] * 200 * 1096 / 3600
-        times = seconds(row["plain_seconds"]), seconds(row["seconds"]), f"{ratio:.2f}", f"{hours:.3g} h"
+        times = (
+            seconds(row["plain_seconds"]),
+            seconds(row["seconds"]),
+            f"{ratio:.2f}",
+            f"{hours:.3g} h",
+        )
         lines.append([row["script"], *times, row["device"]])
-    return table(["script", "plain step", "fast step", "ratio", "200 epochs of maps", "device"], lines)
+    return table(
+        ["script", "plain step", "fast step", "ratio", "200 epochs of maps", "device"], lines
+    )
+
+
+IDEAS = {
+    "Config": "each model's own options",
+    "data": "pairs; two domains drawn apart; edits pasted of two tiles (the same in both edits)",
+    "networks": "a U-Net; a ResNet and an image pool; two U-Nets joined; two heads on one trunk",
+    "losses": "adversarial and L1; cycles and labels; a local window; classes and style",
+    "build": "which networks there are",
+    "train_step": "the model",
+    "main": "which scores close an epoch, a schedule or none",
+    "use": "one direction or two, noise, what is measured and written",
+}
+
+
+def sections(one, other):
+    """{section: how many lines of code differ} between two scripts, docstrings left out."""
+    found = [code_of(name) for name in (one, other)]
+    changed = {}
+    for section in IDEAS:
+        lines = difflib.ndiff(*(code[section] for code in found))
+        changed[section] = sum(line[0] in "+-" for line in lines)
+    return changed
+
+
+def code_of(script):
+    """{section: its lines} of a script, without docstrings, comments and empty lines."""
+    text = (HERE.parent / f"{script}.py").read_text()
+    hidden = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            hidden |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    found, lines = {}, []
+    for number, line in enumerate(text.splitlines(), 1):
+        if banner := re.match(r"# -{20,} (\w+)$", line):
+            lines = found.setdefault(banner[1], [])
+        elif number not in hidden and line.strip() and not line.lstrip().startswith("#"):
+            lines.append(re.sub(r"\s+# .*", "", line))
+    return found
+
+
+def reading(_):
+    """The lines by which each section differs between each two scripts, and why."""
+    pairs = [(a, b) for k, a in enumerate(SCRIPTS) for b in SCRIPTS[k + 1 :]]
+    changed = [sections(*pair) for pair in pairs]
+    header = ["section", *(f"{a} – {b}" for a, b in pairs), "what makes it differ"]
+    lines = [[name, *(counts[name] for counts in changed), IDEAS[name]] for name in IDEAS]
+    return table(header, lines)
 
 
 TABLES = {
+    "reading": reading,
     "steps": steps,
     "brief": brief,
     "serving": serving,

@@ -1,11 +1,17 @@
 """Tiny datasets in every layout, made by the tests themselves."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import common
+
+CPU = torch.device("cpu")
+SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
 TABLE = [
     {"name": "land", "color": "#8429f6"},
@@ -61,6 +67,53 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def landcover(tmp_path_factory):
     return land_cover(tmp_path_factory.mktemp("landcover"))
+
+
+def tiny(script, **options):
+    """A script's module and a Config of its smallest networks; the edits know TABLE's classes."""
+    more = {"size": 64, "width": 4, "batch_size": 2, "precision": "fp32"}
+    if script == "cyclegan":
+        more |= {"blocks": 1, "pool_size": 0}
+    if "mixlc" in script:
+        more |= {"lc_classes": json.dumps(TABLE)}
+    if script == "mixlc_acgan":
+        more |= {"style_features": "random", "style_layers": "relu1_2"}
+    module = importlib.import_module(script)
+    return module, module.Config(**more | options)
+
+
+def pictures(seed=0, count=2, size=64):
+    """Random pictures (count, 3, size, size) in [-1, 1]."""
+    seeded = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, size, size, generator=seeded) * 2 - 1
+
+
+def maps(seed=0, count=2, size=64, classes=3, holes=0):
+    """Random one-hot maps (count, classes, size, size); of `holes` rows no pixel has a class."""
+    seeded = torch.Generator().manual_seed(seed)
+    shape = count, size, size
+    index = torch.randint(classes, shape, generator=seeded, dtype=torch.uint8)
+    index[:, :holes] = common.IGNORED
+    return common.one_hot(index, classes)
+
+
+def batch_of(script, cfg, seed=0):
+    """A random batch as a script's train_step takes it."""
+    a, b, c = (pictures(10 * seed + k, 2, cfg.size) for k in range(3))
+    lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, cfg.size, holes=7 + k) for k in range(3))
+    if script == "cyclegan" and cfg.classes:
+        return a, lc_b
+    if script in ("pix2pix", "cyclegan"):
+        return a, b
+    box = torch.tensor([[20, 20, 24, 24], [0, 40, 16, 16]])
+    inside = torch.tensor([True, not cfg.use_ba])
+    return a, lc_ab, c, box, inside, lc_a, b, lc_b
+
+
+def as_rank(monkeypatch, rank, world=2):
+    """Makes this process play one of several."""
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world_size", lambda: world)
 
 
 def parameters(net):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 import common
+import pix2pix
 from common import ClassTable, ImageStore, UserError, find_images, read_labels
-from conftest import TABLE, land_cover, picture, save, side_by_side
+from conftest import TABLE, as_rank, land_cover, picture, save, side_by_side
 from pix2pix import Config
 
 
@@ -24,7 +26,7 @@ def stems(paths):
     return [path.stem for path in paths]
 
 
-# ------------------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def test_side_by_side(pairs):
@@ -39,9 +41,17 @@ def test_two_folders(tmp_path, names):
     for split in ("train", "test"):
         for side in names:
             for stem in ("x", "y"):
-                save(tmp_path / split / side / f"{stem}.png", picture(np.random.default_rng(0), 16, 16))
+                save(
+                    tmp_path / split / side / f"{stem}.png",
+                    picture(np.random.default_rng(0), 16, 16),
+                )
     split = find_images(tmp_path, "train")
-    assert (split.layout, split.paired, split.halves, stems(split.A)) == ("two folders", True, False, ["x", "y"])
+    assert (split.layout, split.paired, split.halves, stems(split.A)) == (
+        "two folders",
+        True,
+        False,
+        ["x", "y"],
+    )
     assert find_images(tmp_path, "val").name == "test"
 
 
@@ -64,7 +74,10 @@ def test_inria(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("austin1", "austin5", "austin6", "vienna36", "tyrol-w2", "tyrol-w10"):
         save(tmp_path / "train" / "images" / f"{name}.tif", picture(rng, 40, 40))
-        save(tmp_path / "train" / "gt" / f"{name}.tif", (rng.random((40, 40)) < 0.5).astype(np.uint8) * 255)
+        save(
+            tmp_path / "train" / "gt" / f"{name}.tif",
+            (rng.random((40, 40)) < 0.5).astype(np.uint8) * 255,
+        )
     train, val = find_images(tmp_path, "train"), find_images(tmp_path, "val")
     assert stems(train.A) == ["austin6", "tyrol-w10", "vienna36"] and train.layout == "Inria"
     assert stems(val.A) == ["austin1", "austin5", "tyrol-w2"]
@@ -98,7 +111,9 @@ def test_refuses_lists_that_do_not_match(tmp_path):
     for side, names in (("A", "xyz"), ("B", "xz")):
         for name in names:
             save(tmp_path / "train" / side / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match="3 images on one side, 2 on the other.*y.png has no partner"):
+    with pytest.raises(
+        UserError, match="3 images on one side, 2 on the other.*y.png has no partner"
+    ):
         find_images(tmp_path, "train")
 
 
@@ -109,7 +124,7 @@ def test_refuses_label_maps_without_a_class_table(tmp_path):
         find_images(root, "train")
 
 
-# --------------------------------------------------------------------------------------------------------- label maps
+# --------------------------------------------------------------------------------------- label maps
 
 
 @pytest.fixture
@@ -118,16 +133,22 @@ def table():
 
 
 INDEX = np.array([[0, 1, 2, 0, 1], [2, 255, 1, 0, 0]], np.uint8)
-CODES = np.array([[0, 1, 2, 0, 1], [2, 3, 1, 0, 0]], np.uint8)  # 3 is the row of the table that is ignored
+CODES = np.array(
+    [[0, 1, 2, 0, 1], [2, 3, 1, 0, 0]], np.uint8
+)  # 3 is the row of the table that is ignored
 
 
 def colours(table, index):
     return table.palette[index]
 
 
-@pytest.mark.parametrize("kind", ["indices", "colours", "palette", "stray", "one-hot", "channels first", "npy"])
+@pytest.mark.parametrize(
+    "kind", ["indices", "colours", "palette", "stray", "one-hot", "channels first", "npy"]
+)
 def test_label_formats(tmp_path, table, kind):
-    path = tmp_path / ("x.npz" if "hot" in kind or "first" in kind else "x.npy" if kind == "npy" else "x.png")
+    path = tmp_path / (
+        "x.npz" if "hot" in kind or "first" in kind else "x.npy" if kind == "npy" else "x.png"
+    )
     if kind == "indices":
         save(path, CODES)
     elif kind in ("colours", "stray"):
@@ -163,7 +184,10 @@ def test_s2glc_codes(tmp_path):
 
 
 def test_codes_that_could_be_mistaken_for_positions_are_never_taken_for_them(tmp_path):
-    rows = [{"name": n, "color": f"{k},0,0", "value": k} for k, n in enumerate(("land", "water", "forest"), 1)]
+    rows = [
+        {"name": n, "color": f"{k},0,0", "value": k}
+        for k, n in enumerate(("land", "water", "forest"), 1)
+    ]
     table = ClassTable.load(json.dumps(rows))
     save(tmp_path / "good.png", np.array([[1, 2, 3, 255]], np.uint8))
     assert read_labels(tmp_path / "good.png", table).tolist() == [[0, 1, 2, 255]]
@@ -197,7 +221,8 @@ def test_refuses_labels_outside_the_table(tmp_path, table):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', json.dumps(TABLE[:1] * 2)]
+    "text",
+    ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', json.dumps(TABLE[:1] * 2)],
 )
 def test_refuses_bad_class_tables(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
@@ -211,7 +236,7 @@ def test_class_table_round_trip(table):
     assert ClassTable.load("") is None
 
 
-# ---------------------------------------------------------------------------------------------------------- the store
+# ---------------------------------------------------------------------------------------- the store
 
 
 def test_store_holds_the_resized_images(pairs, tmp_path):
@@ -308,7 +333,9 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
         mask[:10] = 255
         save(root / split / "rgb" / "1.png", np.zeros((40, 40, 3), np.uint8))
         save(root / split / "lc" / "1.png", mask if split == "train" else mask * 0 + 255)
-    (root / "classes.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())  # as some editors write it
+    (root / "classes.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(rows).encode()
+    )  # as some editors write it
     ImageStore(config(root, tmp_path / "cache"), "train", 40)
     assert "2 classes, 25% of the pixels ignored" in capsys.readouterr().err
     with pytest.raises(UserError, match="split val: no pixel has a class"):
@@ -337,7 +364,9 @@ def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):
         for split in ("train", "val"):
             save(tmp_path / name / split / "1.bmp", np.full((40, 80, 3), level, np.uint8))
             os.utime(tmp_path / name / split / "1.bmp", (1, 1))
-    stores = [ImageStore(config(tmp_path / name, tmp_path / "cache"), "train", 32) for name in ("a", "b")]
+    stores = [
+        ImageStore(config(tmp_path / name, tmp_path / "cache"), "train", 32) for name in ("a", "b")
+    ]
     assert [store.A.max() for store in stores] == [10, 200]
 
 
@@ -357,13 +386,18 @@ def test_rows_gather(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path), "train", 32)
     index = np.array([[3, 1], [0, 5]])
     batches = list(common.Rows(store.records, torch.device("cpu")).batches(index))
-    assert all((np.stack(batch) == store.records[rows]).all() for batch, rows in zip(batches, index, strict=True))
+    assert all(
+        (np.stack(batch) == store.records[rows]).all()
+        for batch, rows in zip(batches, index, strict=True)
+    )
 
 
 def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path, monkeypatch):
     """The background thread, with pinning (which needs a GPU) left out."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    rows = common.Rows(ImageStore(config(pairs, tmp_path), "train", 32).records, torch.device("cpu"))
+    rows = common.Rows(
+        ImageStore(config(pairs, tmp_path), "train", 32).records, torch.device("cpu")
+    )
     index = np.arange(6).repeat(4).reshape(12, 2)
     for one, other in zip(rows._prefetched(index), rows.batches(index), strict=True):
         assert torch.equal(torch.stack(one), torch.stack(other))
@@ -374,7 +408,7 @@ def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path
         list(rows._prefetched(np.array([[0, 99]])))
 
 
-# --------------------------------------------------------------------------------------------------------- demo world
+# --------------------------------------------------------------------------------------- demo world
 
 
 def test_demo_world(tmp_path):
@@ -391,10 +425,14 @@ def test_demo_world(tmp_path):
 def test_demo_map_half_is_made_of_map_colours(tmp_path):
     satellite, drawn, ground = common.landscape(np.random.default_rng(0), 96)
     colors = {tuple(c) for c in drawn.reshape(-1, 3).tolist()}
-    assert colors <= set(ClassTable.load("maps").colors) and satellite.std() > 20 and len(np.unique(ground)) >= 4
+    assert (
+        colors <= set(ClassTable.load("maps").colors)
+        and satellite.std() > 20
+        and len(np.unique(ground)) >= 4
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def test_image_measures_by_hand():
@@ -416,12 +454,28 @@ def test_ssim_of_constants_by_hand():
     assert common.measure_images(a, b)["ssim"].item() == pytest.approx(want, rel=1e-6)
 
 
-def test_average_measures_takes_the_root_of_the_mean():
-    batches = [
-        {"mse": torch.tensor([4.0, 0.0]), "psnr": torch.tensor([1.0, 2.0])},
-        {"mse": torch.tensor([23.0]), "psnr": torch.tensor([6.0])},
-    ]
-    assert common.average_measures(batches) == {"rmse": pytest.approx(3.0), "psnr": pytest.approx(3.0)}
+def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
+    """Three images, off by 2, 0 and 4 levels everywhere, in batches of two and one."""
+    target, scores = torch.zeros(3, 3, 16, 16), common.Scores()
+    guess = target + torch.tensor([2.0, 0.0, 4.0]).view(3, 1, 1, 1) / 127.5
+    for part in (slice(0, 2), slice(2, 3)):
+        scores.add_images("model", guess[part], target[part])
+    row = scores.rows()["model"]
+    assert row["rmse"] == pytest.approx(np.sqrt((4 + 0 + 16) / 3))
+    assert row["within_5"] == 1.0 and list(row) == ["psnr", "ssim", "rmse", "within_5", "within_10"]
+
+
+def test_scores_of_edits_by_hand():
+    """10 levels off in a box of 4 x 8, 1 off elsewhere; the second image has no edit at all."""
+    mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+    mask[0, :, :4, :8] = True
+    target, scores = common.from_bytes(torch.full((2, 3, 16, 16), 128)), common.Scores()
+    guess = target + torch.where(mask, 10.0, 1.0) / 127.5
+    scores.add_edit("model", guess, target, target + 4 / 127.5, mask)
+    row = scores.rows()["model"]
+    assert (row["l1_inside"], row["l1_outside"], row["l1_to_input"]) == (10.0, 1.0, 6.0)
+    assert row["psnr_inside"] == pytest.approx(10 * np.log10(255**2 / 100))
+    assert row["psnr_outside"] == pytest.approx(10 * np.log10(255**2))
 
 
 def test_label_measures_by_hand():
@@ -438,15 +492,18 @@ def test_label_measures_by_hand():
 def test_constant_guesses():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     images[0, 0], images[1, 1, :1] = 200, 80
-    guesses = common.constant_guesses(images)
+    store = types.SimpleNamespace(A=images, B=images)
+    counts = ImageStore.histograms(store)["A"]
+    guesses = common.constant_colors(counts)
     bytes_of = {name: common.to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
     table = ClassTable.load(json.dumps(TABLE))
     labels = np.array([0, 1, 1, 2, 1, 255, 255, 255, 255], np.uint8).reshape(1, 1, 3, 3)
-    frequent = common.to_bytes(common.constant_guesses(labels, table)["most frequent class"])
+    counts = torch.from_numpy(np.bincount(labels.ravel(), minlength=256)[None])
+    frequent = common.to_bytes(common.constant_colors(counts, table)["most frequent class"])
     assert tuple(frequent.tolist()) == table.colors[1]
     drawn = torch.tensor(table.colors[2]).view(1, 3, 1, 1)
-    assert common.nearest_class(common.from_bytes(drawn), table).item() == 2
+    assert pix2pix.nearest_class(common.from_bytes(drawn), table).item() == 2
 
 
 def test_bytes_and_back():
@@ -462,11 +519,11 @@ def test_ranks_get_disjoint_rows(monkeypatch):
     order = np.random.default_rng(0).permutation(11)
     rows = []
     for rank in range(2):
-        monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, 2))
-        rows.append(common.rank_rows(order, 2))
+        as_rank(monkeypatch, rank)
+        rows.append(next(common.batches_of_rank(2, 0, order)))
     assert rows[0].shape == (2, 2) and len(set(np.concatenate(rows).ravel().tolist())) == 8
     with pytest.raises(UserError, match="--batch-size 6"):
-        common.rank_rows(order, 6)
+        next(common.batches_of_rank(6, 0, order))
 
 
 def test_config_is_frozen():

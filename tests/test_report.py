@@ -6,7 +6,9 @@ import pytest
 import report
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: str(page.relative_to(report.HERE.parent)))
+@pytest.mark.parametrize(
+    "page", report.PAGES, ids=lambda page: str(page.relative_to(report.HERE.parent))
+)
 def test_tables_are_made_from_the_results(page):
     text = page.read_text()
     assert "<!-- end -->" in text and report.write(text, report.load()) == text
@@ -20,10 +22,18 @@ def test_results_name_no_machine():
 
 
 def test_ratios_by_hand():
-    row = {"name": "bench_step[x]", "device": "d", "size": 256, "batch_size": 1, "script": "pix2pix"}
+    row = {
+        "name": "bench_step[x]",
+        "device": "d",
+        "size": 256,
+        "batch_size": 1,
+        "script": "pix2pix",
+    }
     row |= {"variant": "fast", "plain_seconds": 3.0, "seconds": 0.5, "images_per_second": 2.0}
     rows = [row | {"share_of_matrix_rate": 0.6}]
-    assert report.steps(rows).splitlines()[-1] == "| pix2pix | 256 | 1 | 3 s | 6.00 | 2 | 60 % | d |"
+    assert (
+        report.steps(rows).splitlines()[-1] == "| pix2pix | 256 | 1 | 3 s | 6.00 | 2 | 60 % | d |"
+    )
     assert report.brief(rows).splitlines()[-1] == "| pix2pix | 3 s | 500 ms | 6.00 | 30.4 h | d |"
 
 
@@ -35,11 +45,27 @@ def test_gradients_on_the_ring_by_hand():
 def test_keeping_a_run_replaces_benchmarks_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     stats = {"median": 1.0, "min": 1.0, "max": 1.0, "stddev": 0.0, "rounds": 1, "data": [1.0]}
-    info = {"device": "cpu", "machine": "x86_64", "cpu": {}, "python_version": "3", "threads": 2, "torch": "2"}
+    info = {
+        "device": "cpu",
+        "machine": "x86_64",
+        "cpu": {},
+        "python_version": "3",
+        "threads": 2,
+        "torch": "2",
+    }
     run = {"machine_info": info, "commit_info": {"id": "abc"}, "datetime": "2026-11-21T00:00:00"}
     for median in (1.0, 2.0):
-        bench = {"name": "bench_x", "group": "g", "stats": stats | {"median": median}, "extra_info": {"how": "decode"}}
+        bench = {
+            "name": "bench_x",
+            "group": "g",
+            "stats": stats | {"median": median},
+            "extra_info": {"how": "decode"},
+        }
         (tmp_path / "run.json").write_text(json.dumps(run | {"benchmarks": [bench]}))
         report.keep(tmp_path / "run.json")
     (row,) = report.load()
-    assert (row["median"], row["how"], row["machine"]["torch"]) == (2.0, "decode", "2") and "data" not in row
+    assert (row["median"], row["how"], row["machine"]["torch"]) == (
+        2.0,
+        "decode",
+        "2",
+    ) and "data" not in row

@@ -1,0 +1,509 @@
+"""A plain twin of every training step: each network and each loss written out, nothing merged.
+
+Networks are functions of their stored tensors, taken one after the other; losses are formulas;
+Adam is its update rule. Nothing here calls the scripts. Everything is in float64.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class Net:
+    """A network's tensors by layer, in the order in which they are stored."""
+
+    def __init__(self, module, forward):
+        self.tensors = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.names = [name for name, _ in module.named_parameters()]
+        self.forward = forward
+        for name in self.names:
+            self.tensors[name].requires_grad_()
+
+    def __call__(self, *inputs):
+        layers = {}
+        for name in self.tensors:
+            layer, _, tensor = name.rpartition(".")
+            layers.setdefault(layer, {})[tensor] = name
+        self.remaining = list(layers.values())
+        out = self.forward(self, *inputs)
+        assert not self.remaining  # every layer was used
+        return out
+
+    def take(self):
+        return {key: self.tensors[name] for key, name in self.remaining.pop(0).items()}
+
+    def conv(self, x, kernel, stride, padding, dilation=1):
+        layer = self.take()
+        assert layer["weight"].shape[2:] == (kernel, kernel)
+        return F.conv2d(x, layer["weight"], layer.get("bias"), stride, padding, dilation)
+
+    def up(self, x, kernel, output_padding=0):
+        layer = self.take()
+        assert layer["weight"].shape[2:] == (kernel, kernel)
+        return F.conv_transpose2d(x, layer["weight"], layer.get("bias"), 2, 1, output_padding)
+
+    def linear(self, x):
+        layer = self.take()
+        return x @ layer["weight"].T + layer["bias"]
+
+    def batch_norm(self, x):
+        layer = self.take()
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        with torch.no_grad():
+            unbiased = x.var((0, 2, 3), correction=1)
+            layer["running_mean"].mul_(0.9).add_(0.1 * mean)
+            layer["running_var"].mul_(0.9).add_(0.1 * unbiased)
+            layer["num_batches_tracked"].add_(1)
+        x = (x - each(mean)) / (each(var) + 1e-5).sqrt()
+        return x * each(layer["weight"]) + each(layer["bias"])
+
+    def instance_norm(self, x):
+        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt()
+
+    def norm(self, x, kind):
+        return self.batch_norm(x) if kind == "batch" else self.instance_norm(x)
+
+
+def each(channel):
+    return channel.view(1, -1, 1, 1)
+
+
+def relu(x):
+    return torch.where(x > 0, x, 0.0)
+
+
+def leaky(x):
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def reflect(x, border):
+    return F.pad(x, (border,) * 4, mode="reflect")
+
+
+class Adam:
+    """Kingma and Ba 2015, algorithm 1, over the parameters of some networks."""
+
+    def __init__(self, nets, lr):
+        self.nets, self.lr, self.t = nets, lr, 0
+        self.m = [dict.fromkeys(net.names, 0.0) for net in nets]
+        self.v = [dict.fromkeys(net.names, 0.0) for net in nets]
+
+    def minimise(self, loss):
+        self.t += 1
+        where = [(k, name) for k, net in enumerate(self.nets) for name in net.names]
+        parameters = [self.nets[k].tensors[name] for k, name in where]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        with torch.no_grad():
+            for (k, name), parameter, g in zip(where, parameters, gradients, strict=True):
+                self.m[k][name] = 0.5 * self.m[k][name] + 0.5 * g
+                self.v[k][name] = 0.999 * self.v[k][name] + 0.001 * g * g
+                m = self.m[k][name] / (1 - 0.5**self.t)
+                v = self.v[k][name] / (1 - 0.999**self.t)
+                parameter -= self.lr * m / (v.sqrt() + 1e-8)
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def bce_real(logits):
+    return torch.log(1 + torch.exp(-logits)).mean()
+
+
+def bce_fake(logits):
+    return torch.log(1 + torch.exp(logits)).mean()
+
+
+def lsgan_real(logits):
+    return ((logits - 1) ** 2).mean()
+
+
+def lsgan_fake(logits):
+    return (logits**2).mean()
+
+
+def l1(a, b):
+    return (a - b).abs().mean()
+
+
+def vgg16(module, image, wanted):
+    """Activations of the layers numbered `wanted` (0 is relu1_1) with a module's tensors."""
+    tensors = list(module.buffers())
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (image * 0.5 + 0.5 - each(mean)) / each(std)
+    activations = []
+    for layer in range(max(wanted) + 1):
+        if layer in (2, 4, 7, 10):
+            x = F.max_pool2d(x, 2, 2)
+        x = relu(F.conv2d(x, tensors[2 * layer], tensors[2 * layer + 1], 1, 1))
+        if layer in wanted:
+            activations.append(x)
+    return activations
+
+
+# ------------------------------------------------------------------------------------------ pix2pix
+
+
+def unet(depth, kind):
+    def forward(net, x):
+        skips = [net.conv(x, 4, 2, 1)]
+        for level in range(1, depth):
+            x = net.conv(leaky(skips[-1]), 4, 2, 1)
+            skips.append(net.norm(x, kind) if level < depth - 1 else x)
+        x = net.norm(net.up(relu(skips.pop()), 4), kind)
+        while len(skips) > 1:
+            x = net.norm(net.up(relu(torch.cat([skips.pop(), x], 1)), 4), kind)
+        return torch.tanh(net.up(relu(torch.cat([skips.pop(), x], 1)), 4))
+
+    return forward
+
+
+def resnet(blocks, kind, ending=torch.tanh):
+    def forward(net, x):
+        x = relu(net.norm(net.conv(reflect(x, 3), 7, 1, 0), kind))
+        x = relu(net.norm(net.conv(x, 3, 2, 1), kind))
+        x = relu(net.norm(net.conv(x, 3, 2, 1), kind))
+        for _ in range(blocks):
+            y = relu(net.norm(net.conv(reflect(x, 1), 3, 1, 0), kind))
+            x = x + net.norm(net.conv(reflect(y, 1), 3, 1, 0), kind)
+        x = relu(net.norm(net.up(x, 3, output_padding=1), kind))
+        x = relu(net.norm(net.up(x, 3, output_padding=1), kind))
+        return ending(net.conv(reflect(x, 3), 7, 1, 0))
+
+    return forward
+
+
+def patchgan(patch, kind):
+    """(strides of the inner layers, kernel, padding) follow from the receptive field."""
+    strides = {1: [1], 16: [1], 70: [2, 2, 1], 286: [2, 2, 2, 2, 1]}[patch]
+    kernel, first, padding = (1, 1, 0) if patch == 1 else (4, 2, 1)
+
+    def forward(net, x, image):
+        h = leaky(net.conv(torch.cat([x, image], 1), kernel, first, padding))
+        for stride in strides:
+            h = leaky(net.norm(net.conv(h, kernel, stride, padding), kind))
+        return net.conv(h, kernel, 1, padding)
+
+    return forward
+
+
+class Pix2pix:
+    def __init__(self, state, cfg):
+        self.cfg, self.vgg = cfg, state.vgg
+        depth = {64: 6, 128: 7}[cfg.size]
+        unets = {"unet": unet(depth, cfg.norm), "resnet": resnet(cfg.blocks, cfg.norm)}
+        self.G = Net(state.G, unets[cfg.generator])
+        self.D = Net(state.D, patchgan(cfg.patch_gan, cfg.norm))
+        self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
+
+    def step(self, x, y):
+        bce = self.cfg.gan == "bce"
+        real, fake = (bce_real, bce_fake) if bce else (lsgan_real, lsgan_fake)
+        image = self.G(x)
+        d_fake = fake(self.D(x, image.detach()))
+        d_real = real(self.D(x, y))
+        d_total = self.cfg.d_weight * d_real + self.cfg.d_weight * d_fake
+        self.adam_D.minimise(d_total)
+        g_adv = real(self.D(x, image))
+        g_l1 = content = l1(image, y)
+        if self.cfg.content == "vgg":
+            (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, y))
+            content = ((a - b) ** 2).mean()
+        g_total = g_adv + self.cfg.lambda_l1 * content
+        self.adam_G.minimise(g_total)
+        return {
+            "g_total": g_total,
+            "g_adv": g_adv,
+            "g_l1": g_l1,
+            "d_total": d_total,
+            "d_real": d_real,
+            "d_fake": d_fake,
+        }
+
+
+# ----------------------------------------------------------------------------------------- cyclegan
+
+
+def patchgan_alone(net, image):
+    h = leaky(net.conv(image, 4, 2, 1))
+    for _ in range(3):
+        h = leaky(net.instance_norm(net.conv(h, 4, 2, 1)))
+    return net.conv(F.pad(h, (1, 0, 1, 0)), 4, 1, 1)
+
+
+class OneHot(torch.autograd.Function):
+    """Forward: one-hot of the largest. Backward: as if it had been the softmax."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits.softmax(1))
+        return F.one_hot(logits.argmax(1), logits.shape[1]).permute(0, 3, 1, 2).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (soft,) = ctx.saved_tensors
+        return soft * (gradient - (soft * gradient).sum(1, keepdim=True))
+
+
+class Pool:
+    """The image pool as a list; draws are made for every image, whether they are needed or not."""
+
+    def __init__(self, size):
+        self.size, self.images = size, []
+
+    def __call__(self, images):
+        returned = []
+        for image in images if self.size else []:
+            swap, slot = torch.rand(1).item() < 0.5, torch.randint(self.size, (1,)).item()
+            if len(self.images) < self.size:
+                self.images.append(image)
+            elif swap:
+                image, self.images[slot] = self.images[slot], image
+            returned.append(image)
+        return torch.stack(returned) if self.size else images
+
+
+class CycleGAN:
+    def __init__(self, state, cfg):
+        self.cfg, self.labels = cfg, cfg.lc_classes != ""
+        to_B = resnet(cfg.blocks, "instance", (lambda x: x) if self.labels else torch.tanh)
+        self.G_AB, self.G_BA = (
+            Net(state.G_AB, to_B),
+            Net(state.G_BA, resnet(cfg.blocks, "instance")),
+        )
+        self.D_A, self.D_B = Net(state.D_A, patchgan_alone), Net(state.D_B, patchgan_alone)
+        self.adam_G = Adam([self.G_AB, self.G_BA], cfg.lr)
+        self.adam_D = Adam([self.D_A, self.D_B], cfg.lr)
+        self.pool_A, self.pool_B = Pool(cfg.pool_size), Pool(cfg.pool_size)
+
+    def step(self, a, b):
+        fake_B, fake_A = self.G_AB(a), self.G_BA(b)
+        if self.labels:
+            fake_B = OneHot.apply(fake_B)
+        cycled_A, cycled_B = self.G_BA(fake_B), self.G_AB(fake_A)
+        if self.labels:
+            holes = b.sum(1, keepdim=True) == 0
+            index = b.argmax(1).masked_fill(holes[:, 0], 255)
+            cycle_B = F.cross_entropy(cycled_B, index, ignore_index=255)
+            fake_B = torch.where(holes, 0.0, fake_B)
+        else:
+            cycle_B = l1(cycled_B, b)
+        losses = {
+            "adv_AB": lsgan_real(self.D_B(fake_B)),
+            "adv_BA": lsgan_real(self.D_A(fake_A)),
+            "cycle_A": l1(cycled_A, a),
+            "cycle_B": cycle_B,
+        }
+        loss = losses["adv_AB"] + losses["adv_BA"]
+        loss = loss + self.cfg.lambda_cycle * losses["cycle_A"]
+        loss = loss + self.cfg.lambda_cycle * losses["cycle_B"]
+        if not self.labels and self.cfg.lambda_identity > 0:
+            losses["identity_A"] = l1(self.G_BA(a), a)
+            losses["identity_B"] = l1(self.G_AB(b), b)
+            weight = self.cfg.lambda_cycle * self.cfg.lambda_identity
+            loss = loss + weight * losses["identity_A"] + weight * losses["identity_B"]
+        self.adam_G.minimise(loss)
+        old_A, old_B = self.pool_A(fake_A.detach()), self.pool_B(fake_B.detach())
+        losses["d_A"] = (lsgan_real(self.D_A(a)) + lsgan_fake(self.D_A(old_A))) / 2
+        losses["d_B"] = (lsgan_real(self.D_B(b)) + lsgan_fake(self.D_B(old_B))) / 2
+        self.adam_D.minimise(losses["d_A"] + losses["d_B"])
+        return losses
+
+
+# -------------------------------------------------------------------------------------------- mixlc
+
+
+def edit_unet(net, x, depth):
+    skips = [leaky(net.conv(reflect(x, 1), 4, 2, 0))]
+    for _ in range(depth - 2):
+        skips.append(leaky(net.batch_norm(net.conv(skips[-1], 4, 2, 1))))
+    x = relu(net.conv(skips[-1], 4, 2, 1))
+    while skips:
+        x = torch.cat([skips.pop(), relu(net.batch_norm(net.up(x, 4)))], 1)
+    return x
+
+
+def dilated_net(net, x):
+    x = relu(net.conv(reflect(x, 1), 4, 2, 0))
+    for dilation in (1, 2, 4, 8):
+        x = relu(net.batch_norm(net.conv(x, 3, 1, dilation, dilation)))
+    return x
+
+
+def edit_generator(depth, fusion):
+    def forward(net, rgb, lc):
+        if fusion == "early":
+            x = edit_unet(net, torch.cat([rgb, lc], 1), depth)
+        else:
+            x = edit_unet(net, rgb, depth)
+            y = edit_unet(net, lc, depth) if fusion == "late" else dilated_net(net, lc)
+            x = torch.cat([x, y], 1)
+        return torch.tanh(net.up(relu(net.conv(x, 3, 1, 1)), 4))
+
+    return forward
+
+
+def edit_discriminator(depth, local):
+    def trunk(net, x, blocks):
+        for _ in range(blocks):
+            x = leaky(net.batch_norm(net.conv(x, 5, 2, 2)))
+        return leaky(net.linear(x.flatten(1)))
+
+    def forward(net, image, box):
+        features = trunk(net, image, depth - 2)
+        if local:
+            side = image.shape[-1]
+            windows = []
+            for picture, (top, left, height, width) in zip(image, box.tolist(), strict=True):
+                y = min(max(top + (height - side // 2) // 2, 0), side - side // 2)
+                x = min(max(left + (width - side // 2) // 2, 0), side - side // 2)
+                windows.append(picture[:, y : y + side // 2, x : x + side // 2])
+            features = torch.cat([features, trunk(net, torch.stack(windows), depth - 3)], 1)
+        return net.linear(features)
+
+    return forward
+
+
+def local_l1(fake, target, edit):
+    """In the window of the edit: the box, or all but the box, and 3 pixels around it at 64."""
+    border, side = round(12 * fake.shape[-1] / 256), fake.shape[-1]
+    window = torch.zeros(len(fake), side, side, dtype=torch.bool)
+    for k, (top, left, height, width) in enumerate(edit.box.tolist()):
+        box = torch.zeros(side, side, dtype=torch.bool)
+        box[top : top + height, left : left + width] = True
+        where = (box if edit.inside[k] else ~box).nonzero().tolist()
+        for y, x in where:
+            window[k, max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = 1
+    return (fake - target).abs().movedim(1, -1)[window].mean()
+
+
+class Mixlc:
+    def __init__(self, state, cfg):
+        self.cfg = cfg
+        self.G = Net(state.G, edit_generator(6, cfg.fusion))
+        self.D = Net(state.D, edit_discriminator(6, cfg.local_d))
+        self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
+
+    def step(self, *edit_fields):
+        edit = Fields(edit_fields)
+        fake = self.G(edit.rgb_a, edit.lc_ab)
+        d_fake = bce_fake(self.D(fake.detach(), edit.box))
+        d_real = bce_real(self.D(edit.rgb_b, edit.box))
+        d_total = d_real / 2 + d_fake / 2
+        self.adam_D.minimise(d_total)
+        g_adv = bce_real(self.D(fake, edit.box))
+        g_l1 = l1(fake, edit.rgb_ab)
+        g_local = local_l1(fake, edit.rgb_ab, edit)
+        g_total = self.cfg.alpha * g_adv + self.cfg.pix_lambda * g_l1
+        g_total = g_total + self.cfg.local_pix_lambda * g_local
+        self.adam_G.minimise(g_total)
+        return {
+            "g_total": g_total,
+            "g_adv": g_adv,
+            "g_l1": g_l1,
+            "g_local": g_local,
+            "d_total": d_total,
+            "d_real": d_real,
+            "d_fake": d_fake,
+        }
+
+
+class Fields:
+    """The fields of a batch of edits by name."""
+
+    def __init__(self, fields):
+        names = ("rgb_a", "lc_ab", "rgb_ab", "box", "inside", "lc_a", "rgb_b", "lc_b")
+        for name, value in zip(names, fields, strict=True):
+            setattr(self, name, value)
+
+
+# -------------------------------------------------------------------------------------- mixlc_acgan
+
+
+def acgan_unet(net, x):
+    skips = [leaky(net.batch_norm(net.conv(reflect(x, 1), 4, 2, 0)))]
+    for _ in range(4):
+        skips.append(leaky(net.batch_norm(net.conv(skips[-1], 4, 2, 1))))
+    x = skips.pop()
+    for _ in range(2):
+        x = relu(net.batch_norm(net.conv(x, 3, 1, 1)))
+    while skips:
+        x = torch.cat([skips.pop(), relu(net.batch_norm(net.up(x, 4)))], 1)
+    return relu(net.batch_norm(net.conv(x, 3, 1, 1)))
+
+
+def acgan_generator(net, rgb, lc):
+    x = torch.cat([acgan_unet(net, rgb), acgan_unet(net, lc)], 1)
+    x = relu(net.batch_norm(net.up(x, 4)))
+    y = relu(net.batch_norm(net.conv(x, 3, 1, 1)))
+    x = x + net.batch_norm(net.conv(y, 3, 1, 1))
+    return torch.tanh(net.conv(x, 3, 1, 1))
+
+
+def acgan_discriminator(net, image, lc, wanted="both"):
+    """(adversarial logits, class logits); what is not wanted is None, and its layers are passed."""
+    x = image
+    for _ in range(5):
+        x = leaky(net.batch_norm(net.conv(x, 4, 2, 1)))
+    for _ in range(2):
+        x = leaky(net.batch_norm(net.conv(x, 3, 1, 1)))
+    logits = net.conv(torch.cat([x, F.avg_pool2d(lc, 32)], 1), 3, 1, 1)
+    if wanted == "adversarial":
+        net.remaining.clear()
+        return logits, None
+    for _ in range(5):
+        x = relu(net.batch_norm(net.up(x, 4)))
+    return logits, net.conv(x, 3, 1, 1)
+
+
+def class_loss(logits, lc, weights):
+    index = lc.argmax(1).masked_fill(lc.sum(1) == 0, 255)
+    return F.cross_entropy(logits, index, weights.to(logits), ignore_index=255)
+
+
+class MixlcACGAN:
+    def __init__(self, state, cfg):
+        self.cfg, self.vgg, self.weights = cfg, state.vgg, state.class_weights.clone()
+        self.layers = {"relu1_2": 1, "relu2_1": 2, "relu2_2": 3}
+        self.layers = [self.layers[name] for name in cfg.style_layers.split(",")]
+        self.G, self.D = Net(state.G, acgan_generator), Net(state.D, acgan_discriminator)
+        self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
+
+    def style(self, fake, target):
+        loss = 0.0
+        pairs = zip(*(vgg16(self.vgg, x, self.layers) for x in (fake, target)), strict=True)
+        for a, b in pairs:
+            size = a[0].numel()
+            gram_a, gram_b = (torch.einsum("bihw,bjhw->bij", x, x) / size for x in (a, b))
+            loss = loss + ((gram_a - gram_b) ** 2).sum((1, 2)).mean()
+        return loss
+
+    def step(self, *edit_fields):
+        edit, cfg = Fields(edit_fields), self.cfg
+        fake = self.G(edit.rgb_a, edit.lc_ab)
+        d_fake = bce_fake(self.D(fake.detach(), edit.lc_ab, "adversarial")[0])
+        logits, classes = self.D(edit.rgb_b, edit.lc_b)
+        d_real, d_class = bce_real(logits), class_loss(classes, edit.lc_b, self.weights)
+        self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
+        logits, classes = self.D(fake, edit.lc_ab)
+        same = self.G(edit.rgb_a, edit.lc_a)
+        losses = {
+            "g_adv": bce_real(logits),
+            "g_pixel": l1(fake, edit.rgb_ab),
+            "g_style": self.style(fake, edit.rgb_ab),
+            "g_class": class_loss(classes, edit.lc_ab, self.weights),
+            "g_id": l1(same, edit.rgb_a) + self.style(same, edit.rgb_a),
+            "d_real": d_real,
+            "d_fake": d_fake,
+            "d_class": d_class,
+        }
+        self.adam_G.minimise(
+            cfg.adv_lambda * losses["g_adv"]
+            + cfg.pixel_lambda * losses["g_pixel"]
+            + cfg.style_lambda * losses["g_style"]
+            + cfg.class_lambda * losses["g_class"]
+            + cfg.id_lambda * losses["g_id"]
+        )
+        return losses
+
+
+TWINS = {"pix2pix": Pix2pix, "cyclegan": CycleGAN, "mixlc": Mixlc, "mixlc_acgan": MixlcACGAN}

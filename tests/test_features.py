@@ -1,0 +1,87 @@
+"""VGG16's layers: from a file, from torch.hub, with random weights, and what they refuse."""
+
+import plain
+import pytest
+import torch
+
+import common
+import pix2pix
+from common import VGG16Features
+from conftest import pictures
+
+# the index of each convolution in torchvision's vgg16().features, and its channels
+CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
+FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
+
+
+def vgg_file(path, last=14):
+    """A file as torchvision lays it out, with random weights, up to features.`last`."""
+    weights, channels = {}, 3
+    for index, out in CONVOLUTIONS:
+        if index <= last:
+            weight = torch.randn(out, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
+            weights[f"features.{index}.weight"] = weight
+            weights[f"features.{index}.bias"] = torch.randn(out) * 0.1
+        channels = out
+    torch.save(weights | {"classifier.0.bias": torch.zeros(3)}, path)
+    return weights
+
+
+def test_activations_of_a_file_with_torchvisions_keys(tmp_path):
+    weights = vgg_file(tmp_path / "vgg.pth")
+    vgg = VGG16Features(["relu3_3", "relu1_1", "relu2_2"], "vgg16", str(tmp_path / "vgg.pth"))
+    tensors = [
+        weights[f"features.{k}.{part}"] for k, _ in CONVOLUTIONS[:7] for part in ("weight", "bias")
+    ]
+    stored = torch.nn.ParameterList(tensors)
+    stored.buffers = lambda: tensors
+    want = plain.vgg16(stored, pictures(), [0, 3, 6])
+    for a, b in zip(vgg(pictures()), want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert not list(vgg.parameters()) and not vgg.state_dict()
+
+
+def test_content_loss_compares_relu3_3(tmp_path):
+    vgg_file(tmp_path / "vgg.pth")
+    vgg = VGG16Features(["relu3_3"], "vgg16", str(tmp_path / "vgg.pth"))
+    fake, target = pictures().bfloat16(), pictures(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pix2pix.vgg_loss(vgg, fake, target)
+    (a,), (b,) = (plain.vgg16(vgg, x, [6]) for x in (fake.float(), target))
+    assert loss.item() == pytest.approx((a - b).square().mean().item(), rel=1e-4)
+    assert a.shape == (2, 256, 16, 16) and loss.dtype == torch.float32
+
+
+def test_only_the_layers_in_use_are_needed(tmp_path):
+    vgg_file(tmp_path / "short.pth", last=2)
+    (features,) = VGG16Features(["relu1_2"], "vgg16", str(tmp_path / "short.pth"))(pictures())
+    assert features.shape == (2, 64, 64, 64)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    vgg_file(tmp_path / "short.pth", last=2)
+    with pytest.raises(common.UserError, match="no features.5.weight"):
+        VGG16Features(["relu3_3"], "vgg16", str(tmp_path / "short.pth"))
+    for layers in (["relu9_1"], ["relu1_2", "pool1"], []):
+        with pytest.raises(common.UserError, match="no layer .*there are relu1_1"):
+            VGG16Features(layers, "random", "")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(common.UserError, match="--vgg16 FILE"):
+        VGG16Features(["relu1_2"], "vgg16", "")
+
+
+def test_random_features_are_the_same_on_every_run_and_machine():
+    torch.manual_seed(123)
+    one = VGG16Features(["relu3_3"], "random", "")
+    torch.manual_seed(5)
+    two = VGG16Features(["relu3_3"], "random", "")
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers(), strict=True))
+    first = one.relu1_1_weight.flatten()[:3].tolist()
+    assert first == pytest.approx(FIRST_RANDOM_WEIGHTS, abs=1e-5)
+    for weight in (one.relu1_2_weight, one.relu2_1_weight, one.relu3_3_weight):
+        want = 2 / (9 * weight.shape[1])  # He et al. 2015: variance 2 / fan in
+        assert weight.var().item() == pytest.approx(want, rel=0.1)
