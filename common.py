@@ -1,4 +1,4 @@
-"""What the four scripts share and what teaches nothing about GANs. The names that scripts use:
+"""What the four scripts share and what has nothing to do with GANs. The names that they use:
 
 errors      UserError, command
 options     option, Options, EditOptions, flag, begin
@@ -11,7 +11,7 @@ pictures    from_bytes, one_hot, class_index, draw, as_tensor, as_array, resize
 measures    Scores, constant_colors, constant_guesses, copy_verdict, write_evaluation,
             plot_confusion
 features    VGG16Features
-generation  inputs_of, write_image, read_edit, keep_outside, save_sheet
+generation  inputs_of, write_image, read_edit, keep_outside, save_sheet, tqdm
 """
 
 import argparse
@@ -98,10 +98,11 @@ def _explain(error):
 # ------------------------------------------------------------------------------------------ options
 
 
-def option(default, help, group=None, *, choices=None, low=None, high=None, **meaning):
+def option(default, help, *, group=None, choices=None, low=None, high=None, **meaning):
     """A field of an Options class that is also a command-line option.
 
-    group       a heading of --help, under which later fields stay; a checkpoint fixes "model"
+    group       a heading of --help, which holds for the fields that follow, too; a checkpoint
+                fixes the group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
     needs       the option without which this one has no effect, such as "generate"
@@ -123,26 +124,32 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option("", "directory with the images; none: a demo world", "data", may_change=True)
+    data: str = option(
+        "", "directory with the images; none: a demo world", group="data", may_change=True
+    )
     patch: int = option(0, "cut images into N x N patches first; 0: whole images", low=0)
     cache: str = option("", "folder of the decoded images; none: beside the run", may_change=True)
     val_images: int = option(100, "validation images measured after an epoch; 0: all", low=0)
-    size: int = option(256, "side of what the networks see", "model", choices=(64, 128, 256, 512))
+    size: int = option(
+        256, "side of what the networks see", group="model", choices=(64, 128, 256, 512)
+    )
     width: int = option(64, "channels of the first layer", low=1, high=1024)
     lc_classes: str = option("", "classes of B: s2glc, maps, binary, a classes.json, or pictures")
-    beta1: float = option(0.5, "Adam's first beta", "training", low=0.0, high=0.999)
+    beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
     seed: int = option(0, "of weights, order, augmentation and noise", low=0, high=2**32 - 1)
-    quick: bool = option(False, "small networks, images and epochs: a minute on two cores", "run")
+    quick: bool = option(
+        False, "small networks, images and epochs: a minute on two cores", group="run"
+    )
     out: str = option("", "run folder, or folder of what is generated; none: runs/<script>")
     resume: bool = option(False, "continue the run in --out, at the step where it stopped")
     log_every: int = option(50, "steps between rows of metrics.csv", low=1)
     save_every: int = option(10, "epochs between checkpoints that stay", low=0, may_change=True)
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
-    track: str = option("", "log there, too", choices=("", "tensorboard", "wandb"), may_change=True)
+    track: str = option("", "also log to", choices=("", "tensorboard", "wandb"), may_change=True)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), may_change=True)
     precision: str = option("auto", "auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
     graph: bool = option(True, "capture the training step in a CUDA graph")
-    checkpoint: str = option("", "model to evaluate or to generate with", "use a trained model")
+    checkpoint: str = option("", "model to evaluate or to generate with", group="use")
     evaluate: bool = option(False, "measure --checkpoint on the validation split")
     generate: str = option("", "image or folder to translate, or photograph to edit")
 
@@ -159,12 +166,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class EditOptions(Options):
-    """The options that the scripts which edit photographs share, too."""
+    """What the two scripts that edit photographs share beside Options."""
 
     demo = "landcover"
 
-    show_samples: int = option(0, "write a picture of N training edits, and stop", "run", low=0)
-    lc: str = option("", "the photograph's land cover", "use a trained model", needs="generate")
+    show_samples: int = option(
+        0, "write a picture of N training edits, and stop", group="run", low=0
+    )
+    lc: str = option("", "the photograph's land cover", group="use", needs="generate")
     lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
     paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
     keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
@@ -203,16 +212,17 @@ def parse(config, doc, quick, argv=None):
     groups = {}
     for group, field in grouped_fields(config):
         if group not in groups:
-            groups[group] = parser.add_argument_group(group)
+            title = "use a trained model" if group == "use" else group
+            groups[group] = parser.add_argument_group(title)
         groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
     given = vars(parser.parse_args(argv))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    for field in dataclasses.fields(config):
-        low, high, value = field.metadata["low"], field.metadata["high"], given.get(field.name)
-        if value is not None and not (low is None or value >= low):
-            raise UserError(f"{flag(field.name)} {value}: must be at least {low}")
-        if value is not None and not (high is None or value <= high):
-            raise UserError(f"{flag(field.name)} {value}: must be at most {high}")
+    for name, value in given.items():
+        about = config.__dataclass_fields__[name].metadata
+        if about["low"] is not None and not value >= about["low"]:  # NaN, too
+            raise UserError(f"{flag(name)} {value}: must be at least {about['low']}")
+        if about["high"] is not None and not value <= about["high"]:
+            raise UserError(f"{flag(name)} {value}: must be at most {about['high']}")
     defaults = quick if given.get("quick") else {}
     return config(**{**defaults, **given}), given
 
@@ -241,26 +251,27 @@ def begin(config, doc, quick, argv=None):
     --generate those of the group "model"; one that was typed and contradicts them is refused.
     """
     cfg, given = parse(config, doc, quick, argv)
-    weights = _check_options(cfg, given)
-    checkpoint = None
+    _check_options(cfg, given)
+    fields, checkpoint = dataclasses.fields(cfg), None
+    weights = any(getattr(cfg, f.name) for f in fields if f.metadata.get("weights"))
     if cfg.checkpoint or cfg.resume:
         cfg, checkpoint = _adopt(cfg, given)
-    elif cfg.using and not weights:
+    elif cfg.evaluate or (cfg.generate and not weights):
         what = "--generate" if cfg.generate else "--evaluate"
         raise UserError(f"{what} needs --checkpoint FILE, a model to use")
     device = start(cfg)
     if cfg.using and not checkpoint:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     elif not checkpoint:
+        _check_folder(cfg)
         classes = find_images(source(cfg), "train", cfg.lc_classes).classes
         text = classes.text if classes else "pictures"
-        cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_new_folder(cfg)))
+        cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
     return cfg, device, checkpoint
 
 
 def _check_options(cfg, given):
-    """Refuses options that do not go together; whether there are weights to generate with."""
-    weights = False
+    """Refuses options that do not go together, and files that are not there."""
     for field in dataclasses.fields(cfg):
         name, about, value = field.name, field.metadata, getattr(cfg, field.name)
         needed = about.get("needs")
@@ -268,14 +279,12 @@ def _check_options(cfg, given):
             raise UserError(f"{flag(name)} goes with {flag(needed)}")
         if about.get("file") and value and not Path(value).is_file():
             raise UserError(f"{flag(name)} {value}: no such file")
-        weights = weights or bool(about.get("weights") and value and cfg.generate)
     if cfg.checkpoint and not cfg.using:
-        remedy = "to go on training: --resume, or --init"
+        remedy = "to go on training: --resume"
         raise UserError(f"--checkpoint goes with --generate or --evaluate ({remedy})")
     if cfg.resume and cfg.using:
         remedy = "name the model to evaluate or to generate with by --checkpoint"
         raise UserError(f"--resume goes on training: {remedy}")
-    return weights and not cfg.evaluate
 
 
 def _adopt(cfg, given):
@@ -308,14 +317,8 @@ def _adopt(cfg, given):
     known = {field.name for field in dataclasses.fields(cfg)}
     adopted = {name: value for name, value in saved.items() if name in known}
     adopted |= {name: value for name, value in given.items() if name not in held}
-    for name in (
-        "resume",
-        "checkpoint",
-        "generate",
-        "evaluate",
-        *([] if cfg.resume else ["device"]),
-    ):
-        adopted[name] = getattr(cfg, name)
+    mine = ["resume", "checkpoint", "generate", "evaluate"] + ["device"] * cfg.using
+    adopted |= {name: getattr(cfg, name) for name in mine}
     keep = cfg.resume or (cfg.evaluate and not cfg.out)
     adopted["out"] = str(run if keep else cfg.out or run / "generated")
     return type(cfg)(**adopted), checkpoint
@@ -344,27 +347,31 @@ def _newest_run(cfg):
     return max(times, key=times.get)
 
 
-def _new_folder(cfg):
-    """Claims a new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
-    if rank():
-        return ""
-    if not cfg.out:
-        Path("runs").mkdir(exist_ok=True)
-        for k in itertools.count(1):
-            folder = Path(f"runs/{cfg.script}" + (f"-{k}" if k > 1 else ""))
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return str(folder)
+def _check_folder(cfg):
+    """Refuses an --out that holds anything but a run that began and saved nothing."""
     folder, about = Path(cfg.out), Path(cfg.out) / "config.json"
+    if not cfg.out or rank() or not folder.exists():
+        return
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file, not a folder")
     if any(folder.glob("checkpoints/*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     text = about.read_text(errors="replace") if about.is_file() else ""
-    begun = f'"script": "{cfg.script}"' in text  # and never saved
-    if folder.is_dir() and any(folder.iterdir()) and not begun:
+    if any(folder.iterdir()) and f'"script": "{cfg.script}"' not in text:
         raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
-    return cfg.out
+
+
+def _claim_folder(cfg):
+    """A new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
+    if cfg.out or rank():
+        return cfg.out
+    Path("runs").mkdir(exist_ok=True)
+    for k in itertools.count(1):
+        folder = Path(f"runs/{cfg.script}" + (f"-{k}" if k > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return str(folder)
 
 
 # ------------------------------------------------------------------------------------------- device
@@ -1438,7 +1445,8 @@ class Run:
 
     def say(self, text):
         """A line on stderr, above the progress bar."""
-        self.bar.write(text, file=sys.stderr)
+        if rank() == 0:
+            self.bar.write(text, file=sys.stderr)
 
     def _write_config(self):
         cuda = torch.cuda.is_available()
@@ -1497,19 +1505,18 @@ class Run:
         seconds = (time.monotonic() - self.clock) / 3
         left = self.cfg.epochs * self.steps_per_epoch - self.step
         days = seconds * left / 86400
-        if days > 2 and rank() == 0:
+        if days > 2:
             remedy = "--size 128 --width 32 --epochs 20 or --max-images would make it hours"
             self.say(f"{seconds:.2g} s a step: this run takes {days:.0f} days here; {remedy}")
 
     def _flush(self, scores):
-        if self.count:
-            means = reduced(self.sums / self.count) / world_size()
-            self.means = dict(zip(self.names, means.tolist(), strict=True))
+        means = reduced(self.sums / self.count) / world_size()
+        self.means = dict(zip(self.names, means.tolist(), strict=True))
         values = self.means | scores
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             self._refuse(", ".join(bad))
-        if (self.count or scores) and rank() == 0:
+        if rank() == 0:
             header = ["epoch", "step", "lr", *self.means, *self.scores]
             numbers = [*self.means.values(), *(scores.get(name) for name in self.scores)]
             row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
@@ -1575,8 +1582,10 @@ class Run:
                 about[name] = getattr(self, name)
             save_checkpoint(self.out / "checkpoints" / "last.pt", about)
 
-    def stop(self, state):
-        """Saves in the middle of an epoch, after a signal, and exits with 128 + its number."""
+    def stop_if_asked(self, state):
+        """After a signal: saves in the middle of an epoch and exits with 128 + its number."""
+        if not self.stopping():
+            return
         self.save(state)
         self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
         self.bar.close()

@@ -10,11 +10,12 @@
 Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using Cycle-Consistent
 Adversarial Networks, arXiv:1703.10593.
 
-Differences from the paper: the discriminator has one more strided layer (16x16 logits at 256,
-receptive field 94); images that go through the same generator go as one batch. Where B is land
-cover, it is categorical: generators and discriminator see exact one-hot maps, made from logits
-with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
-without a class are holes, all zeros; D_B sees fake maps with a real map's holes.
+Differences from the paper: all four layers of the discriminator have stride 2, as its appendix
+writes (16x16 logits at 256, receptive field 94; the authors' code has 70); the identity loss,
+which the paper uses for paintings, is on for maps, too. Where B is land cover, it is categorical:
+generators and discriminator see exact one-hot maps, made from logits with a straight-through
+gradient, and the cycle loss is the cross-entropy of the logits. Pixels without a class are holes,
+all zeros; D_B sees fake maps with a real map's holes.
 
 Measured: --quick, 74 s on two cores of a CPU: there and back RMSE 16.6 and 13.6 levels; without
 ever seeing a pair, satellite -> map 24.4, where a constant colour has 23.2, and map -> satellite
@@ -22,6 +23,7 @@ ever seeing a pair, satellite -> map 24.4, where a constant colour has 23.2, and
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,29 +40,32 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Options):
-    """The model's own options; common.Options has what all scripts share: data, size, width, ..."""
+    """The model's own options; common.Options has data, size, width and so on.
+
+    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    """
 
     script = "cyclegan"
 
-    blocks: int = option(0, "residual blocks; 0: 9, or 6 below size 256", "model", low=0)
-    lambda_cycle: float = option(10.0, "weight of the cycle losses", "training", low=0.0)
+    blocks: int = option(0, "residual blocks; 0: 9, or 6 below size 256", group="model", low=0)
+    lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)
     lambda_identity: float = option(
         0.5, "weight of the identity losses, times lambda_cycle; pictures only", low=0.0
     )
     pool_size: int = option(50, "fakes in the image pool of each domain; 0: none", low=0)
     lr: float = option(2e-4, "Adam's rate", low=0.0)
-    batch_size: int = option(1, "images of each domain a step, in each process", low=1)
+    batch_size: int = option(1, "images per domain, step and process", low=1)
     epochs: int = option(
-        200, "passes over the larger domain; the rate falls to zero in the second half", low=1
+        200, "passes over the larger domain; the rate falls in the second half", low=1
     )
     init_AB: str = option("", "weights of G_AB, ours or published", file=True, weights=True)
     init_BA: str = option("", "weights of G_BA, ours or published", file=True, weights=True)
     direction: str = option(
-        "AtoB", "which way --generate translates", "use a trained model", choices=("AtoB", "BtoA")
+        "AtoB", "which way --generate translates", group="use", choices=("AtoB", "BtoA")
     )
 
 
-QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 12, "log_every": 12}
+QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -69,7 +74,7 @@ class Domains:
     """Images of domain A and of domain B, drawn independently of each other, in batches.
 
     Training images are stored at 286/256 of the size, cropped at random and mirrored half of the
-    time, beside land cover also turned upside down. An epoch is as long as the larger domain.
+    time, with land cover also turned upside down. An epoch is as long as the larger domain.
     Paired data is treated as unpaired: the order of B says nothing about A's.
     """
 
@@ -88,7 +93,7 @@ class Domains:
         return max(len(self.rows_A), len(self.rows_B))
 
     def batches(self, epoch, first=0):
-        """An epoch's batches from number `first` on; they follow from (seed, epoch, rank)."""
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng_A, rng_B = (np.random.default_rng([self.cfg.seed, epoch, k]) for k in (0, 1))
         drawn_A = self.drawn(self.rows_A, rng_A, first)
         drawn_B = self.drawn(self.rows_B, rng_B, first)
@@ -97,17 +102,18 @@ class Domains:
 
     def drawn(self, rows, rng, first):
         """One domain's images in random order, jittered, batch by batch."""
-        rounds = -(-len(self) // len(rows))  # of the smaller domain
+        rounds = math.ceil(len(self) / len(rows))  # of the smaller domain
         order = np.concatenate([rng.permutation(len(rows)) for _ in range(rounds)])[: len(self)]
         room = self.store.side - self.cfg.size
         turns = 2 if self.classes else 1
-        crops = rng.integers(0, (room + 1, room + 1, 2, turns), (len(self), 4))
+        limits = room + 1, room + 1, 2, turns  # top, left, flip, upside_down
+        crops = rng.integers(0, limits, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(rows.batches(order), crops, strict=True):
             yield jitter(images, crop.tolist(), self.cfg.size)
 
     def in_order(self, images):
-        """The images of these numbers in each domain, without jitter: batches (A, B)."""
+        """The images of these numbers, unjittered: batches (A, B); the smaller domain repeats."""
         for index in common.chunks(images):
             a = next(self.rows_A.batches(index[None] % len(self.rows_A)))
             b = next(self.rows_B.batches(index[None] % len(self.rows_B)))
@@ -141,7 +147,7 @@ def jitter(images, crops, size):
 
 
 class ResidualBlock(nn.Module):
-    """Two reflection-padded 3x3 convolutions and a shortcut (Johnson et al., arXiv:1603.08155)."""
+    """Two reflection-padded 3x3 convolutions and a shortcut (after arXiv:1603.08155)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -195,7 +201,7 @@ class Discriminator(nn.Module):
             layers += [nn.Conv2d(channels, out, 4, 2, 1)]
             layers += [nn.InstanceNorm2d(out), nn.LeakyReLU(0.2)]
             channels = out
-        layers += [nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(channels, 1, 4, 1, 1)]
+        layers += [nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(channels, 1, 4, 1, 1)]  # stays S/16
         self.layers = nn.Sequential(*layers)
 
     def forward(self, image):
@@ -203,7 +209,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(net):
-    """Convolutions N(0, 0.02), biases 0 (paper, appendix 7.1)."""
+    """Convolutions N(0, 0.02) (paper, appendix 7.1), biases 0."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -214,15 +220,16 @@ def init_weights(net):
 def straight_through(logits):
     """Logits (B, classes, S, S) -> exact one-hot maps, with the gradient of the softmax.
 
-    Bengio, Leonard, Courville 2013, arXiv:1308.3432.
+    After Bengio, Leonard, Courville 2013 (arXiv:1308.3432); as the straight-through estimator of
+    Jang, Gu, Poole 2017 (arXiv:1611.01144), without its noise.
     """
     soft = common.full_precision(logits).softmax(1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-    return hard + (soft - soft.detach())  # the bracket is exactly 0
+    return hard + (soft - soft.detach())  # the value is hard's: the bracket is exactly 0
 
 
 class ImagePool(nn.Module):
-    """The last `size` fakes of a domain (Shrivastava et al. 2017, arXiv:1612.07828, section 2.3).
+    """`size` earlier fakes of a domain (Shrivastava et al. 2017, arXiv:1612.07828, section 2.3).
 
     A call takes fakes (B, C, S, S) one after the other. While there is room each is kept and
     returned; then each is returned as it is, or, half of the time, takes the place of a random old
@@ -266,15 +273,17 @@ def gan_loss(logits, real):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 2 of Zhu et al. 2017 for one direction: a scalar."""
+    """Mean absolute difference: equation 2 of Zhu et al. 2017 for one direction, and the identity
+    loss of its section 5.2. A scalar.
+    """
     return F.l1_loss(common.full_precision(fake), common.full_precision(target))
 
 
 def label_loss(logits, target):
     """Cross-entropy of logits (B, classes, S, S) against one-hot maps: a scalar.
 
-    The cycle loss of land cover, over the pixels that have a class. It takes logits: after a
-    softmax it could not fall below 1.755 for 14 classes.
+    The cycle loss of land cover, over the pixels that have a class. It takes logits: given
+    probabilities, it could not fall below 1.755 for 14 classes.
     """
     log_likelihood = (common.full_precision(logits).log_softmax(1) * target).sum()
     return -log_likelihood / target.sum().clamp_min(1.0)
@@ -343,7 +352,9 @@ def train_step(state, batch, cfg):
         cycled_A = state.G_BA(fake_B)
         cycled_B = state.G_AB(fake_A)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(1, keepdim=True)  # D_B must not tell maps by their holes
+            fake_B = fake_B * real_B.sum(
+                1, keepdim=True
+            )  # or D_B would know fakes: they lack holes
         logits_A, logits_B = state.D_A(fake_A), state.D_B(fake_B)
     losses = {
         "adv_AB": gan_loss(logits_B, True),
@@ -360,7 +371,7 @@ def train_step(state, batch, cfg):
         loss_g = loss_g + cfg.lambda_cycle * cfg.lambda_identity * identity
     generators = nn.ModuleList([state.G_AB, state.G_BA])
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(generators.parameters()))  # leaves D's gradients alone
+    loss_g.backward(inputs=list(generators.parameters()))  # none for D's weights
     common.average_gradients(generators)
     state.opt_G.step()
 
@@ -379,7 +390,10 @@ def train_step(state, batch, cfg):
 
 
 def learning_rate(cfg, epoch):
-    """The rate of an epoch: constant for half, then in equal steps towards zero."""
+    """The rate of an epoch: constant for half, then in equal steps towards zero.
+
+    As the authors' code: the step after the last would be zero.
+    """
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (cfg.epochs - cfg.epochs // 2 + 1))
 
 
@@ -400,18 +414,17 @@ def main(argv=None):
         load_generators(state, cfg)
     run = common.Run(cfg, checkpoint, train, scores=score_names(cfg, val.paired))
     step = common.fast_step(train_step, cfg, device)
-    shown = common.spread(cfg.sample_rows, len(val))
-    measured = common.spread(cfg.val_images, len(val))
+    sample_images = common.spread(cfg.sample_rows, len(val))
+    val_images = common.spread(cfg.val_images, len(val))
     for epoch in range(run.epoch, cfg.epochs):
         run.set_lr(learning_rate(cfg, epoch), state.opt_G, state.opt_D)
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))
-            if run.stopping():
-                run.stop(state)
-        rows = evaluate(state, val, cfg, measured).rows()
+            run.log(step(state, batch, cfg))  # counts the batch, too
+            run.stop_if_asked(state)
+        rows = evaluate(state, val, cfg, val_images).rows()
         scores = {name: score(rows, name) for name in run.scores}
-        run.end_epoch(state, scores, sample(state, val, cfg, shown))
+        run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
     report(state, val, cfg, run.histograms)
 

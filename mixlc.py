@@ -11,10 +11,10 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-The system that this follows asks whether such a generator merely copies its input;
-evaluation.json answers with a number. Differences from it: its discriminator took collages for
-real, whose seams give them away, ours an untouched photograph; cross-entropies take logits; the
-networks' depth follows --size.
+The system that this follows, which has no paper, asks whether such a generator merely copies its
+input; evaluation.json answers with a number. Differences from it: its discriminator took collages
+for real, whose seams give them away, ours an untouched photograph; cross-entropies take logits;
+the networks' depth follows --size.
 
 Measured: --quick, 74 s on two cores of a CPU, inside the edit 15.0 levels from the target; a copy
 of the input 34.9.
@@ -38,14 +38,17 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has what scripts share: data, size, lc, ..."""
+    """The model's own options; common.EditOptions has data, size, lc and so on.
+
+    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    """
 
     script = "mixlc"
 
     box: str = option(
         "center",
         "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
-        "data",
+        group="data",
         choices=("center", "random"),
     )
     use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
@@ -53,11 +56,11 @@ class Config(common.EditOptions):
         "late",
         "a U-Net each for photograph and land cover | one for both | dilated convolutions for "
         "the land cover",
-        "model",
+        group="model",
         choices=("late", "early", "dilated"),
     )
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
-    alpha: float = option(0.5, "weight of the adversarial loss", "training", low=0.0)
+    alpha: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
     pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)
     local_pix_lambda: float = option(5.0, "weight of the L1 loss around the edit", low=0.0)
     lr: float = option(1e-3, "Adam's rate", low=0.0)
@@ -70,7 +73,8 @@ class Config(common.EditOptions):
     )
 
 
-QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 30, "log_every": 12}
+QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}
+SCORES = ("l1_inside", "l1_outside")  # of evaluate, after every epoch
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -99,11 +103,11 @@ class Edits:
         self.cfg, self.device = cfg, device
         self.store = common.ImageStore(cfg, split, cfg.size, smallest=cfg.size)
         self.classes = self.store.classes
-        if not self.store.paired or not self.classes:
+        if not self.store.paired:
+            raise UserError(f"--data {cfg.data}: trainA and trainB are no pairs, which edits need")
+        if not self.classes:
             remedy = "pass --lc-classes (maps for the maps data)"
-            remedy = remedy if self.store.paired else "trainA/trainB is none"
-            what = f"{cfg.script} needs photographs with land cover"
-            raise UserError(f"--data {cfg.data}: {what}: {remedy}")
+            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
             what = f"split {split} holds one image, and an edit takes two"
             raise UserError(f"--data {cfg.data}: {what}")
@@ -112,42 +116,44 @@ class Edits:
     def __len__(self):
         return len(self.rows)
 
-    def draw(self, rng, order):
+    def choose(self, rng, order):
         """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
-        side = rng.integers(size // 8, size // 2 + 1, count)
-        corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
         if self.cfg.box == "center":
-            side[:] = size * 3 // 8
-            corner[:] = (size - side[:, None]) // 2
+            side = np.full(count, size * 3 // 8)
+            corner = np.full((count, 2), (size - size * 3 // 8) // 2)
+        else:
+            side = rng.integers(size // 8, size // 2 + 1, count)
+            corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
         return partner, np.column_stack([corner, side, side])
 
     def batches(self, epoch, first=0):
-        """An epoch's batches from number `first` on; they follow from (seed, epoch, rank)."""
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
-        partner, boxes = self.draw(rng, order)
+        partner, boxes = self.choose(rng, order)
         flips = rng.integers(0, 2, (len(self), 4))
         plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
-        yield from self.edits(*plan, self.cfg.use_ba)
+        yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
         """The images of these numbers, with partners and boxes that never change, unflipped."""
-        partner, boxes = self.draw(np.random.default_rng(1), np.arange(len(self)))
+        rng = np.random.default_rng(1)  # whatever the seed
+        partner, boxes = self.choose(rng, np.arange(len(self)))
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
-            yield from self.edits(index[None], partner[index][None], boxes[index][None], flips)
+            yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
 
-    def edits(self, index_a, index_b, boxes, flips, use_ba=False):
+    def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
         """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
         tiles_a, tiles_b = self.rows.batches(index_a), self.rows.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.edit(a, b, box, use_ba)
+            yield self.paste(a, b, box, use_ba)
 
-    def edit(self, a, b, box, use_ba):
+    def paste(self, a, b, box, use_ba):
         """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> an Edit."""
         inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
         ab = torch.where(edit_mask(box, inside, self.cfg.size), b, a)
@@ -156,7 +162,7 @@ class Edits:
             box, inside = torch.cat([box, box]), torch.cat([inside, ~inside])
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a, rgb_b, lc_b)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
 
 
 def mirror(images, flips):
@@ -175,7 +181,7 @@ def edit_mask(box, inside, size):
     y = (along >= top) & (along < top + height)  # (B, size)
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
-    return within == inside.view(-1, 1, 1, 1)
+    return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -376,8 +382,9 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    L_D = 1/2 [GAN(D(b), 1) + GAN(D(G(a)), 0)]
-    L_G = alpha * GAN(D(G(a)), 1) + pix_lambda * L1(G(a), rgb_ab)
+    fake = G(rgb_a, lc_ab)
+    L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(fake), 0)]
+    L_G = alpha * GAN(D(fake), 1) + pix_lambda * L1(fake, rgb_ab)
           + local_pix_lambda * L1 in the window of the edit
     """
     edit = Edit(*batch)
@@ -401,7 +408,7 @@ def train_step(state, batch, cfg):
     g_local = local_l1_loss(fake, edit.rgb_ab, mask)
     loss_g = cfg.alpha * g_adv + cfg.pix_lambda * g_l1 + cfg.local_pix_lambda * g_local
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # the G step leaves D's gradients alone
+    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     return {
@@ -432,20 +439,19 @@ def main(argv=None):
     state = build(cfg, device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
-    run = common.Run(cfg, checkpoint, train, scores=("val_l1_inside", "val_l1_outside"))
+    run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     run.set_lr(cfg.lr, state.opt_G, state.opt_D)
     step = common.fast_step(train_step, cfg, device)
-    shown = common.spread(cfg.sample_rows, len(val))
-    measured = common.spread(cfg.val_images, len(val))
+    sample_images = common.spread(cfg.sample_rows, len(val))
+    val_images = common.spread(cfg.val_images, len(val))
     for epoch in range(run.epoch, cfg.epochs):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))
-            if run.stopping():
-                run.stop(state)
-        scores = evaluate(state, val, cfg, measured).rows()["model"]
-        scores = {f"val_{name}": scores[name] for name in ("l1_inside", "l1_outside")}
-        run.end_epoch(state, scores, sample(state, val, cfg, shown))
+            run.log(step(state, batch, cfg))  # counts the batch, too
+            run.stop_if_asked(state)
+        scores = evaluate(state, val, cfg, val_images).rows()["model"]
+        scores = {f"val_{name}": scores[name] for name in SCORES}
+        run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
     report(state, val, cfg, run.histograms)
 

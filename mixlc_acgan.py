@@ -11,9 +11,10 @@ Papers: Odena, Olah, Shlens 2017, Conditional Image Synthesis With Auxiliary Cla
 arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution, arXiv:1603.08155.
 
-Differences from the system that this follows: its classifier saw the land cover that it was to
-find; here land cover enters the adversarial head only. And the classifier's verdict on fakes
-teaches the generator, as in the paper.
+Differences from the system that this follows, which has no paper: its classifier saw the land
+cover that it was to find; here land cover enters the adversarial head only. The classifier's
+verdict on fakes teaches the generator, as in Odena et al.; it learns itself from real photographs
+alone, theirs (equation 3) from fakes, too: what a fake shows is not yet what was asked for.
 
 Measured: --quick, 90 s on two cores of a CPU, inside the edit 19.1 levels from the target; a copy
 of the input 34.9.
@@ -37,21 +38,24 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has what scripts share: data, size, lc, ..."""
+    """The model's own options; common.EditOptions has data, size, lc and so on.
+
+    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    """
 
     script = "mixlc_acgan"
 
     box: str = option(
         "center",
         "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
-        "data",
+        group="data",
         choices=("center", "random"),
     )
     use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
     dropout: float = option(
-        0.5, "dropout of the generator, always on: it is the noise", "model", low=0.0, high=0.9
+        0.5, "dropout of G, always on: it is the noise", group="model", low=0.0, high=0.9
     )
-    adv_lambda: float = option(0.05, "weight of the adversarial loss", "training", low=0.0)
+    adv_lambda: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
     pixel_lambda: float = option(0.5, "weight of the L1 loss", low=0.0)
     style_lambda: float = option(0.45, "weight of the style loss", low=0.0)
     class_lambda: float = option(0.05, "weight of the classifier's verdict on the fake", low=0.0)
@@ -71,12 +75,7 @@ class Config(common.EditOptions):
         choices=("batch", "running"),
     )
     samples: int = option(
-        1,
-        "answers to the one edit, each with other noise",
-        "use a trained model",
-        low=1,
-        high=64,
-        needs="generate",
+        1, "variants of the edit, each of new noise", group="use", low=1, high=64, needs="generate"
     )
     train_judge: bool = option(
         False, "before evaluating, train a classifier on photographs alone to judge the edits"
@@ -84,8 +83,9 @@ class Config(common.EditOptions):
     judge_epochs: int = option(30, "epochs of the judge", low=1)
 
 
-QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 12, "log_every": 12, "lr": 5e-4}
+QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
 QUICK |= {"style_features": "random", "style_layers": "relu2_2"}
+SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate, after every epoch
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -114,11 +114,11 @@ class Edits:
         self.cfg, self.device = cfg, device
         self.store = common.ImageStore(cfg, split, cfg.size, smallest=cfg.size)
         self.classes = self.store.classes
-        if not self.store.paired or not self.classes:
+        if not self.store.paired:
+            raise UserError(f"--data {cfg.data}: trainA and trainB are no pairs, which edits need")
+        if not self.classes:
             remedy = "pass --lc-classes (maps for the maps data)"
-            remedy = remedy if self.store.paired else "trainA/trainB is none"
-            what = f"{cfg.script} needs photographs with land cover"
-            raise UserError(f"--data {cfg.data}: {what}: {remedy}")
+            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
             what = f"split {split} holds one image, and an edit takes two"
             raise UserError(f"--data {cfg.data}: {what}")
@@ -127,42 +127,44 @@ class Edits:
     def __len__(self):
         return len(self.rows)
 
-    def draw(self, rng, order):
+    def choose(self, rng, order):
         """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
-        side = rng.integers(size // 8, size // 2 + 1, count)
-        corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
         if self.cfg.box == "center":
-            side[:] = size * 3 // 8
-            corner[:] = (size - side[:, None]) // 2
+            side = np.full(count, size * 3 // 8)
+            corner = np.full((count, 2), (size - size * 3 // 8) // 2)
+        else:
+            side = rng.integers(size // 8, size // 2 + 1, count)
+            corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
         return partner, np.column_stack([corner, side, side])
 
     def batches(self, epoch, first=0):
-        """An epoch's batches from number `first` on; they follow from (seed, epoch, rank)."""
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
-        partner, boxes = self.draw(rng, order)
+        partner, boxes = self.choose(rng, order)
         flips = rng.integers(0, 2, (len(self), 4))
         plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
-        yield from self.edits(*plan, self.cfg.use_ba)
+        yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
         """The images of these numbers, with partners and boxes that never change, unflipped."""
-        partner, boxes = self.draw(np.random.default_rng(1), np.arange(len(self)))
+        rng = np.random.default_rng(1)  # whatever the seed
+        partner, boxes = self.choose(rng, np.arange(len(self)))
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
-            yield from self.edits(index[None], partner[index][None], boxes[index][None], flips)
+            yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
 
-    def edits(self, index_a, index_b, boxes, flips, use_ba=False):
+    def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
         """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
         tiles_a, tiles_b = self.rows.batches(index_a), self.rows.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.edit(a, b, box, use_ba)
+            yield self.paste(a, b, box, use_ba)
 
-    def edit(self, a, b, box, use_ba):
+    def paste(self, a, b, box, use_ba):
         """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> an Edit."""
         inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
         ab = torch.where(edit_mask(box, inside, self.cfg.size), b, a)
@@ -171,7 +173,7 @@ class Edits:
             box, inside = torch.cat([box, box]), torch.cat([inside, ~inside])
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a, rgb_b, lc_b)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
 
 
 def mirror(images, flips):
@@ -190,7 +192,7 @@ def edit_mask(box, inside, size):
     y = (along >= top) & (along < top + height)  # (B, size)
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
-    return within == inside.view(-1, 1, 1, 1)
+    return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -243,7 +245,7 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut (Johnson et al., arXiv:1603.08155)."""
+    """Two 3x3 convolutions with BatchNorm and a shortcut (after arXiv:1603.08155)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -279,10 +281,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Two heads on one trunk that sees the photograph alone (Odena et al. 2017, section 3).
 
-    Called with a photograph (B, 3, S, S) and land cover (B, classes, S, S) it gives logits of real
-    and fake, (B, 1, S/32, S/32): the land cover's class shares join the trunk's features there.
-    classify gives logits of every pixel, (B, classes, S, S); it never sees land cover: a
-    classifier that did would copy it, and teach nothing.
+    forward: real or fake? Logits (B, 1, S/32, S/32) of a photograph (B, 3, S, S), given how much of
+    each place every class of its land cover (B, classes, S, S) takes.
+    classify: class logits of every pixel, (B, classes, S, S), from the photograph alone: a
+    classifier that saw land cover would copy it, and teach nothing.
     """
 
     def __init__(self, classes, width):
@@ -303,7 +305,7 @@ class Discriminator(nn.Module):
         self.class_head = nn.Sequential(*layers, nn.Conv2d(width, classes, 3, 1, 1))
 
     def forward(self, image, lc):
-        return self.judged(self.trunk(image), lc)
+        return self.real_or_fake(self.trunk(image), lc)
 
     def classify(self, image):
         """The class logits of every pixel."""
@@ -312,9 +314,9 @@ class Discriminator(nn.Module):
     def both(self, image, lc):
         """(real or fake logits, class logits) with the trunk run once."""
         features = self.trunk(image)
-        return self.judged(features, lc), self.class_head(features)
+        return self.real_or_fake(features, lc), self.class_head(features)
 
-    def judged(self, features, lc):
+    def real_or_fake(self, features, lc):
         """The adversarial head, on features of the trunk."""
         shares = F.adaptive_avg_pool2d(lc, features.shape[-2:]).to(features.dtype)
         return self.real_head(torch.cat([features, shares], 1))
@@ -345,14 +347,14 @@ def gan_loss(logits, real):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of Isola et al. 2017: a scalar."""
+    """Mean absolute difference, equation 3 of pix2pix (arXiv:1611.07004): a scalar."""
     return F.l1_loss(common.full_precision(fake), common.full_precision(target))
 
 
 def class_loss(logits, target, weights):
     """Cross-entropy of logits (B, classes, S, S) against one-hot land cover: a scalar.
 
-    Over the pixels that have a class, each weighing as weights (classes,) say of it. Odena et al.
+    Over the pixels that have a class, weighted by weights (classes,) of their class. Odena et al.
     2017, equation 3.
     """
     weighted = target * weights.to(target.dtype).view(1, -1, 1, 1)
@@ -361,7 +363,7 @@ def class_loss(logits, target, weights):
 
 
 def gram(features):
-    """Activations (B, C, H, W) -> Gram matrices (B, C, C) over C H W. Johnson et al., eq. 3."""
+    """Activations (B, C, H, W) -> Gram matrices (B, C, C) / (C H W): Johnson et al., eq. 3."""
     flat = features.flatten(2)
     return flat @ flat.transpose(1, 2) / flat[0].numel()
 
@@ -369,15 +371,13 @@ def gram(features):
 def style_loss(vgg, fake, target):
     """Squared Frobenius distance of Gram matrices, the sum over layers: a scalar.
 
-    Johnson et al. 2016, equation 4; the mean over the batch. In float32 under any autocast: in
-    float16 Gram matrices overflow.
+    Johnson et al. 2016, equation 4; the mean over the batch. In float32 under any autocast: a
+    Gram matrix is a sum of thousands of products, which bf16 has too few digits for.
     """
     loss = 0.0
     with torch.autocast(fake.device.type, enabled=False):
-        layers_fake, layers_target = (
-            vgg(common.full_precision(fake)),
-            vgg(common.full_precision(target)),
-        )
+        layers_fake = vgg(common.full_precision(fake))
+        layers_target = vgg(common.full_precision(target))
         for layer_fake, layer_target in zip(layers_fake, layers_target, strict=True):
             difference = gram(layer_fake) - gram(layer_target)
             loss = loss + difference.square().sum((1, 2)).mean()
@@ -387,7 +387,7 @@ def style_loss(vgg, fake, target):
 def inverse_frequency(counts):
     """Class weights (classes,) float32 from how often each class occurs, (classes,).
 
-    The mean count over each class's own, at most 10, and 0 for a class that does not occur.
+    The mean count / the class's own, at most 10; 0 for a class that does not occur.
     """
     counts = counts.double()
     mean = counts[counts > 0].mean()
@@ -410,7 +410,10 @@ class State:
 
 
 def build(cfg, device, training=True):
-    """Networks, class weights (1 until the training data say more) and optimisers on the device."""
+    """Networks, class weights (1 until the training data say more) and optimisers on the device.
+
+    Without `training` neither optimisers nor VGG16.
+    """
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
     classes = len(cfg.classes)
@@ -433,10 +436,11 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    L_D = 1/2 [GAN(D(b), 1) + GAN(D(G(a)), 0)] + class loss of b
-    L_G = adv_lambda * GAN(D(G(a)), 1) + pixel_lambda * L1(G(a), rgb_ab)
-          + style_lambda * style(G(a), rgb_ab) + class_lambda * class loss of G(a)
-          + id_lambda * [L1 + style](G(rgb_a, lc_a), rgb_a)
+    fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a)
+    L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(fake, lc_ab), 0)] + class loss of rgb_b
+    L_G = adv_lambda * GAN(D(fake, lc_ab), 1) + pixel_lambda * L1(fake, rgb_ab)
+          + style_lambda * style(fake, rgb_ab) + class_lambda * class loss of fake
+          + id_lambda * [L1 + style](same, rgb_a)
     """
     edit = Edit(*batch)
     with common.autocast(cfg, edit.rgb_a.device):
@@ -463,7 +467,7 @@ def train_step(state, batch, cfg):
     loss_g = cfg.adv_lambda * g_adv + cfg.pixel_lambda * g_pixel + cfg.style_lambda * g_style
     loss_g = loss_g + cfg.class_lambda * g_class + cfg.id_lambda * g_id
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # the G step leaves D's gradients alone
+    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     return {
@@ -493,28 +497,24 @@ def main(argv=None):
         return
     val = Edits(cfg, "val", device)
     state = build(cfg, device)
-    scores = ("val_l1_inside", "val_l1_outside", "val_own_mean_iou")
-    run = common.Run(cfg, checkpoint, train, scores)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
-    elif cfg.class_weights:
+    run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
+    if cfg.class_weights and not checkpoint:
         counts = run.histograms["B"][0, : len(cfg.classes)]
         state.class_weights.copy_(inverse_frequency(counts))
     run.set_lr(cfg.lr, state.opt_G, state.opt_D)
     step = common.fast_step(train_step, cfg, device)
-    shown = common.spread(cfg.sample_rows, len(val))
-    measured = common.spread(cfg.val_images, len(val))
+    sample_images = common.spread(cfg.sample_rows, len(val))
+    val_images = common.spread(cfg.val_images, len(val))
     for epoch in range(run.epoch, cfg.epochs):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))
-            if run.stopping():
-                run.stop(state)
-        scores = evaluate(state, val, cfg, measured).rows()["model"]
-        scores = {
-            f"val_{name}": scores[name] for name in ("l1_inside", "l1_outside", "own_mean_iou")
-        }
-        run.end_epoch(state, scores, sample(state, val, cfg, shown))
+            run.log(step(state, batch, cfg))  # counts the batch, too
+            run.stop_if_asked(state)
+        scores = evaluate(state, val, cfg, val_images).rows()["model"]
+        scores = {f"val_{name}": scores[name] for name in SCORES}
+        run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
     report(state, train, val, cfg, run.histograms)
 

@@ -35,17 +35,22 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Options):
-    """The model's own options; common.Options has what all scripts share: data, size, width, ..."""
+    """The model's own options; common.Options has data, size, width and so on.
+
+    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    """
 
     script = "pix2pix"
 
-    direction: str = option("BtoA", "which way to translate", "model", choices=("AtoB", "BtoA"))
+    direction: str = option(
+        "BtoA", "which way to translate", group="model", choices=("AtoB", "BtoA")
+    )
     generator: str = option("unet", "generator", choices=("unet", "resnet"))
     blocks: int = option(0, "residual blocks of the resnet; 0: 9, or 6 below size 256", low=0)
     norm: str = option("batch", "normalisation", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
     dropout: float = option(0.5, "dropout of the U-Net's inner up blocks", low=0.0, high=0.9)
-    gan: str = option("bce", "adversarial loss", "training", choices=("bce", "lsgan"))
+    gan: str = option("bce", "adversarial loss", group="training", choices=("bce", "lsgan"))
     d_weight: float = option(0.5, "weight of D's loss; 1.0: the sum without the half", low=0.0)
     content: str = option("l1", "content loss: L1, or of VGG16 features", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the content loss, whichever it is", low=0.0)
@@ -70,6 +75,7 @@ class Config(common.Options):
 
 QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
 QUICK |= {"eval_norm": "running"}
+SCORES = ("psnr", "rmse")  # of evaluate, after every epoch
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -95,11 +101,12 @@ class Pairs:
         return len(self.rows)
 
     def batches(self, epoch, first=0):
-        """An epoch's batches from number `first` on; they follow from (seed, epoch, rank)."""
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
         room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
-        crops = rng.integers(0, (room + 1, room + 1, 2, 1), (len(self), 4))
+        limits = room + 1, room + 1, 2, 1  # top, left, flip, upside_down
+        crops = rng.integers(0, limits, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(self.rows.batches(order), crops, strict=True):
             yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
@@ -178,7 +185,7 @@ class UNetGenerator(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two reflection-padded 3x3 convolutions and a shortcut (Johnson et al., arXiv:1603.08155)."""
+    """Two reflection-padded 3x3 convolutions and a shortcut (after arXiv:1603.08155)."""
 
     def __init__(self, channels, norm):
         super().__init__()
@@ -357,7 +364,7 @@ def train_step(state, batch, cfg):
     g_content = vgg_loss(state.vgg, fake, y) if cfg.content == "vgg" else g_l1
     loss_g = g_adv + cfg.lambda_l1 * g_content
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # the G step leaves D's gradients alone
+    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     return {
@@ -371,7 +378,10 @@ def train_step(state, batch, cfg):
 
 
 def learning_rate(state, cfg, epoch):
-    """The rate of an epoch. linear: constant for half, then in equal steps towards zero."""
+    """The rate of an epoch. linear: constant for half, then in equal steps towards zero.
+
+    As the authors' code: the step after the last would be zero.
+    """
     rate = cfg.lr * state.lr_scale
     if cfg.schedule == "linear":
         rate *= min(1.0, (cfg.epochs - epoch) / (cfg.epochs - cfg.epochs // 2 + 1))
@@ -407,22 +417,21 @@ def main(argv=None):
         common.restore(state, checkpoint, cfg.out)
     elif cfg.init:
         common.load_generator(state.G, cfg.init, cfg)
-    run = common.Run(cfg, checkpoint, train, scores=("val_psnr", "val_rmse"))
+    run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     step = common.fast_step(train_step, cfg, device)
-    shown = common.spread(cfg.sample_rows, len(val))
-    measured = common.spread(cfg.val_images, len(val))
+    sample_images = common.spread(cfg.sample_rows, len(val))
+    val_images = common.spread(cfg.val_images, len(val))
     for epoch in range(run.epoch, cfg.epochs):
         run.set_lr(learning_rate(state, cfg, epoch), state.opt_G, state.opt_D)
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))
-            if run.stopping():
-                run.stop(state)
-        scores = evaluate(state, val, cfg, measured).rows()["model"]
+            run.log(step(state, batch, cfg))  # counts the batch, too
+            run.stop_if_asked(state)
+        scores = evaluate(state, val, cfg, val_images).rows()["model"]
         if cfg.schedule == "plateau":
             follow_plateau(state, common.of_rank_0(scores["rmse"]))
-        scores = {f"val_{name}": scores[name] for name in ("psnr", "rmse")}
-        run.end_epoch(state, scores, sample(state, val, cfg, shown))
+        scores = {f"val_{name}": scores[name] for name in SCORES}
+        run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
     report(state, val, cfg, run.histograms)
 

@@ -27,6 +27,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plot_metrics():
+    """The real one; runs only touch losses.png here, since drawing takes longer than training."""
+    honest = common.plot_metrics
+    common.plot_metrics = lambda rows, path: path.touch()
+    yield honest
+    common.plot_metrics = honest
+
+
 def picture(rng, height, width):
     """Smooth random colours, so that JPEG keeps them and a network can learn them."""
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
@@ -116,9 +125,10 @@ def as_rank(monkeypatch, rank, world=2):
     monkeypatch.setattr(common, "world_size", lambda: world)
 
 
-def parameters(net):
-    """How many weights a module has."""
-    return sum(p.numel() for p in net.parameters())
+def parameters(kind, *arguments, **options):
+    """How many weights a module of that kind has; made without values, which takes no time."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in kind(*arguments, **options).parameters())
 
 
 def state_of(path):

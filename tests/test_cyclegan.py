@@ -69,12 +69,12 @@ ARGUMENTS = [
     ("channels", "count"), [((3, 3), 11_378_179), ((14, 3), 11_412_675), ((3, 14), 11_412_686)]
 )
 def test_generator_parameters(channels, count):
-    assert parameters(ResNetGenerator(*channels, 64, 9, pictures=True)) == count
+    assert parameters(ResNetGenerator, *channels, 64, 9, pictures=True) == count
 
 
 @pytest.mark.parametrize(("channels", "count"), [(3, 2_764_737), (14, 2_776_001)])
 def test_discriminator_parameters(channels, count):
-    assert parameters(Discriminator(channels, 64)) == count
+    assert parameters(Discriminator, channels, 64) == count
 
 
 def test_discriminator_gives_16x16_at_256():

@@ -71,9 +71,9 @@ def edits(root, cache, split="train", **changes):
 @pytest.mark.parametrize("box", ["center", "random"])
 def test_paste_geometry_pixel_by_pixel(data, tmp_path, box):
     train = edits(data, tmp_path, box=box)
-    partner, boxes = train.draw(np.random.default_rng(0), np.arange(5))
+    partner, boxes = train.choose(np.random.default_rng(0), np.arange(5))
     flips, records = np.zeros((1, 5, 4), np.int64), train.store.records
-    edit = next(train.edits(np.arange(5)[None], partner[None], boxes[None], flips))
+    edit = next(train.pasted(np.arange(5)[None], partner[None], boxes[None], flips))
     for k in range(5):
         row_a, row_b = k, partner[k]
         top, left, height, width = boxes[k]
@@ -91,14 +91,14 @@ def test_paste_geometry_pixel_by_pixel(data, tmp_path, box):
 def test_the_center_box_is_96_of_256(data, tmp_path):
     train = edits(data, tmp_path)
     train.cfg = dataclasses.replace(train.cfg, size=256)
-    boxes = train.draw(np.random.default_rng(0), np.arange(5))[1]
+    boxes = train.choose(np.random.default_rng(0), np.arange(5))[1]
     assert (boxes == [80, 80, 96, 96]).all()
 
 
 def test_random_boxes_reach_every_side_and_both_edges(data, tmp_path):
     train = edits(data, tmp_path, box="random")
     boxes = np.concatenate(
-        [train.draw(np.random.default_rng(k), np.arange(5))[1] for k in range(600)]
+        [train.choose(np.random.default_rng(k), np.arange(5))[1] for k in range(600)]
     )
     assert set(boxes[:, 2]) == set(range(8, 33)) and (boxes[:, 2] == boxes[:, 3]).all()
     ends = boxes[:, :2] + boxes[:, 2:]
@@ -107,7 +107,7 @@ def test_random_boxes_reach_every_side_and_both_edges(data, tmp_path):
 
 def test_b_is_never_a_and_may_be_any_other(data, tmp_path):
     train = edits(data, tmp_path)
-    partners = [train.draw(np.random.default_rng(k), np.arange(5))[0] for k in range(100)]
+    partners = [train.choose(np.random.default_rng(k), np.arange(5))[0] for k in range(100)]
     pairs = {(a, b) for partner in partners for a, b in enumerate(partner.tolist())}
     assert pairs == {(a, b) for a in range(5) for b in range(5) if a != b}
 
@@ -205,7 +205,7 @@ def test_parameters(fusion):
     )
     ups = [(512, 512), (1024, 512), (1024, 512), (1024, 512), (1024, 256), (512, 128), (256, 64)]
     unet += sum(16 * i * o + 2 * o for i, o in ups)
-    assert parameters(mixlc.UNet(3, 256, 64)) == unet
+    assert parameters(mixlc.UNet, 3, 256, 64) == unet
     output = 64 + 16 * 64 * 3 + 3
     want = {
         "late": 2 * unet + 16 * 11 * 64 + 9 * 256 * 64 + output,
@@ -217,7 +217,7 @@ def test_parameters(fusion):
         + 9 * 256 * 64
         + output,
     }[fusion]
-    assert parameters(Generator(14, 256, 64, fusion)) == want
+    assert parameters(Generator, 14, 256, 64, fusion) == want
     assert fusion != "late" or 108e6 < want < 110e6
 
 

@@ -70,7 +70,7 @@ def test_generator_parameters():
         return fours + 2 * conv(1024, 1024, 3) + conv(128, 64, 3)
 
     output = conv(128, 64, 4) + 2 * conv(64, 64, 3) + conv(64, 3, 3, norm=False)
-    assert parameters(Generator(14, 64, 0.5)) == unet(3) + unet(14) + output == 88_220_547
+    assert parameters(Generator, 14, 64, 0.5) == unet(3) + unet(14) + output == 88_220_547
 
 
 def test_discriminator_parameters():
@@ -81,7 +81,7 @@ def test_discriminator_parameters():
     trunk += 2 * conv(1024, 1024, 3)
     ups = sum(conv(i, o, 4) for i, o in [(1024, 512), (512, 256), (256, 128), (128, 64), (64, 64)])
     heads = conv(1024 + 14, 1, 3, norm=False) + conv(64, 14, 3, norm=False)
-    assert parameters(Discriminator(14, 64)) == trunk + ups + heads == 41_257_805
+    assert parameters(Discriminator, 14, 64) == trunk + ups + heads == 41_257_805
 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])

@@ -33,18 +33,18 @@ TINY = Config(size=64, width=4, batch_size=2, precision="fp32")
     ("size", "count"), [(64, 29_244_035), (128, 41_828_995), (256, 54_413_955), (512, 66_998_915)]
 )
 def test_unet_parameters(size, count):
-    assert parameters(UNetGenerator(size, 64, "batch", 0.5)) == count
+    assert parameters(UNetGenerator, size, 64, "batch", 0.5) == count
 
 
 @pytest.mark.parametrize(
     ("field", "count"), [(1, 9_024), (16, 139_585), (70, 2_768_705), (286, 11_159_361)]
 )
 def test_discriminator_parameters(field, count):
-    assert parameters(Discriminator(64, "batch", field)) == count
+    assert parameters(Discriminator, 64, "batch", field) == count
 
 
 def test_resnet_parameters():
-    assert parameters(ResNetGenerator(3, 3, 64, 9, "instance")) == 11_378_179
+    assert parameters(ResNetGenerator, 3, 3, 64, 9, "instance") == 11_378_179
 
 
 @pytest.mark.parametrize("field", [1, 16, 70, 286])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,45 @@ def test_metrics(trained):
         ("2", "6"),
     ]
     assert [bool(row["val_psnr"]) for row in rows] == [False, True, False, True]
+
+
+def test_losses_png_has_a_panel_for_every_column(trained, plot_metrics, tmp_path):
+    plot_metrics(common.read_metrics(trained / "metrics.csv"), tmp_path / "losses.png")
+    image = np.asarray(Image.open(tmp_path / "losses.png").convert("L"))
+    assert image.shape == (3 * 234, 1170)  # nine columns, three a row
+    for row in range(3):
+        for column in range(3):
+            panel = image[row * 234 : row * 234 + 234, column * 390 : column * 390 + 390]
+            assert panel.std() > 10, (row, column)
+
+
+def test_a_run_of_weeks_says_so_and_what_makes_it_hours(pairs, tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 600))  # every look at the clock is ten minutes later
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    main(options(pairs, tmp_path / "run", "--epochs", "2"))
+    assert "days" not in capsys.readouterr().err
+    asked = iter([False] * 4 + [True])
+    monkeypatch.setattr(common.Run, "stopping", lambda run: next(asked))
+    with pytest.raises(SystemExit):
+        main(options(pairs, tmp_path / "long", "--epochs", "1000", "--batch-size", "1"))
+    said = capsys.readouterr().err
+    assert "this run takes 14 days here" in said and "--size 128" in said
+
+
+def test_evaluation_needs_no_training_images(pairs, trained, tmp_path):
+    shutil.copytree(pairs / "val", tmp_path / "data" / "val")
+    use = ["--evaluate", "--checkpoint", str(trained / "checkpoints" / "last.pt")]
+    main([*use, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    again, first = (
+        json.loads((x / "evaluation.json").read_text()) for x in (tmp_path / "out", trained)
+    )
+    assert again["rows"] == first["rows"]
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no such directory" in line_of(main, ["--data", "nope", *TINY], capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluation(trained):
