@@ -17,9 +17,9 @@ generators and discriminator see exact one-hot maps, made from logits with a str
 gradient, and the cycle loss is the cross-entropy of the logits. Pixels without a class are holes,
 all zeros; D_B sees fake maps with a real map's holes.
 
-Measured: --quick, 74 s on two cores of a CPU: there and back RMSE 16.6 and 13.6 levels; without
-ever seeing a pair, satellite -> map 24.4, where a constant colour has 23.2, and map -> satellite
-51.1, a constant 34.6: a start, no more.
+Measured: --quick, 44 s on two cores of a CPU. RMSE in levels: A after its cycle 17.4, B
+15.5; without ever seeing a pair, satellite -> map 23.5 (a constant colour 23.4),
+map -> satellite 44.2 (a constant 34.8).
 """
 
 import dataclasses
