@@ -2,16 +2,17 @@
 
 errors      UserError, command
 options     option, Options, EditOptions, flag, begin
-device      autocast, full_precision, set_mode, place, adam, fast_step, seed_step,
-            average_gradients, of_rank_0
-data        IGNORED, ImageStore, Rows, batches_of_rank, chunks, spread
+device      autocast, full_precision, own_statistics, set_mode, place, adam, fast_step, seed_step,
+            average_gradients
+data        IGNORED, load_size, turns, ImageStore, Rows, batches_of_rank, chunks, spread
 files       read_image, read_labels
-runs        Run, restore, load_generator, save_checkpoint, load_checkpoint, save_grid
+runs        Run, restore, load_network, save_grid
 pictures    from_bytes, one_hot, class_index, draw, as_tensor, as_array, resize
 measures    Scores, constant_colors, constant_guesses, copy_verdict, write_evaluation,
             plot_confusion
-features    VGG16Features
-generation  inputs_of, write_image, read_edit, keep_outside, save_sheet, tqdm
+features    VGG16Features, gram
+judge       find_judge
+generation  inputs_of, write_image, read_edit, keep_outside, save_sheet
 """
 
 import argparse
@@ -128,6 +129,12 @@ class Options:
         "", "directory with the images; none: a demo world", group="data", may_change=True
     )
     patch: int = option(0, "cut images into N x N patches first; 0: whole images", low=0)
+    max_images: int = option(0, "train on N images, evenly spread; 0: all", low=0)
+    flip: str = option(
+        "auto",
+        "turn training images; auto: horizontal, and with land cover both ways",
+        choices=("auto", "none", "horizontal", "both"),
+    )
     cache: str = option("", "folder of the decoded images; none: beside the run", may_change=True)
     val_images: int = option(100, "validation images measured after an epoch; 0: all", low=0)
     size: int = option(
@@ -151,6 +158,9 @@ class Options:
     graph: bool = option(True, "capture the training step in a CUDA graph")
     checkpoint: str = option("", "model to evaluate or to generate with", group="use")
     evaluate: bool = option(False, "measure --checkpoint on the validation split")
+    split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
+    train_judge: bool = option(False, "train a classifier that judges what is generated")
+    judge_epochs: int = option(40, "epochs of the judge", low=1, needs="train_judge")
     generate: str = option("", "image or folder to translate, or photograph to edit")
 
     @functools.cached_property
@@ -177,6 +187,18 @@ class EditOptions(Options):
     lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
     paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
     keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
+
+
+def turns(flip):
+    """How many ways a value of --flip leaves: (left to right, upside down), 1 or 2 each."""
+    return {"none": (1, 1), "horizontal": (2, 1), "both": (2, 2)}[flip]
+
+
+def load_size(cfg):
+    """The side at which training images are stored: --load-size, or 286/256 of --size."""
+    if 0 < cfg.load_size < cfg.size:
+        raise UserError(f"--load-size {cfg.load_size}: must be at least --size {cfg.size}")
+    return cfg.load_size or round(cfg.size * 286 / 256)
 
 
 def flag(name):
@@ -447,6 +469,14 @@ def autocast(cfg, device):
 def full_precision(x):
     """At least float32, as losses need: bf16 becomes float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def own_statistics(cfg):
+    """Whether BatchNorm generates with the image's own statistics: --eval-norm batch, or auto.
+
+    At batch size 1 running statistics differ from what the layers saw in training.
+    """
+    return cfg.eval_norm == "batch" or (cfg.eval_norm == "auto" and cfg.batch_size == 1)
 
 
 def set_mode(net, training, track):
@@ -830,7 +860,7 @@ def _match(a, b, where):
 
 
 def find_images(data, split, lc_classes=""):
-    """Recognises the layout of a dataset directory and lists "train" or "val" as a Split.
+    """Recognises the layout of a dataset directory and lists "train", "val" or "test" as a Split.
 
     The validation split is val, or test where there is no val; in the Inria layout images 1-5 of
     each city. B is taken for label maps in the layouts land cover and Inria, with a classes.json
@@ -845,7 +875,8 @@ def find_images(data, split, lc_classes=""):
     if (root / "classes.json").is_file():
         found = str(root / "classes.json")
     table = ClassTable.load(lc_classes or found)
-    for name in ("train",) if split == "train" else ("val", "validation", "test", "train"):
+    names = {"val": ("val", "validation", "test", "train")}.get(split, (split,))
+    for name in names:
         folder, inria = root / name, not (root / "val" / "gt").is_dir()
         layouts = {
             "unaligned": (root / f"{name}A", root / f"{name}B"),
@@ -891,6 +922,8 @@ def find_images(data, split, lc_classes=""):
     if split == "val" and there:
         remedy = "put some of the images in val (laid out like train), or in test"
         raise UserError(f"{root}: no validation split: {remedy}")
+    if split == "test" and there:
+        raise UserError(f"{root}: no test split: leave --split out")
     raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
 
 
@@ -916,7 +949,7 @@ class ImageStore:
     """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
     cfg       its data, demo, lc_classes, patch (0: whole images) and cache
-    split     "train" or "val"
+    split     "train", "val" or "test"
     side      every image, or patch, is resized to side x side (bicubic; labels nearest)
     smallest  images, or patches, of a smaller side than this are refused
 
@@ -931,6 +964,10 @@ class ImageStore:
     def __init__(self, cfg, split, side, smallest=0):
         self.cache = cache_folder(cfg)
         self.split = find_images(source(cfg), split, cfg.lc_classes)
+        if split == "train" and cfg.max_images:
+            a, b = self.split.A, self.split.B
+            a, b = ([x[k] for k in spread(cfg.max_images, len(x))] for x in (a, b))
+            self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
         self.records = None
@@ -1362,28 +1399,31 @@ def _load_state_dict(value, saved, what):
                     value.state[parameter][key] = torch.empty_like(parameter).copy_(moment)
 
 
-def load_generator(module, path, cfg, key="G"):
-    """Fills a generator from a file: ours (network `key` of a checkpoint), or a published one.
+def load_network(module, path, cfg, key, optional=False):
+    """Fills a network from a file: network `key` of our checkpoint, or a published generator.
 
     A published generator's bare state dict is taken by position. Buffers of InstanceNorm layers
-    in old files are dropped.
+    in old files are dropped. optional: a file that holds no such network changes nothing.
     """
     content = load_weights(path)
-    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+    ours = isinstance(content, dict) and isinstance(content.get("state"), dict)
+    if optional and (not ours or key not in content["state"]):
+        return
+    if ours:
         content = content["state"].get(key)
     tensors = isinstance(content, dict) and all(
         isinstance(value, torch.Tensor) for value in content.values()
     )
     if not tensors or not content:
-        raise UserError(f"{path}: holds no generator {key} and is no state dict")
+        raise UserError(f"{path}: holds no network {key} and is no state dict")
     ours = module.state_dict()
     if not any("running_mean" in name for name in ours):
         buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
         content = {name: value for name, value in content.items() if not buffer.search(name)}
-    options = ("generator", "norm", "size", "width", "blocks", "lc_classes")
+    options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes")
     remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
     if len(ours) != len(content):
-        counts = f"{len(content)} tensors, but this generator has {len(ours)}"
+        counts = f"{len(content)} tensors, but this {key} has {len(ours)}"
         raise UserError(f"{path}: {counts}: {remedy}")
     for (name, mine), (theirs, value) in zip(ours.items(), content.items(), strict=True):
         if mine.shape != value.shape:
@@ -1420,6 +1460,7 @@ class Run:
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
         self.names, self.sums = saved.get("names", []), saved.get("sums")
         self.count, self.means, self.lr = saved.get("count", 0), {}, 0.0
+        self.epoch_sums = saved.get("epoch_sums")
         self.histograms = saved.get("histograms") or data.store.histograms()
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.clock, self.first_step, self.plotted = None, self.step, -math.inf
@@ -1490,12 +1531,19 @@ class Run:
         self.names = list(losses)
         values = torch.stack([value.detach().double() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
+        epoch_sums = torch.zeros_like(values) if self.batch == 0 else self.epoch_sums
+        self.epoch_sums = epoch_sums.to(values.device) + values
         self.count, self.step, self.batch = self.count + 1, self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
         if self.step - self.first_step in (1, 4):
             self._warn_of_weeks()
         if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
             self._flush({})  # an epoch's last row waits for its scores
+
+    def epoch_mean(self, name):
+        """The mean of a loss over the epoch that ends, in all processes."""
+        mean = reduced(self.epoch_sums) / world_size() / self.batch
+        return mean[self.names.index(name)].item()
 
     def _warn_of_weeks(self):
         """After a few steps: how long the run takes, if that is more than two days."""
@@ -1506,7 +1554,7 @@ class Run:
         left = self.cfg.epochs * self.steps_per_epoch - self.step
         days = seconds * left / 86400
         if days > 2:
-            remedy = "--size 128 --width 32 --epochs 20 or --max-images would make it hours"
+            remedy = "--size 128 --width 32 --epochs 20 --max-images 400 would make it hours"
             self.say(f"{seconds:.2g} s a step: this run takes {days:.0f} days here; {remedy}")
 
     def _flush(self, scores):
@@ -1570,6 +1618,7 @@ class Run:
             content[RANKS] = buffers_of_ranks(state)
         if self.sums is not None:  # of all processes, for all of them to go on with
             self.sums = reduced(self.sums) / world_size()
+        self.epoch_sums = reduced(self.epoch_sums) / world_size()
         if rank() == 0:
             about = {
                 "script": self.cfg.script,
@@ -1578,7 +1627,17 @@ class Run:
                 "metrics_bytes": self.metrics.stat().st_size,
                 "state": content,
             }
-            for name in ("epoch", "batch", "step", "names", "sums", "count", "histograms", "id"):
+            for name in (
+                "epoch",
+                "batch",
+                "step",
+                "names",
+                "sums",
+                "count",
+                "epoch_sums",
+                "histograms",
+                "id",
+            ):
                 about[name] = getattr(self, name)
             save_checkpoint(self.out / "checkpoints" / "last.pt", about)
 
@@ -1790,12 +1849,13 @@ def save_grid(path, columns):
 def measure_images(fake, target):
     """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
 
-    psnr       10 log10(255^2 / MSE), in dB
-    ssim       Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
-               sigma 1.5, mean over channels and places, no padding
-    mse        mean squared error, in squared levels 0-255
-    within_5   share of pixels all of whose channels are within 5 levels of the target's
-    within_10  (Fu et al. 2019, arXiv:1809.05852), and within 10
+    psnr         10 log10(255^2 / MSE), in dB
+    ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
+                 sigma 1.5, mean over channels and places, no padding
+    mse          mean squared error, in squared levels 0-255
+    rmse_rgb     root of the squared error summed over channels, the mean over pixels, and
+    accuracy_5   share of pixels whose largest channel difference is less than 5 levels,
+    accuracy_10  or than 10: Fu et al. 2019 (arXiv:1809.05852)
     """
     fake, target = fake.double(), target.double()
     error = (fake - target).abs()
@@ -1819,8 +1879,9 @@ def measure_images(fake, target):
         "psnr": 10 * torch.log10(255**2 / mse.clamp_min(1e-10)),
         "ssim": (luminance * structure).reshape(len(fake), -1).mean(1),
         "mse": mse,
-        "within_5": (worst <= 5).double().mean((1, 2)),
-        "within_10": (worst <= 10).double().mean((1, 2)),
+        "rmse_rgb": (error.square().sum(1).mean((1, 2))).sqrt(),
+        "accuracy_5": (worst < 5).double().mean((1, 2)),
+        "accuracy_10": (worst < 10).double().mean((1, 2)),
     }
 
 
@@ -1979,6 +2040,9 @@ class VGG16Features(nn.Module):
              torch.hub's cache or download; "random": He-initialised from a fixed seed, the same on
              every machine (random features carry texture: He, Wang, Hopcroft 2016,
              arXiv:1606.04801)
+
+    Each layer's activations are scaled so that its Gram matrices have norm 1 on four procedural
+    landscapes: a weight of a loss means the same with any layer, and with any weights.
     """
 
     depths = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each stage; a stage halves the side
@@ -2005,6 +2069,11 @@ class VGG16Features(nn.Module):
             self.register_buffer(f"{name}_bias", bias, persistent=False)
         for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.scales = [1.0] * len(self.layers)
+        images = [landscape(np.random.default_rng(k), 128)[0] for k in range(4)]
+        images = from_bytes(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        with torch.no_grad():
+            self.scales = [gram(x).norm(dim=(1, 2)).mean().item() ** -0.5 for x in self(images)]
 
     def forward(self, images):
         x, activations = ((images + 1) / 2 - self.mean) / self.std, []
@@ -2014,8 +2083,14 @@ class VGG16Features(nn.Module):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             x = F.relu(F.conv2d(x, weight, bias, padding=1))
             if name in self.layers:
-                activations.append(x)
+                activations.append(x * self.scales[len(activations)])
         return activations
+
+
+def gram(features):
+    """Activations (B, C, H, W) -> Gram matrices (B, C, C) / (C H W): arXiv:1603.08155, eq. 3."""
+    flat = features.flatten(2)
+    return flat @ flat.transpose(1, 2) / flat[0].numel()
 
 
 def _random_weights(shapes):
@@ -2049,6 +2124,80 @@ def _vgg16_weights(path, shapes):
                 raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
             found[name].append(tensor)
     return found
+
+
+# -------------------------------------------------------------------------------------------- judge
+
+
+class Judge(nn.Module):
+    """A small U-Net that classifies the pixels of photographs, whoever made them.
+
+    (B, 3, S, S) in [-1, 1] -> logits (B, classes, S, S). Trained on real photographs and their
+    land cover alone, it says of generated ones whether they show what was asked for: the FCN
+    score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = (width, 2 * width, 4 * width, 4 * width)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        channels = 3
+        for out in widths:
+            conv = nn.Conv2d(channels, out, 4, 2, 1)
+            self.downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+            channels = out
+        for out in (*widths[-2::-1], width):
+            conv = nn.ConvTranspose2d(channels, out, 4, 2, 1)
+            self.ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+            channels = 2 * out
+        self.last = nn.Conv2d(width + 3, classes, 3, 1, 1)
+
+    def forward(self, image):
+        skips = [image]
+        for down in self.downs:
+            skips.append(down(skips[-1]))  # (B, 32 .. 128, S/2 .. S/16, S/2 .. S/16)
+        x = skips.pop()
+        for up in self.ups:
+            x = torch.cat([up(x), skips.pop()], 1)
+        return self.last(x)
+
+    @torch.no_grad()
+    def classes_of(self, image):
+        """What it sees in photographs (B, 3, S, S): class indices (B, S, S)."""
+        return self.eval()(image).argmax(1)
+
+
+def find_judge(cfg, device):
+    """The judge in the run folder, or with --train-judge a new one, which is kept; else None."""
+    path = Path(cfg.out) / "judge.pt"
+    if not cfg.classes or not (path.is_file() or cfg.train_judge):
+        return None
+    torch.manual_seed(cfg.seed)
+    judge = Judge(len(cfg.classes)).to(device)
+    if path.is_file():
+        print(f"the judge is {path}; without that file --train-judge trains another")
+        judge.load_state_dict(load_checkpoint(path, cfg.script)["state"]["judge"])
+        return judge
+    rows = Rows(ImageStore(cfg, "train", cfg.size).records, device)
+    adam = torch.optim.Adam(judge.parameters(), 2e-3)
+    rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
+    for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):
+        order = rng.permutation(len(rows))[: len(rows) // batch * batch].reshape(-1, batch)
+        for images in rows.batches(order):
+            turned = torch.stack(images)
+            for axis in (2, 3):
+                turned = turned.flip(axis) if rng.random() < 0.5 else turned
+            turned = turned.transpose(2, 3) if rng.random() < 0.5 else turned
+            logits = judge(from_bytes(turned[:, :3]))
+            loss = F.cross_entropy(logits, turned[:, 3].long(), ignore_index=IGNORED)
+            adam.zero_grad()
+            loss.backward()
+            average_gradients(judge)
+            adam.step()
+    if rank() == 0:
+        content = {"script": cfg.script, "config": {}, "state": {"judge": judge.state_dict()}}
+        save_checkpoint(path, content)
+    return judge
 
 
 # --------------------------------------------------------------------------------------- generation

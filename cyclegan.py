@@ -53,13 +53,13 @@ class Config(common.Options):
         0.5, "weight of the identity losses, times lambda_cycle; pictures only", low=0.0
     )
     pool_size: int = option(50, "fakes in the image pool of each domain; 0: none", low=0)
+    load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(1, "images per domain, step and process", low=1)
-    epochs: int = option(
-        200, "passes over the larger domain; the rate falls in the second half", low=1
-    )
-    init_AB: str = option("", "weights of G_AB, ours or published", file=True, weights=True)
-    init_BA: str = option("", "weights of G_BA, ours or published", file=True, weights=True)
+    epochs: int = option(200, "passes over the larger domain", low=1)
+    epochs_decay: int = option(-1, "the last of these, in which the rate falls; -1: half", low=-1)
+    init_AB: str = option("", "weights of G_AB (ours: of D_B, too)", file=True, weights=True)
+    init_BA: str = option("", "weights of G_BA (ours: of D_A, too)", file=True, weights=True)
     direction: str = option(
         "AtoB", "which way --generate translates", group="use", choices=("AtoB", "BtoA")
     )
@@ -80,8 +80,8 @@ class Domains:
 
     def __init__(self, cfg, split, device):
         self.cfg = cfg
-        load_size = round(cfg.size * 286 / 256) if split == "train" else cfg.size
-        self.store = common.ImageStore(cfg, split, load_size)
+        side = common.load_size(cfg) if split == "train" else cfg.size
+        self.store = common.ImageStore(cfg, split, side)
         self.paired, self.classes = self.store.paired, self.store.classes
         if self.paired:
             self.rows_A = self.rows_B = common.Rows(self.store.records, device)
@@ -105,8 +105,9 @@ class Domains:
         rounds = math.ceil(len(self) / len(rows))  # of the smaller domain
         order = np.concatenate([rng.permutation(len(rows)) for _ in range(rounds)])[: len(self)]
         room = self.store.side - self.cfg.size
-        turns = 2 if self.classes else 1
-        limits = room + 1, room + 1, 2, turns  # top, left, flip, upside_down
+        auto = "both" if self.classes else "horizontal"
+        turns = common.turns(auto if self.cfg.flip == "auto" else self.cfg.flip)
+        limits = room + 1, room + 1, *turns  # of top, left, flip, upside_down
         crops = rng.integers(0, limits, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(rows.batches(order), crops, strict=True):
@@ -352,9 +353,7 @@ def train_step(state, batch, cfg):
         cycled_A = state.G_BA(fake_B)
         cycled_B = state.G_AB(fake_A)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(
-                1, keepdim=True
-            )  # or D_B would know fakes: they lack holes
+            fake_B = fake_B * real_B.sum(1, keepdim=True)  # fakes without holes would be known
         logits_A, logits_B = state.D_A(fake_A), state.D_B(fake_B)
     losses = {
         "adv_AB": gan_loss(logits_B, True),
@@ -390,11 +389,12 @@ def train_step(state, batch, cfg):
 
 
 def learning_rate(cfg, epoch):
-    """The rate of an epoch: constant for half, then in equal steps towards zero.
+    """The rate of an epoch: constant, then for --epochs-decay in equal steps towards zero.
 
     As the authors' code: the step after the last would be zero.
     """
-    return cfg.lr * min(1.0, (cfg.epochs - epoch) / (cfg.epochs - cfg.epochs // 2 + 1))
+    decay = cfg.epochs - cfg.epochs // 2 if cfg.epochs_decay < 0 else cfg.epochs_decay
+    return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -469,12 +469,13 @@ def sample(state, val, cfg, images):
     }
 
 
-def evaluate(state, val, cfg, images, constants=None):
+def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images.
 
     How well each domain survives its cycle and, where A and B are pairs, each translation against
     its partner. `constants`, {"A": {name: (C,)}, "B": ...}, add the baselines: each constant
-    everywhere, and the input copied.
+    everywhere, and the input copied. A judge says whether photographs show the land cover that
+    was asked for: real ones are its ceiling, of other places its floor.
     """
     scores = common.Scores()
     for real_A, real_B in val.in_order(images):
@@ -501,6 +502,12 @@ def evaluate(state, val, cfg, images, constants=None):
                 scores.add_labels(row, guess.argmax(1), labels, len(cfg.classes))
             else:
                 scores.add_images(row, guess, real_B)
+        if judge:
+            photographs = {"B to A: model": fake_A, "real photograph": real_A}
+            photographs["real, of another place"] = real_A.roll(1, 0)
+            for row, photograph in photographs.items():
+                seen, labels = judge.classes_of(photograph), common.class_index(real_B)
+                scores.add_labels(row, seen, labels, len(cfg.classes), by="judge")
     return scores
 
 
@@ -530,7 +537,8 @@ def report(state, val, cfg, histograms):
         constants["B"] = {"most frequent class": torch.eye(len(cfg.classes))[frequent]}
     else:
         constants["B"] = common.constant_colors(histograms["B"])
-    scores = evaluate(state, val, cfg, np.arange(len(val)), constants)
+    judge = common.find_judge(cfg, val.rows_A.device) if val.paired else None
+    scores = evaluate(state, val, cfg, np.arange(len(val)), constants, judge)
     common.write_evaluation(cfg, scores.rows(), images=len(val), split=val.store.split.name)
     confusion = scores.confusions.get(("A to B: model", ""))
     if confusion is not None:
@@ -575,7 +583,7 @@ def use(cfg, device, checkpoint):
     else:
         load_generators(state, cfg)
     if cfg.evaluate:
-        report(state, Domains(cfg, "val", device), cfg, checkpoint["histograms"])
+        report(state, Domains(cfg, cfg.split, device), cfg, checkpoint["histograms"])
     if cfg.generate:
         generate(state, cfg, device)
 
@@ -586,10 +594,11 @@ def load_generators(state, cfg):
     if needed and not getattr(cfg, needed):
         remedy = f"needs --checkpoint, or {common.flag(needed)}"
         raise UserError(f"--generate with --direction {cfg.direction}: {remedy}")
-    if cfg.init_AB:
-        common.load_generator(state.G_AB, cfg.init_AB, cfg, "G_AB")
-    if cfg.init_BA:
-        common.load_generator(state.G_BA, cfg.init_BA, cfg, "G_BA")
+    for key, path, D in (("G_AB", cfg.init_AB, "D_B"), ("G_BA", cfg.init_BA, "D_A")):
+        if path:
+            common.load_network(getattr(state, key), path, cfg, key)
+        if path and getattr(state, D):  # which judged what this generator made
+            common.load_network(getattr(state, D), path, cfg, D, optional=True)
 
 
 if __name__ == "__main__":

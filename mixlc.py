@@ -59,6 +59,7 @@ class Config(common.EditOptions):
         group="model",
         choices=("late", "early", "dilated"),
     )
+    erase: bool = option(False, "blank the edit in G's photograph: nothing is there to copy")
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
     alpha: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
     pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)
@@ -67,9 +68,9 @@ class Config(common.EditOptions):
     batch_size: int = option(8, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, may_change=True)
     eval_norm: str = option(
-        "running",
-        "generating: the image's own statistics | running statistics",
-        choices=("batch", "running"),
+        "auto",
+        "generating with the image's own statistics | running ones | own at batch size 1",
+        choices=("batch", "running", "auto"),
     )
 
 
@@ -133,7 +134,8 @@ class Edits:
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
         partner, boxes = self.choose(rng, order)
-        flips = rng.integers(0, 2, (len(self), 4))
+        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
+        flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
         plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
         yield from self.pasted(*plan, self.cfg.use_ba)
 
@@ -163,6 +165,11 @@ class Edits:
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
+
+
+def erased(rgb, mask):
+    """Photographs (B, 3, S, S), grey inside the mask (B, 1, S, S), as in Iizuka et al. 2017."""
+    return rgb.masked_fill(mask, 0.0)
 
 
 def mirror(images, flips):
@@ -337,7 +344,7 @@ def l1_loss(fake, target):
 
 
 def local_l1_loss(fake, target, mask):
-    """Mean absolute difference in the window of the edit: a scalar.
+    """Mean absolute difference in the window of each edit, the mean over the batch: a scalar.
 
     The window is the mask (B, 1, S, S) and a border around it, 12 pixels at 256, cut off at the
     image's edge.
@@ -345,7 +352,8 @@ def local_l1_loss(fake, target, mask):
     border = round(12 * mask.shape[-1] / 256)
     window = F.max_pool2d(common.full_precision(mask.to(fake.dtype)), 2 * border + 1, 1, border)
     difference = (common.full_precision(fake) - common.full_precision(target)).abs()
-    return (difference * window).sum() / (fake.shape[1] * window.sum())
+    total = (difference * window).sum((1, 2, 3))  # (B,)
+    return (total / (fake.shape[1] * window.sum((1, 2, 3)))).mean()
 
 
 # -------------------------------------------------------------------------------------------- build
@@ -382,14 +390,16 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    fake = G(rgb_a, lc_ab)
+    fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
     L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(fake), 0)]
     L_G = alpha * GAN(D(fake), 1) + pix_lambda * L1(fake, rgb_ab)
           + local_pix_lambda * L1 in the window of the edit
     """
     edit = Edit(*batch)
+    mask = edit_mask(edit.box, edit.inside, edit.rgb_a.shape[-1])
+    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
     with common.autocast(cfg, edit.rgb_a.device):
-        fake = state.G(edit.rgb_a, edit.lc_ab)
+        fake = state.G(rgb, edit.lc_ab)
         logits_fake = state.D(fake.detach(), edit.box)  # the D step must not reach G
         logits_real = state.D(edit.rgb_b, edit.box)
     d_real = gan_loss(logits_real, True)
@@ -402,7 +412,6 @@ def train_step(state, batch, cfg):
 
     with common.autocast(cfg, edit.rgb_a.device):
         logits_fake = state.D(fake, edit.box)
-    mask = edit_mask(edit.box, edit.inside, fake.shape[-1])
     g_adv = gan_loss(logits_fake, True)
     g_l1 = l1_loss(fake, edit.rgb_ab)
     g_local = local_l1_loss(fake, edit.rgb_ab, mask)
@@ -463,9 +472,9 @@ def main(argv=None):
 def translate(state, inputs, cfg):
     """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
 
-    --eval-norm running: running statistics; batch: BatchNorm uses the image's own statistics.
+    BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
     """
-    own_statistics = cfg.eval_norm == "batch"
+    own_statistics = common.own_statistics(cfg)
     common.set_mode(state.G, own_statistics, track=not own_statistics)
     rgb, lc = inputs
     size = 1 if own_statistics else len(rgb)
@@ -478,10 +487,12 @@ def translate(state, inputs, cfg):
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
     return {
-        "rgb_a": edit.rgb_a,
+        "input": rgb,
         "lc_ab": common.draw(common.class_index(edit.lc_ab), val.classes),
-        "fake": translate(state, (edit.rgb_a, edit.lc_ab), cfg),
+        "fake": translate(state, (rgb, edit.lc_ab), cfg),
         "rgb_ab": edit.rgb_ab,
     }
 
@@ -491,20 +502,36 @@ def joined(edits):
     return Edit(*(torch.cat(field) for field in zip(*edits, strict=True)))
 
 
-def evaluate(state, val, cfg, images, colors=None):
+def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's and the copy of rgb_a's.
 
-    With `colors` {name: (3,) in [-1, 1]} also those of each colour everywhere.
+    With `colors` {name: (3,) in [-1, 1]} also those of each colour everywhere; judge_ is what a
+    judge says, which only ever saw photographs.
     """
     scores = common.Scores()
     for edit in val.in_order(images):
-        fake = translate(state, (edit.rgb_a, edit.lc_ab), cfg)
+        mask = edit_mask(edit.box, edit.inside, cfg.size)
+        rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
+        fake = translate(state, (rgb, edit.lc_ab), cfg)
         guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
         guesses |= common.constant_guesses(colors or {}, fake)
-        mask = edit_mask(edit.box, edit.inside, cfg.size)
         for row, guess in guesses.items():
             scores.add_edit(row, guess, edit.rgb_ab, edit.rgb_a, mask)
+        if judge:
+            add_judged(scores, judge, edit, mask, {"model": fake, "copy of rgb_a": edit.rgb_a})
     return scores
+
+
+def add_judged(scores, judge, edit, mask, guesses):
+    """Whether the judge sees the land cover that was asked for inside the edits.
+
+    The copy of rgb_a is the floor, and the photograph b, whose land cover that is, the ceiling.
+    """
+    asked = {name: (guess, edit.lc_ab) for name, guess in guesses.items()}
+    asked["photograph b"] = edit.rgb_b, edit.lc_b
+    for row, (image, lc) in asked.items():
+        target = torch.where(mask[:, 0], common.class_index(lc), common.IGNORED)
+        scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by="judge")
 
 
 def show_samples(train, cfg):
@@ -530,7 +557,8 @@ def report(state, val, cfg, histograms):
     With the question whether the generator copies its input, answered.
     """
     colors = common.constant_colors(histograms["A"])
-    rows = evaluate(state, val, cfg, np.arange(len(val)), colors).rows()
+    judge = common.find_judge(cfg, val.device)
+    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
     answer = common.copy_verdict(rows)
     split = val.store.split.name
     common.write_evaluation(cfg, rows, images=len(val), split=split, answer=answer)
@@ -542,7 +570,14 @@ def generate(state, cfg, device):
     path, photo, before, after = common.read_edit(cfg)
     rgb = common.as_tensor(common.resize(photo, (cfg.size, cfg.size)), device)
     lc = common.as_tensor(common.resize(after, (cfg.size, cfg.size), labels=True), device)
-    inputs = common.from_bytes(rgb), common.one_hot(lc, len(cfg.classes))
+    rgb = common.from_bytes(rgb)
+    if cfg.erase:
+        if before is None:
+            remedy = "--lc-before FILE, or --paint"
+            raise UserError(f"a model of --erase must know what changed: {remedy}")
+        changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
+        rgb = erased(rgb, common.as_tensor(changed, device)[:, None] > 0)
+    inputs = rgb, common.one_hot(lc, len(cfg.classes))
     edited = common.resize(common.as_array(translate(state, inputs, cfg)), photo.shape[1::-1])
     if cfg.keep_outside:
         edited = common.keep_outside(edited, photo, before, after)
@@ -560,7 +595,7 @@ def use(cfg, device, checkpoint):
     state = build(cfg, device, training=False)
     common.restore(state, checkpoint, cfg.checkpoint)
     if cfg.evaluate:
-        report(state, Edits(cfg, "val", device), cfg, checkpoint["histograms"])
+        report(state, Edits(cfg, cfg.split, device), cfg, checkpoint["histograms"])
     if cfg.generate:
         generate(state, cfg, device)
 

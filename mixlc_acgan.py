@@ -55,6 +55,8 @@ class Config(common.EditOptions):
     dropout: float = option(
         0.5, "dropout of G, always on: it is the noise", group="model", low=0.0, high=0.9
     )
+    erase: bool = option(False, "blank the edit in G's photograph: nothing is there to copy")
+    d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
     adv_lambda: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
     pixel_lambda: float = option(0.5, "weight of the L1 loss", low=0.0)
     style_lambda: float = option(0.45, "weight of the style loss", low=0.0)
@@ -70,17 +72,13 @@ class Config(common.EditOptions):
     batch_size: int = option(16, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, may_change=True)
     eval_norm: str = option(
-        "running",
-        "generating: the image's own statistics | running statistics",
-        choices=("batch", "running"),
+        "auto",
+        "generating with the image's own statistics | running ones | own at batch size 1",
+        choices=("batch", "running", "auto"),
     )
     samples: int = option(
         1, "variants of the edit, each of new noise", group="use", low=1, high=64, needs="generate"
     )
-    train_judge: bool = option(
-        False, "before evaluating, train a classifier on photographs alone to judge the edits"
-    )
-    judge_epochs: int = option(30, "epochs of the judge", low=1)
 
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
@@ -144,7 +142,8 @@ class Edits:
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
         partner, boxes = self.choose(rng, order)
-        flips = rng.integers(0, 2, (len(self), 4))
+        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
+        flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
         plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
         yield from self.pasted(*plan, self.cfg.use_ba)
 
@@ -174,6 +173,11 @@ class Edits:
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
+
+
+def erased(rgb, mask):
+    """Photographs (B, 3, S, S), grey inside the mask (B, 1, S, S), as in Iizuka et al. 2017."""
+    return rgb.masked_fill(mask, 0.0)
 
 
 def mirror(images, flips):
@@ -287,17 +291,21 @@ class Discriminator(nn.Module):
     classifier that saw land cover would copy it, and teach nothing.
     """
 
-    def __init__(self, classes, width):
+    def __init__(self, classes, width, dropout=0.0):
         super().__init__()
         layers, channels = [], 3
         for out in (width, 2 * width, 4 * width, 8 * width, 16 * width):  # 64 .. 1024
-            layers.append(down_block(channels, out))
+            layers += [down_block(channels, out), nn.Dropout(dropout)]
             channels = out
         for _ in range(2):
             conv = nn.Conv2d(channels, channels, 3, 1, 1)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)))
         self.trunk = nn.Sequential(*layers)  # (B, 1024, S/32, S/32)
-        self.real_head = nn.Conv2d(channels + classes, 1, 3, 1, 1)
+        self.real_head = nn.Sequential(  # one layer alone would give a(image) + b(land cover)
+            nn.Conv2d(channels + classes, 4 * width, 3, 1, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * width, 1, 3, 1, 1),
+        )
         layers = []
         for out in (8 * width, 4 * width, 2 * width, width, width):  # 512 .. 64 at full size
             layers.append(block(nn.ConvTranspose2d(channels, out, 4, 2, 1)))
@@ -310,6 +318,14 @@ class Discriminator(nn.Module):
     def classify(self, image):
         """The class logits of every pixel."""
         return self.class_head(self.trunk(image))
+
+    @torch.no_grad()
+    def classes_of(self, image):
+        """The likeliest class of every pixel, (B, S, S), by running statistics."""
+        self.eval()
+        classes = self.classify(image).argmax(1)
+        self.train()
+        return classes
 
     def both(self, image, lc):
         """(real or fake logits, class logits) with the trunk run once."""
@@ -362,12 +378,6 @@ def class_loss(logits, target, weights):
     return -log_likelihood / weighted.sum().clamp_min(1e-6)
 
 
-def gram(features):
-    """Activations (B, C, H, W) -> Gram matrices (B, C, C) / (C H W): Johnson et al., eq. 3."""
-    flat = features.flatten(2)
-    return flat @ flat.transpose(1, 2) / flat[0].numel()
-
-
 def style_loss(vgg, fake, target):
     """Squared Frobenius distance of Gram matrices, the sum over layers: a scalar.
 
@@ -379,7 +389,7 @@ def style_loss(vgg, fake, target):
         layers_fake = vgg(common.full_precision(fake))
         layers_target = vgg(common.full_precision(target))
         for layer_fake, layer_target in zip(layers_fake, layers_target, strict=True):
-            difference = gram(layer_fake) - gram(layer_target)
+            difference = common.gram(layer_fake) - common.gram(layer_target)
             loss = loss + difference.square().sum((1, 2)).mean()
     return loss
 
@@ -418,7 +428,7 @@ def build(cfg, device, training=True):
         raise UserError("--lc-classes: the networks need to know how many classes there are")
     classes = len(cfg.classes)
     G = common.place(init_weights(Generator(classes, cfg.width, cfg.dropout)), device)
-    D = common.place(init_weights(Discriminator(classes, cfg.width)), device)
+    D = common.place(init_weights(Discriminator(classes, cfg.width, cfg.d_dropout)), device)
     state = State(G, D, torch.ones(classes, device=device))
     if not training:
         return state
@@ -436,15 +446,17 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a)
+    fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a), with --erase of an erased rgb_a
     L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(fake, lc_ab), 0)] + class loss of rgb_b
     L_G = adv_lambda * GAN(D(fake, lc_ab), 1) + pixel_lambda * L1(fake, rgb_ab)
           + style_lambda * style(fake, rgb_ab) + class_lambda * class loss of fake
           + id_lambda * [L1 + style](same, rgb_a)
     """
     edit = Edit(*batch)
+    mask = edit_mask(edit.box, edit.inside, edit.rgb_a.shape[-1])
+    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
     with common.autocast(cfg, edit.rgb_a.device):
-        fake = state.G(edit.rgb_a, edit.lc_ab)
+        fake = state.G(rgb, edit.lc_ab)
         logits_fake = state.D(fake.detach(), edit.lc_ab)  # the D step must not reach G
         logits_real, classes_real = state.D.both(edit.rgb_b, edit.lc_b)
     d_real = gan_loss(logits_real, True)
@@ -458,7 +470,7 @@ def train_step(state, batch, cfg):
 
     with common.autocast(cfg, edit.rgb_a.device):
         logits_fake, classes_fake = state.D.both(fake, edit.lc_ab)
-        same = state.G(edit.rgb_a, edit.lc_a)
+        same = state.G(rgb, edit.lc_a)
     g_adv = gan_loss(logits_fake, True)
     g_pixel = l1_loss(fake, edit.rgb_ab)
     g_style = style_loss(state.vgg, fake, edit.rgb_ab)
@@ -516,7 +528,7 @@ def main(argv=None):
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
-    report(state, train, val, cfg, run.histograms)
+    report(state, val, cfg, run.histograms)
 
 
 # ---------------------------------------------------------------------------------------------- use
@@ -527,9 +539,9 @@ def translate(state, inputs, cfg):
     """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
 
     Dropout stays on: it is the noise, and two calls differ.
-    --eval-norm running: running statistics; batch: BatchNorm uses the image's own statistics.
+    BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
     """
-    own_statistics = cfg.eval_norm == "batch"
+    own_statistics = common.own_statistics(cfg)
     common.set_mode(state.G, own_statistics, track=not own_statistics)
     for module in state.G.modules():
         if isinstance(module, nn.Dropout):
@@ -545,10 +557,12 @@ def translate(state, inputs, cfg):
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
     return {
-        "rgb_a": edit.rgb_a,
+        "input": rgb,
         "lc_ab": common.draw(common.class_index(edit.lc_ab), val.classes),
-        "fake": translate(state, (edit.rgb_a, edit.lc_ab), cfg),
+        "fake": translate(state, (rgb, edit.lc_ab), cfg),
         "rgb_ab": edit.rgb_ab,
     }
 
@@ -558,39 +572,39 @@ def joined(edits):
     return Edit(*(torch.cat(field) for field in zip(*edits, strict=True)))
 
 
-@torch.no_grad()
-def classes_seen(net, image):
-    """What a classifier sees in photographs (B, 3, S, S): class indices (B, S, S)."""
-    common.set_mode(net, False, track=True)
-    logits = net.classify(image)
-    common.set_mode(net, True, track=True)
-    return logits.argmax(1)
-
-
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's and the copy of rgb_a's.
 
-    With `colors` {name: (3,) in [-1, 1]} also those of each colour everywhere. own_: whether D's
-    classifier sees the requested land cover inside the edit; judge_: whether `judge` does, which
-    only ever saw photographs. The copy of rgb_a is their floor, and the photograph b their ceiling.
+    With `colors` {name: (3,) in [-1, 1]} also those of each colour everywhere; own_ is what D's
+    classifier says, judge_ what a judge says, which only ever saw photographs.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores()
     for edit in val.in_order(images):
-        fake = translate(state, (edit.rgb_a, edit.lc_ab), cfg)
-        guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
         mask = edit_mask(edit.box, edit.inside, cfg.size)
-        asked = {name: (image, edit.lc_ab) for name, image in guesses.items()}
-        asked["photograph b"] = edit.rgb_b, edit.lc_b
-        for row, (image, lc) in asked.items():
-            target = torch.where(mask[:, 0], common.class_index(lc), common.IGNORED)
-            for by, net in (("own", state.D), ("judge", judge)):
-                if net:
-                    scores.add_labels(row, classes_seen(net, image), target, lc.shape[1], by)
+        rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
+        fake = translate(state, (rgb, edit.lc_ab), cfg)
+        guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
         guesses |= common.constant_guesses(colors or {}, fake)
         for row, guess in guesses.items():
             scores.add_edit(row, guess, edit.rgb_ab, edit.rgb_a, mask)
+        for judging in filter(None, (state.D, judge)):
+            guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
+            add_judged(scores, judging, edit, mask, guesses)
     return scores
+
+
+def add_judged(scores, judge, edit, mask, guesses):
+    """Whether a judge, or D's classifier, sees the land cover that was asked for inside the edits.
+
+    The copy of rgb_a is the floor, and the photograph b, whose land cover that is, the ceiling.
+    """
+    by = "own" if isinstance(judge, Discriminator) else "judge"
+    asked = {name: (guess, edit.lc_ab) for name, guess in guesses.items()}
+    asked["photograph b"] = edit.rgb_b, edit.lc_b
+    for row, (image, lc) in asked.items():
+        target = torch.where(mask[:, 0], common.class_index(lc), common.IGNORED)
+        scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by)
 
 
 def show_samples(train, cfg):
@@ -610,51 +624,18 @@ def show_samples(train, cfg):
     print(f"written to {path}")
 
 
-def report(state, train, val, cfg, histograms):
+def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json.
 
-    With the question whether the generator copies its input, answered. `train` trains the judge;
-    one that the run folder keeps judges, too.
+    With the question whether the generator copies its input, answered.
     """
-    judge = find_judge(train, val, cfg, state.class_weights)
     colors = common.constant_colors(histograms["A"])
+    judge = common.find_judge(cfg, val.device)
     rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
     answer = common.copy_verdict(rows)
     split = val.store.split.name
     common.write_evaluation(cfg, rows, images=len(val), split=split, answer=answer)
     print(answer)
-
-
-def find_judge(train, val, cfg, weights):
-    """The judge in the run folder, or with --train-judge a new one; else None."""
-    path = Path(cfg.out) / "judge.pt"
-    if not path.is_file() and not cfg.train_judge:
-        return None
-    judge = Discriminator(len(val.classes), cfg.width)
-    judge = common.place(init_weights(judge), weights.device)
-    if path.is_file():
-        print(f"the judge is {path}; without that file --train-judge trains another")
-        judge.load_state_dict(common.load_checkpoint(path, cfg.script)["state"]["judge"])
-        return judge
-    return train_judge(judge, train, cfg, weights, path)
-
-
-def train_judge(judge, train, cfg, weights, path):
-    """Trains a classifier of the discriminator's shape on photographs and their land cover."""
-    optimizer = common.adam(judge, cfg, weights.device)
-    epochs = range(cfg.judge_epochs)
-    for epoch in common.tqdm(epochs, "training the judge", leave=False, disable=None):
-        for edit in train.batches(epoch):
-            with common.autocast(cfg, weights.device):
-                logits = judge.classify(edit.rgb_b)
-            loss = class_loss(logits, edit.lc_b, weights)
-            optimizer.zero_grad()
-            loss.backward()
-            common.average_gradients(judge)
-            optimizer.step()
-    content = {"script": cfg.script, "config": {}, "state": {"judge": judge.state_dict()}}
-    common.save_checkpoint(path, content)
-    return judge
 
 
 def generate(state, cfg, device):
@@ -665,7 +646,14 @@ def generate(state, cfg, device):
     path, photo, before, after = common.read_edit(cfg)
     rgb = common.as_tensor(common.resize(photo, (cfg.size, cfg.size)), device)
     lc = common.as_tensor(common.resize(after, (cfg.size, cfg.size), labels=True), device)
-    inputs = common.from_bytes(rgb), common.one_hot(lc, len(cfg.classes))
+    rgb = common.from_bytes(rgb)
+    if cfg.erase:
+        if before is None:
+            remedy = "--lc-before FILE, or --paint"
+            raise UserError(f"a model of --erase must know what changed: {remedy}")
+        changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
+        rgb = erased(rgb, common.as_tensor(changed, device)[:, None] > 0)
+    inputs = rgb, common.one_hot(lc, len(cfg.classes))
     pictures = {"before": photo}
     if before is not None:
         pictures["land cover"] = cfg.classes.palette[before]
@@ -694,8 +682,7 @@ def use(cfg, device, checkpoint):
     state = build(cfg, device, training=False)
     common.restore(state, checkpoint, cfg.checkpoint)
     if cfg.evaluate:
-        train = Edits(cfg, "train", device) if cfg.train_judge else None
-        report(state, train, Edits(cfg, "val", device), cfg, checkpoint["histograms"])
+        report(state, Edits(cfg, cfg.split, device), cfg, checkpoint["histograms"])
     if cfg.generate:
         generate(state, cfg, device)
 

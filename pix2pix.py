@@ -11,9 +11,10 @@ Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional
 Networks, arXiv:1611.07004.
 
 Differences from the paper: the U-Net's depth follows --size, down to a bottleneck of 1x1, which
-has no norm; the rate falls linearly to zero in the second half, as in the published code;
---generator resnet, --norm instance, --gan lsgan and --content vgg are experiments beside it,
---schedule constant and --d-weight 1.0 those of other systems.
+has no norm; dropout stands where the published code has it, the paper has it one block nearer the
+bottleneck; the rate falls linearly in the second half, as in that code. --generator resnet (which
+has no skips over its bottleneck), --norm instance (of G and D together), --gan lsgan and --content
+vgg are experiments beside it, --schedule constant and --d-weight 1.0 those of other systems.
 
 Measured: --quick, 37 s on two cores of a CPU, validation RMSE 14.3 levels; a constant colour
 34.8, the input 124.3.
@@ -53,28 +54,30 @@ class Config(common.Options):
     gan: str = option("bce", "adversarial loss", group="training", choices=("bce", "lsgan"))
     d_weight: float = option(0.5, "weight of D's loss; 1.0: the sum without the half", low=0.0)
     content: str = option("l1", "content loss: L1, or of VGG16 features", choices=("l1", "vgg"))
-    lambda_l1: float = option(100.0, "weight of the content loss, whichever it is", low=0.0)
+    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
+    lambda_vgg: float = option(2.0, "weight of --content vgg, in place of the L1 loss", low=0.0)
     vgg16: str = option("", "VGG16 weights; none: torch.hub's cache or download", file=True)
+    load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(1, "images a step, in each process", low=1)
     epochs: int = option(
         200, "passes over the images", low=1, may_change=lambda run: run["schedule"] != "linear"
     )
+    epochs_decay: int = option(-1, "the last of these, in which the rate falls; -1: half", low=-1)
     schedule: str = option(
         "linear",
-        "rate: to zero in the second half | constant | follows the validation RMSE",
+        "rate: falls at the end | constant | halves when the content loss stalls",
         choices=("linear", "constant", "plateau"),
     )
-    init: str = option("", "generator weights, ours or published ones", file=True, weights=True)
+    init: str = option("", "weights of G (ours: of D, too) to begin with", file=True, weights=True)
     eval_norm: str = option(
-        "batch",
-        "generating: dropout and the image's own statistics, as the paper | running statistics",
-        choices=("batch", "running"),
+        "auto",
+        "generating with the image's own statistics | running ones | own at batch size 1",
+        choices=("batch", "running", "auto"),
     )
 
 
 QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
-QUICK |= {"eval_norm": "running"}
 SCORES = ("psnr", "rmse")  # of evaluate, after every epoch
 
 # --------------------------------------------------------------------------------------------- data
@@ -84,14 +87,14 @@ class Pairs:
     """Pairs (input, target) of a split, in batches on the device.
 
     Jitter (paper, appendix 6.2): training images are stored at 286/256 of the size, cropped at
-    random and mirrored half of the time. An image and its target are one record: both get the
-    same crop and flip. Validation images stay as they are.
+    random and mirrored half of the time (--flip). An image and its target are one record: both
+    get the same crop and flip. Validation images stay as they are.
     """
 
     def __init__(self, cfg, split, device):
         self.cfg = cfg
-        load_size = round(cfg.size * 286 / 256) if split == "train" else cfg.size
-        self.store = common.ImageStore(cfg, split, load_size)
+        side = common.load_size(cfg) if split == "train" else cfg.size
+        self.store = common.ImageStore(cfg, split, side)
         if not self.store.paired:
             what = "trainA and trainB are not pairs: cyclegan.py learns without pairs"
             raise UserError(f"--data {cfg.data}: {what}")
@@ -105,7 +108,8 @@ class Pairs:
         rng = np.random.default_rng([self.cfg.seed, epoch])
         room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
-        limits = room + 1, room + 1, 2, 1  # top, left, flip, upside_down
+        turns = common.turns("horizontal" if self.cfg.flip == "auto" else self.cfg.flip)
+        limits = room + 1, room + 1, *turns  # of top, left, flip, upside_down
         crops = rng.integers(0, limits, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(self.rows.batches(order), crops, strict=True):
@@ -308,7 +312,7 @@ class State:
     opt_D: torch.optim.Optimizer | None = None
     vgg: nn.Module | None = None
     lr_scale: float = 1.0  # what --schedule plateau has made of the rate
-    best_error: float = float("inf")
+    best_loss: float = float("inf")
     stalled_epochs: int = 0
 
 
@@ -342,7 +346,8 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = (input, target), (B, 3, S, S) in [-1, 1].
 
     L_D = d_weight * [GAN(D(x, y), 1) + GAN(D(x, G(x)), 0)]
-    L_G = GAN(D(x, G(x)), 1) + lambda_l1 * content(G(x), y)
+    L_G = GAN(D(x, G(x)), 1) + lambda_l1 * L1(G(x), y), or with --content vgg
+          GAN(D(x, G(x)), 1) + lambda_vgg * VGG(G(x), y)
     """
     x, y = batch
     with common.autocast(cfg, x.device):
@@ -361,45 +366,43 @@ def train_step(state, batch, cfg):
         logits_fake = state.D(x, fake)
     g_adv = gan_loss(logits_fake, True, cfg.gan)
     g_l1 = l1_loss(fake, y)
-    g_content = vgg_loss(state.vgg, fake, y) if cfg.content == "vgg" else g_l1
-    loss_g = g_adv + cfg.lambda_l1 * g_content
+    losses = {"g_adv": g_adv, "g_l1": g_l1}
+    if cfg.content == "vgg":
+        losses["g_content"] = vgg_loss(state.vgg, fake, y)
+        loss_g = g_adv + cfg.lambda_vgg * losses["g_content"]
+    else:
+        loss_g = g_adv + cfg.lambda_l1 * g_l1
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    return {
-        "g_total": loss_g,
-        "g_adv": g_adv,
-        "g_l1": g_l1,
-        "d_total": loss_d,
-        "d_real": d_real,
-        "d_fake": d_fake,
-    }
+    losses = {"g_total": loss_g, **losses}
+    return losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
 
 
 def learning_rate(state, cfg, epoch):
-    """The rate of an epoch. linear: constant for half, then in equal steps towards zero.
+    """The rate of an epoch. linear: constant, then for --epochs-decay in equal steps to zero.
 
     As the authors' code: the step after the last would be zero.
     """
-    rate = cfg.lr * state.lr_scale
-    if cfg.schedule == "linear":
-        rate *= min(1.0, (cfg.epochs - epoch) / (cfg.epochs - cfg.epochs // 2 + 1))
-    return rate
+    if cfg.schedule != "linear":
+        return cfg.lr * state.lr_scale
+    decay = cfg.epochs - cfg.epochs // 2 if cfg.epochs_decay < 0 else cfg.epochs_decay
+    return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 
-def follow_plateau(state, error, patience=10):
-    """--schedule plateau: halves the rate when `error` has not fallen by 1 % for 10 epochs.
+def follow_plateau(state, loss, patience=20, floor=0.01):
+    """--schedule plateau: halves the rate when an epoch's mean content loss has stalled.
 
-    It must be the validation error: adversarial losses rise as training goes well, and a rate
-    that follows them dies.
+    That is: has not fallen by 0.1 % for `patience` epochs; never below `floor` of --lr. It must
+    be the content loss of training: adversarial losses rise as training goes well, and the
+    validation error is best long before the pictures are; a rate that follows them dies.
     """
-    if error < 0.99 * state.best_error:
-        state.best_error, state.stalled_epochs = error, 0
-        return
     state.stalled_epochs += 1
+    if loss < 0.999 * state.best_loss:
+        state.best_loss, state.stalled_epochs = loss, 0
     if state.stalled_epochs == patience:
-        state.lr_scale, state.stalled_epochs = state.lr_scale / 2, 0
+        state.lr_scale, state.stalled_epochs = max(state.lr_scale / 2, floor), 0
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -416,7 +419,8 @@ def main(argv=None):
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     elif cfg.init:
-        common.load_generator(state.G, cfg.init, cfg)
+        common.load_network(state.G, cfg.init, cfg, "G")
+        common.load_network(state.D, cfg.init, cfg, "D", optional=True)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     step = common.fast_step(train_step, cfg, device)
     sample_images = common.spread(cfg.sample_rows, len(val))
@@ -427,9 +431,9 @@ def main(argv=None):
             common.seed_step(cfg.seed, epoch, run.batch)
             run.log(step(state, batch, cfg))  # counts the batch, too
             run.stop_if_asked(state)
-        scores = evaluate(state, val, cfg, val_images).rows()["model"]
         if cfg.schedule == "plateau":
-            follow_plateau(state, common.of_rank_0(scores["rmse"]))
+            follow_plateau(state, run.epoch_mean("g_l1" if cfg.content == "l1" else "g_content"))
+        scores = evaluate(state, val, cfg, val_images).rows()["model"]
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
@@ -443,11 +447,10 @@ def main(argv=None):
 def translate(state, inputs, cfg):
     """Inputs (B, 3, S, S) in [-1, 1] -> images (B, 3, S, S), float32 in [-1, 1].
 
-    --eval-norm batch, the paper's policy (section 3.4): dropout stays on and BatchNorm uses the
-    statistics of the image itself. running: no dropout, running statistics, which at batch size 1
-    differ from what the layers saw in training.
+    --eval-norm batch, the paper's policy (section 3.3): dropout stays on and BatchNorm uses the
+    statistics of the image itself. running: no dropout, running statistics.
     """
-    own_statistics = cfg.eval_norm == "batch"
+    own_statistics = common.own_statistics(cfg)
     common.set_mode(state.G, own_statistics, track=not own_statistics)
     with common.autocast(cfg, inputs.device):
         fakes = [state.G(x) for x in inputs.split(1 if own_statistics else len(inputs))]
@@ -461,11 +464,12 @@ def sample(state, val, cfg, images):
     return {"input": x, "fake": translate(state, x, cfg), "target": y}
 
 
-def evaluate(state, val, cfg, images, colors=None):
+def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation images: the model's.
 
     With `colors` {name: (3,) in [-1, 1]} also its baselines': the input copied, and each colour
-    everywhere. Where the target is a label map, its classes count, too.
+    everywhere. Where the target is a label map, its classes count, too; where the input is one, a
+    judge says whether photographs show it: real ones are its ceiling, of other places its floor.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores()
@@ -480,6 +484,12 @@ def evaluate(state, val, cfg, images, colors=None):
             if cfg.classes and cfg.direction == "AtoB":
                 labels = nearest_class(guess, cfg.classes)
                 scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
+        if judge and cfg.direction == "BtoA":
+            photographs = {"model": guesses["model"], "real photograph": y}
+            photographs["real, of another place"] = y.roll(1, 0)
+            for row, photograph in photographs.items():
+                seen = judge.classes_of(photograph)
+                scores.add_labels(row, seen, records[:, 3], len(cfg.classes), by="judge")
     return scores
 
 
@@ -494,7 +504,8 @@ def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json."""
     histogram = histograms["B" if cfg.direction == "AtoB" else "A"]
     colors = common.constant_colors(histogram, cfg.classes)
-    rows = evaluate(state, val, cfg, np.arange(len(val)), colors).rows()
+    judge = common.find_judge(cfg, val.rows.device) if cfg.direction == "BtoA" else None
+    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
     common.write_evaluation(cfg, rows, images=len(val), split=val.store.split.name)
 
 
@@ -521,9 +532,9 @@ def use(cfg, device, checkpoint):
     if checkpoint:
         common.restore(state, checkpoint, cfg.checkpoint)
     else:
-        common.load_generator(state.G, cfg.init, cfg)
+        common.load_network(state.G, cfg.init, cfg, "G")
     if cfg.evaluate:
-        report(state, Pairs(cfg, "val", device), cfg, checkpoint["histograms"])
+        report(state, Pairs(cfg, cfg.split, device), cfg, checkpoint["histograms"])
     if cfg.generate:
         generate(state, cfg, device)
 

@@ -136,7 +136,7 @@ def vgg16(module, image, wanted):
             x = F.max_pool2d(x, 2, 2)
         x = relu(F.conv2d(x, tensors[2 * layer], tensors[2 * layer + 1], 1, 1))
         if layer in wanted:
-            activations.append(x)
+            activations.append(x * module.scales[len(activations)])
     return activations
 
 
@@ -203,21 +203,16 @@ class Pix2pix:
         d_real = real(self.D(x, y))
         d_total = self.cfg.d_weight * d_real + self.cfg.d_weight * d_fake
         self.adam_D.minimise(d_total)
-        g_adv = real(self.D(x, image))
-        g_l1 = content = l1(image, y)
+        g = {"g_adv": real(self.D(x, image)), "g_l1": l1(image, y)}
         if self.cfg.content == "vgg":
             (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, y))
-            content = ((a - b) ** 2).mean()
-        g_total = g_adv + self.cfg.lambda_l1 * content
+            g["g_content"] = ((a - b) ** 2).mean()
+            g_total = g["g_adv"] + self.cfg.lambda_vgg * g["g_content"]
+        else:
+            g_total = g["g_adv"] + self.cfg.lambda_l1 * g["g_l1"]
         self.adam_G.minimise(g_total)
-        return {
-            "g_total": g_total,
-            "g_adv": g_adv,
-            "g_l1": g_l1,
-            "d_total": d_total,
-            "d_real": d_real,
-            "d_fake": d_fake,
-        }
+        d = {"d_total": d_total, "d_real": d_real, "d_fake": d_fake}
+        return {"g_total": g_total, **g, **d}
 
 
 # ----------------------------------------------------------------------------------------- cyclegan
@@ -373,7 +368,18 @@ def local_l1(fake, target, edit):
         where = (box if edit.inside[k] else ~box).nonzero().tolist()
         for y, x in where:
             window[k, max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = 1
-    return (fake - target).abs().movedim(1, -1)[window].mean()
+    errors = (fake - target).abs().mean(1)
+    return sum(error[where].mean() for error, where in zip(errors, window, strict=True)) / len(fake)
+
+
+def blanked(edit):
+    """rgb_a, grey where the edit is."""
+    pictures = []
+    for k, (top, left, height, width) in enumerate(edit.box.tolist()):
+        box = torch.zeros(edit.rgb_a.shape[-2:], dtype=torch.bool)
+        box[top : top + height, left : left + width] = True
+        pictures.append(torch.where(box if edit.inside[k] else ~box, 0.0, edit.rgb_a[k]))
+    return torch.stack(pictures)
 
 
 class Mixlc:
@@ -385,7 +391,7 @@ class Mixlc:
 
     def step(self, *edit_fields):
         edit = Fields(edit_fields)
-        fake = self.G(edit.rgb_a, edit.lc_ab)
+        fake = self.G(blanked(edit) if self.cfg.erase else edit.rgb_a, edit.lc_ab)
         d_fake = bce_fake(self.D(fake.detach(), edit.box))
         d_real = bce_real(self.D(edit.rgb_b, edit.box))
         d_total = d_real / 2 + d_fake / 2
@@ -446,7 +452,8 @@ def acgan_discriminator(net, image, lc, wanted="both"):
         x = leaky(net.batch_norm(net.conv(x, 4, 2, 1)))
     for _ in range(2):
         x = leaky(net.batch_norm(net.conv(x, 3, 1, 1)))
-    logits = net.conv(torch.cat([x, F.avg_pool2d(lc, 32)], 1), 3, 1, 1)
+    joined = torch.cat([x, F.avg_pool2d(lc, 32)], 1)
+    logits = net.conv(leaky(net.conv(joined, 3, 1, 1)), 3, 1, 1)
     if wanted == "adversarial":
         net.remaining.clear()
         return logits, None
@@ -479,13 +486,14 @@ class MixlcACGAN:
 
     def step(self, *edit_fields):
         edit, cfg = Fields(edit_fields), self.cfg
-        fake = self.G(edit.rgb_a, edit.lc_ab)
+        rgb = blanked(edit) if cfg.erase else edit.rgb_a
+        fake = self.G(rgb, edit.lc_ab)
         d_fake = bce_fake(self.D(fake.detach(), edit.lc_ab, "adversarial")[0])
         logits, classes = self.D(edit.rgb_b, edit.lc_b)
         d_real, d_class = bce_real(logits), class_loss(classes, edit.lc_b, self.weights)
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
         logits, classes = self.D(fake, edit.lc_ab)
-        same = self.G(edit.rgb_a, edit.lc_a)
+        same = self.G(rgb, edit.lc_a)
         losses = {
             "g_adv": bce_real(logits),
             "g_pixel": l1(fake, edit.rgb_ab),

@@ -442,9 +442,20 @@ def test_image_measures_by_hand():
     measured = {name: value.item() for name, value in common.measure_images(fake, target).items()}
     assert measured["mse"] == pytest.approx(36 / 6)
     assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / 6))
-    assert (measured["within_5"], measured["within_10"]) == (0.5, 1.0)
+    assert (measured["accuracy_5"], measured["accuracy_10"]) == (0.5, 1.0)
+    assert measured["rmse_rgb"] == pytest.approx(np.sqrt(36 / 2))
     same = common.measure_images(target, target)
-    assert same["ssim"].item() == pytest.approx(1.0) and same["within_5"].item() == 1.0
+    assert same["ssim"].item() == pytest.approx(1.0) and same["accuracy_5"].item() == 1.0
+
+
+def test_accuracies_are_strict_and_rmse_rgb_sums_over_channels():
+    """A pixel 5 levels off is not within 5; (3, 4, 0) off everywhere is 5 off in all."""
+    target = torch.zeros((1, 3, 16, 16), dtype=torch.uint8)
+    for off, five, ten in ((4, 1, 1), (5, 0, 1), (9, 0, 1), (10, 0, 0)):
+        measured = common.measure_images(target + off, target)
+        assert (measured["accuracy_5"].item(), measured["accuracy_10"].item()) == (five, ten)
+    fake = target + torch.tensor([3, 4, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert common.measure_images(fake, target)["rmse_rgb"].item() == pytest.approx(5)
 
 
 def test_ssim_of_constants_by_hand():
@@ -462,7 +473,8 @@ def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
         scores.add_images("model", guess[part], target[part])
     row = scores.rows()["model"]
     assert row["rmse"] == pytest.approx(np.sqrt((4 + 0 + 16) / 3))
-    assert row["within_5"] == 1.0 and list(row) == ["psnr", "ssim", "rmse", "within_5", "within_10"]
+    assert row["rmse_rgb"] == pytest.approx(np.sqrt(3) * (2 + 0 + 4) / 3)  # the mean over images
+    assert row["accuracy_5"] == 1.0 and row["accuracy_10"] == 1.0
 
 
 def test_scores_of_edits_by_hand():

@@ -1,5 +1,6 @@
 """VGG16's layers: from a file, from torch.hub, with random weights, and what they refuse."""
 
+import numpy as np
 import plain
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_activations_of_a_file_with_torchvisions_keys(tmp_path):
         weights[f"features.{k}.{part}"] for k, _ in CONVOLUTIONS[:7] for part in ("weight", "bias")
     ]
     stored = torch.nn.ParameterList(tensors)
-    stored.buffers = lambda: tensors
+    stored.buffers, stored.scales = (lambda: tensors), vgg.scales
     want = plain.vgg16(stored, pictures(), [0, 3, 6])
     for a, b in zip(vgg(pictures()), want, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -50,6 +51,19 @@ def test_content_loss_compares_relu3_3(tmp_path):
     (a,), (b,) = (plain.vgg16(vgg, x, [6]) for x in (fake.float(), target))
     assert loss.item() == pytest.approx((a - b).square().mean().item(), rel=1e-4)
     assert a.shape == (2, 256, 16, 16) and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", ["vgg16", "random"])
+def test_gram_matrices_have_norm_1_whatever_the_weights(tmp_path, weights):
+    """On landscapes: a weight of the style loss means the same with any layers and weights."""
+    stored = vgg_file(tmp_path / "vgg.pth")
+    torch.save({name: 7 * value for name, value in stored.items()}, tmp_path / "vgg.pth")
+    vgg = VGG16Features(["relu1_2", "relu3_3"], weights, str(tmp_path / "vgg.pth"))
+    photographs = [common.landscape(np.random.default_rng(k), 128)[0] for k in range(4)]
+    images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2)
+    for activations in vgg(common.from_bytes(images)):
+        norms = common.gram(activations).norm(dim=(1, 2))
+        assert norms.mean().item() == pytest.approx(1, rel=1e-4)
 
 
 def test_only_the_layers_in_use_are_needed(tmp_path):

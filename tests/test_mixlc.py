@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -159,6 +160,30 @@ def test_use_ba_adds_the_complement(data, tmp_path):
     assert all(edit.inside.all() for edit in val.in_order(np.arange(3)))
 
 
+def test_erase_blanks_the_edit_and_nothing_else():
+    batch = mixlc.Edit(*batch_of("mixlc", TINY))
+    mask = edit_mask(batch.box, batch.inside, 64)
+    blank = mixlc.erased(batch.rgb_a, mask)
+    assert (blank.masked_select(mask) == 0).all()
+    assert torch.equal(blank.masked_select(~mask), batch.rgb_a.masked_select(~mask))
+
+
+def test_what_the_generator_sees_of_an_erased_edit(monkeypatch):
+    """In training and in evaluation, where the copy of rgb_a stays whole."""
+    cfg = dataclasses.replace(TINY, erase=True)
+    state, seen, batch = build(cfg, CPU), [], mixlc.Edit(*batch_of("mixlc", cfg))
+    state.G.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    mask = edit_mask(batch.box, batch.inside, 64)
+    train_step(state, batch, cfg)
+    val = types.SimpleNamespace(in_order=lambda images: [batch], classes=cfg.classes)
+    rows = mixlc.evaluate(state, val, cfg, np.arange(2)).rows()
+    columns = mixlc.sample(state, val, cfg, np.arange(2))
+    assert len(seen) == 3 and (columns["input"].masked_select(mask) == 0).all()
+    for image in seen:
+        assert torch.equal(image, mixlc.erased(batch.rgb_a, mask))
+    assert rows["copy of rgb_a"]["l1_to_input"] == 0
+
+
 def test_ignored_pixels_have_no_class(data, tmp_path):
     _, lc_ab, *_ = next(edits(data, tmp_path).batches(0))
     assert set(lc_ab.sum(1).unique().tolist()) == {0.0, 1.0}
@@ -307,6 +332,15 @@ def test_border_is_12_pixels_at_256():
     target[..., 87, 100] = 0
     target[..., 88, 88] = 1
     assert mixlc.local_l1_loss(fake, target, mask).item() == pytest.approx(1 / 44**2)
+
+
+def test_local_loss_is_the_mean_of_each_samples_own_window():
+    """Pooled, the complement of a box would outweigh the box five times."""
+    box, inside = torch.tensor([[24, 24, 8, 8]] * 2), torch.tensor([True, False])
+    mask = edit_mask(box, inside, 64)
+    fake, target = torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64)
+    target[0], target[1] = 1.0, 3.0
+    assert mixlc.local_l1_loss(fake, target, mask).item() == pytest.approx(2.0)
 
 
 def test_local_loss_of_the_complement():

@@ -24,6 +24,7 @@ from pix2pix import (
 )
 
 TINY = Config(size=64, width=4, batch_size=2, precision="fp32")
+PAPER = dataclasses.replace(TINY, eval_norm="batch")
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -323,14 +324,20 @@ def test_label_maps_are_drawn_in_their_class_colours(landcover, tmp_path):
 # ---------------------------------------------------------------------------------------- translate
 
 
+def test_papers_policy_is_that_of_batch_size_1_unless_told():
+    for size, policy, own in ((1, "auto", 1), (2, "auto", 0), (1, "running", 0), (2, "batch", 1)):
+        cfg = dataclasses.replace(TINY, batch_size=size, eval_norm=policy)
+        assert common.own_statistics(cfg) == bool(own)
+
+
 def test_papers_policy_uses_each_images_own_statistics_and_dropout():
     state, (x, _) = build(TINY, CPU), [torch.cat([x, x[:1]]) for x in batch_of("pix2pix", TINY)]
     statistics = {k: v.clone() for k, v in state.G.state_dict().items()}
     torch.manual_seed(1)
-    together = translate(state, x, TINY)
+    together = translate(state, x, PAPER)
     torch.manual_seed(1)
-    assert torch.equal(translate(state, x[:1], TINY), together[:1])
-    assert not torch.equal(translate(state, x[:1], TINY), together[:1])  # another noise
+    assert torch.equal(translate(state, x[:1], PAPER), together[:1])
+    assert not torch.equal(translate(state, x[:1], PAPER), together[:1])  # another noise
     assert all(torch.equal(v, statistics[k]) for k, v in state.G.state_dict().items())
     assert state.G.training and not together.requires_grad
 
@@ -356,11 +363,84 @@ def test_linear_schedule_is_constant_for_half_then_falls_to_zero():
     assert pix2pix.learning_rate(state, dataclasses.replace(cfg, schedule="constant"), 199) == 1.0
 
 
-def test_plateau_follows_the_validation_error():
+def rates(losses):
+    """The share of --lr that --schedule plateau leaves after each of these epochs."""
     cfg, state = dataclasses.replace(TINY, schedule="plateau", lr=1.0), State(nn.Identity())
-    for k in range(12):
-        pix2pix.follow_plateau(state, 10.0 - k)
-    assert pix2pix.learning_rate(state, cfg, 12) == 1.0
-    for _ in range(10):
-        pix2pix.follow_plateau(state, 5.0)
-    assert pix2pix.learning_rate(state, cfg, 22) == 0.5
+    left = []
+    for epoch, loss in enumerate(losses):
+        left.append(pix2pix.learning_rate(state, cfg, epoch))
+        pix2pix.follow_plateau(state, loss)
+    return left
+
+
+def test_plateau_halves_after_twenty_stalled_epochs_and_stops_at_a_hundredth():
+    left = rates([10.0 - k for k in range(9)] + [1.0] * 400)
+    assert left[:29] == [1.0] * 29 and left[30] == 0.5 and left[50] == 0.25
+    assert min(left) == left[-1] == 0.01
+
+
+def test_plateau_survives_what_other_schedules_died_of():
+    """Nine hundred epochs: the content loss falls slowly, with noise, while adversarial losses
+    collapse and the validation error is best at epoch 150. The rate follows the content loss.
+    """
+    epochs, rng = np.arange(900), np.random.default_rng(0)
+    content = 0.3 * np.exp(-epochs / 900) * (1 + 0.002 * rng.normal(size=900))
+    adversarial = np.minimum(0.7 + epochs / 30, 8.0)
+    validation = 20 + np.abs(epochs - 150) / 100
+    assert rates(content)[300] == 1.0 and rates(content)[-1] >= 0.25
+    for dying in (adversarial, validation):
+        assert rates(dying)[300] < 0.05  # so it must not follow these, and never dies of them
+        assert rates(dying)[-1] == 0.01
+
+
+def test_the_last_epochs_decay():
+    cfg, state = dataclasses.replace(TINY, epochs=10, epochs_decay=2, lr=1.0), State(nn.Identity())
+    left = [pix2pix.learning_rate(state, cfg, epoch) for epoch in range(10)]
+    assert left[:8] == [1.0] * 8 and left[8:] == pytest.approx([2 / 3, 1 / 3])
+    cfg = dataclasses.replace(cfg, epochs_decay=0)
+    assert pix2pix.learning_rate(state, cfg, 9) == 1.0
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal", "both", "auto"])
+def test_flip(train, monkeypatch, flip):
+    honest, drawn = pix2pix.jitter, []
+    monkeypatch.setattr(pix2pix, "jitter", lambda *args: (drawn.extend(args[1]), honest(*args))[1])
+    train.cfg = dataclasses.replace(train.cfg, flip=flip)
+    for epoch in range(10):
+        list(train.batches(epoch))
+    seen = {tuple(crop[2:]) for crop in drawn}
+    both = {(a, b) for a in (0, 1) for b in (0, 1)}
+    left_right = {(0, 0), (1, 0)}
+    expected = {"none": {(0, 0)}, "horizontal": left_right, "both": both, "auto": left_right}
+    assert seen == expected[flip]
+
+
+def test_load_size_and_max_images(pairs, tmp_path):
+    cfg = dataclasses.replace(
+        TINY, data=str(pairs), cache=str(tmp_path), load_size=80, max_images=4
+    )
+    data = Pairs(cfg, "train", CPU)
+    assert data.store.side == 80 and len(data) == 4
+    assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
+    assert next(data.batches(0))[0].shape[-1] == 64
+    with pytest.raises(common.UserError, match="--load-size 63: must be at least --size 64"):
+        Pairs(dataclasses.replace(cfg, load_size=63), "train", CPU)
+
+
+def test_judge_scores_photographs_of_label_maps(landcover, tmp_path):
+    """A judge that sees the input's classes in the model's fakes alone."""
+    val = Pairs(dataclasses.replace(TINY, data=str(landcover), cache=str(tmp_path)), "val", CPU)
+    cfg = dataclasses.replace(val.cfg, lc_classes=val.store.classes.text)
+    records = next(val.in_order(np.arange(2)))
+    truth, calls = torch.where(records[:, 3] < 255, records[:, 3], 0), []
+
+    class Judge:
+        def classes_of(self, image):
+            calls.append(image)
+            return truth if len(calls) == 1 else (truth + 1) % 3
+
+    rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2), judge=Judge()).rows()
+    assert rows["model"]["judge_pixel_accuracy"] == rows["model"]["judge_mean_iou"] == 1
+    names = ("pixel_accuracy", "class_accuracy", "mean_iou")
+    assert rows["real photograph"] == {f"judge_{name}": 0 for name in names}
+    assert torch.equal(calls[2], calls[1].roll(1, 0))

@@ -148,7 +148,8 @@ def test_evaluation(trained):
         "mean training colour",
         "median training colour",
     ]
-    assert set(report["rows"]["model"]) == {"psnr", "ssim", "rmse", "within_5", "within_10"}
+    measures = ["psnr", "ssim", "rmse", "rmse_rgb", "accuracy_5", "accuracy_10"]
+    assert list(report["rows"]["model"]) == measures
 
 
 def test_sample_grid_shows_fixed_images_on_a_fixed_scale(trained, pairs):
@@ -270,6 +271,23 @@ def test_resume_in_the_middle_of_an_epoch(pairs, tmp_path, monkeypatch):
     got, want = (state_of(folder / "checkpoints" / "last.pt") for folder in (parts, whole))
     assert same(got["state"], want["state"])
     assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_plateau_follows_the_content_loss_of_training(pairs, tmp_path, monkeypatch):
+    """Whatever the validation error does; as the mean of the epoch, in the middle of a log line."""
+    seen, honest = [], pix2pix.train_step
+
+    def step(state, batch, cfg):
+        seen.append(honest(state, batch, cfg))
+        return seen[-1]
+
+    followed = []
+    monkeypatch.setattr(pix2pix, "train_step", step)
+    monkeypatch.setattr(pix2pix, "follow_plateau", lambda state, loss: followed.append(loss))
+    more = ["--epochs", "2", "--schedule", "plateau", "--log-every", "2"]
+    main(options(pairs, tmp_path / "run", *more))
+    losses = [step["g_l1"].item() for step in seen]
+    assert followed == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
 
 
 def test_resume_refuses_options_that_contradict(trained, tmp_path, capsys):
@@ -421,7 +439,7 @@ def test_init_from_our_checkpoint_and_from_a_bare_state_dict(trained, pairs, tmp
     cfg = Config(size=64, width=4)
     for path in (trained / "checkpoints" / "last.pt", tmp_path / "latest_net_G.pth"):
         G = pix2pix.build(cfg, torch.device("cpu")).G
-        common.load_generator(G, path, cfg)
+        common.load_network(G, path, cfg, "G")
         assert same(dict(G.state_dict()), weights)
     picture_file = str(pairs / "val" / "0.png")
     main(
@@ -436,6 +454,22 @@ def test_init_from_our_checkpoint_and_from_a_bare_state_dict(trained, pairs, tmp
         ]
     )
     assert (tmp_path / "o" / "0.png").is_file()
+
+
+def test_init_carries_the_discriminator_on(trained, pairs, tmp_path, monkeypatch):
+    """Ours holds one; a bare generator does not, and D begins anew."""
+    path, seen = trained / "checkpoints" / "last.pt", []
+    torch.save(state_of(path)["state"]["G"], tmp_path / "bare.pth")
+
+    def step(state, batch, cfg):
+        seen.append(dict(state.D.state_dict()))
+        sys.exit()
+
+    monkeypatch.setattr(pix2pix, "train_step", step)
+    for init in (path, tmp_path / "bare.pth"):
+        with pytest.raises(SystemExit):
+            main(options(pairs, tmp_path / init.stem, "--init", str(init)))
+    assert same(seen[0], state_of(path)["state"]["D"]) and not same(seen[1], seen[0])
 
 
 def test_published_resnet_weights_with_instance_norm_buffers_load(tmp_path):
@@ -453,7 +487,7 @@ def test_published_resnet_weights_with_instance_norm_buffers_load(tmp_path):
             old[f"model.{name}.running_mean"], old[f"model.{name}.running_var"] = value, value
             old[f"model.{name}.num_batches_tracked"] = torch.tensor(3)
     torch.save(old, tmp_path / "old.pth")
-    common.load_generator(G, tmp_path / "old.pth", cfg)
+    common.load_network(G, tmp_path / "old.pth", cfg, "G")
     assert all((value == 0.5).all() for value in G.state_dict().values())
 
 
@@ -510,7 +544,7 @@ def test_init_refuses_another_architecture(trained, tmp_path, capsys, pairs):
         [*options(pairs, tmp_path / "a", "--init", checkpoint), "--generator", "resnet"],
         capsys,
     )
-    assert "tensors, but this generator has" in text and "--generator" in text
+    assert "tensors, but this G has" in text and "--generator" in text
     text = line_of(
         main, [*options(pairs, tmp_path / "b", "--init", checkpoint), "--width", "8"], capsys
     )
@@ -540,7 +574,7 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
         "is a directory: name a file, such as": ["--evaluate", "--checkpoint", str(trained)],
         "is a file, not a directory": options(tmp_path / "odd.pt", tmp_path / "r"),
         "--width 99999: must be at most": ["--width", "99999"],
-        "holds no generator G": [
+        "holds no network G": [
             *options(pairs, tmp_path / "r"),
             "--init",
             str(tmp_path / "odd.pt"),
