@@ -54,11 +54,12 @@ class Config(common.EditOptions):
     use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
     fusion: str = option(
         "late",
-        "a U-Net each for photograph and land cover | one for both | dilated convolutions for "
-        "the land cover",
+        "a U-Net each for photograph and land cover | one | joined at the bottleneck | dilated "
+        "convolutions for the land cover",
         group="model",
-        choices=("late", "early", "dilated"),
+        choices=("late", "early", "middle", "dilated"),
     )
+    skips: str = option("both", "of --fusion middle: encoders with skips", choices=("both", "lc"))
     erase: bool = option(False, "blank the edit in G's photograph: nothing is there to copy")
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
     alpha: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
@@ -194,47 +195,90 @@ def edit_mask(box, inside, size):
 # ----------------------------------------------------------------------------------------- networks
 
 
+def encoder(channels_in, size, width):
+    """Down blocks to a 1x1 bottleneck: S = 2^n gives n of them."""
+    depth = size.bit_length() - 1
+    widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
+    first = nn.Conv2d(channels_in, width, 4, 2, 1, padding_mode="reflect")
+    downs = nn.ModuleList([nn.Sequential(first, nn.LeakyReLU(0.2))])
+    for level in range(1, depth - 1):
+        out = widths[level]
+        conv = nn.Conv2d(widths[level - 1], out, 4, 2, 1, bias=False)
+        downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)))
+    bottleneck = nn.Conv2d(widths[-2], widths[-1], 4, 2, 1)
+    downs.append(nn.Sequential(bottleneck, nn.ReLU()))
+    return downs
+
+
+def decoder(size, width, encoders, skips):
+    """Up blocks from the bottlenecks of `encoders`, with `skips` of them at every level."""
+    depth = size.bit_length() - 1
+    ups, channels = nn.ModuleList(), encoders * width * min(2 ** (depth - 1), 8)
+    for level in reversed(range(1, depth)):
+        out = width * min(2 ** (level - 1), 8)
+        conv = nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)
+        ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+        channels = (1 + skips) * out
+    return ups
+
+
+def encode(downs, x):
+    """The activations of every down block, (B, 64..512, S/2 .. 1, S/2 .. 1)."""
+    activations = []
+    for down in downs:
+        x = down(x)
+        activations.append(x)
+    return activations
+
+
 class UNet(nn.Module):
     """A U-Net without its last layer, down to 1x1: (B, C, S, S) -> (B, 128, S/2, S/2), S = 2^n."""
 
     def __init__(self, channels_in, size, width):
         super().__init__()
-        depth = size.bit_length() - 1
-        widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
-        first = nn.Conv2d(channels_in, width, 4, 2, 1, padding_mode="reflect")
-        self.downs = nn.ModuleList([nn.Sequential(first, nn.LeakyReLU(0.2))])
-        for level in range(1, depth - 1):
-            out = widths[level]
-            conv = nn.Conv2d(widths[level - 1], out, 4, 2, 1, bias=False)
-            self.downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)))
-        bottleneck = nn.Conv2d(widths[-2], widths[-1], 4, 2, 1)
-        self.downs.append(nn.Sequential(bottleneck, nn.ReLU()))
-        self.ups = nn.ModuleList()
-        channels = widths[-1]
-        for level in reversed(range(1, depth)):
-            out = widths[level - 1]
-            conv = nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)
-            self.ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
-            channels = 2 * out  # with the skip
+        self.downs = encoder(channels_in, size, width)
+        self.ups = decoder(size, width, encoders=1, skips=1)
 
     def forward(self, x):
-        skips = []
-        for down in self.downs:
-            x = down(x)  # (B, 64..512, S/2 .. 1, S/2 .. 1)
-            skips.append(x)
-        x = skips.pop()
+        *skips, x = encode(self.downs, x)
         for up in self.ups:
             x = torch.cat([skips.pop(), up(x)], 1)  # (B, 1024..128, 2 .. S/2, 2 .. S/2)
         return x
 
 
-class DilatedNet(nn.Module):
-    """Sees far, not deep (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2)."""
+class MiddleUNet(nn.Module):
+    """Two encoders joined at the bottleneck, one decoder: -> (B, 128 or 192, S/2, S/2).
 
-    def __init__(self, channels_in, width):
+    skips: of both encoders, or of the land cover's alone, so that less can be copied.
+    """
+
+    def __init__(self, classes, size, width, skips):
+        super().__init__()
+        self.both = skips == "both"
+        self.rgb_downs, self.lc_downs = encoder(3, size, width), encoder(classes, size, width)
+        self.ups = decoder(size, width, encoders=2, skips=2 if self.both else 1)
+
+    def forward(self, rgb, lc):
+        *skips_rgb, x_rgb = encode(self.rgb_downs, rgb)
+        *skips_lc, x_lc = encode(self.lc_downs, lc)
+        x = torch.cat([x_rgb, x_lc], 1)  # (B, 1024, 1, 1)
+        for up in self.ups:
+            skips = [skips_rgb.pop(), skips_lc.pop()]
+            x = torch.cat([*(skips if self.both else skips[1:]), up(x)], 1)
+        return x
+
+
+class DilatedNet(nn.Module):
+    """Sees far, not deep (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2).
+
+    Dilations grow with S: a place sees S/2 pixels and more, so the whole centre box.
+    """
+
+    def __init__(self, channels_in, size, width):
         super().__init__()
         layers = [nn.Conv2d(channels_in, 2 * width, 4, 2, 1, padding_mode="reflect"), nn.ReLU()]
-        for dilation in (1, 2, 4, 8):  # together they see 31x31 places, 62x62 pixels and more
+        for level in range(size.bit_length() - 4):  # at 256: dilations 1 2 4 8 16
+            dilation = 2**level
             conv = nn.Conv2d(2 * width, 2 * width, 3, 1, dilation, dilation, bias=False)
             layers += [conv, nn.BatchNorm2d(2 * width), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
@@ -246,25 +290,30 @@ class DilatedNet(nn.Module):
 class Generator(nn.Module):
     """Photograph (B, 3, S, S) in [-1, 1] and land cover (B, classes, S, S) -> (B, 3, S, S)."""
 
-    def __init__(self, classes, size, width, fusion):
+    def __init__(self, classes, size, width, fusion, skips):
         super().__init__()
-        self.early = fusion == "early"
-        if self.early:
-            self.rgb_net = UNet(3 + classes, size, width)
+        self.fusion, channels = fusion, 4 * width
+        if fusion == "early":
+            self.unet, channels = UNet(3 + classes, size, width), 2 * width
+        elif fusion == "middle":
+            self.unet = MiddleUNet(classes, size, width, skips)
+            channels = (3 if skips == "both" else 2) * width
         else:
             self.rgb_net = UNet(3, size, width)
-            lc_net = UNet(classes, size, width) if fusion == "late" else DilatedNet(classes, width)
-            self.lc_net = lc_net
+            is_late = fusion == "late"
+            self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
         self.output_net = nn.Sequential(
-            nn.Conv2d(2 * width if self.early else 4 * width, width, 3, 1, 1),
+            nn.Conv2d(channels, width, 3, 1, 1),
             nn.ReLU(),
             nn.ConvTranspose2d(width, 3, 4, 2, 1),
             nn.Tanh(),
         )
 
     def forward(self, rgb, lc):
-        if self.early:
-            x = self.rgb_net(torch.cat([rgb, lc], 1))  # (B, 128, S/2, S/2)
+        if self.fusion == "early":
+            x = self.unet(torch.cat([rgb, lc], 1))  # (B, 128, S/2, S/2)
+        elif self.fusion == "middle":
+            x = self.unet(rgb, lc)  # (B, 128 or 192, S/2, S/2)
         else:
             x = torch.cat([self.rgb_net(rgb), self.lc_net(lc)], 1)  # (B, 256, S/2, S/2)
         return self.output_net(x)
@@ -373,7 +422,7 @@ def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
-    G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion)
+    G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips)
     state = State(common.place(init_weights(G), device))
     if not training:
         return state

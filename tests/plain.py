@@ -319,15 +319,31 @@ def edit_unet(net, x, depth):
 
 def dilated_net(net, x):
     x = relu(net.conv(reflect(x, 1), 4, 2, 0))
-    for dilation in (1, 2, 4, 8):
+    for dilation in (1, 2, 4):
         x = relu(net.batch_norm(net.conv(x, 3, 1, dilation, dilation)))
     return x
 
 
-def edit_generator(depth, fusion):
+def middle_unet(net, rgb, lc, depth, both):
+    skips = []
+    for x in (rgb, lc):
+        levels = [leaky(net.conv(reflect(x, 1), 4, 2, 0))]
+        for _ in range(depth - 2):
+            levels.append(leaky(net.batch_norm(net.conv(levels[-1], 4, 2, 1))))
+        skips.append([*levels, relu(net.conv(levels[-1], 4, 2, 1))])
+    x = torch.cat([skips[0].pop(), skips[1].pop()], 1)
+    while skips[1]:
+        of_rgb, of_lc, x = skips[0].pop(), skips[1].pop(), relu(net.batch_norm(net.up(x, 4)))
+        x = torch.cat([of_rgb, of_lc, x] if both else [of_lc, x], 1)
+    return x
+
+
+def edit_generator(depth, fusion, skips):
     def forward(net, rgb, lc):
         if fusion == "early":
             x = edit_unet(net, torch.cat([rgb, lc], 1), depth)
+        elif fusion == "middle":
+            x = middle_unet(net, rgb, lc, depth, skips == "both")
         else:
             x = edit_unet(net, rgb, depth)
             y = edit_unet(net, lc, depth) if fusion == "late" else dilated_net(net, lc)
@@ -385,7 +401,7 @@ def blanked(edit):
 class Mixlc:
     def __init__(self, state, cfg):
         self.cfg = cfg
-        self.G = Net(state.G, edit_generator(6, cfg.fusion))
+        self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips))
         self.D = Net(state.D, edit_discriminator(6, cfg.local_d))
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 

@@ -238,18 +238,32 @@ def test_parameters(fusion):
         "dilated": unet
         + 16 * 14 * 128
         + 128
-        + 4 * (9 * 128 * 128 + 2 * 128)
+        + 5 * (9 * 128 * 128 + 2 * 128)
         + 9 * 256 * 64
         + output,
     }[fusion]
-    assert parameters(Generator, 14, 256, 64, fusion) == want
+    assert parameters(Generator, 14, 256, 64, fusion, "both") == want
     assert fusion != "late" or 108e6 < want < 110e6
 
 
-@pytest.mark.parametrize("fusion", ["late", "early", "dilated"])
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_the_dilated_net_sees_the_whole_centre_box(size):
+    """One place in the middle is moved by the farthest pixels of the box, 3/8 of the side."""
+    net = mixlc.DilatedNet(1, size, 2).eval()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 0.1)
+    image = torch.zeros(1, 1, size, size, requires_grad=True)
+    net(image + 1)[0, 0, size // 4, size // 4].backward()
+    seen = image.grad[0, 0].nonzero()
+    top, bottom = seen.min().item(), seen.max().item()
+    assert top <= size * 5 // 16 and bottom >= size * 11 // 16 - 1
+
+
+@pytest.mark.parametrize("fusion", ["late", "early", "middle", "dilated"])
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_generator_shapes(size, fusion):
-    G = Generator(3, size, 2, fusion).eval()
+    G = Generator(3, size, 2, fusion, "lc").eval()
     with torch.no_grad():
         fake = G(torch.zeros(1, 3, size, size), torch.zeros(1, 3, size, size))
     assert fake.shape == (1, 3, size, size) and fake.abs().max() <= 1

@@ -31,6 +31,8 @@ CASES = {
     "mixlc": {},
     "mixlc early": {"fusion": "early", "alpha": 0.25, "pix_lambda": 3.0, "local_pix_lambda": 2.0},
     "mixlc dilated": {"fusion": "dilated"},
+    "mixlc middle": {"fusion": "middle"},
+    "mixlc middle lc": {"fusion": "middle", "skips": "lc"},
     "mixlc erase": {"erase": True, "use_ba": True},
     "mixlc local": {"local_d": True, "use_ba": True},
     "mixlc_acgan": {},
