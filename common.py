@@ -180,9 +180,20 @@ class EditOptions(Options):
 
     demo = "landcover"
 
-    show_samples: int = option(
-        0, "write a picture of N training edits, and stop", group="run", low=0
+    box: str = option(
+        "center",
+        "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
+        group="data",
+        choices=("center", "random"),
     )
+    use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
+    erase: bool = option(False, "blank the edit in G's photograph", group="model")
+    eval_norm: str = option(
+        "auto",
+        "generating with the image's own statistics | running ones | own at batch size 1",
+        choices=("batch", "running", "auto"),
+    )
+    show_samples: int = option(0, "write a picture of N training edits, then stop", group="run")
     lc: str = option("", "the photograph's land cover", group="use", needs="generate")
     lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
     paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
@@ -770,7 +781,14 @@ def read_image(path):
         if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
             remedy = "convert it to 8 bits, with limits of your choice"
             raise UserError(f"{path}: has more than 8 bits a channel: {remedy}")
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
+            _say_once(f"images are {image.mode}: converted to RGB, without any transparency")
         return np.asarray(image.convert("RGB"))
+
+
+@functools.cache
+def _say_once(text):
+    print(text, file=sys.stderr)
 
 
 def read_labels(path, table):

@@ -38,20 +38,13 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has data, size, lc and so on.
+    """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
     A group holds for the options that follow, too; a checkpoint fixes the group "model".
     """
 
     script = "mixlc"
 
-    box: str = option(
-        "center",
-        "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
-        group="data",
-        choices=("center", "random"),
-    )
-    use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
     fusion: str = option(
         "late",
         "a U-Net each for photograph and land cover | one | joined at the bottleneck | dilated "
@@ -60,7 +53,6 @@ class Config(common.EditOptions):
         choices=("late", "early", "middle", "dilated"),
     )
     skips: str = option("both", "of --fusion middle: encoders with skips", choices=("both", "lc"))
-    erase: bool = option(False, "blank the edit in G's photograph: nothing is there to copy")
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
     alpha: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
     pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)
@@ -68,11 +60,6 @@ class Config(common.EditOptions):
     lr: float = option(1e-3, "Adam's rate", low=0.0)
     batch_size: int = option(8, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, may_change=True)
-    eval_norm: str = option(
-        "auto",
-        "generating with the image's own statistics | running ones | own at batch size 1",
-        choices=("batch", "running", "auto"),
-    )
 
 
 QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}

@@ -38,24 +38,16 @@ from common import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has data, size, lc and so on.
+    """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
     A group holds for the options that follow, too; a checkpoint fixes the group "model".
     """
 
     script = "mixlc_acgan"
 
-    box: str = option(
-        "center",
-        "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
-        group="data",
-        choices=("center", "random"),
-    )
-    use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
     dropout: float = option(
         0.5, "dropout of G, always on: it is the noise", group="model", low=0.0, high=0.9
     )
-    erase: bool = option(False, "blank the edit in G's photograph: nothing is there to copy")
     d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
     adv_lambda: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
     pixel_lambda: float = option(0.5, "weight of the L1 loss", low=0.0)
@@ -71,11 +63,6 @@ class Config(common.EditOptions):
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(16, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, may_change=True)
-    eval_norm: str = option(
-        "auto",
-        "generating with the image's own statistics | running ones | own at batch size 1",
-        choices=("batch", "running", "auto"),
-    )
     samples: int = option(
         1, "variants of the edit, each of new noise", group="use", low=1, high=64, needs="generate"
     )

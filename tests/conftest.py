@@ -11,6 +11,8 @@ from PIL import Image
 import common
 
 CPU = torch.device("cpu")
+# the index of each convolution in torchvision's vgg16().features, and its channels
+CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
 TABLE = [
@@ -143,6 +145,19 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def vgg_file(path, last=14):
+    """A file as torchvision lays it out, with random weights, up to features.`last`."""
+    weights, channels = {}, 3
+    for index, out in CONVOLUTIONS:
+        if index <= last:
+            weight = torch.randn(out, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
+            weights[f"features.{index}.weight"] = weight
+            weights[f"features.{index}.bias"] = torch.randn(out) * 0.1
+        channels = out
+    torch.save(weights | {"classifier.0.bias": torch.zeros(3)}, path)
+    return weights
 
 
 def line_of(main, arguments, capsys):

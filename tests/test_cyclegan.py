@@ -453,8 +453,10 @@ def test_run_on_pictures_and_resume_with_the_pool_half_full(pairs, tmp_path, mon
 
 def test_run_on_land_cover(tmp_path):
     root, out = land_cover(tmp_path / "data"), tmp_path / "run"
-    main(options(root, out, "--epochs", "1"))
+    main(options(root, out, "--epochs", "1", "--train-judge", "--judge-epochs", "1"))
     rows = rows_of(out)
+    for row in ("B to A: model", "real photograph", "real, of another place"):
+        assert 0 <= rows[row]["judge_pixel_accuracy"] <= 1, row
     assert set(rows["A to B: model"]) == {"pixel_accuracy", "class_accuracy", "mean_iou"}
     assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     assert rows["B to A: model"]["rmse"] > 0 and (out / "confusion.png").is_file()
@@ -488,6 +490,17 @@ def test_mode_can_be_forced(pairs, tmp_path):
 def test_run_on_unaligned_data(unaligned, tmp_path):
     main(options(unaligned, tmp_path / "run", "--epochs", "1"))
     assert set(rows_of(tmp_path / "run")) == {"A to B to A: model", "B to A to B: model"}
+
+
+def test_decay_and_flip(pairs, tmp_path, monkeypatch):
+    cfg = Config(epochs=10, epochs_decay=2, lr=1.0)
+    assert [cyclegan.learning_rate(cfg, k) for k in (7, 8, 9)] == pytest.approx([1, 2 / 3, 1 / 3])
+    honest, drawn = cyclegan.jitter, []
+    monkeypatch.setattr(cyclegan, "jitter", lambda *args: (drawn.extend(args[1]), honest(*args))[1])
+    list(domains(pairs, tmp_path / "cache", dataclasses.replace(TINY, flip="none")).batches(0))
+    assert {tuple(crop[2:]) for crop in drawn} == {(0, 0)}
+    data = domains(pairs, tmp_path / "cache", dataclasses.replace(TINY, load_size=64))
+    assert data.store.side == 64
 
 
 def test_published_weights_are_usable_at_once(pairs, tmp_path, capsys):

@@ -29,6 +29,15 @@ def stems(paths):
 # ------------------------------------------------------------------------------------------ layouts
 
 
+def test_splits_by_name(tmp_path):
+    side_by_side(tmp_path, train=2, val=1)
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    assert len(find_images(tmp_path, "val").A) == 1 and len(find_images(tmp_path, "test").A) == 2
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(UserError, match="no test split: leave --split out"):
+        find_images(tmp_path, "test")
+
+
 def test_side_by_side(pairs):
     split = find_images(pairs, "train")
     assert (split.layout, split.paired, split.halves) == ("side by side", True, True)
@@ -323,6 +332,13 @@ def test_refuses_pictures_of_more_than_eight_bits(tmp_path):
     save(root / "train" / "2.png", np.full((80, 160), 40_000, np.uint16))
     with pytest.raises(UserError, match="2.png: has more than 8 bits"):
         ImageStore(config(root, tmp_path / "cache"), "train", 32)
+
+
+def test_conversions_are_said_once(tmp_path, capsys):
+    for k in range(2):
+        Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / f"{k}.jpg", quality=95)
+        assert abs(common.read_image(tmp_path / f"{k}.jpg").astype(int) - (255, 0, 0)).max() < 8
+    assert capsys.readouterr().err.count("CMYK: converted to RGB") == 1
 
 
 def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsys):

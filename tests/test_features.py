@@ -8,24 +8,9 @@ import torch
 import common
 import pix2pix
 from common import VGG16Features
-from conftest import pictures
+from conftest import CONVOLUTIONS, pictures, vgg_file
 
-# the index of each convolution in torchvision's vgg16().features, and its channels
-CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
 FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
-
-
-def vgg_file(path, last=14):
-    """A file as torchvision lays it out, with random weights, up to features.`last`."""
-    weights, channels = {}, 3
-    for index, out in CONVOLUTIONS:
-        if index <= last:
-            weight = torch.randn(out, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
-            weights[f"features.{index}.weight"] = weight
-            weights[f"features.{index}.bias"] = torch.randn(out) * 0.1
-        channels = out
-    torch.save(weights | {"classifier.0.bias": torch.zeros(3)}, path)
-    return weights
 
 
 def test_activations_of_a_file_with_torchvisions_keys(tmp_path):
