@@ -160,7 +160,7 @@ class Options:
     evaluate: bool = option(False, "measure --checkpoint on the validation split")
     split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
     train_judge: bool = option(False, "train a classifier that judges what is generated")
-    judge_epochs: int = option(40, "epochs of the judge", low=1, needs="train_judge")
+    judge_epochs: int = option(20, "epochs of the judge", low=1, needs="train_judge")
     generate: str = option("", "image or folder to translate, or photograph to edit")
 
     @functools.cached_property

@@ -1,0 +1,73 @@
+"""The judge: what it learns, that it repeats, and where it stands in the evaluation of a run."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import pix2pix
+from conftest import CPU, TABLE, save
+
+CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Photographs in the colours of their land cover, with noise; blocks of 16 pixels."""
+    root, rng = tmp_path_factory.mktemp("judge"), np.random.default_rng(0)
+    palette = np.array([(200, 60, 40), (40, 60, 200), (60, 200, 60)])
+    for split, count in (("train", 24), ("val", 4)):
+        for k in range(count):
+            index = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
+            noise = rng.normal(0, 20, (64, 64, 3))
+            photograph = np.clip(palette[index] + noise, 0, 255).astype(np.uint8)
+            save(root / split / "rgb" / f"{k}.png", photograph)
+            save(root / split / "lc" / f"{k}.png", index)
+    (root / "classes.json").write_text(json.dumps(TABLE))
+    return root
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_shapes(size):
+    with torch.no_grad():
+        logits = common.Judge(5, width=2)(torch.zeros(1, 3, size, size))
+    assert logits.shape == (1, 5, size, size)
+
+
+def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
+    cfg = dataclasses.replace(CFG, data=str(data), cache=str(tmp_path / "cache"))
+    one, two = (
+        common.find_judge(dataclasses.replace(cfg, out=str(tmp_path / name)), CPU) for name in "ab"
+    )
+    weights = zip(one.parameters(), two.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    kept = common.find_judge(
+        dataclasses.replace(cfg, out=str(tmp_path / "a"), train_judge=False), CPU
+    )
+    assert "the judge is" in capsys.readouterr().out
+    val = pix2pix.Pairs(dataclasses.replace(cfg, out=str(tmp_path / "a")), "val", CPU)
+    scores = common.Scores()
+    for records in val.in_order(np.arange(4)):
+        seen = kept.classes_of(common.from_bytes(records[:, :3]))
+        scores.add_labels("real", seen, records[:, 3], 3, by="judge")
+    assert scores.rows()["real"]["judge_mean_iou"] > 0.9
+
+
+def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
+    out = {"out": str(tmp_path)}
+    assert common.find_judge(dataclasses.replace(CFG, train_judge=False, **out), CPU) is None
+    assert common.find_judge(dataclasses.replace(CFG, lc_classes="pictures", **out), CPU) is None
+
+
+def test_a_run_is_judged(data, tmp_path):
+    tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
+    judged = ["--train-judge", "--judge-epochs", "6"]
+    out = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    pix2pix.main(["--data", str(data), *out, *tiny, *judged])
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    real, elsewhere = rows["real photograph"], rows["real, of another place"]
+    assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
+    assert "judge_pixel_accuracy" in rows["model"]
