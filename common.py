@@ -159,8 +159,8 @@ class Options:
     checkpoint: str = option("", "model to evaluate or to generate with", group="use")
     evaluate: bool = option(False, "measure --checkpoint on the validation split")
     split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
-    train_judge: bool = option(False, "train a classifier that judges what is generated")
-    judge_epochs: int = option(20, "epochs of the judge", low=1, needs="train_judge")
+    train_judge: bool = option(False, "train a judge of what is generated", may_change=True)
+    judge_epochs: int = option(20, "its epochs", low=1, needs="train_judge", may_change=True)
     generate: str = option("", "image or folder to translate, or photograph to edit")
 
     @functools.cached_property
@@ -331,6 +331,8 @@ def _adopt(cfg, given):
         run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
     checkpoint = load_checkpoint(path, cfg.script)
     saved, world = checkpoint["config"], int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.evaluate and "histograms" not in checkpoint:
+        raise UserError(f"{path}: written by an older version: it has nothing to compare with")
     if cfg.resume and checkpoint.get("world", 1) != world:
         raise UserError(
             f"{path}: a run of {checkpoint['world']} processes cannot go on with {world}"
@@ -350,8 +352,9 @@ def _adopt(cfg, given):
     known = {field.name for field in dataclasses.fields(cfg)}
     adopted = {name: value for name, value in saved.items() if name in known}
     adopted |= {name: value for name, value in given.items() if name not in held}
-    mine = ["resume", "checkpoint", "generate", "evaluate"] + ["device"] * cfg.using
-    adopted |= {name: getattr(cfg, name) for name in mine}
+    groups = [(group, field.name) for group, field in grouped_fields(type(cfg))]
+    mine = [name for group, name in groups if cfg.using and (group == "use" or name == "device")]
+    adopted |= {name: getattr(cfg, name) for name in ["resume", *mine]}
     keep = cfg.resume or (cfg.evaluate and not cfg.out)
     adopted["out"] = str(run if keep else cfg.out or run / "generated")
     return type(cfg)(**adopted), checkpoint
@@ -1549,8 +1552,9 @@ class Run:
         self.names = list(losses)
         values = torch.stack([value.detach().double() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
-        epoch_sums = torch.zeros_like(values) if self.batch == 0 else self.epoch_sums
-        self.epoch_sums = epoch_sums.to(values.device) + values
+        if self.batch == 0 or self.epoch_sums is None:
+            self.epoch_sums = torch.zeros_like(values)
+        self.epoch_sums = self.epoch_sums.to(values.device) + values
         self.count, self.step, self.batch = self.count + 1, self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
         if self.step - self.first_step in (1, 4):

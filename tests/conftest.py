@@ -110,8 +110,9 @@ def maps(seed=0, count=2, size=64, classes=3, holes=0):
 
 def batch_of(script, cfg, seed=0):
     """A random batch as a script's train_step takes it."""
-    a, b, c = (pictures(10 * seed + k, 2, cfg.size) for k in range(3))
-    lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, cfg.size, holes=7 + k) for k in range(3))
+    size = cfg.size if cfg else 64
+    a, b, c = (pictures(10 * seed + k, 2, size) for k in range(3))
+    lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, size, holes=7 + k) for k in range(3))
     if script == "cyclegan" and cfg.classes:
         return a, lc_b
     if script in ("pix2pix", "cyclegan"):

@@ -1,5 +1,6 @@
 """The command line of pix2pix.py: runs, resume, evaluation, generation, and mistakes."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from conftest import line_of, picture, same, save, state_of, vgg_file
+from conftest import batch_of, line_of, picture, same, save, state_of, vgg_file
 from pix2pix import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -431,6 +432,62 @@ def test_generate_from_label_maps(landcover, tmp_path):
     assert Image.open(tmp_path / "out" / "0.png").size == (80, 80)
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert "mean_iou" not in report["rows"]["model"]  # BtoA: the target is the photograph
+
+
+def test_options_of_use_are_those_of_the_call(trained, tmp_path):
+    """Whatever the run was told; the model's own are the checkpoint's."""
+    content = state_of(trained / "checkpoints" / "last.pt")
+    content["config"] |= {"train_judge": True, "split": "test", "device": "cuda", "seed": 7}
+    torch.save(content, tmp_path / "x.pt")
+    cfg = common.begin(Config, "", {}, ["--evaluate", "--checkpoint", str(tmp_path / "x.pt")])[0]
+    assert (cfg.train_judge, cfg.split, cfg.device) == (False, "val", "auto")
+    assert (cfg.width, cfg.seed) == (4, 7)
+
+
+def test_a_run_on_the_cpu_goes_on_there(pairs, tmp_path, monkeypatch):
+    """--resume keeps --device unless another is typed: a GPU that is there now changes nothing."""
+    main(options(pairs, tmp_path / "run", "--epochs", "1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg, device, _ = common.begin(Config, "", {}, ["--resume", "--out", str(tmp_path / "run")])
+    assert cfg.device == "cpu" and device.type == "cpu"
+
+
+def test_evaluating_an_older_checkpoint_says_what_it_lacks(trained, tmp_path, capsys):
+    content = state_of(trained / "checkpoints" / "last.pt")
+    del content["histograms"]
+    torch.save(content, tmp_path / "old.pt")
+    use = ["--evaluate", "--checkpoint", str(tmp_path / "old.pt")]
+    assert "written by an older version" in line_of(main, use, capsys)
+
+
+def test_moments_are_laid_out_like_their_parameters(tmp_path):
+    """Fused Adam pairs elements by their place in memory: a checkpoint of other strides, as
+    channels_last networks write it, must train on as if it had been restored without them.
+    """
+    cfg, batch = Config(size=64, width=4, batch_size=2, precision="fp32"), batch_of("pix2pix", None)
+    state = pix2pix.build(cfg, torch.device("cpu"))
+    for net in (state.G, state.D):
+        net.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    pix2pix.train_step(state, batch, cfg)
+    torch.save({"state": common.state_dict(state)}, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt")
+    strides = [m["exp_avg"].stride() for m in saved["state"]["opt_G"]["state"].values()]
+    restored = pix2pix.build(cfg, torch.device("cpu"))
+    common.restore(restored, copy.deepcopy(saved), "x.pt")
+    moments = restored.opt_G.state.values()
+    assert strides != [m["exp_avg"].stride() for m in moments]
+    plain = pix2pix.build(cfg, torch.device("cpu"))
+    for optimizer in (saved["state"][name]["state"] for name in ("opt_G", "opt_D")):
+        for entry in optimizer.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                entry[key] = entry[key].contiguous()
+    common.restore(plain, saved, "x.pt")
+    for run in (restored, plain):
+        torch.manual_seed(1)
+        pix2pix.train_step(run, batch, cfg)
+    for a, b in zip(restored.G.parameters(), plain.G.parameters(), strict=True):
+        assert a.stride() == b.stride() and torch.equal(a, b)
 
 
 def test_init_from_our_checkpoint_and_from_a_bare_state_dict(trained, pairs, tmp_path):
