@@ -155,11 +155,6 @@ class Edits:
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
 
 
-def erased(rgb, mask):
-    """Photographs (B, 3, S, S), grey inside the mask (B, 1, S, S), as in Iizuka et al. 2017."""
-    return rgb.masked_fill(mask, 0.0)
-
-
 def mirror(images, flips):
     """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
     mirrored = []
@@ -177,6 +172,15 @@ def edit_mask(box, inside, size):
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
     return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
+
+
+def visible(edit, cfg):
+    """What the generator sees of rgb_a: all, or with --erase grey inside the edit.
+
+    There is nothing to copy then, as in the image completion of Iizuka et al. 2017.
+    """
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -432,10 +436,8 @@ def train_step(state, batch, cfg):
           + local_pix_lambda * L1 in the window of the edit
     """
     edit = Edit(*batch)
-    mask = edit_mask(edit.box, edit.inside, edit.rgb_a.shape[-1])
-    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
     with common.autocast(cfg, edit.rgb_a.device):
-        fake = state.G(rgb, edit.lc_ab)
+        fake = state.G(visible(edit, cfg), edit.lc_ab)
         logits_fake = state.D(fake.detach(), edit.box)  # the D step must not reach G
         logits_real = state.D(edit.rgb_b, edit.box)
     d_real = gan_loss(logits_real, True)
@@ -448,6 +450,7 @@ def train_step(state, batch, cfg):
 
     with common.autocast(cfg, edit.rgb_a.device):
         logits_fake = state.D(fake, edit.box)
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
     g_adv = gan_loss(logits_fake, True)
     g_l1 = l1_loss(fake, edit.rgb_ab)
     g_local = local_l1_loss(fake, edit.rgb_ab, mask)
@@ -523,8 +526,7 @@ def translate(state, inputs, cfg):
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
-    mask = edit_mask(edit.box, edit.inside, cfg.size)
-    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
+    rgb = visible(edit, cfg)
     return {
         "input": rgb,
         "lc_ab": common.draw(common.class_index(edit.lc_ab), val.classes),
@@ -547,8 +549,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     scores = common.Scores()
     for edit in val.in_order(images):
         mask = edit_mask(edit.box, edit.inside, cfg.size)
-        rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
-        fake = translate(state, (rgb, edit.lc_ab), cfg)
+        fake = translate(state, (visible(edit, cfg), edit.lc_ab), cfg)
         guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
         guesses |= common.constant_guesses(colors or {}, fake)
         for row, guess in guesses.items():
@@ -612,7 +613,7 @@ def generate(state, cfg, device):
             remedy = "--lc-before FILE, or --paint"
             raise UserError(f"a model of --erase must know what changed: {remedy}")
         changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
-        rgb = erased(rgb, common.as_tensor(changed, device)[:, None] > 0)
+        rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
     inputs = rgb, common.one_hot(lc, len(cfg.classes))
     edited = common.resize(common.as_array(translate(state, inputs, cfg)), photo.shape[1::-1])
     if cfg.keep_outside:

@@ -63,9 +63,7 @@ class Config(common.EditOptions):
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(16, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, may_change=True)
-    samples: int = option(
-        1, "variants of the edit, each of new noise", group="use", low=1, high=64, needs="generate"
-    )
+    samples: int = option(1, "variants of an edit", group="use", low=1, high=64, needs="generate")
 
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
@@ -162,11 +160,6 @@ class Edits:
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
 
 
-def erased(rgb, mask):
-    """Photographs (B, 3, S, S), grey inside the mask (B, 1, S, S), as in Iizuka et al. 2017."""
-    return rgb.masked_fill(mask, 0.0)
-
-
 def mirror(images, flips):
     """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
     mirrored = []
@@ -184,6 +177,15 @@ def edit_mask(box, inside, size):
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
     return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
+
+
+def visible(edit, cfg):
+    """What the generator sees of rgb_a: all, or with --erase grey inside the edit.
+
+    There is nothing to copy then, as in the image completion of Iizuka et al. 2017.
+    """
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -440,8 +442,7 @@ def train_step(state, batch, cfg):
           + id_lambda * [L1 + style](same, rgb_a)
     """
     edit = Edit(*batch)
-    mask = edit_mask(edit.box, edit.inside, edit.rgb_a.shape[-1])
-    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
+    rgb = visible(edit, cfg)
     with common.autocast(cfg, edit.rgb_a.device):
         fake = state.G(rgb, edit.lc_ab)
         logits_fake = state.D(fake.detach(), edit.lc_ab)  # the D step must not reach G
@@ -544,8 +545,7 @@ def translate(state, inputs, cfg):
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
-    mask = edit_mask(edit.box, edit.inside, cfg.size)
-    rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
+    rgb = visible(edit, cfg)
     return {
         "input": rgb,
         "lc_ab": common.draw(common.class_index(edit.lc_ab), val.classes),
@@ -569,8 +569,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     scores = common.Scores()
     for edit in val.in_order(images):
         mask = edit_mask(edit.box, edit.inside, cfg.size)
-        rgb = erased(edit.rgb_a, mask) if cfg.erase else edit.rgb_a
-        fake = translate(state, (rgb, edit.lc_ab), cfg)
+        fake = translate(state, (visible(edit, cfg), edit.lc_ab), cfg)
         guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
         guesses |= common.constant_guesses(colors or {}, fake)
         for row, guess in guesses.items():
@@ -639,7 +638,7 @@ def generate(state, cfg, device):
             remedy = "--lc-before FILE, or --paint"
             raise UserError(f"a model of --erase must know what changed: {remedy}")
         changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
-        rgb = erased(rgb, common.as_tensor(changed, device)[:, None] > 0)
+        rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
     inputs = rgb, common.one_hot(lc, len(cfg.classes))
     pictures = {"before": photo}
     if before is not None:

@@ -163,7 +163,8 @@ def test_use_ba_adds_the_complement(data, tmp_path):
 def test_erase_blanks_the_edit_and_nothing_else():
     batch = mixlc.Edit(*batch_of("mixlc", TINY))
     mask = edit_mask(batch.box, batch.inside, 64)
-    blank = mixlc.erased(batch.rgb_a, mask)
+    blank = mixlc.visible(batch, dataclasses.replace(TINY, erase=True))
+    assert mixlc.visible(batch, TINY) is batch.rgb_a
     assert (blank.masked_select(mask) == 0).all()
     assert torch.equal(blank.masked_select(~mask), batch.rgb_a.masked_select(~mask))
 
@@ -180,7 +181,7 @@ def test_what_the_generator_sees_of_an_erased_edit(monkeypatch):
     columns = mixlc.sample(state, val, cfg, np.arange(2))
     assert len(seen) == 3 and (columns["input"].masked_select(mask) == 0).all()
     for image in seen:
-        assert torch.equal(image, mixlc.erased(batch.rgb_a, mask))
+        assert torch.equal(image, mixlc.visible(batch, cfg))
     assert rows["copy of rgb_a"]["l1_to_input"] == 0
 
 

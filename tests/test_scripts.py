@@ -53,7 +53,7 @@ COPIES = {
     "generate": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "what is written"),
     "use": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "one --init, two or none"),
     "add_judged": ([["mixlc"], ["mixlc_acgan"]], "D's own classifier judges, too"),
-    "erased": ([["mixlc", "mixlc_acgan"]], ""),
+    "visible": ([["mixlc", "mixlc_acgan"]], ""),
     "Edit": ([["mixlc", "mixlc_acgan"]], ""),
     "Edits": ([["mixlc", "mixlc_acgan"]], ""),
     "mirror": ([["mixlc", "mixlc_acgan"]], ""),
