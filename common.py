@@ -187,7 +187,7 @@ class EditOptions(Options):
         choices=("center", "random"),
     )
     use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
-    erase: bool = option(False, "blank the edit in G's photograph", group="model")
+    erase: bool = option(True, "blank the edit in G's photograph", group="model")
     eval_norm: str = option(
         "auto",
         "generating with the image's own statistics | running ones | own at batch size 1",
@@ -1822,9 +1822,14 @@ def class_index(maps):
 
 def draw(index, classes):
     """Class indices (B, H, W) in the colours of a ClassTable: (B, 3, H, W) in [-1, 1]."""
-    palette = from_bytes(torch.from_numpy(classes.palette.T)).to(index.device)  # (3, 256)
-    flat = palette.index_select(1, index.flatten().int())
+    flat = _palette_on(classes, index.device).index_select(1, index.flatten().int())
     return flat.view(3, *index.shape).transpose(0, 1).contiguous()
+
+
+@functools.cache
+def _palette_on(classes, device):
+    """A ClassTable's palette as a tensor (3, 256) in [-1, 1]."""
+    return from_bytes(torch.from_numpy(classes.palette.T)).to(device)
 
 
 def as_tensor(image, device):

@@ -12,9 +12,10 @@ discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consis
 Completion (doi:10.1145/3072959.3073659).
 
 The system that this follows, which has no paper, asks whether such a generator merely copies its
-input; evaluation.json answers with a number. Differences from it: its discriminator took collages
-for real, whose seams give them away, ours an untouched photograph; cross-entropies take logits;
-the networks' depth follows --size.
+input; evaluation.json answers with a number. Differences from it: the edit is blanked in the
+photograph that the generator sees (--no-erase: all of it, which it then copies); its discriminator
+took collages for real, whose seams give them away, ours an untouched photograph; cross-entropies
+take logits; the networks' depth follows --size.
 
 Measured: --quick, 49 s on two cores of a CPU, inside the edit 15.5 levels from the target; a copy
 of the input 35.6.
@@ -610,8 +611,8 @@ def generate(state, cfg, device):
     rgb = common.from_bytes(rgb)
     if cfg.erase:
         if before is None:
-            remedy = "--lc-before FILE, or --paint"
-            raise UserError(f"a model of --erase must know what changed: {remedy}")
+            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
+            raise UserError(f"--generate must know what changed: {remedy}")
         changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
         rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
     inputs = rgb, common.one_hot(lc, len(cfg.classes))

@@ -11,10 +11,11 @@ Papers: Odena, Olah, Shlens 2017, Conditional Image Synthesis With Auxiliary Cla
 arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution, arXiv:1603.08155.
 
-Differences from the system that this follows, which has no paper: its classifier saw the land
-cover that it was to find; here land cover enters the adversarial head only. The classifier's
-verdict on fakes teaches the generator, as in Odena et al.; it learns itself from real photographs
-alone, theirs (equation 3) from fakes, too: what a fake shows is not yet what was asked for.
+Differences from the system that this follows, which has no paper: the edit is blanked in the
+photograph that the generator sees (--no-erase: all of it); its classifier saw the land cover that
+it was to find, here land cover enters the adversarial head only. The classifier's verdict on fakes
+teaches the generator, as in Odena et al.; it learns itself from real photographs alone, theirs
+(equation 3) from fakes, too: what a fake shows is not yet what was asked for.
 
 Measured: --quick, 51 s on two cores of a CPU, inside the edit 16.1 levels from the target; a copy
 of the input 35.6.
@@ -635,8 +636,8 @@ def generate(state, cfg, device):
     rgb = common.from_bytes(rgb)
     if cfg.erase:
         if before is None:
-            remedy = "--lc-before FILE, or --paint"
-            raise UserError(f"a model of --erase must know what changed: {remedy}")
+            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
+            raise UserError(f"--generate must know what changed: {remedy}")
         changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
         rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
     inputs = rgb, common.one_hot(lc, len(cfg.classes))

@@ -163,15 +163,15 @@ def test_use_ba_adds_the_complement(data, tmp_path):
 def test_erase_blanks_the_edit_and_nothing_else():
     batch = mixlc.Edit(*batch_of("mixlc", TINY))
     mask = edit_mask(batch.box, batch.inside, 64)
-    blank = mixlc.visible(batch, dataclasses.replace(TINY, erase=True))
-    assert mixlc.visible(batch, TINY) is batch.rgb_a
+    blank = mixlc.visible(batch, TINY)
+    assert mixlc.visible(batch, dataclasses.replace(TINY, erase=False)) is batch.rgb_a
     assert (blank.masked_select(mask) == 0).all()
     assert torch.equal(blank.masked_select(~mask), batch.rgb_a.masked_select(~mask))
 
 
 def test_what_the_generator_sees_of_an_erased_edit(monkeypatch):
     """In training and in evaluation, where the copy of rgb_a stays whole."""
-    cfg = dataclasses.replace(TINY, erase=True)
+    cfg = TINY
     state, seen, batch = build(cfg, CPU), [], mixlc.Edit(*batch_of("mixlc", cfg))
     state.G.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     mask = edit_mask(batch.box, batch.inside, 64)
@@ -392,7 +392,7 @@ def test_translate_does_not_depend_on_companions_nor_change_statistics(policy):
 
 def test_evaluation_by_hand(data, tmp_path, monkeypatch):
     """A generator that copies: the model's row is the copy's; outside the box it is perfect."""
-    val = edits(data, tmp_path, "val")
+    val = edits(data, tmp_path, "val", erase=False)
     monkeypatch.setattr(mixlc, "translate", lambda state, inputs, cfg: inputs[0])
     rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).rows()
     assert rows["model"] == rows["copy of rgb_a"] and rows["model"]["l1_outside"] == 0
@@ -548,6 +548,9 @@ def test_an_edited_land_cover_file(trained, photo, tmp_path, capsys):
     lc[:, 70:] = 1
     save(tmp_path / "in" / "edited.png", lc)
     photo = photo[0], tmp_path / "in" / "edited.png", photo[1]
+    assert "--no-erase" in line_of(main, use(trained, photo, tmp_path / "no"), capsys)
+    main(options(trained / "data", tmp_path / "whole" / "run", "--epochs", "1", "--no-erase"))
+    trained = tmp_path / "whole"
     main(use(trained, photo, tmp_path / "a"))
     assert "--lc-before" in capsys.readouterr().err
     main(use(trained, photo, tmp_path / "b", "--lc-before", str(photo[2])))

@@ -19,7 +19,7 @@ SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main
 # Lines down to the end of main, which is what a reader reads; of common.py all. Lower them when a
 # file shrinks. common.py holds five layouts, eight label formats, exact resume, an error line for
 # each way to go wrong, measures and VGG16.
-CAPS = {"pix2pix": 450, "cyclegan": 450, "mixlc": 505, "mixlc_acgan": 520, "common": 2345}
+CAPS = {"pix2pix": 450, "cyclegan": 450, "mixlc": 510, "mixlc_acgan": 521, "common": 2350}
 
 # Definitions of one name: which scripts hold the same copy, and what makes the groups differ.
 COPIES = {

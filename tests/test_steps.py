@@ -33,10 +33,10 @@ CASES = {
     "mixlc dilated": {"fusion": "dilated"},
     "mixlc middle": {"fusion": "middle"},
     "mixlc middle lc": {"fusion": "middle", "skips": "lc"},
-    "mixlc erase": {"erase": True, "use_ba": True},
+    "mixlc no erase": {"erase": False, "use_ba": True},
     "mixlc local": {"local_d": True, "use_ba": True},
     "mixlc_acgan": {},
-    "mixlc_acgan erase": {"erase": True, "use_ba": True},
+    "mixlc_acgan no erase": {"erase": False, "use_ba": True},
     "mixlc_acgan weights": {
         **{"adv_lambda": 0.3, "pixel_lambda": 2.0, "style_lambda": 30.0, "class_lambda": 0.7},
         **{"id_lambda": 0.4, "style_layers": "relu1_2,relu2_1,relu2_2", "use_ba": True},
