@@ -147,8 +147,8 @@ class Options:
     quick: bool = option(
         False, "small networks, images and epochs: a minute on two cores", group="run"
     )
-    out: str = option("", "run folder, or folder of what is generated; none: runs/<script>")
-    resume: bool = option(False, "continue the run in --out, at the step where it stopped")
+    out: str = option("", "run folder, or folder of results; none: runs/<script>", may_change=True)
+    resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
     log_every: int = option(50, "steps between rows of metrics.csv", low=1)
     save_every: int = option(10, "epochs between checkpoints that stay", low=0, may_change=True)
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
@@ -193,8 +193,8 @@ class EditOptions(Options):
         "generating with the image's own statistics | running ones | own at batch size 1",
         choices=("batch", "running", "auto"),
     )
-    show_samples: int = option(0, "write a picture of N training edits, then stop", group="run")
-    lc: str = option("", "the photograph's land cover", group="use", needs="generate")
+    show_samples: int = option(0, "draw N training edits, then stop", group="run", low=0)
+    lc: str = option("", "land cover, edited or for --paint to edit", group="use", needs="generate")
     lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
     paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
     keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
@@ -365,8 +365,7 @@ def _held(cfg, group, field, saved):
     if not cfg.resume:
         return group == "model"
     may_change = field.metadata.get("may_change", False)
-    may_change = may_change(saved) if callable(may_change) else may_change
-    return not may_change and field.name not in ("out", "resume")
+    return not (may_change(saved) if callable(may_change) else may_change)
 
 
 def _newest_run(cfg):
