@@ -910,10 +910,8 @@ def find_images(data, split, lc_classes=""):
         for layout, folders in layouts.items():
             if not all(side.is_dir() for side in folders):
                 continue
-            a, b = (
-                _files(folders[0]),
-                _files(folders[1], layout in ("land cover", "Inria") or table),
-            )
+            labels = table is not None or layout in ("land cover", "Inria")
+            a, b = _files(folders[0]), _files(folders[1], labels)
             if layout == "Inria" and name == "train" and inria:
                 a, b = ([p for p in x if _validates(p) == (split == "val")] for x in (a, b))
                 name = "train" if split == "train" else "train, images 1-5 of each city"
@@ -932,17 +930,16 @@ def find_images(data, split, lc_classes=""):
             and (files := _files(folder))
         ):
             return Split(root, "side by side", name, files, files, True, True, table)
-    there = [
-        name
-        for name in ("train", "trainA", "val", "test", "valA", "testA")
-        if (root / name).is_dir()
-    ]
-    if split == "train" and there and "train" not in there:
+
+    def has(*names):
+        return any((root / name).is_dir() for name in names)
+
+    if split == "train" and has("val", "test", "valA", "testA"):
         raise UserError(f"{root}: no training split: put images in train")
-    if split == "val" and there:
+    if split == "val" and has("train", "trainA"):
         remedy = "put some of the images in val (laid out like train), or in test"
         raise UserError(f"{root}: no validation split: {remedy}")
-    if split == "test" and there:
+    if split == "test" and has("train", "trainA", "val", "valA"):
         raise UserError(f"{root}: no test split: leave --split out")
     raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
 
