@@ -4,15 +4,14 @@ errors      UserError, command
 options     option, Options, EditOptions, flag, begin
 device      autocast, full_precision, own_statistics, set_mode, place, adam, fast_step, seed_step,
             average_gradients
-data        IGNORED, load_size, turns, ImageStore, Rows, batches_of_rank, chunks, spread
-files       read_image, read_labels
+data        load_size, turns, ImageStore, Rows, batches_of_rank, chunks, spread
 runs        Run, restore, load_network, save_grid
-pictures    from_bytes, one_hot, class_index, draw, as_tensor, as_array, resize
+pictures    IGNORED, from_bytes, one_hot, class_index, draw
 measures    Scores, constant_colors, constant_guesses, copy_verdict, write_evaluation,
             plot_confusion
 features    VGG16Features, gram
 judge       find_judge
-generation  inputs_of, write_image, read_edit, keep_outside, save_sheet
+generation  translate_files, edit_file
 """
 
 import argparse
@@ -34,6 +33,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,6 +162,15 @@ class Options:
     train_judge: bool = option(False, "train a judge of what is generated", may_change=True)
     judge_epochs: int = option(20, "its epochs", low=1, needs="train_judge", may_change=True)
     generate: str = option("", "image or folder to translate, or photograph to edit")
+    window: int = option(
+        0, "source pixels that --size spans; 0: as in training", low=0, needs="generate"
+    )
+    norm_reach: float = option(
+        2.0,
+        "windows around that share a raster's normalisation; 0: none",
+        low=0.0,
+        needs="generate",
+    )
 
     @functools.cached_property
     def classes(self):
@@ -355,6 +364,8 @@ def _adopt(cfg, given):
     groups = [(group, field.name) for group, field in grouped_fields(type(cfg))]
     mine = [name for group, name in groups if cfg.using and (group == "use" or name == "device")]
     adopted |= {name: getattr(cfg, name) for name in ["resume", *mine]}
+    if cfg.using:
+        adopted["window"] = cfg.window or checkpoint.get("window", saved["patch"])
     keep = cfg.resume or (cfg.evaluate and not cfg.out)
     adopted["out"] = str(run if keep else cfg.out or run / "generated")
     return type(cfg)(**adopted), checkpoint
@@ -720,8 +731,11 @@ class ClassTable:
         what = f"outside the class table, whose values are {sorted(values)}"
         raise UserError(f"{path}: label values {wrong} are {what}")
 
-    def from_colours(self, rgb, path, nearest):
-        """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours are ignored, unless nearest."""
+    def from_colours(self, rgb, path, nearest, strict=True):
+        """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours are ignored, unless nearest.
+
+        strict  nothing but stray colours is refused
+        """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse = np.unique(packed, return_inverse=True)
         present_rgb = (present[:, None] >> (16, 8, 0)) & 255  # (K, 3)
@@ -730,7 +744,7 @@ class ClassTable:
         index = np.array([row[2] for row in self.rows], np.uint8)[distance.argmin(0)]
         if not nearest:
             exact = distance.min(0) == 0
-            if not exact.any():
+            if strict and not exact.any():
                 known = ", ".join(self.names[:6])
                 raise UserError(f"{path}: no pixel has a colour of the class table ({known}, ...)")
             index[~exact] = IGNORED
@@ -752,6 +766,7 @@ class ClassTable:
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
+TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
 LAYOUTS = (
     "train/1.jpg, twice as wide as high (pairs side by side); "
@@ -777,15 +792,14 @@ def _decoding(path):
         ) from None
 
 
-def read_image(path):
-    """An image file as (H, W, 3) uint8."""
-    with _decoding(path), Image.open(path) as image:
-        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
-            remedy = "convert it to 8 bits, with limits of your choice"
-            raise UserError(f"{path}: has more than 8 bits a channel: {remedy}")
-        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
-            _say_once(f"images are {image.mode}: converted to RGB, without any transparency")
-        return np.asarray(image.convert("RGB"))
+@functools.cache
+def _rasterio():
+    """rasterio, with a bounded cache, and quiet about TIFFs that have no place on earth."""
+    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
+    import rasterio
+
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
 
 
 @functools.cache
@@ -793,13 +807,75 @@ def _say_once(text):
     print(text, file=sys.stderr)
 
 
-def read_labels(path, table):
-    """A label map as (H, W) uint8 class indices.
+class Raster:
+    """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
-    From an array file, or an image of indices, of code values or of class colours.
+    Label maps are array files, or images of indices, of code values or of class colours. A TIFF
+    of any size is read piece by piece; other files lie in memory from the first window on, and
+    may have 2^28 pixels (16384 x 16384). Photographs are turned upright as EXIF says.
+
+    height, width  in pixels
+    tiff           rasterio's dataset, else None
     """
-    with _decoding(path):
-        if Path(path).suffix.lower() in ARRAY_SUFFIXES:
+
+    def __init__(self, path, table=None):
+        self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
+        with _decoding(path):
+            if self.path.suffix.lower() in TIFF_SUFFIXES:
+                self._open_tiff()
+            elif self.path.suffix.lower() in ARRAY_SUFFIXES:
+                sides = [side for side in _load_array(path, mmap_mode="r").shape if side != 1]
+                if len(sides) == 3:  # one-hot
+                    sides.pop(-1 if sides[-1] in (len(table), len(table.rows)) else 0)
+                self.height, self.width = sides
+            else:
+                with Image.open(path) as image:
+                    sides = image.size[::-1]
+                    sideways = _orientation(image) >= 5
+                self.height, self.width = sides[::-1] if sideways else sides
+            if not self.tiff and self.height * self.width > 2**28:
+                remedy = f"gdal_translate {self.path.name} {self.path.stem}.tif"
+                what = f"{self.width}x{self.height} pixels are too many for its format: {remedy}"
+                raise UserError(f"{path}: {what}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.tiff:
+            self.tiff.close()
+
+    def read(self, top=0, left=0, height=None, width=None):
+        """A window, or as much of it as there is: (H, W, 3) uint8, or (H, W) class indices."""
+        bottom = self.height if height is None else min(top + height, self.height)
+        right = self.width if width is None else min(left + width, self.width)
+        with _decoding(self.path):
+            if self.tiff:
+                return self._read_tiff(top, left, bottom, right)
+            if self._whole is None:
+                self._whole = self._read_labels() if self.table else self._read_picture()
+            return self._whole[top:bottom, left:right]
+
+    def padded(self, top, left, height, width):
+        """A window (height, width, ...), mirrored at the edges of the raster."""
+        pixels = self.read(top, left, height, width)
+        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
+
+    def _read_picture(self):
+        with Image.open(self.path) as image:
+            if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
+                remedy = "convert it to 8 bits, with limits of your choice"
+                raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
+            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
+                _say_once(f"images are {image.mode}: converted to RGB, without any transparency")
+            turn = _TURNS.get(_orientation(image))
+            rgb = image.convert("RGB")
+            return np.asarray(rgb.transpose(turn) if turn is not None else rgb)
+
+    def _read_labels(self):
+        table, path = self.table, self.path
+        if path.suffix.lower() in ARRAY_SUFFIXES:
             array = _load_array(path)
             if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
                 return table.from_one_hot(array, path)
@@ -808,12 +884,84 @@ def read_labels(path, table):
                 raise UserError(f"{path}: holds fractions, which are no class indices")
             return table.from_codes(codes.squeeze(), path)
         with Image.open(path) as image:
-            if image.mode == "P" and _palette_is_of(image, table):
+            if image.mode == "P" and _palette_is_of(np.asarray(image.convert("RGB")), table):
                 return table.from_colours(np.asarray(image.convert("RGB")), path, False)
             if image.mode in ("P", "1", "L", "I", "I;16", "I;16B", "I;16L"):
                 return table.from_codes(np.asarray(image).astype(np.int64), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
             return table.from_colours(np.asarray(image.convert("RGB")), path, lossy)
+
+    def _open_tiff(self):
+        if not self.path.is_file():
+            raise FileNotFoundError
+        self.tiff = _rasterio().open(self.path)
+        self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
+        integers = self.tiff.count == 1 and kinds[0].strip("u").startswith("int")
+        if set(kinds) != {"uint8"} and not (self.table and integers):
+            scale = "" if self.table else " -scale LOW HIGH 0 255"
+            remedy = f"gdal_translate -ot Byte{scale} {self.path.name} {self.path.stem}_8bit.tif"
+            raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
+        if self.tiff.count > 3 and not self.table:
+            _say_once(f"images have {self.tiff.count} bands: the first three are taken as RGB")
+        self._palette = None
+        if self.tiff.count == 1 and self.tiff.colorinterp[0].name == "palette":
+            colors = self.tiff.colormap(1)
+            self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
+        if self._palette is not None and self.table:
+            top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
+            bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
+            middle = self._cut(top, left, bottom, right)[0]
+            if not _palette_is_of(self._palette[middle], self.table):
+                self._palette = None  # its numbers are what counts
+
+    def _cut(self, top, left, bottom, right):
+        bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
+        return self.tiff.read(bands, window=((top, bottom), (left, right)))
+
+    def _read_tiff(self, top, left, bottom, right):
+        bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)
+        if self._palette is not None:
+            bands = np.moveaxis(self._palette[bands[0]], -1, 0)
+        pixels = np.moveaxis(bands, 0, -1)  # (H, W, 1 or 3)
+        if not self.table:
+            return np.repeat(pixels, 3, 2) if len(bands) == 1 else np.ascontiguousarray(pixels)
+        if len(bands) == 3:
+            lossy = self.table.nearest or str(self.tiff.compression) == "Compression.jpeg"
+            whole = pixels.shape[:2] == (self.height, self.width)
+            return self.table.from_colours(pixels, self.path, lossy, strict=whole)
+        codes, nothing = bands[0].astype(np.int64), self.tiff.nodata
+        if nothing is not None and nothing not in {value for value, _, _ in self.table.rows}:
+            codes[codes == nothing] = IGNORED
+        return self.table.from_codes(codes, self.path)
+
+    @functools.cached_property
+    def masked(self):
+        """Whether some pixels of a TIFF may hold no data."""
+        flags = self.tiff.mask_flag_enums if self.tiff else []
+        return not all("all_valid" in (flag.name for flag in band) for band in flags)
+
+    def valid(self, top, left, height, width):
+        """Where a window holds data, (height, width) bool; None where every pixel does."""
+        if not self.masked:
+            return None
+        window = (top, top + height), (left, left + width)
+        return self.tiff.dataset_mask(window=window) > 0
+
+
+_TURNS = {  # EXIF's orientations: how to turn a photograph upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image):
+    """EXIF's orientation of an open image, 1 to 8; cameras write it in JPEG files."""
+    return image.getexif().get(274, 1) if image.format in ("JPEG", "MPO", "WEBP") else 1
 
 
 def _load_array(path, **how):
@@ -822,23 +970,11 @@ def _load_array(path, **how):
     return array[array.files[0]] if isinstance(array, np.lib.npyio.NpzFile) else array
 
 
-def _palette_is_of(image, table):
-    """Whether most of the colours that a palette image uses are the class table's."""
-    used = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+def _palette_is_of(rgb, table):
+    """Whether most of the colours that a palette image (H, W, 3) uses are the class table's."""
+    used = np.unique(rgb.reshape(-1, 3), axis=0)
     known = {color for _, color, _ in table.rows}
     return 2 * len(known & set(map(tuple, used.tolist()))) > len(used)
-
-
-def _image_size(path):
-    """(width, height) of an image or array file, from its header where the format has one."""
-    with _decoding(path):
-        if path.suffix.lower() in ARRAY_SUFFIXES:
-            shape = [side for side in _load_array(path, mmap_mode="r").shape if side != 1]
-            if len(shape) == 3:  # the class axis is the short one
-                shape.pop(0 if shape[0] < shape[2] else 2)
-            return shape[1], shape[0]
-        with Image.open(path) as image:
-            return image.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1062,8 +1198,9 @@ class ImageStore:
                     os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
 
             def work(k):
-                if counts[k]:
-                    store[ends[k] - counts[k] : ends[k]] = self._decode(pairs[k])
+                first = ends[k] - counts[k]
+                for row, record in enumerate(self._records(pairs[k]) if counts[k] else [], first):
+                    store[row] = record
 
             jobs = pool.map(work, range(len(pairs)))
             about = {"unit": "file", "leave": False, "disable": None}
@@ -1075,9 +1212,16 @@ class ImageStore:
             aside.unlink(missing_ok=True)
             pool.shutdown(cancel_futures=True)
 
+    def _sides(self, pair):
+        """The files of a pair that are there, each with the ClassTable that it needs."""
+        return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
+
     def _count(self, pair):
         """How many records a file gives; refuses sizes that do not fit together."""
-        sizes = [_image_size(path) for path in pair if path]
+        sizes = []
+        for path, table in self._sides(pair):
+            with Raster(path, table) as raster:
+                sizes.append((raster.width, raster.height))
         width, height = sizes[0]
         if self.split.halves:
             if width != 2 * height:
@@ -1093,34 +1237,42 @@ class ImageStore:
             raise UserError(f"{pair[0] or pair[1]}: {what}")
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
-    def _decode(self, pair):
-        """One file, or pair of files, as (records, channels, side, side) uint8."""
-        images = []
-        if self.split.halves:
-            both = read_image(pair[0])
-            a, b = np.split(both, 2, axis=1)
-            if self.classes:
-                lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
-                b = self.classes.from_colours(b, pair[0], lossy)
-            images = [a, b]
-        else:
-            if pair[0]:
-                images.append(read_image(pair[0]))
-            if pair[1]:
-                labels = self.classes is not None
-                images.append(read_labels(pair[1], self.classes) if labels else read_image(pair[1]))
-        patches = [list(self._patches(image)) for image in images]
-        return np.stack([np.concatenate(record) for record in zip(*patches, strict=True)])
+    def _records(self, pair):
+        """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
+        with contextlib.ExitStack() as stack:
+            rasters = []
+            for path, table in [(pair[0], None)] if self.split.halves else self._sides(pair):
+                rasters.append(stack.enter_context(Raster(path, table)))
+            step = self.patch or rasters[0].height
+            for top in range(0, rasters[0].height - step + 1, step):
+                strips = [raster.read(top, height=step) for raster in rasters]
+                if self.split.halves:
+                    a, b = np.split(strips[0], 2, axis=1)
+                    if self.classes:
+                        lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
+                        b = self.classes.from_colours(b, pair[0], lossy, not self.patch)
+                    strips = [a, b]
+                for patches in zip(*map(self._patches, strips), strict=True):
+                    yield np.concatenate(patches)
 
-    def _patches(self, image):
-        """The patches of (H, W, 3) or (H, W), resized: (3 or 1, side, side) each."""
-        labels = image.ndim == 2
-        step_y, step_x = (self.patch, self.patch) if self.patch else image.shape[:2]
-        for top in range(0, image.shape[0] - step_y + 1, step_y):
-            for left in range(0, image.shape[1] - step_x + 1, step_x):
-                cut = np.ascontiguousarray(image[top : top + step_y, left : left + step_x])
-                resized = resize(cut, (self.side, self.side), labels)
-                yield resized[None] if labels else resized.transpose(2, 0, 1)
+    def _patches(self, strip):
+        """The patches of a strip (H, W, 3) or (H, W), resized: (3 or 1, side, side) each."""
+        labels = strip.ndim == 2
+        step = self.patch or strip.shape[1]
+        for left in range(0, strip.shape[1] - step + 1, step):
+            cut = np.ascontiguousarray(strip[:, left : left + step])
+            resized = resize(cut, (self.side, self.side), labels)
+            yield resized[None] if labels else resized.transpose(2, 0, 1)
+
+    def window(self):
+        """How many source pixels an image's side had: --patch, or the median of 100 images."""
+        if self.patch:
+            return self.patch
+        sides = []
+        for k in spread(100, len(self.split.A)):
+            with Raster(self.split.A[k]) as raster:
+                sides.append(min(raster.height, raster.width))
+        return int(np.median(sides))
 
 
 class Rows:
@@ -1479,6 +1631,7 @@ class Run:
         self.count, self.means, self.lr = saved.get("count", 0), {}, 0.0
         self.epoch_sums = saved.get("epoch_sums")
         self.histograms = saved.get("histograms") or data.store.histograms()
+        self.window = saved.get("window") or data.store.window()
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.clock, self.first_step, self.plotted = None, self.step, -math.inf
         self.interrupted, self.tracker = 0, None
@@ -1654,6 +1807,7 @@ class Run:
                 "count",
                 "epoch_sums",
                 "histograms",
+                "window",
                 "id",
             ):
                 about[name] = getattr(self, name)
@@ -2249,84 +2403,514 @@ def inputs_of(cfg, labels=False, by_stem=False):
 
 
 def write_image(path, image):
-    """Writes (H, W, 3) or (H, W) uint8 by the ending of path: JPEG at quality 95, else lossless."""
+    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, aside, and renames: whole or absent.
+
+    By the ending of path: JPEG at quality 95, else lossless; an unknown ending becomes .png.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
-        path = path.with_suffix(".png")
+        path, suffix = path.with_suffix(".png"), ".png"
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
     if suffix == ".webp":
         options = {"lossless": True}
-    Image.fromarray(image).save(path, **options)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture.save(aside, **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 
-def painted(lc, strokes, classes):
-    """A copy of land cover (H, W) with rectangles "class:x,y,width,height" painted into it."""
-    lc, names = lc.copy(), [name.lower() for name in classes.names]
-    for stroke in strokes:
-        name, _, numbers = stroke.rpartition(":")
+@contextlib.contextmanager
+def writing(path, source, classes=None):
+    """Yields put(pixels, top, left): a new picture of a Raster's size, written by windows.
+
+    With a ClassTable pixels are (H, W) class indices, and the file gets its colours, else they
+    are (H, W, 3) uint8. A TIFF from a TIFF keeps its place on earth, and no data stays no data;
+    other files lie in memory till the end. It appears under its name when it is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (source.tiff and path.suffix.lower() in TIFF_SUFFIXES):
+        shape = source.height, source.width, *(() if classes else (3,))
+        whole = np.zeros(shape, np.uint8)
+
+        def put(pixels, top, left=0):
+            whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+
+        yield put
+        if classes:  # indices, which the scripts read again, and colours to look at
+            image = Image.fromarray(whole)
+            image.putpalette(classes.palette.tobytes())
+            write_image(path.with_suffix(".png"), image)
+            write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
+        else:
+            write_image(path, whole)
+        return
+    given = source.tiff.nodata
+    nothing = int(given) if given is not None and 0 <= given <= 255 else 0
+    profile = {
+        "driver": "GTiff",
+        "dtype": "uint8",
+        "height": source.height,
+        "width": source.width,
+        "count": 1 if classes else 3,
+        "compress": "deflate",
+        "tiled": True,
+        "blockxsize": 256,
+        "blockysize": 256,
+        "bigtiff": "if_safer",
+        "nodata": IGNORED if classes else nothing if source.masked else None,
+    }
+    if not source.tiff.transform.is_identity:
+        profile |= {"crs": source.tiff.crs, "transform": source.tiff.transform}
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with _rasterio().open(aside, "w", **profile) as target:
+            if classes:
+                colors = enumerate(classes.palette.tolist())
+                target.write_colormap(1, {k: tuple(color) for k, color in colors})
+
+            def put(pixels, top, left=0):
+                height, width = pixels.shape[:2]
+                valid = source.valid(top, left, height, width)
+                if valid is not None and classes:
+                    pixels = np.where(valid, pixels, np.uint8(IGNORED))
+                elif valid is not None:  # what was painted must not look like nothing
+                    lost = (pixels == nothing).all(-1, keepdims=True)
+                    pixels = np.where(lost, abs(nothing - 1), pixels)
+                    pixels = np.where(valid[..., None], pixels, nothing).astype(np.uint8)
+                bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
+                target.write(bands, window=((top, top + height), (left, left + width)))
+
+            yield put
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def tiles(length, window):
+    """Where windows stand along a side, and what they weigh: [(start, (window,) float32), ...].
+
+    They overlap by a quarter or more, and their weights sum to 1 everywhere: 0 in the outer
+    quarter of an overlap, where a window knows least of what lies around, and a cosine between.
+    """
+    count = max(1, math.ceil((length - window // 4) / (window - window // 4)))
+    starts = np.linspace(0, max(length - window, 0), count).round().astype(int).tolist()
+    weights = np.ones((count, window), np.float32)
+    for k in range(count - 1):
+        overlap = starts[k] + window - starts[k + 1]
+        position = (np.arange(overlap) + 0.5) / overlap
+        ramp = (1 - np.cos(np.pi * np.clip(2 * position - 0.5, 0, 1))) / 2
+        weights[k, window - overlap :] *= 1 - ramp
+        weights[k + 1, :overlap] *= ramp
+    return list(zip(starts, weights, strict=True))
+
+
+class SharedStatistics:
+    """Normalises every window of a raster by statistics of the windows around it.
+
+    InstanceNorm, and BatchNorm by an image's own statistics, would paint each window in colours
+    of its own. A first pass over some windows notes every layer's mean and variance, and a window
+    then gets their averages, with Gaussian weights of `reach` windows (kernelized instance
+    normalization, Ho et al. 2022, arXiv:2208.10730; an infinite reach: all alike).
+    """
+
+    most = 24  # windows noted along a side: for 2000 x 2000 windows of a large raster, too
+
+    def __init__(self, net, reach):
+        kinds = nn.InstanceNorm2d, nn.BatchNorm2d
+        self.layers = [module for module in net.modules() if isinstance(module, kinds)]
+        self.reach, self.places = reach, []
+        self.moments = {layer: [] for layer in self.layers}
+
+    def some(self, windows):
+        """Those windows of a side to note: about one within each reach, which widens if need be."""
+        count = min(self.most, max(8, math.ceil(0.75 * len(windows) / self.reach)))
+        self.reach = max(self.reach, 0.75 * len(windows) / count)
+        return [windows[k] for k in spread(count, len(windows))]
+
+    def note(self, place, paint, tile):
+        """Notes the statistics of a tile (C, S, S) at place (top, left), counted in windows."""
+
+        def keep(layer, inputs):
+            variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
+            self.moments[layer].append(torch.stack([mean, variance]))
+
+        hooks = [layer.register_forward_pre_hook(keep) for layer in self.layers]
+        try:
+            paint(tile[None])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.places.append(place)
+
+    @contextlib.contextmanager
+    def around(self, places):
+        """Within it the network takes windows at these places, in this order."""
+        apart = torch.tensor(places)[:, None] - torch.tensor(self.places)[None]  # (B, N, 2)
+        weights = torch.softmax(-apart.square().sum(-1) / (2 * self.reach**2), 1)
+        try:
+            for layer in self.layers:
+                layer.forward = self._forward(layer, weights)
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _forward(self, layer, weights):
+        means, variances = torch.stack(self.moments[layer], 1)  # (N, C) each
+        weights = weights.to(means)
+        mean = weights @ means
+        variance = weights @ (variances + means.square()) - mean.square()
+        done = 0
+
+        def forward(x):
+            nonlocal done  # a batch may come in pieces
+            rows, done = slice(done, done + len(x)), done + len(x)
+            flat = x.reshape(1, -1, *x.shape[2:])
+            moments = mean[rows].flatten(), variance[rows].flatten().clamp_min(0)
+            x = F.batch_norm(flat, *moments, eps=layer.eps).view_as(x)
+            if layer.weight is None:
+                return x
+            return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+        return forward
+
+
+def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
+    """Paints a raster by windows: yields (top, pixels (C, rows, width) float32) from top to bottom.
+
+    cut(top, left, height, width)  a window as the network takes it, (C', S, S) uint8
+    paint(windows (B, C', S, S))   -> (B, C, S', S')
+    size                           (height, width)
+    window                         the side of a window; 0: the whole at once
+    statistics                     SharedStatistics, where normalisation would tell windows apart
+
+    In memory: `window` rows of the raster, in float32, and a batch.
+    """
+    sides = (window, window) if window else size
+    rows, columns = (tiles(length, side) for length, side in zip(size, sides, strict=True))
+    alone = len(rows) * len(columns) == 1
+    if statistics and not alone:
+        noted = list(itertools.product(statistics.some(rows), statistics.some(columns)))
+        bar = {"unit": "window", "leave": False, "disable": None}
+        for (top, _), (left, _) in tqdm(noted, "statistics", **bar):
+            place = top / window, left / window
+            statistics.note(place, paint, torch.from_numpy(cut(top, left, *sides)))
+    megapixels = size[0] * size[1] / 1e6
+    bar = tqdm(total=megapixels, desc=about, unit="MP", leave=False, disable=None)
+    band = None  # of the raster, from `top` on: sums of weighted windows
+    for k, (top, weights_y) in enumerate(rows):
+        for some in (columns[j : j + batch] for j in range(0, len(columns), batch)):
+            windows = torch.from_numpy(np.stack([cut(top, left, *sides) for left, _ in some]))
+            places = [(top / sides[0], left / sides[1]) for left, _ in some]
+            shared = statistics and not alone
+            with statistics.around(places) if shared else contextlib.nullcontext():
+                fakes = paint(windows).float().cpu()
+            if fakes.shape[2:] != sides:
+                fakes = F.interpolate(fakes, sides, mode="bicubic", antialias=True)
+            if band is None:
+                width = columns[-1][0] + sides[1]
+                band = torch.zeros(fakes.shape[1], sides[0], width)
+            for fake, (left, weights_x) in zip(fakes, some, strict=True):
+                weights = torch.from_numpy(weights_y[:, None] * weights_x)
+                band[:, :, left : left + sides[1]] += fake * weights
+            bar.update(megapixels * len(some) / len(rows) / len(columns))
+        done = rows[k + 1][0] - top if k + 1 < len(rows) else size[0] - top
+        finished, rest = band.split([done, sides[0] - done], 1)
+        band = torch.cat([rest, torch.zeros_like(finished)], 1)
+        yield top, finished[:, :, : size[1]]
+    bar.close()
+
+
+def windows_of(cfg, raster):
+    """The window by which a raster is painted; 0 for the whole at once, up to 1.5 windows."""
+    size = f"{raster.path.name}: {raster.width}x{raster.height}"
+    if not cfg.window or max(raster.height, raster.width) <= 1.5 * cfg.window:
+        print(f"{size}: as a whole, at {cfg.size}x{cfg.size}", file=sys.stderr)
+        return 0
+    rows, columns = tiles(raster.height, cfg.window), tiles(raster.width, cfg.window)
+    starts = max(rows, columns, key=len)
+    step = max(b[0] - a[0] for a, b in itertools.pairwise(starts))
+    what = f"{len(rows) * len(columns)} windows of {cfg.window}"
+    what += f", overlapping {cfg.window - step}, each at {cfg.size}x{cfg.size}"
+    print(f"{size}: {what}", file=sys.stderr)
+    return cfg.window
+
+
+def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
+    """--generate of pictures or label maps, at the scale of training, into --out.
+
+    paint(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
+           of the classes (B, classes, S, S); whole: there is just one window
+    net    the network, if it normalises by an image's own statistics
+    """
+    files = inputs_of(cfg, labels=from_labels, by_stem=to_labels)
+    for path in files:
+        torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
+        with Raster(path, cfg.classes if from_labels else None) as raster:
+            window = windows_of(cfg, raster)
+
+            def cut(top, left, height, width, raster=raster):
+                pixels = raster.padded(top, left, height, width)
+                small = resize(pixels, (cfg.size, cfg.size), from_labels)
+                return small[None] if from_labels else np.moveaxis(small, -1, 0)
+
+            shared = SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
+            strips = blended(
+                cut,
+                functools.partial(paint, whole=not window),
+                (raster.height, raster.width),
+                window,
+                shared,
+                about=path.name,
+            )
+            with writing(Path(cfg.out) / path.name, raster, to_labels and cfg.classes) as put:
+                for top, strip in strips:
+                    if to_labels:
+                        put(strip.argmax(0).byte().numpy(), top)
+                    else:
+                        put(as_array(strip[None]), top)
+    print(f"{len(files)} images written to {cfg.out}")
+
+
+class EditFiles:
+    """What --generate, --lc, --lc-before and --paint ask for: an edit of one photograph.
+
+    photo      its Raster
+    lc, first  Rasters of the land cover given by --lc, and of --lc-before or None
+    told       whether the land cover before is known, and with it what changed
+    """
+
+    def __init__(self, cfg):
+        path = inputs_of(cfg)[0]
+        if Path(cfg.generate).is_dir():
+            what = "an edit takes one photograph, not a folder"
+            raise UserError(f"--generate {cfg.generate}: {what}")
+        if not cfg.lc:
+            what = "the photograph's land cover (edited, or to be edited by --paint)"
+            raise UserError(f"--generate needs --lc FILE, {what}")
+        named = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
+        if Path(cfg.out).resolve() in {file.resolve().parent for file in named}:
+            what = "holds the land cover, which may have the same name"
+            raise UserError(f"--out {cfg.out}: {what}: choose another folder")
+        self.cfg, self.photo, self.told = cfg, Raster(path), bool(cfg.lc_before or cfg.paint)
+        self.lc, *first = (Raster(file, cfg.classes) for file in named)
+        self.first = first[0] if first else None
+        self.size = self.photo.height, self.photo.width
+        for labels in filter(None, (self.lc, self.first)):
+            if (labels.height, labels.width) != self.size:
+                size = f"{labels.width}x{labels.height}"
+                other = f"{path} is {self.photo.width}x{self.photo.height}"
+                raise UserError(f"{labels.path} is {size} but {other}: sizes must agree")
+        if cfg.erase and not self.told:
+            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
+            raise UserError(f"--generate must know what changed: {remedy}")
+        self.strokes = [self._stroke(text) for text in cfg.paint]
+
+    def _stroke(self, text):
+        """A "class:x,y,width,height" as (index, top, left, bottom, right)."""
+        classes = self.cfg.classes
+        name, _, numbers = text.rpartition(":")
+        names = [known.lower() for known in classes.names]
         try:
             x, y, width, height = (int(number) for number in numbers.split(","))
         except ValueError:
-            raise UserError(f"--paint {stroke}: write class:x,y,width,height, in pixels") from None
+            raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
         if name.lower() not in names:
             known = ", ".join(classes.names)
-            raise UserError(f"--paint {stroke}: no such class; there are {known}")
-        area = lc[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
-        if area.size == 0:
-            size = f"{lc.shape[1]}x{lc.shape[0]}"
-            raise UserError(f"--paint {stroke}: lies outside the image, {size} pixels")
-        area[...] = names.index(name.lower())
-    return lc
+            raise UserError(f"--paint {text}: no such class; there are {known}")
+        if min(width, height, x + width, y + height) <= 0 or x >= self.size[1] or y >= self.size[0]:
+            size = f"{self.size[1]}x{self.size[0]}"
+            raise UserError(f"--paint {text}: lies outside the image, {size} pixels")
+        return names.index(name.lower()), max(y, 0), max(x, 0), y + height, x + width
+
+    def after(self, top, left, height, width):
+        """A window of the land cover that the edited photograph shall have, mirrored at edges."""
+        labels = self.lc.padded(top, left, height, width).copy()
+        inside = labels[: self.size[0] - top, : self.size[1] - left]
+        for index, *corners in self.strokes:
+            y0, x0, y1, x1 = (max(c - o, 0) for c, o in zip(corners, (top, left) * 2, strict=True))
+            inside[y0:y1, x0:x1] = index
+        return labels
+
+    def before(self, top, left, height, width):
+        """A window of the land cover that the photograph has; of --lc's where nothing tells."""
+        return (self.first or self.lc).padded(top, left, height, width)
+
+    def changed(self, top, left, height, width):
+        """Where a window's land cover changes: (height, width) bool."""
+        if not self.told:
+            return np.ones((height, width), bool)
+        window = top, left, height, width
+        return self.before(*window) != self.after(*window)
+
+    def regions(self, window):
+        """What to paint, [(top, left, height, width), ...], around each group of changes.
+
+        A change that leaves a window an eighth of its side around it gets one window of its own,
+        with the change in its middle, as in training; a larger one gets a quarter all around.
+        Regions that would overlap become one.
+        """
+        if not self.told or not self.cfg.keep_outside or not window:
+            return [(0, 0, *self.size)]
+        block = max(1, window // 16)
+        spans = [
+            (y * block, x * block, (y_last + 1) * block, (x_last + 1) * block)
+            for y, x, y_last, x_last in _groups(self._changed_blocks(block))
+        ]
+        apart = []
+        while spans:
+            span = spans.pop()
+            near = [s for s in apart if _touch(self._around(span, window), self._around(s, window))]
+            if near:
+                apart.remove(near[0])
+                span = [*map(min, span[:2], near[0][:2]), *map(max, span[2:], near[0][2:])]
+                spans.append(span)
+            else:
+                apart.append(span)
+        return [self._around(span, window) for span in apart]
+
+    def _changed_blocks(self, block):
+        """The set of (row, column) of blocks of pixels in which land cover changes."""
+        blocks = set()
+        for row, top in enumerate(range(0, self.size[0], block)):
+            changed = self.changed(top, 0, min(block, self.size[0] - top), self.size[1]).any(0)
+            blocks |= {(row, k // block) for k in np.flatnonzero(changed).tolist()}
+        return blocks
+
+    def _around(self, span, window):
+        """The region to paint around what changes in (top, left, bottom, right)."""
+        corner, room = [], window // 4
+        lengths = []
+        for first, last, side in zip(span[:2], span[2:], self.size, strict=True):
+            fits = last - first <= window - room
+            length = min(side, window if fits else last - first + 2 * room)
+            corner.append(max(0, min((first + last - length) // 2, side - length)))
+            lengths.append(length)
+        return *corner, *lengths
 
 
-def read_edit(cfg):
-    """What --generate, --lc, --lc-before and --paint ask for: (path, photo, before, after).
+def _groups(blocks):
+    """Splits a set of (row, column) into groups of neighbours: the corners of each, inclusive."""
+    while blocks:
+        group, edge = set(), {blocks.pop()}
+        while edge:
+            group |= edge
+            edge = blocks & {(y + dy, x + dx) for y, x in edge for dy, dx in _NEAR}
+            blocks -= edge
+        rows, columns = zip(*group, strict=True)
+        yield min(rows), min(columns), max(rows), max(columns)
 
-    photo   (H, W, 3) uint8, the photograph at path
-    before  (H, W) uint8 class indices, its land cover, or None where nothing tells
-    after   (H, W) uint8 class indices, the land cover that the edited photograph shall have
+
+_NEAR = list(itertools.product((-1, 0, 1), repeat=2))
+
+
+def _touch(a, b):
+    """Whether two regions (top, left, height, width) have pixels in common."""
+    return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (0, 1))
+
+
+def _view(regions, size, most=1024):
+    """What a sheet shows: all, or of a large raster the surroundings of the largest edit."""
+    if max(size) <= most or not regions:
+        return 0, 0, min(size[0], most), min(size[1], most)
+    top, left, height, width = max(regions, key=lambda region: region[2] * region[3])
+    corner = [
+        max(0, min(first + length // 2 - most // 2, side - most))
+        for first, length, side in ((top, height, size[0]), (left, width, size[1]))
+    ]
+    return *corner, min(most, size[0]), min(most, size[1])
+
+
+def _paste(picture, pixels, top, left):
+    """Puts what fits of pixels into a picture, at a place that may lie partly outside it."""
+    y, x = max(0, -top), max(0, -left)
+    bottom, right = max(0, top + pixels.shape[0]), max(0, left + pixels.shape[1])
+    inside = picture[top + y : bottom, left + x : right]
+    inside[...] = pixels[y : y + inside.shape[0], x : x + inside.shape[1]]
+
+
+def edit_file(cfg, paint, net=None, samples=1):
+    """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
+
+    Only windows around what changed are painted, and blended into the photograph over a border
+    of 12 pixels in 256; elsewhere it stays as it is. With several samples also how they differ:
+    their standard deviation, white at 32 levels.
+
+    paint(windows (B, 5, S, S) uint8, sample)  -> (B, 3, S, S) in [-1, 1]; a window is the
+           photograph, the land cover to be, and 1 where it changes
+    net    the network, if it normalises by an image's own statistics
     """
-    path = inputs_of(cfg)[0]
-    if Path(cfg.generate).is_dir():
-        raise UserError(f"--generate {cfg.generate}: an edit takes one photograph, not a folder")
-    if not cfg.lc:
-        what = "the photograph's land cover (edited, or to be edited by --paint)"
-        raise UserError(f"--generate needs --lc FILE, {what}")
-    files = [Path(file).resolve() for file in (cfg.lc, cfg.lc_before) if file]
-    if Path(cfg.out).resolve() in {file.parent for file in files}:
-        what = "holds the land cover, which may have the same name"
-        raise UserError(f"--out {cfg.out}: {what}: choose another folder")
-    photo, lc, before = read_image(path), read_labels(cfg.lc, cfg.classes), None
-    if cfg.lc_before:
-        before = read_labels(cfg.lc_before, cfg.classes)
-    elif cfg.paint:
-        before = lc
-    for name, labels in ((cfg.lc, lc), (cfg.lc_before, before)):
-        if labels is not None and labels.shape != photo.shape[:2]:
-            size = f"{labels.shape[1]}x{labels.shape[0]}"
-            other = f"{path} is {photo.shape[1]}x{photo.shape[0]}"
-            raise UserError(f"{name} is {size} but {other}: sizes must agree")
-    return path, photo, before, painted(lc, cfg.paint, cfg.classes)
-
-
-def keep_outside(edited, photo, before, after):
-    """The photograph (H, W, 3) where land cover stayed, the edited one where it changed.
-
-    They blend over a border of 12 pixels at 256. Where before is None: the edited one.
-    """
-    if before is None:
+    edit = EditFiles(cfg)
+    photo, size, name = edit.photo, (cfg.size, cfg.size), edit.photo.path
+    window = windows_of(cfg, photo)
+    regions = edit.regions(window)
+    border = max(1, round(12 * (window or min(edit.size)) / 256))
+    whole = not (edit.told and cfg.keep_outside)
+    if not edit.told:
         hint = "--lc-before FILE would tell what changed"
         print(f"the whole photograph is regenerated: {hint}", file=sys.stderr)
-        return edited
-    border = max(1, round(12 * min(after.shape) / 256))
-    mask = Image.fromarray((before != after).astype(np.uint8) * 255)
-    mask = mask.filter(ImageFilter.BoxBlur(border))
-    return np.asarray(Image.composite(Image.fromarray(edited), Image.fromarray(photo), mask))
+    if not regions:
+        print("the land cover is the same before and after: nothing changes", file=sys.stderr)
 
+    def cut(top, left, height, width):
+        place = top, left, height, width
+        rgb = resize(photo.padded(*place), size)
+        lc = resize(edit.after(*place), size, labels=True)
+        changed = resize(edit.changed(*place).astype(np.uint8), size, labels=True)
+        return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
 
-def save_sheet(path, pictures):
-    """Writes {title: (H, W, 3) uint8} side by side."""
-    save_grid(path, {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()})
+    def feathered(pixels, top, left):
+        """Painted pixels in the photograph, which holds outside of what changed."""
+        height, width = pixels.shape[:2]
+        if whole:
+            return pixels
+        above, before = min(border, top), min(border, left)
+        place = top - above, left - before, height + above + border, width + before + border
+        mask = Image.fromarray(edit.changed(*place).astype(np.uint8) * 255)
+        mask = mask.filter(ImageFilter.BoxBlur(border))
+        mask = mask.crop((before, above, before + width, above + height))
+        under = Image.fromarray(photo.read(top, left, height, width))
+        return np.asarray(Image.composite(Image.fromarray(pixels), under, mask))
+
+    view = _view(regions, edit.size)
+    top, left, height, width = view
+    pictures, answers = {"before": photo.read(*view)}, []
+    if edit.told:
+        pictures["land cover"] = cfg.classes.palette[edit.before(*view)]
+    pictures["edited land cover"] = cfg.classes.palette[edit.after(*view)]
+    for k in range(1, samples + 1):
+        path = Path(cfg.out) / (f"{name.stem}_{k}{name.suffix}" if samples > 1 else name.name)
+        shown = pictures["before"].copy()
+        with writing(path, photo) as put:
+            for first in range(0, edit.size[0], 256):
+                put(photo.read(first, 0, 256), first)
+            for y, x, tall, wide in regions:
+                shared = SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
+                strips = blended(
+                    lambda top, left, *sides, y=y, x=x: cut(y + top, x + left, *sides),
+                    functools.partial(paint, sample=k),
+                    (tall, wide),
+                    window,
+                    shared,
+                    about=name.name,
+                )
+                for first, strip in strips:
+                    pixels = feathered(as_array(strip[None]), y + first, x)
+                    put(pixels, y + first, x)
+                    _paste(shown, pixels, y + first - top, x - left)
+        pictures[f"after {k}" if samples > 1 else "after"] = shown
+        answers.append(shown.astype(np.float32))
+    if samples > 1:
+        spread = np.std(answers, 0).mean(-1, keepdims=True)
+        differences = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)
+        pictures["where they differ"] = differences
+        write_image(Path(cfg.out) / f"{name.stem}_differences.png", differences)
+    sheet = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
+    save_grid(Path(cfg.out) / f"{name.stem}_sheet.png", sheet)
+    print(f"{len(answers)} edits written to {cfg.out}, with a before/after sheet beside them")

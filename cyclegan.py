@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import common
@@ -546,33 +545,27 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Translates --generate's images into --out: resized to --size and back, names kept."""
-    from_labels = cfg.classes is not None and cfg.direction == "BtoA"
-    to_labels = cfg.classes is not None and cfg.direction == "AtoB"
-    files = common.inputs_of(cfg, labels=from_labels, by_stem=to_labels)
-    for path in files:
-        image = common.read_labels(path, cfg.classes) if from_labels else common.read_image(path)
-        small = common.as_tensor(common.resize(image, (cfg.size, cfg.size), from_labels), device)
-        x = common.one_hot(small, len(cfg.classes)) if from_labels else common.from_bytes(small)
-        fake = translate(state, x, cfg)
-        if to_labels:
-            index = fake[0].argmax(0).byte().cpu().numpy()
-            index = common.resize(index, image.shape[1::-1], labels=True)
-            write_labels(Path(cfg.out) / path.name, index, cfg.classes)
+    """Translates --generate's pictures, or label maps, into --out, at the scale of training.
+
+    Land cover is blended as probabilities, and then decided.
+    """
+    to_B = cfg.direction == "AtoB"
+    from_labels, to_labels = bool(cfg.classes and not to_B), bool(cfg.classes and to_B)
+    net = state.G_AB if to_B else state.G_BA
+
+    @torch.no_grad()
+    def paint(windows, whole):
+        """Windows (B, 3 or 1, S, S) uint8 of one domain -> of the other, (B, C, S, S)."""
+        windows = windows.to(device)
+        if from_labels:
+            x = common.one_hot(windows[:, 0], len(cfg.classes))
         else:
-            picture = common.resize(common.as_array(fake), image.shape[1::-1])
-            common.write_image(Path(cfg.out) / path.name, picture)
-    print(f"{len(files)} images written to {cfg.out}")
+            x = common.from_bytes(windows)
+        with common.autocast(cfg, device):
+            fakes = net(x)
+        return fakes.float().softmax(1) if to_labels else fakes.float()
 
-
-def write_labels(path, index, classes):
-    """Writes (H, W) uint8 indices twice: name.png, with a palette, and name_colours.png."""
-    path = path.with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(index)
-    image.putpalette(classes.palette.tobytes())
-    image.save(path)
-    common.write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[index])
+    common.translate_files(cfg, paint, net, from_labels, to_labels)
 
 
 def use(cfg, device, checkpoint):

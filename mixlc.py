@@ -605,28 +605,17 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say; writes a before/after sheet, too."""
-    path, photo, before, after = common.read_edit(cfg)
-    rgb = common.as_tensor(common.resize(photo, (cfg.size, cfg.size)), device)
-    lc = common.as_tensor(common.resize(after, (cfg.size, cfg.size), labels=True), device)
-    rgb = common.from_bytes(rgb)
-    if cfg.erase:
-        if before is None:
-            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
-            raise UserError(f"--generate must know what changed: {remedy}")
-        changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
-        rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
-    inputs = rgb, common.one_hot(lc, len(cfg.classes))
-    edited = common.resize(common.as_array(translate(state, inputs, cfg)), photo.shape[1::-1])
-    if cfg.keep_outside:
-        edited = common.keep_outside(edited, photo, before, after)
-    written = common.write_image(Path(cfg.out) / path.name, edited)
-    pictures = {"before": photo}
-    if before is not None:
-        pictures["land cover"] = cfg.classes.palette[before]
-    pictures |= {"edited land cover": cfg.classes.palette[after], "after": edited}
-    common.save_sheet(Path(cfg.out) / f"{path.stem}_sheet.png", pictures)
-    print(f"written to {written}, with a before/after sheet beside it")
+    """Edits --generate's photograph as --lc and --paint say, into --out."""
+
+    def paint(windows, sample):
+        """Windows of a photograph, (B, 5, S, S) uint8, as painted: (B, 3, S, S) in [-1, 1]."""
+        windows = windows.to(device)
+        rgb, lc, changed = common.from_bytes(windows[:, :3]), windows[:, 3], windows[:, 4:] > 0
+        rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
+        return translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg)
+
+    net = state.G if common.own_statistics(cfg) else None
+    common.edit_file(cfg, paint, net)
 
 
 def use(cfg, device, checkpoint):

@@ -626,42 +626,20 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say; writes a before/after sheet, too.
+    """Edits --generate's photograph as --lc and --paint say, --samples times, into --out."""
 
-    With several --samples also how they differ: their standard deviation, white at 32 levels.
-    """
-    path, photo, before, after = common.read_edit(cfg)
-    rgb = common.as_tensor(common.resize(photo, (cfg.size, cfg.size)), device)
-    lc = common.as_tensor(common.resize(after, (cfg.size, cfg.size), labels=True), device)
-    rgb = common.from_bytes(rgb)
-    if cfg.erase:
-        if before is None:
-            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
-            raise UserError(f"--generate must know what changed: {remedy}")
-        changed = common.resize((before != after).astype(np.uint8), (cfg.size, cfg.size), True)
-        rgb = rgb.masked_fill(common.as_tensor(changed, device)[:, None] > 0, 0.0)
-    inputs = rgb, common.one_hot(lc, len(cfg.classes))
-    pictures = {"before": photo}
-    if before is not None:
-        pictures["land cover"] = cfg.classes.palette[before]
-    pictures["edited land cover"] = cfg.classes.palette[after]
-    torch.manual_seed(cfg.seed)
-    answers = []
-    for k in range(1, cfg.samples + 1):
-        edited = common.resize(common.as_array(translate(state, inputs, cfg)), photo.shape[1::-1])
-        if cfg.keep_outside:
-            edited = common.keep_outside(edited, photo, before, after)
-        name = f"{path.stem}_{k}{path.suffix}" if cfg.samples > 1 else path.name
-        common.write_image(Path(cfg.out) / name, edited)
-        pictures[f"after {k}"] = edited
-        answers.append(edited.astype(np.float32))
-    if cfg.samples > 1:
-        spread = np.std(answers, 0).mean(-1, keepdims=True)
-        differences = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)
-        pictures["where they differ"] = differences
-        common.write_image(Path(cfg.out) / f"{path.stem}_differences.png", differences)
-    common.save_sheet(Path(cfg.out) / f"{path.stem}_sheet.png", pictures)
-    print(f"{len(answers)} edits written to {cfg.out}, with a before/after sheet beside them")
+    def paint(windows, sample):
+        """Windows of a photograph, (B, 5, S, S) uint8, as painted: (B, 3, S, S) in [-1, 1]."""
+        fakes = []
+        for window in windows.to(device).split(1):
+            common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
+            rgb, lc, changed = common.from_bytes(window[:, :3]), window[:, 3], window[:, 4:] > 0
+            rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
+            fakes.append(translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg))
+        return torch.cat(fakes)
+
+    net = state.G if common.own_statistics(cfg) else None
+    common.edit_file(cfg, paint, net, cfg.samples)
 
 
 def use(cfg, device, checkpoint):

@@ -21,7 +21,6 @@ Measured: --quick, 33 s on two cores of a CPU, validation RMSE 14.3 levels; a co
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -444,14 +443,17 @@ def main(argv=None):
 
 
 @torch.no_grad()
-def translate(state, inputs, cfg):
+def translate(state, inputs, cfg, noise=True):
     """Inputs (B, 3, S, S) in [-1, 1] -> images (B, 3, S, S), float32 in [-1, 1].
 
-    --eval-norm batch, the paper's policy (section 3.3): dropout stays on and BatchNorm uses the
-    statistics of the image itself. running: no dropout, running statistics.
+    --eval-norm batch, the paper's policy (section 3.3): dropout stays on (if noise) and BatchNorm
+    uses the statistics of the image itself. running: no dropout, running statistics.
     """
     own_statistics = common.own_statistics(cfg)
     common.set_mode(state.G, own_statistics, track=not own_statistics)
+    for module in state.G.modules():
+        if isinstance(module, nn.Dropout):
+            module.train(own_statistics and noise)
     with common.autocast(cfg, inputs.device):
         fakes = [state.G(x) for x in inputs.split(1 if own_statistics else len(inputs))]
     common.set_mode(state.G, True, track=True)
@@ -510,20 +512,20 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Translates --generate's images into --out: resized to --size and back, names kept."""
+    """Translates --generate's pictures, or label maps, into --out, at the scale of training.
+
+    Dropout, the paper's noise, would tell windows apart: it is on where one window is all.
+    """
     classes = cfg.classes if cfg.direction == "BtoA" else None
-    files = common.inputs_of(cfg, labels=classes is not None)
-    for path in files:
-        torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
-        if classes:
-            image = classes.palette[common.read_labels(path, classes)]
-        else:
-            image = common.read_image(path)
-        small = common.resize(image, (cfg.size, cfg.size), labels=classes is not None)
-        x = common.from_bytes(common.as_tensor(small, device))
-        fake = common.as_array(translate(state, x, cfg))
-        common.write_image(Path(cfg.out) / path.name, common.resize(fake, image.shape[1::-1]))
-    print(f"{len(files)} images written to {cfg.out}")
+
+    def paint(windows, whole):
+        """Windows (B, 3 or 1, S, S) uint8 of the input -> (B, 3, S, S) in [-1, 1]."""
+        windows = windows.to(device)
+        x = common.draw(windows[:, 0], classes) if classes else common.from_bytes(windows)
+        return translate(state, x, cfg, noise=whole)
+
+    net = state.G if cfg.norm == "instance" or common.own_statistics(cfg) else None
+    common.translate_files(cfg, paint, net, from_labels=classes is not None)
 
 
 def use(cfg, device, checkpoint):

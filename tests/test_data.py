@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from common import ClassTable, ImageStore, UserError, find_images, read_labels
+from common import ClassTable, ImageStore, Raster, UserError, find_images
 from conftest import TABLE, as_rank, land_cover, picture, save, side_by_side
 from pix2pix import Config
 
@@ -173,14 +173,14 @@ def test_label_formats(tmp_path, table, kind):
     else:
         one_hot = (INDEX[..., None] == np.arange(3)).astype(np.float32)
         np.savez(path, one_hot if kind == "one-hot" else np.moveaxis(one_hot, -1, 0))
-    assert (read_labels(path, table) == INDEX).all()
+    assert (Raster(path, table).read() == INDEX).all()
 
 
 def test_palette_image_of_indices_with_another_palette(tmp_path, table):
     image = Image.fromarray(CODES).convert("P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 1, 1])
     image.save(tmp_path / "x.png")
-    assert (read_labels(tmp_path / "x.png", table) == INDEX).all()
+    assert (Raster(tmp_path / "x.png", table).read() == INDEX).all()
 
 
 def test_s2glc_codes(tmp_path):
@@ -189,7 +189,7 @@ def test_s2glc_codes(tmp_path):
     save(tmp_path / "codes.png", np.array([[0, 62, 162, 255]], np.uint8))
     save(tmp_path / "indices.png", np.array([[0, 1, 13, 255]], np.uint8))
     for name in ("codes", "indices"):
-        assert read_labels(tmp_path / f"{name}.png", table).tolist() == [[0, 1, 13, 255]]
+        assert Raster(tmp_path / f"{name}.png", table).read().tolist() == [[0, 1, 13, 255]]
 
 
 def test_codes_that_could_be_mistaken_for_positions_are_never_taken_for_them(tmp_path):
@@ -199,10 +199,10 @@ def test_codes_that_could_be_mistaken_for_positions_are_never_taken_for_them(tmp
     ]
     table = ClassTable.load(json.dumps(rows))
     save(tmp_path / "good.png", np.array([[1, 2, 3, 255]], np.uint8))
-    assert read_labels(tmp_path / "good.png", table).tolist() == [[0, 1, 2, 255]]
+    assert Raster(tmp_path / "good.png", table).read().tolist() == [[0, 1, 2, 255]]
     save(tmp_path / "stray.png", np.array([[0, 1, 2]], np.uint8))
     with pytest.raises(UserError, match=r"\[0\] are outside"):
-        read_labels(tmp_path / "stray.png", table)
+        Raster(tmp_path / "stray.png", table).read()
 
 
 def test_binary_masks(tmp_path):
@@ -210,23 +210,23 @@ def test_binary_masks(tmp_path):
     save(tmp_path / "grey.png", np.array([[0, 255, 255]], np.uint8))
     Image.fromarray(np.array([[False, True, True]])).save(tmp_path / "one_bit.png")
     for name in ("grey", "one_bit"):
-        assert read_labels(tmp_path / f"{name}.png", table).tolist() == [[0, 1, 1]]
+        assert Raster(tmp_path / f"{name}.png", table).read().tolist() == [[0, 1, 1]]
 
 
 def test_maps_colours_survive_jpeg(tmp_path):
     table = ClassTable.load("maps")
     index = np.repeat(np.repeat(np.array([[0, 4], [5, 3]], np.uint8), 24, 0), 24, 1)
     save(tmp_path / "x.jpg", table.palette[index], quality=80)
-    assert (read_labels(tmp_path / "x.jpg", table) == index).mean() > 0.95
+    assert (Raster(tmp_path / "x.jpg", table).read() == index).mean() > 0.95
 
 
 def test_refuses_labels_outside_the_table(tmp_path, table):
     save(tmp_path / "x.png", np.array([[0, 77]], np.uint8))
     with pytest.raises(UserError, match=r"x.png: label values \[77\] are outside the class table"):
-        read_labels(tmp_path / "x.png", table)
+        Raster(tmp_path / "x.png", table).read()
     save(tmp_path / "y.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UserError, match="no pixel has a colour of the class table"):
-        read_labels(tmp_path / "y.png", table)
+        Raster(tmp_path / "y.png", table).read()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     ImageStore(config(root, cache), "train", 32)
     first = store_files(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "read_image", lambda path: pytest.fail("decoded again"))
+        patch.setattr(common.Raster, "read", lambda *_, **__: pytest.fail("decoded again"))
         ImageStore(config(root, cache), "train", 32)
     assert store_files(cache) == first
     ImageStore(config(root, cache), "train", 40)
@@ -337,7 +337,7 @@ def test_refuses_pictures_of_more_than_eight_bits(tmp_path):
 def test_conversions_are_said_once(tmp_path, capsys):
     for k in range(2):
         Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / f"{k}.jpg", quality=95)
-        assert abs(common.read_image(tmp_path / f"{k}.jpg").astype(int) - (255, 0, 0)).max() < 8
+        assert abs(Raster(tmp_path / f"{k}.jpg").read().astype(int) - (255, 0, 0)).max() < 8
     assert capsys.readouterr().err.count("CMYK: converted to RGB") == 1
 
 
@@ -361,9 +361,9 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
 def test_refuses_fractions_as_class_indices(tmp_path, table):
     np.save(tmp_path / "lc.npy", np.full((4, 4), 0.7))
     with pytest.raises(UserError, match="fractions"):
-        read_labels(tmp_path / "lc.npy", table)
+        Raster(tmp_path / "lc.npy", table).read()
     np.save(tmp_path / "lc.npy", np.full((4, 4), 1.0))
-    assert (read_labels(tmp_path / "lc.npy", table) == 1).all()
+    assert (Raster(tmp_path / "lc.npy", table).read() == 1).all()
 
 
 def test_a_damaged_store_is_built_again(tmp_path):

@@ -1,0 +1,83 @@
+"""How far the windows of a raster show, with normalisation of each window's own or shared.
+
+    python bench/seams.py runs/cyclegan/checkpoints/last.pt photograph.jpg [--window 256] ...
+
+For several --norm-reach the raster is translated, and two ratios are printed; 1 is no seam:
+
+gradient  mean difference of neighbouring pixels across the middle of an overlap, over elsewhere
+step      difference of the mean colours of two bands that meet in the middle of an overlap, each an
+          eighth of a window wide and a window long, over that of bands that meet within windows
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+import common
+
+REACHES = (0, 0.5, 1, 2, 4, float("inf"))
+
+
+def seams(image, window):
+    """(gradient, step) of a picture (H, W, 3) that was painted by windows."""
+    ratios = []
+    for picture in (image.astype(float), image.astype(float).transpose(1, 0, 2)):
+        starts = [start for start, _ in common.tiles(picture.shape[1], window)]
+        middles = [(a + window + b) // 2 for a, b in zip(starts, starts[1:], strict=False)]
+        band = max(1, window // 8)
+        inside = [start + window // 2 + shift for start in starts for shift in (-band, 0, band)]
+        inside = [x for x in inside if min(abs(x - middle) for middle in middles) > band]
+        borders, elsewhere = (
+            (gradients(picture, places), bands(picture, places, band, window))
+            for places in (middles, inside)
+        )
+        ratios.append(np.divide(borders, elsewhere))
+    return np.mean(ratios, 0)
+
+
+def gradients(picture, places):
+    """Mean absolute difference of the two columns that meet at each place."""
+    return np.mean([np.abs(picture[:, x] - picture[:, x - 1]).mean() for x in places])
+
+
+def bands(picture, places, band, window):
+    """Mean absolute difference of the mean colours of two bands that meet at each place."""
+    steps = []
+    for x in places:
+        for top in range(0, picture.shape[0] - window + 1, window):
+            rows = picture[top : top + window]
+            left, right = rows[:, x - band : x], rows[:, x : x + band]
+            steps.append(np.abs(left.mean((0, 1)) - right.mean((0, 1))).mean())
+    return np.mean(steps)
+
+
+def main(checkpoint, raster, *more):
+    script = common.load_weights(checkpoint)["script"]
+    module, rows = importlib.import_module(script), {}
+    for reach in REACHES:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            options = ["--generate", raster, "--checkpoint", checkpoint, "--out", folder]
+            began = time.perf_counter()
+            module.main([*options, "--norm-reach", str(reach), *more])
+            seconds = time.perf_counter() - began
+            with common.Raster(next(Path(folder).glob(f"{Path(raster).stem}*"))) as result:
+                image = result.read()
+        window = int(more[more.index("--window") + 1]) if "--window" in more else 0
+        window = window or common.load_weights(checkpoint).get("window", 0)
+        gradient, step = seams(image, window)
+        rows[f"reach {reach}"] = {"gradient": gradient, "step": step, "seconds": seconds}
+    common.print_table(rows)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
