@@ -1673,7 +1673,7 @@ class Run:
             "processes": world_size(),
             "git_commit": _git_commit(),
         }
-        (self.out / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_text(self.out / "config.json", json.dumps(about, indent=2))
 
     def _interrupt(self, number, frame):
         self.interrupted = number
@@ -2186,7 +2186,7 @@ def write_evaluation(cfg, rows, **about):
     data = cfg.data or "demo world"
     what = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint, **about, "rows": rows}
     path = Path(cfg.out) / "evaluation.json"
-    path.write_text(json.dumps(what, indent=2) + "\n")
+    write_text(path, json.dumps(what, indent=2))
     print_table(rows)
     print(f"written to {path}")
 
@@ -2380,26 +2380,54 @@ def find_judge(cfg, device):
 # --------------------------------------------------------------------------------------- generation
 
 
-def inputs_of(cfg, labels=False, by_stem=False):
-    """The files that --generate names: one, or the images of a folder; never to be written over.
-
-    by_stem  results are told apart by their names without the ending
-    """
-    path, out = Path(cfg.generate), Path(cfg.out)
+def inputs_of(cfg, labels=False):
+    """The files that --generate names: one, or the images of a folder."""
+    path = Path(cfg.generate)
     if not path.exists():
         raise UserError(f"--generate {path}: no such file or directory")
     files = _files(path, labels) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--generate {path}: no images in it")
-    if by_stem and len({file.stem for file in files}) < len(files):
-        raise UserError(f"--generate {path}: two files have the same name but for their ending")
-    if out.resolve() == files[0].parent.resolve():
-        what = "holds the inputs, and the results have the same names"
-        raise UserError(f"--out {out}: {what}: choose another folder")
-    there = [out / file.name for file in files if (out / file.name).exists()]
-    if there and out.name != "generated":  # the folder that is ours when none is named
-        raise UserError(f"{there[0]} exists and would be written over: choose another --out")
     return files
+
+
+def results_of(path, to_labels):
+    """The names of what is generated from a file."""
+    if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
+        return [f"{path.stem}.png", f"{path.stem}_colours.png"]
+    return [f"{path.stem}.png" if path.suffix.lower() in ARRAY_SUFFIXES else path.name]
+
+
+def claim_names(cfg, names):
+    """Refuses to write over anything in --out but what the same command has written there.
+
+    A hidden file beside that folder holds which command that was, for each name.
+    """
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"--generate {cfg.generate}: two results would be called {twice[0]}")
+    options = dataclasses.asdict(dataclasses.replace(cfg, out="", cache="", device="auto"))
+    command = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
+    out, written = Path(cfg.out).resolve(), {}
+    log = out.with_name(f".{out.name}.generated.json")
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        written = json.loads(log.read_text())
+    for name in names:
+        path = Path(cfg.out) / name
+        if path.exists() and written.get(name) != command:
+            raise UserError(f"{path} exists and would be written over: choose another --out")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    write_text(log, json.dumps(written | dict.fromkeys(names, command), indent=1))
+
+
+def write_text(path, text):
+    """Writes a text file aside, and renames: whole or absent."""
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        aside.write_text(text + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_image(path, image):
@@ -2487,7 +2515,12 @@ def writing(path, source, classes=None):
                 target.write(bands, window=((top, top + height), (left, left + width)))
 
             yield put
+        with _rasterio().open(aside) as target:  # GDAL keeps quiet when it closes on a full disk
+            for top in range(0, source.height, 256):
+                target.read(window=((top, min(top + 256, source.height)), (0, source.width)))
         os.replace(aside, path)
+    except _rasterio().errors.RasterioError as error:
+        raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -2649,7 +2682,8 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
            of the classes (B, classes, S, S); whole: there is just one window
     net    the network, if it normalises by an image's own statistics
     """
-    files = inputs_of(cfg, labels=from_labels, by_stem=to_labels)
+    files = inputs_of(cfg, labels=from_labels)
+    claim_names(cfg, [name for path in files for name in results_of(path, to_labels)])
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
         with Raster(path, cfg.classes if from_labels else None) as raster:
@@ -2695,9 +2729,6 @@ class EditFiles:
             what = "the photograph's land cover (edited, or to be edited by --paint)"
             raise UserError(f"--generate needs --lc FILE, {what}")
         named = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
-        if Path(cfg.out).resolve() in {file.resolve().parent for file in named}:
-            what = "holds the land cover, which may have the same name"
-            raise UserError(f"--out {cfg.out}: {what}: choose another folder")
         self.cfg, self.photo, self.told = cfg, Raster(path), bool(cfg.lc_before or cfg.paint)
         self.lc, *first = (Raster(file, cfg.classes) for file in named)
         self.first = first[0] if first else None
@@ -2850,6 +2881,10 @@ def edit_file(cfg, paint, net=None, samples=1):
     photo, size, name = edit.photo, (cfg.size, cfg.size), edit.photo.path
     window = windows_of(cfg, photo)
     regions = edit.regions(window)
+    names = [f"{name.stem}_{k}{name.suffix}" for k in range(1, samples + 1)]
+    names = names if samples > 1 else [name.name]
+    more = ["sheet", "differences"] if samples > 1 else ["sheet"]
+    claim_names(cfg, names + [f"{name.stem}_{what}.png" for what in more])
     border = max(1, round(12 * (window or min(edit.size)) / 256))
     whole = not (edit.told and cfg.keep_outside)
     if not edit.told:
@@ -2884,10 +2919,9 @@ def edit_file(cfg, paint, net=None, samples=1):
     if edit.told:
         pictures["land cover"] = cfg.classes.palette[edit.before(*view)]
     pictures["edited land cover"] = cfg.classes.palette[edit.after(*view)]
-    for k in range(1, samples + 1):
-        path = Path(cfg.out) / (f"{name.stem}_{k}{name.suffix}" if samples > 1 else name.name)
+    for k, written in enumerate(names, 1):
         shown = pictures["before"].copy()
-        with writing(path, photo) as put:
+        with writing(Path(cfg.out) / written, photo) as put:
             for first in range(0, edit.size[0], 256):
                 put(photo.read(first, 0, 256), first)
             for y, x, tall, wide in regions:

@@ -1,16 +1,21 @@
-"""Generation: images a second through translate, and megapixels a second over a raster cut into
-tiles.
+"""Generation: images a second through translate, megapixels a second from raster to raster as
+--generate does it, and the memory that it takes.
 
     pytest bench/bench_generate.py --benchmark-only
-
-What is timed is what --generate calls, from bytes to bytes, without reading and writing files.
 """
 
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
 import harness
+import numpy as np
 import pytest
 import torch
 
 import common
+import pix2pix
 
 RUNS = [("cpu", 64, 1), ("cpu", 256, 1), ("cuda", 256, 1), ("cuda", 256, 16)]
 CASES = [
@@ -56,31 +61,96 @@ def bench_images(benchmark, request, script, device, size, batch_size):
     note(benchmark, script, device, size, batch_size, images=batch_size)
 
 
+RASTERS = [
+    pytest.param(script, device, id=f"{script}-{device}", marks=marks)
+    for device, marks in (("cpu", []), ("cuda", [pytest.mark.cuda]))
+    for script in ("pix2pix", "cyclegan")
+]
+
+
 @pytest.mark.benchmark(timer=harness.device_time)
-@pytest.mark.parametrize(("script", "device", "size", "batch_size"), CASES)
-def bench_raster(benchmark, request, script, device, size, batch_size):
-    """A raster of 4 x 4 tiles (16 x 16 on a GPU), side by side, in batches."""
+@pytest.mark.parametrize(("script", "device"), RASTERS)
+def bench_raster(benchmark, request, tmp_path, script, device):
+    """What --generate does with a GeoTIFF, from file to file; beside it the network's share."""
     timed = request.config.getoption("benchmark_only")
-    if not timed and size != 64:
-        pytest.skip("as a test: the small size")
-    if device == "cpu" and size != 64:
-        pytest.skip("on the CPU: tiles of 64 pixels")
-    state, cfg, module = model(script, device, size, batch_size, timed)
-    side = (16 if device == "cuda" else 4) if timed else 2
-    tiles = inputs_for(script, cfg, side * side, device)
+    side = (8192 if device == "cuda" else 1024) if timed else 150
+    size = 256 if timed and device == "cuda" else 64
+    state, cfg, module = model(script, device, size, 1, timed)
+    write_raster(tmp_path / "raster.tif", side)
+    cfg = dataclasses.replace(
+        cfg,
+        generate=str(tmp_path / "raster.tif"),
+        out=str(tmp_path / "generated"),
+        window=256 if timed else 64,
+    )
+    honest, seconds = common.translate_files, []
+
+    def translate_files(cfg, paint, *rest, **more):
+        def timed_paint(*windows, **options):
+            begin = harness.device_time()
+            fakes = paint(*windows, **options)
+            seconds.append(harness.device_time() - begin)
+            return fakes
+
+        honest(cfg, timed_paint, *rest, **more)
 
     def raster():
-        parts = zip(*(kind.split(batch_size) for kind in tiles), strict=True)
-        fakes = torch.cat([generate(module, state, cfg, *part) for part in parts])
-        rows = fakes.view(side, side, 3, size, size).permute(
-            0, 3, 1, 4, 2
-        )  # (side, size, side, size, 3)
-        return rows.reshape(side * size, side * size, 3).cpu()
+        seconds.clear()
+        module.generate(state, cfg, torch.device(device))
 
-    benchmark.group = f"raster-{size}-batch-{batch_size}-{device}"
-    picture = benchmark.pedantic(raster, rounds=3 if timed else 1, warmup_rounds=1 if timed else 0)
-    assert picture.shape == (side * size, side * size, 3)
-    note(benchmark, script, device, size, batch_size, images=side * side)
+    benchmark.group = f"raster-{side}-{device}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "translate_files", translate_files)
+        benchmark.pedantic(raster, rounds=2 if timed else 1)
+    with common.Raster(tmp_path / "generated" / "raster.tif") as result:
+        assert (result.height, result.width) == (side, side)
+    assert seconds
+    note(benchmark, script, device, size, 1, images=side**2 / size**2)
+    if benchmark.stats:
+        inside = sum(seconds) / benchmark.stats.stats.data[-1]
+        benchmark.extra_info.update(side=side, window=cfg.window, outside_the_network=1 - inside)
+
+
+def write_raster(path, side):
+    """A GeoTIFF (side, side) of noise, tiled, written row of tiles by row."""
+    import rasterio
+
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": side, "width": side}
+    profile |= {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate"}
+    rng = np.random.default_rng(0)
+    with rasterio.open(path, "w", **profile) as raster:
+        for top in range(0, side, 256):
+            rows = min(256, side - top)
+            coarse = rng.integers(0, 256, (3, rows // 16 + 1, side // 16 + 1), np.uint8)
+            pixels = coarse.repeat(16, 1).repeat(16, 2)[:, :rows, :side]
+            raster.write(pixels, window=((top, top + rows), (0, side)))
+
+
+@pytest.mark.parametrize("side", [256, 2000, 10_000])
+def bench_memory(benchmark, request, tmp_path, side):
+    """Peak memory of a process that translates a GeoTIFF, side x side, by windows of 256."""
+    timed = request.config.getoption("benchmark_only")
+    if not timed:
+        pytest.skip("as a test: test_rasters.py")
+    write_raster(tmp_path / "raster.tif", side)
+    _, cfg = harness.config("pix2pix", width=8)
+    state = pix2pix.build(cfg, torch.device("cpu"), training=False)
+    content = {"script": "pix2pix", "config": dataclasses.asdict(cfg), "window": 256}
+    torch.save(content | {"state": common.state_dict(state)}, tmp_path / "x.pt")
+    script = Path(pix2pix.__file__)
+    call = [sys.executable, script, "--generate", tmp_path / "raster.tif", "--device", "cpu"]
+    call += ["--checkpoint", tmp_path / "x.pt", "--out", tmp_path / "generated"]
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    benchmark.group = "raster-memory"
+
+    def process():
+        measured = [sys.executable, "-c", code, *call]
+        done = subprocess.run(measured, capture_output=True, text=True, check=True)
+        return int(done.stdout.splitlines()[-1]) / 1024
+
+    megabytes = benchmark.pedantic(process, rounds=1)
+    benchmark.extra_info.update(side=side, peak_megabytes=megabytes, **harness.about("cpu"))
 
 
 def model(script, device, size, batch_size, timed):

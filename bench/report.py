@@ -168,23 +168,41 @@ def epochs(rows):
 
 
 def generation(rows):
+    """Images through translate, and GeoTIFFs from file to file."""
     lines = []
-    found = [
-        row
-        for row in rows
-        if row["name"].startswith(("bench_images", "bench_raster")) and "script" in row
-    ]
-    found.sort(
-        key=lambda row: (
-            row["name"][:12],
-            *order((row["device"], row["size"], row["batch_size"], row["script"])),
-        )
-    )
-    for row in found:
-        what = "images" if row["name"].startswith("bench_images") else "raster"
+    for row in sorted(
+        (row for row in rows if row["name"].startswith("bench_images") and "script" in row),
+        key=lambda row: order((row["device"], row["size"], row["batch_size"], row["script"])),
+    ):
         rates = f"{row['images_per_second']:.3g}", f"{row['megapixels_per_second']:.3g}"
-        lines.append([row["script"], what, row["size"], row["batch_size"], *rates, row["device"]])
-    return table(["script", "what", "size", "batch", "images/s", "megapixels/s", "device"], lines)
+        lines.append([row["script"], row["size"], row["batch_size"], *rates, "", row["device"]])
+    for row in (row for row in rows if "outside_the_network" in row):
+        side, size = f"{row['side']} x {row['side']}", f"{row['window']} at {row['size']}"
+        what = f"a {side} GeoTIFF by windows of {size}"
+        rate, outside = row["megapixels_per_second"], row["outside_the_network"]
+        lines.append([row["script"], what, "", "", f"{rate:.3g}", f"{outside:.0%}", row["device"]])
+    header = ["script", "size", "batch", "images/s", "megapixels/s", "outside the network"]
+    return table([*header, "device"], lines)
+
+
+def memory(rows):
+    """Peak memory of a process that translates a raster."""
+    found = sorted((row for row in rows if "peak_megabytes" in row), key=lambda row: row["side"])
+    header = ["raster", *(f"{row['side']} x {row['side']}" for row in found)]
+    line = ["peak memory", *(f"{row['peak_megabytes']:.0f} MB" for row in found)]
+    return table(header, [line])
+
+
+def seams(_):
+    """docs/seams.json: how far windows show, by the reach of their statistics."""
+    kept = json.loads((HERE.parent / "docs" / "seams.json").read_text())
+    reaches = list(next(iter(kept.values())))
+    names = {"reach 0": "each window's own", "reach inf": "one for all"}
+    lines = [
+        [name, *(f"{run[k]['step']:.2f} ({run[k]['gradient']:.2f})" for k in reaches)]
+        for name, run in kept.items()
+    ]
+    return table(["step (gradient)", *(names.get(k, k) for k in reaches)], lines)
 
 
 def ranks(rows):
@@ -300,6 +318,8 @@ TABLES = {
     "store": store,
     "epochs": epochs,
     "generation": generation,
+    "memory": memory,
+    "seams": seams,
     "ranks": ranks,
 }
 

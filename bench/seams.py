@@ -1,6 +1,7 @@
 """How far the windows of a raster show, with normalisation of each window's own or shared.
 
-    python bench/seams.py runs/cyclegan/checkpoints/last.pt photograph.jpg [--window 256] ...
+    python bench/seams.py runs/cyclegan/checkpoints/last.pt photograph.jpg [--window 256 ...]
+    python bench/seams.py ... --keep "cyclegan, map"      also into docs/seams.json, for the README
 
 For several --norm-reach the raster is translated, and two ratios are printed; 1 is no seam:
 
@@ -61,6 +62,10 @@ def bands(picture, places, band, window):
 
 
 def main(checkpoint, raster, *more):
+    more, name = list(more), ""
+    if "--keep" in more:
+        at = more.index("--keep")
+        name, more = more[at + 1], more[:at] + more[at + 2 :]
     script = common.load_weights(checkpoint)["script"]
     module, rows = importlib.import_module(script), {}
     for reach in REACHES:
@@ -76,7 +81,10 @@ def main(checkpoint, raster, *more):
         gradient, step = seams(image, window)
         rows[f"reach {reach}"] = {"gradient": gradient, "step": step, "seconds": seconds}
     common.print_table(rows)
-    print(json.dumps(rows))
+    if name:
+        path = Path(__file__).parent.parent / "docs" / "seams.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(kept | {name: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -414,6 +414,11 @@ def test_generate_writes_over_nothing(trained, pairs, tmp_path, capsys):
         main, [*arguments, "--out", str(tmp_path / "pictures")], capsys
     )
     assert (tmp_path / "pictures" / "1.png").read_bytes() == before
+    for _ in range(2):  # the same command goes on, or does it again
+        main([*arguments, "--out", str(tmp_path / "there")])
+        (tmp_path / "there" / "0.png").unlink()
+    text = line_of(main, [*arguments, "--out", str(tmp_path / "there"), "--seed", "9"], capsys)
+    assert "1.png exists" in text  # another command
 
 
 def test_generate_from_label_maps(landcover, tmp_path):
@@ -661,7 +666,7 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
             "--vgg16",
             str(tmp_path / "odd.pt"),
         ],
-        "holds the inputs": [
+        "0.png exists and would be written over": [
             "--generate",
             str(pairs / "val"),
             "--checkpoint",
@@ -780,3 +785,4 @@ def test_the_recipes_for_building_masks_run_as_printed(tmp_path, monkeypatch):
         main([*words, *(word for k in wanted for word in (k, small[k]))])
     rows = common.read_metrics("runs/inria/metrics.csv")
     assert float(rows[-1]["val_psnr"]) > 0 and Path("whole/vienna1.tif").is_file()
+    assert Path("tiles/vienna1.tif").is_file()
