@@ -2660,19 +2660,25 @@ def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
     bar.close()
 
 
-def windows_of(cfg, raster):
+def window_of(cfg, raster):
     """The window by which a raster is painted; 0 for the whole at once, up to 1.5 windows."""
-    size = f"{raster.path.name}: {raster.width}x{raster.height}"
-    if not cfg.window or max(raster.height, raster.width) <= 1.5 * cfg.window:
-        print(f"{size}: as a whole, at {cfg.size}x{cfg.size}", file=sys.stderr)
-        return 0
-    rows, columns = tiles(raster.height, cfg.window), tiles(raster.width, cfg.window)
-    starts = max(rows, columns, key=len)
-    step = max(b[0] - a[0] for a, b in itertools.pairwise(starts))
-    what = f"{len(rows) * len(columns)} windows of {cfg.window}"
-    what += f", overlapping {cfg.window - step}, each at {cfg.size}x{cfg.size}"
-    print(f"{size}: {what}", file=sys.stderr)
-    return cfg.window
+    return cfg.window if max(raster.height, raster.width) > 1.5 * cfg.window > 0 else 0
+
+
+def say_windows(cfg, raster, regions, window):
+    """Says on stderr how these regions (top, left, height, width) of a raster are painted."""
+    what, count, overlap = f"as a whole, at {cfg.size}x{cfg.size}", 0, window
+    for *_, height, width in regions if window else ():
+        sides = tiles(height, window), tiles(width, window)
+        count += len(sides[0]) * len(sides[1])
+        for (a, _), (b, _) in itertools.chain(*map(itertools.pairwise, sides)):
+            overlap = min(overlap, a + window - b)
+    if window:
+        lapping = f", overlapping {overlap}" if overlap < window else ""
+        plural = "s" if count != 1 else ""
+        what = f"{count} window{plural} of {window}{lapping}, each at {cfg.size}x{cfg.size}"
+    size = f"{raster.width}x{raster.height}"
+    print(f"{raster.path.name}: {size}: {what}", file=sys.stderr)
 
 
 def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
@@ -2687,7 +2693,8 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
         with Raster(path, cfg.classes if from_labels else None) as raster:
-            window = windows_of(cfg, raster)
+            window = window_of(cfg, raster)
+            say_windows(cfg, raster, [(0, 0, raster.height, raster.width)], window)
 
             def cut(top, left, height, width, raster=raster):
                 pixels = raster.padded(top, left, height, width)
@@ -2879,8 +2886,9 @@ def edit_file(cfg, paint, net=None, samples=1):
     """
     edit = EditFiles(cfg)
     photo, size, name = edit.photo, (cfg.size, cfg.size), edit.photo.path
-    window = windows_of(cfg, photo)
+    window = window_of(cfg, photo)
     regions = edit.regions(window)
+    say_windows(cfg, photo, regions, window)
     names = [f"{name.stem}_{k}{name.suffix}" for k in range(1, samples + 1)]
     names = names if samples > 1 else [name.name]
     more = ["sheet", "differences"] if samples > 1 else ["sheet"]
