@@ -15,10 +15,12 @@ generation  translate_files, edit_file
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
@@ -87,9 +89,13 @@ def command(main):
 
 def _explain(error):
     """What to tell the user of an error that PyTorch raised; "" if it is a bug of ours."""
-    text = str(error)
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if memory or "can't allocate memory" in text:
+    text, cause = str(error), error
+    while cause:  # running out of memory inside a graph's capture raises a second error on its way
+        memory = isinstance(cause, (MemoryError, torch.OutOfMemoryError))
+        if memory or "can't allocate memory" in str(cause):
+            break
+        cause = cause.__context__
+    if cause:
         return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
     if world_size() > 1 and re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
         return "another process of this run has ended: fix what it says, then go on with --resume"
@@ -302,6 +308,7 @@ def begin(config, doc, quick, argv=None):
         what = "--generate" if cfg.generate else "--evaluate"
         raise UserError(f"{what} needs --checkpoint FILE, a model to use")
     device = start(cfg)
+    cfg = dataclasses.replace(cfg, device=device.type)  # which a resumed run keeps
     if cfg.using and not checkpoint:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     elif not checkpoint:
@@ -464,7 +471,7 @@ def first_here():
 def start(cfg):
     """The device to work on; starts the process group (under torchrun) and the random numbers."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        remedy = "leave --device out to run on the CPU"
+        remedy = "--device cpu goes on, or starts, on the CPU"
         raise UserError(f"--device cuda: no CUDA device is visible here ({remedy})")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -472,16 +479,27 @@ def start(cfg):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is what --precision fp32 says
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        hours = datetime.timedelta(hours=6)  # others wait while one decodes the images
+        where = device if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, device_id=where)
+        atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
     torch.manual_seed(cfg.seed)
     return device
 
 
 def seed_step(seed, epoch, batch):
-    """Sets PyTorch's random numbers from (seed, epoch, batch, rank): a resume needs no state."""
+    """Sets PyTorch's random numbers from (seed, epoch, batch, rank): a resume needs no state.
+
+    Of the CPU and of this process's GPU: torch.manual_seed, which visits every backend, takes ten
+    times as long.
+    """
     words = np.random.SeedSequence([seed, epoch, batch, rank()]).generate_state(2)
-    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    number = int(words[0]) << 31 ^ int(words[1])
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
 
 
 def autocast(cfg, device):
@@ -566,27 +584,32 @@ class GraphedStep:
     warmup = 3
 
     def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, None
+        self.step, self.calls, self.graph, self.side = step, 0, None, torch.cuda.Stream()
 
     def __call__(self, state, batch, cfg):
         self.calls += 1
         if self.calls <= self.warmup:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 losses = self.step(state, batch, cfg)
-            torch.cuda.current_stream().wait_stream(side)
-            return losses
+            torch.cuda.current_stream().wait_stream(self.side)
+            return detached(losses)
         if self.graph is None:
             self.batch = tuple(tensor.clone() for tensor in batch)
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # thread_local: another thread may pin memory meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.losses = self.step(state, self.batch, cfg)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.losses = detached(self.step(state, self.batch, cfg))
+            self.graph = graph
         for static, tensor in zip(self.batch, batch, strict=True):
             static.copy_(tensor)
         self.graph.replay()
         return self.losses
+
+
+def detached(losses):
+    """Losses without the autograd graphs that hang on them, and hold a step's memory."""
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def fast_step(step, cfg, device):
@@ -1621,6 +1644,8 @@ class Run:
     interrupted         the number of a signal (one of SIGNALS) that asked to stop, else 0
     """
 
+    seconds = 180  # between what is written on the way
+
     def __init__(self, cfg, checkpoint, data, scores=()):
         saved = checkpoint or {}
         self.cfg, self.scores, self.out = cfg, scores, Path(cfg.out)
@@ -1633,7 +1658,7 @@ class Run:
         self.histograms = saved.get("histograms") or data.store.histograms()
         self.window = saved.get("window") or data.store.window()
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
-        self.clock, self.first_step, self.plotted = None, self.step, -math.inf
+        self.clock, self.first_step, self.written = None, self.step, -math.inf
         self.interrupted, self.tracker = 0, None
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
@@ -1660,7 +1685,7 @@ class Run:
             self.bar.write(text, file=sys.stderr)
 
     def _write_config(self):
-        cuda = torch.cuda.is_available()
+        cuda = self.cfg.device == "cuda"
         about = {
             "script": self.cfg.script,
             "options": dataclasses.asdict(self.cfg),
@@ -1754,29 +1779,32 @@ class Run:
         raise UserError(f"{what} not finite by step {self.step}: stopped; {kept}; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
-        """Closes an epoch: its last row with scores {name: value}, grid, plot and checkpoint.
+        """Closes an epoch: its last row with scores {name: value}, and what is written on a clock.
+
+        That is grid, plot and checkpoint: every few minutes, as an epoch may take a second, after
+        the first and the last epoch, and where --save-every says so.
 
         columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
         """
         self._flush(scores)
         self.epoch, self.batch = self.epoch + 1, 0
+        values = (self.means | scores).items()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values)
+        self.say(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
+        keep = self.cfg.save_every > 0 and self.epoch % self.cfg.save_every == 0
+        waited = time.monotonic() - self.written > self.seconds
+        if not of_rank_0(waited or keep or self.epoch == self.cfg.epochs):
+            return
         if rank() == 0:
             save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
-            if time.monotonic() - self.plotted > 60:  # an epoch may take a second
-                self._plot()
+            plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
             if self.tracker:
                 self.tracker({}, columns, self.step)
-            values = (self.means | scores).items()
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values)
-            self.say(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         self.save(state)
-        if rank() == 0 and self.cfg.save_every and self.epoch % self.cfg.save_every == 0:
+        if rank() == 0 and keep:
             kept = self.out / "checkpoints" / f"epoch_{self.epoch:04}.pt"
             _link(self.out / "checkpoints" / "last.pt", kept)
-
-    def _plot(self):
-        plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
-        self.plotted = time.monotonic()
+        self.written = time.monotonic()
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
@@ -1818,14 +1846,14 @@ class Run:
         if not self.stopping():
             return
         self.save(state)
+        if rank() == 0:
+            plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
         self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
         self.bar.close()
         sys.exit(128 + self.interrupted)
 
     def close(self):
-        """Ends the run: the last plot, and the signals are given back; an evaluation may follow."""
-        if rank() == 0:
-            self._plot()
+        """Ends the run: the signals are given back; an evaluation may follow."""
         self.bar.close()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -9,7 +9,17 @@ def pytest_configure(config):
         config.option.benchmark_disable = True
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("benchmark_only", False):  # what cannot run is left out, not skipped
+        config.option.verbose = max(1, config.option.verbose)  # a line for each
+        cuda = torch.cuda.is_available()
+        timed = [
+            item
+            for item in items
+            if "benchmark" in item.fixturenames and (cuda or not item.get_closest_marker("cuda"))
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(timed)])
+        items[:] = timed
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -2,9 +2,12 @@
 variants, and how much arithmetic it is.
 """
 
+import contextlib
+import functools
 import importlib
 import json
 import time
+from unittest import mock
 
 import torch
 from torch import nn
@@ -56,6 +59,7 @@ def prepare(script, variant, device, **options):
     train_step on a state that lacks what the variant does not have.
     """
     device = torch.device(device)
+    torch.backends.cudnn.benchmark = True  # as training does
     bf16 = variant == "bf16" or (variant == FAST and device.type == "cuda")
     options |= {"graph": variant in ("graph", FAST), "precision": "bf16" if bf16 else "fp32"}
     module, cfg = config(script, **options)
@@ -79,15 +83,29 @@ def parameters(state):
                for group in o.param_groups for p in group["params"])  # fmt: skip
 
 
-def step_flops(script, **options):
+@functools.cache
+def step_flops(script, size, batch_size):
     """Floating-point operations of convolutions and matrix products in one train_step.
 
-    Forward and backward; two to a multiplication with its addition.
+    Forward and backward; two to a multiplication with its addition. Counted on tensors without
+    values, which takes no time, once for all variants.
     """
-    module, cfg = config(script, **options)
+    module, cfg = config(script, size=size, batch_size=batch_size, precision="fp32")
     state = module.build(cfg, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        module.train_step(state, random_batch(script, cfg, "cpu"), cfg)
+    for name, value in vars(state).items():
+        if isinstance(value, (nn.Module, torch.Tensor)):
+            setattr(state, name, value.to("meta"))
+    for name in [name for name in vars(state) if name.startswith("opt_")]:
+        nets = [net for key, net in vars(state).items() if key.startswith(name[4:])]
+        weights = [weight for net in nets for weight in net.parameters()]
+        setattr(state, name, torch.optim.SGD(weights, lr=0.1))
+    nothing = contextlib.nullcontext()  # there is no autocast for meta
+    with (
+        FlopCounterMode(display=False) as counter,
+        mock.patch.object(common, "autocast", lambda *_: nothing),
+        mock.patch.object(torch, "autocast", lambda *_, **__: nothing),
+    ):
+        module.train_step(state, random_batch(script, cfg, "meta"), cfg)
     return counter.get_total_flops()
 
 

@@ -1,0 +1,144 @@
+"""What CUDA needs, held without a GPU: stand-ins for its streams, its graph and its processes."""
+
+import contextlib
+import datetime
+
+import pytest
+import torch
+
+import common
+from common import GraphedStep
+from conftest import tiny
+
+
+class FakeStream:
+    made = 0
+
+    def __init__(self):
+        FakeStream.made += 1
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda as far as GraphedStep touches it; capturing runs the step, replaying nothing."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+
+    FakeStream.made = 0
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
+
+
+def test_losses_of_a_graph_hold_no_autograd_graph(fake_cuda):
+    weight = torch.ones(1, requires_grad=True)
+    step = GraphedStep(lambda state, batch, cfg: {"loss": (weight * batch[0]).sum()})
+    for k in range(6):
+        losses = step(None, (torch.full((2,), float(k)),), None)
+        assert not losses["loss"].requires_grad
+    assert step.graph.replays == 3 and torch.equal(step.batch[0], torch.full((2,), 5.0))
+
+
+def test_warm_up_steps_share_one_side_stream(fake_cuda):
+    step = GraphedStep(lambda state, batch, cfg: {"loss": batch[0].sum()})
+    sides = set()
+    for _ in range(GraphedStep.warmup):
+        step(None, (torch.zeros(1),), None)
+        sides.add(step.side)
+    assert len(sides) == 1
+
+
+def test_out_of_memory_while_capturing_is_one_line(fake_cuda, monkeypatch, capsys):
+    """The capture that is broken off raises an error of its own on its way out."""
+
+    @contextlib.contextmanager
+    def capture(graph, **_):
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def train_step(state, batch, cfg):
+        if step.calls > GraphedStep.warmup:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"loss": batch[0].sum()}
+
+    step = GraphedStep(train_step)
+
+    @common.command
+    def main(argv=None):
+        for _ in range(9):
+            step(None, (torch.zeros(1),), None)
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and step.graph is None
+    assert capsys.readouterr().err.startswith("error: out of memory: lower --batch-size")
+
+
+def test_other_errors_while_capturing_stay_errors(fake_cuda):
+    @common.command
+    def main(argv=None):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        main()
+
+
+def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(common.atexit, "register", lambda f: calls.append(("exit", f)))
+
+    def init(backend, **about):
+        calls.append((backend, about))
+
+    monkeypatch.setattr(common.dist, "init_process_group", init)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    device = common.start(tiny("pix2pix", device="cuda")[1])
+    assert device == torch.device("cuda", 1)
+    (_, first), (backend, about), (_, destroy) = calls
+    assert first == device and backend == "nccl" and about["device_id"] == device
+    assert about["timeout"] >= datetime.timedelta(hours=1)  # one builds the store, others wait
+    assert destroy is common.dist.destroy_process_group
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+
+
+def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
+    """NCCL refuses tensors of the CPU: the sums of a run that goes on come from a file."""
+    seen = []
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(common.dist, "all_reduce", lambda tensor, how: seen.append(tensor.device))
+    honest = torch.Tensor.to
+
+    def to(tensor, device, **more):
+        return honest(tensor, "meta" if device == "cuda" else device)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    common.reduced(torch.ones(3))
+    assert seen == [torch.device("meta")]
+
+
+def test_a_step_is_seeded_as_by_manual_seed():
+    common.seed_step(3, 1, 4)
+    got = torch.rand(5)
+    words = common.np.random.SeedSequence([3, 1, 4, 0]).generate_state(2)
+    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    assert torch.equal(got, torch.rand(5))
