@@ -2051,13 +2051,13 @@ def save_grid(path, columns):
 # ----------------------------------------------------------------------------------------- measures
 
 
-def measure_images(fake, target):
+def measure_images(fake, target, brief=False):
     """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
 
     psnr         10 log10(255^2 / MSE), in dB
+    mse          mean squared error, in squared levels 0-255; brief: these two alone
     ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
                  sigma 1.5, mean over channels and places, no padding
-    mse          mean squared error, in squared levels 0-255
     rmse_rgb     root of the squared error summed over channels, the mean over pixels, and
     accuracy_5   share of pixels whose largest channel difference is less than 5 levels,
     accuracy_10  or than 10: Fu et al. 2019 (arXiv:1809.05852)
@@ -2065,7 +2065,22 @@ def measure_images(fake, target):
     fake, target = fake.double(), target.double()
     error = (fake - target).abs()
     mse = error.square().mean((1, 2, 3))
+    psnr = 10 * torch.log10(255**2 / mse.clamp_min(1e-10))
+    if brief:
+        return {"psnr": psnr, "mse": mse}
     worst = error.amax(1)
+    return {
+        "psnr": psnr,
+        "ssim": structural_similarity(fake, target),
+        "mse": mse,
+        "rmse_rgb": (error.square().sum(1).mean((1, 2))).sqrt(),
+        "accuracy_5": (worst < 5).double().mean((1, 2)),
+        "accuracy_10": (worst < 10).double().mean((1, 2)),
+    }
+
+
+def structural_similarity(fake, target):
+    """SSIM, as measure_images says: (B, C, H, W) float64 levels twice -> (B,)."""
     x = torch.arange(11, dtype=torch.float64, device=fake.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
     window = window / window.sum()
@@ -2080,14 +2095,7 @@ def measure_images(fake, target):
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_f * mean_t + c1) / (mean_f**2 + mean_t**2 + c1)
     structure = (2 * cov + c2) / (var_f + var_t + c2)
-    return {
-        "psnr": 10 * torch.log10(255**2 / mse.clamp_min(1e-10)),
-        "ssim": (luminance * structure).reshape(len(fake), -1).mean(1),
-        "mse": mse,
-        "rmse_rgb": (error.square().sum(1).mean((1, 2))).sqrt(),
-        "accuracy_5": (worst < 5).double().mean((1, 2)),
-        "accuracy_10": (worst < 10).double().mean((1, 2)),
-    }
+    return (luminance * structure).reshape(len(fake), -1).mean(1)
 
 
 def confusion_matrix(predicted, target, classes):
@@ -2112,11 +2120,12 @@ def measure_labels(confusion):
 class Scores:
     """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
 
+    brief       of pictures those alone that are logged after every epoch
     confusions  {(row, by): confusion matrix} of what add_labels got
     """
 
-    def __init__(self):
-        self.sums, self.confusions = {}, {}  # sums: {row: {name: (sum, count)}}
+    def __init__(self, brief=False):
+        self.brief, self.sums, self.confusions = brief, {}, {}  # {row: {name: (sum, count)}}
 
     def _add(self, row, name, values, where=1.0):
         """Adds values to a mean, each weighing as much as `where` says."""
@@ -2127,7 +2136,7 @@ class Scores:
 
     def add_images(self, row, guess, target):
         """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
-        for name, values in measure_images(to_bytes(guess), to_bytes(target)).items():
+        for name, values in measure_images(to_bytes(guess), to_bytes(target), self.brief).items():
             self._add(row, name, values)
 
     def add_edit(self, row, guess, target, source, mask):

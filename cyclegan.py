@@ -476,7 +476,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     everywhere, and the input copied. A judge says whether photographs show the land cover that
     was asked for: real ones are its ceiling, of other places its floor.
     """
-    scores = common.Scores()
+    scores = common.Scores(brief=constants is None)
     for real_A, real_B in val.in_order(images):
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
         guesses_A, guesses_B = {}, {}

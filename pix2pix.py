@@ -474,7 +474,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     judge says whether photographs show it: real ones are its ceiling, of other places its floor.
     """
     torch.manual_seed(cfg.seed)
-    scores = common.Scores()
+    scores = common.Scores(brief=colors is None)
     for records in val.in_order(images):
         x, y = val.sides(records)
         guesses = {"model": translate(state, x, cfg)}

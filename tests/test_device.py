@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 
+import harness
 import pytest
 import torch
 
@@ -142,3 +143,21 @@ def test_a_step_is_seeded_as_by_manual_seed():
     words = common.np.random.SeedSequence([3, 1, 4, 0]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
     assert torch.equal(got, torch.rand(5))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_instance_norm_by_image_is_right_in_channels_last(count):
+    """Against the plain layer in NCHW and float64: values and gradients; the layout stays."""
+    layer, by_image = torch.nn.InstanceNorm2d(4), torch.nn.InstanceNorm2d(4)
+    harness.norm_by_image(by_image)
+    x = torch.randn(count, 4, 6, 5, dtype=torch.float64)
+    weight = torch.randn_like(x)
+    results = []
+    for net, layout in ((layer, torch.contiguous_format), (by_image, torch.channels_last)):
+        image = x.clone(memory_format=layout).requires_grad_()
+        out = net(image)
+        (out * weight.to(memory_format=layout)).sum().backward()
+        results.append((out, image.grad))
+        assert out.is_contiguous(memory_format=layout)
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
