@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs/results/README.md")
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second, one way, for each GPU: NVLink 4, and 400 Gb/s
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
@@ -309,7 +309,74 @@ def edits(_):
     return table(header, lines)
 
 
+def kept_results():
+    """docs/results: {name: what bench/results.py kept of a run}."""
+    paths = sorted((HERE.parent / "docs" / "results").glob("*/result.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def runs(_):
+    """The commands of the kept runs, and what they cost."""
+    lines = []
+    for name, run in kept_results().items():
+        options = " ".join(
+            ("--" + option.replace("_", "-")) + (f" {value}" if value is not True else "")
+            for option, value in run["options"].items()
+            if option != "sample_rows"
+        )
+        command = f"`python {run['script']}.py --data {run['data']}/ {options}`"
+        folder = f"/docs/results/{name}"
+        pictures = f"[grid]({folder}/grid.jpg), [curve]({folder}/curve.png)"
+        lines.append([name, command, f"{run['hours']:.1f}", pictures])
+    return table(["run", "command", "hours", "pictures"], lines)
+
+
+def of_kept(*measures):
+    """A table of these measures: the models of the kept runs, each beside what costs nothing."""
+
+    def made(_):
+        lines = []
+        for name, run in kept_results().items():
+            rows = {row: cells for row, cells in run["rows"].items() if measures[0] in cells}
+            for row, cells in rows.items():
+                if "copy of the input" not in row:
+                    values = [cells.get(measure) for measure in measures]
+                    texts = ["" if v is None else f"{v:.{3 if v < 1 else 1}f}" for v in values]
+                    lines.append([name, row, *texts])
+        return table(["run", "row", *measures], lines)
+
+    return made
+
+
+# What each script adds, for the README's first table.
+NEW = {
+    "pix2pix": "a loss that is learnt, on pairs: D sees input and output together",
+    "cyclegan": "no pairs: there and back again must give the same picture",
+    "mixlc": "edits: a collage of two places as the target, and a photograph with the edit blanked",
+    "mixlc_acgan": "D also says which class each pixel shows, G must please it; style, noise",
+}
+
+
+def scripts(_):
+    """The scripts: task, paper, lines to read, the one new idea."""
+    lines = []
+    for name in SCRIPTS:
+        text = (HERE.parent / f"{name}.py").read_text()
+        task = text.split("\n")[0].split(": ", 1)[1].rstrip(".")
+        lines_to_read = len(re.split(r"\n# -+ use\n", text)[0].splitlines())
+        found = re.findall(r"arXiv:(\d{4}\.\d{5})", text)[0]
+        paper = f"[{found}](https://arxiv.org/abs/{found})"
+        lines.append([f"`{name}.py`", task, paper, lines_to_read, NEW[name]])
+    return table(["script", "task", "paper", "lines to read", "the one new idea"], lines)
+
+
 TABLES = {
+    "scripts": scripts,
+    "runs": runs,
+    "translations": of_kept("rmse_rgb", "rmse", "accuracy_5", "accuracy_10", "psnr", "ssim"),
+    "labels": of_kept("pixel_accuracy", "class_accuracy", "mean_iou"),
+    "edited": of_kept("l1_inside", "l1_to_input", "l1_outside"),
+    "judged": of_kept("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou"),
     "edits": edits,
     "reading": reading,
     "steps": steps,

@@ -1,6 +1,7 @@
 """The tables of the READMEs are those that bench/report.py makes from bench/results."""
 
 import json
+import re
 
 import pytest
 import report
@@ -69,3 +70,26 @@ def test_keeping_a_run_replaces_benchmarks_of_the_same_name(tmp_path, monkeypatc
         "decode",
         "2",
     ) and "data" not in row
+
+
+def test_the_python_in_the_readme_runs(capsys):
+    text = (report.HERE.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    found = {}
+    exec(code, found)  # noqa: S102
+    assert found["fake"].shape == (2, 3, 64, 64) and "g_l1" in capsys.readouterr().out
+
+
+def test_pages_point_at_what_is_there():
+    root = report.HERE.parent
+    for page in report.PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                base = root if target.startswith("/") else page.parent
+                assert (base / target.lstrip("/")).exists(), f"{page.name}: {target}"
+
+
+def test_results_name_no_path_of_a_machine():
+    for path in (report.HERE.parent / "docs").rglob("*.json"):
+        text = path.read_text()
+        assert "/work" not in text and "/tmp" not in text and "/home" not in text

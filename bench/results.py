@@ -1,0 +1,165 @@
+"""Keeps what a run on real data came to, small enough to commit, and draws the README's picture.
+
+    python bench/results.py keep runs/pix2pix docs/results/pix2pix-maps     result.json, curve, grid
+    python bench/results.py front                                           docs/front.jpg
+    python bench/results.py raster CHECKPOINT LABELS                        docs/raster.jpg
+
+A result holds the options that differ from the defaults (of the data only their name), hours,
+versions, evaluation.json's rows, the measures after each epoch, and grid.jpg: the last sample grid.
+Its rows are validation images 0, n, 2n, ... of --sample-rows: chosen by rule, before training.
+"""
+
+import csv
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from PIL import Image, ImageDraw
+
+import common
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+GAP, HEAD = 4, 16  # of a sample grid, in pixels
+PLACE = {"data", "cache", "out", "vgg16", "track", "device", "lc_classes"}  # of this machine
+WAYS = {  # cyclegan's columns: which rows of its evaluation, and which measure
+    "rmse_AB": ("A to B: ", "rmse"),
+    "rmse_BA": ("B to A: ", "rmse"),
+    "accuracy_AB": ("A to B: ", "pixel_accuracy"),
+    "cycle_A": ("A to B to A: ", "rmse"),
+}
+# The front page: columns (title, result, column of its grid), and which rows of the grids.
+FRONT = (
+    (
+        ("photograph", "pix2pix-satellite-to-map", 0),
+        ("pix2pix", "pix2pix-satellite-to-map", 1),
+        ("cyclegan", "cyclegan-maps", 1),
+        ("map", "pix2pix-satellite-to-map", 2),
+        ("pix2pix", "pix2pix-map-to-satellite", 1),
+        ("cyclegan", "cyclegan-maps", 4),
+    ),
+    (
+        ("to be edited", "mixlc-dubai", 0),
+        ("land cover", "mixlc-dubai", 1),
+        ("mixlc", "mixlc-dubai", 2),
+        ("collage", "mixlc-dubai", 3),
+        ("mixlc_acgan", "mixlc_acgan-maps", 2),
+        ("collage", "mixlc_acgan-maps", 3),
+    ),
+)
+
+
+def keep(run, folder, seconds=""):
+    """Writes result.json, curve.png and grid.jpg of a finished run into a folder."""
+    run, folder = Path(run), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = json.loads((run / "config.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    defaults = common.dataclasses.asdict(importlib.import_module(about["script"]).Config())
+    options = {
+        name: value
+        for name, value in about["options"].items()
+        if name not in PLACE and value != defaults.get(name)
+    }
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name.startswith("val_")]
+    curve = [
+        {"epoch": int(row["epoch"])} | {name[4:]: float(row[name]) for name in names}
+        for row in rows
+        if row[names[0]]  # an epoch's last row
+    ]
+    result = {
+        "script": about["script"],
+        "data": Path(about["options"]["data"]).name or "demo world",
+        "options": options,
+        "versions": about["versions"],
+        "machine": f"{about['device']}, {about['processes']} process(es)",
+        "hours": round(float(seconds) / 3600, 2) if seconds else None,
+        "images": evaluation["images"],
+        "answer": evaluation.get("answer"),
+        "rows": evaluation["rows"],
+        "curve": curve,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_curve(result, folder / "curve.png")
+    grid = Image.open(sorted((run / "samples").glob("*.png"))[-1])
+    grid.save(folder / "grid.jpg", quality=85)
+
+
+def draw_curve(result, path):
+    """A measure on validation images after each epoch, with what costs nothing as lines."""
+    pyplot = common._pyplot()
+    names = [name for name in result["curve"][0] if name != "epoch"]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 2.6), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
+        epochs = [row["epoch"] for row in result["curve"]]
+        axis.plot(epochs, [row[name] for row in result["curve"]], marker="o")
+        way, measure = WAYS.get(name, ("", name))
+        for row, cells in result["rows"].items():
+            if row.startswith(way) and "training" in row and measure in cells:
+                axis.axhline(cells[measure], linestyle=":", color="gray")
+                axis.text(epochs[0], cells[measure], row[len(way) :], fontsize=6, va="bottom")
+        axis.set(title=name, xlabel="epoch")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def cell(name, column, row, side):
+    """One picture of a kept grid."""
+    about = json.loads((RESULTS / name / "result.json").read_text())
+    size = about["options"].get("size", 256)
+    left, top = GAP + column * (size + GAP), HEAD + row * (size + GAP)
+    grid = Image.open(RESULTS / name / "grid.jpg")
+    return grid.crop((left, top, left + size, top + size)).resize((side, side), 3)
+
+
+def front(rows=(1, 2, 5), side=180):
+    """Draws docs/front.jpg: the same places through the scripts, inputs and targets beside them."""
+    columns = max(map(len, FRONT))
+    height = sum(HEAD + len(rows) * (side + GAP) for _ in FRONT)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, height + GAP), "white")
+    text, top = ImageDraw.Draw(sheet), 0
+    for block in FRONT:
+        for k, (title, name, column) in enumerate(block):
+            left = GAP + k * (side + GAP)
+            text.text((left, top + 2), title, fill="black")
+            for j, row in enumerate(rows):
+                picture = cell(name, column, row, side)
+                sheet.paste(picture, (left, top + HEAD + j * (side + GAP)))
+        top += HEAD + len(rows) * (side + GAP)
+    sheet.save(ROOT / "docs" / "front.jpg", quality=88)
+
+
+def raster(checkpoint, path, side=340):
+    """Draws docs/raster.jpg: a raster, painted as one square, by windows of their own, and so that
+    windows share their statistics; below, a part of it.
+    """
+    script = importlib.import_module(common.load_weights(checkpoint)["script"])
+    whole = max(Image.open(path).size)
+    ways = {"as one square": ["--window", str(whole)], "each window by itself": ["--norm-reach", "0"]}
+    pictures = {"input": Image.open(path).convert("RGB")}
+    for title, options in (ways | {"windows that share statistics": []}).items():
+        with tempfile.TemporaryDirectory() as out:
+            call = ["--generate", path, "--checkpoint", checkpoint, "--out", out, *options]
+            script.main(call)
+            pictures[title] = Image.open(next(Path(out).iterdir())).convert("RGB")
+    sheet = Image.new("RGB", (len(pictures) * (side + GAP), HEAD + 2 * (side + GAP)), "white")
+    text = ImageDraw.Draw(sheet)
+    for k, (title, picture) in enumerate(pictures.items()):
+        left, middle = k * (side + GAP), [length // 2 for length in picture.size]
+        text.text((left, 2), title, fill="black")
+        square = picture.crop((0, 0, min(picture.size), min(picture.size)))
+        sheet.paste(square.resize((side, side), 3), (left, HEAD))
+        part = picture.crop((middle[0] - side, middle[1] - side, *middle))
+        sheet.paste(part, (left, HEAD + side + GAP))
+    sheet.save(ROOT / "docs" / "raster.jpg", quality=82)
+
+
+if __name__ == "__main__":
+    {"keep": keep, "front": front, "raster": raster}[sys.argv[1]](*sys.argv[2:])
