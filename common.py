@@ -78,6 +78,9 @@ def command(main):
                 raise
             where = error.filename or "writing"
             message = f"{where}: {error.strerror}; choose another place with --out or --cache"
+        finally:
+            while _LOCKS:
+                os.close(_LOCKS.pop())
         for bar in list(getattr(tqdm, "_instances", [])):  # the message gets a line of its own
             bar.leave = False
             bar.close()
@@ -85,6 +88,28 @@ def command(main):
         sys.exit(2)
 
     return wrapper
+
+
+_LOCKS = []  # run folders that this process holds, as open files
+
+
+def lock(folder):
+    """Holds a run folder till the program ends, however it does; refuses one that is held."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        what = "another process is training in it: wait, stop it, or choose another --out"
+        raise UserError(f"--out {folder}: {what}") from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return
+    _LOCKS.append(handle)
 
 
 def _explain(error):
@@ -112,7 +137,8 @@ def option(default, help, *, group=None, choices=None, low=None, high=None, **me
                 fixes the group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
-    needs       the option without which this one has no effect, such as "generate"
+    needs       the option without which this one has no effect, such as "generate", or the value
+                that an option must have, such as "content=vgg"
     file        it names a file, which must exist
     weights     generator weights, which --generate takes in place of --checkpoint
     """
@@ -323,11 +349,15 @@ def _check_options(cfg, given):
     """Refuses options that do not go together, and files that are not there."""
     for field in dataclasses.fields(cfg):
         name, about, value = field.name, field.metadata, getattr(cfg, field.name)
-        needed = about.get("needs")
-        if name in given and needed and not getattr(cfg, needed):
-            raise UserError(f"{flag(name)} goes with {flag(needed)}")
+        needed, _, wanted = about.get("needs", "").partition("=")
+        if wanted and not cfg.resume and not cfg.checkpoint:  # else a file says what it has
+            missing = getattr(cfg, needed) != wanted
+        else:
+            missing = needed and not wanted and not getattr(cfg, needed)
         if about.get("file") and value and not Path(value).is_file():
             raise UserError(f"{flag(name)} {value}: no such file")
+        if name in given and missing:
+            raise UserError(f"{flag(name)} goes with {flag(needed)} {wanted}".rstrip())
     if cfg.checkpoint and not cfg.using:
         remedy = "to go on training: --resume"
         raise UserError(f"--checkpoint goes with --generate or --evaluate ({remedy})")
@@ -410,7 +440,8 @@ def _check_folder(cfg):
     if any(folder.glob("checkpoints/*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     text = about.read_text(errors="replace") if about.is_file() else ""
-    if any(folder.iterdir()) and f'"script": "{cfg.script}"' not in text:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    if any(files) and f'"script": "{cfg.script}"' not in text:
         raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
 
 
@@ -691,28 +722,29 @@ class ClassTable:
         except FileNotFoundError:
             known = ", ".join(_TABLES)
             raise UserError(f"class table {source}: no such file (built in: {known})") from None
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             what = f"not a list of {{name, color, value, ignore}} ({error!r})"
             raise UserError(f"class table {source[:60]}: {what}") from None
 
     @staticmethod
     def _build(entries, nearest, source):
         names, colors, rows = [], [], []
+        kinds = {"name": str, "value": int, "color": (str, list), "ignore": bool}
         for position, entry in enumerate(entries):
+            for key, part in entry.items():
+                if not isinstance(part, kinds[key]) or (key == "value" and isinstance(part, bool)):
+                    raise ValueError(f"{key} {part!r}")
             color = entry["color"]
             if isinstance(color, str):
-                hexadecimal = color.lstrip("#")
-                color = hexadecimal.split(",")
-                if len(color) == 1:
-                    color = [int(hexadecimal[k : k + 2], 16) for k in (0, 2, 4)]
-            color = tuple(int(c) for c in color)
-            if len(color) != 3 or not all(0 <= c <= 255 for c in color):
+                color = color.split(",") if "," in color else re.findall("..", color.lstrip("#"))
+                color = [int(c, 10 if "," in entry["color"] else 16) for c in color]
+            if len(color) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in color):
                 raise ValueError(f"colour {entry['color']}")
             index = IGNORED if entry.get("ignore") else len(names)
-            rows.append((int(entry.get("value", position)), color, index))
+            rows.append((entry.get("value", position), tuple(color), index))
             if index != IGNORED:
-                names.append(str(entry["name"]))
-                colors.append(color)
+                names.append(entry["name"])
+                colors.append(tuple(color))
         for column, what in enumerate(("value", "color")):
             if len({row[column] for row in rows}) != len(rows):
                 raise UserError(f"class table {source}: two classes have the same {what}")
@@ -782,6 +814,8 @@ class ClassTable:
             what = f"no one-hot of the class table's {len(self)} classes"
             raise UserError(f"{path}: shape {array.shape} is {what}")
         index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
+        if not np.isin(array, (0, 1, 255)).all() or (array > 0).sum(-1).max() > 1:
+            raise UserError(f"{path}: is no one-hot: a pixel has one class, or none")
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
 
 
@@ -1054,6 +1088,8 @@ def find_images(data, split, lc_classes=""):
     if (root / "classes.json").is_file():
         found = str(root / "classes.json")
     table = ClassTable.load(lc_classes or found)
+    if table and found and (theirs := ClassTable.load(found)) and theirs.rows != table.rows:
+        _say_once(f"{found}: is another class table than the one in use ({', '.join(table.names)})")
     names = {"val": ("val", "validation", "test", "train")}.get(split, (split,))
     for name in names:
         folder, inria = root / name, not (root / "val" / "gt").is_dir()
@@ -1287,6 +1323,11 @@ class ImageStore:
             resized = resize(cut, (self.side, self.side), labels)
             yield resized[None] if labels else resized.transpose(2, 0, 1)
 
+    def fingerprint(self):
+        """A hash of the names and sizes of the files: it stays when a data directory moves."""
+        files = [(path.name, path.stat().st_size) for path in self.split.A + self.split.B]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
     def window(self):
         """How many source pixels an image's side had: --patch, or the median of 100 images."""
         if self.patch:
@@ -1499,7 +1540,8 @@ def load_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         reason = (str(error).splitlines() or [repr(error)])[0][:90]
-        older = sorted(path.parent.glob("epoch_*.pt"))[-1:] if path.name == "last.pt" else []
+        older = sorted(path.parent.glob("epoch_*.pt")) if path.name == "last.pt" else []
+        older = [other for other in older if not other.samefile(path)][-1:]
         remedy = f": {older[0]} is an older one, to put in its place" if older else ""
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}){remedy}") from None
 
@@ -1563,6 +1605,9 @@ def restore(state, checkpoint, path):
             raise UserError(f"{path}: holds no {name}: written by another version of this script")
         value = getattr(state, name)
         if hasattr(value, "state_dict"):
+            weights = [w for w in _tensors(saved[name]) if w.is_floating_point()]
+            if not all(w.isfinite().all() for w in weights):
+                raise UserError(f"{path}: its {name} has weights that are not finite")
             _load_state_dict(value, saved[name], f"{path}: its {name}")
         elif isinstance(value, torch.Tensor):
             value.copy_(saved[name])
@@ -1657,6 +1702,10 @@ class Run:
         self.epoch_sums = saved.get("epoch_sums")
         self.histograms = saved.get("histograms") or data.store.histograms()
         self.window = saved.get("window") or data.store.window()
+        self.images = data.store.fingerprint()
+        changed = saved.get("images", self.images) != self.images
+        if changed:  # the same place in the schedule, with the epoch from its beginning
+            self.batch, self.sums, self.count, self.epoch_sums = 0, None, 0, None
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.clock, self.first_step, self.written = None, self.step, -math.inf
         self.interrupted, self.tracker = 0, None
@@ -1667,6 +1716,8 @@ class Run:
             return
         for folder in ("checkpoints", "samples"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
+        lock(self.out)
+        self._tidy()
         self._write_config()
         self.metrics = self.out / "metrics.csv"
         self.metrics.touch()
@@ -1678,6 +1729,19 @@ class Run:
         done = self.step * self.images_per_step
         self.bar = tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, smoothing=0.05)
         self.say(f"run folder {self.out}")
+        if changed:
+            self.say(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
+
+    def _tidy(self):
+        """After a process that was killed: drops its temporary files, links what it had saved."""
+        for path in self.out.rglob(".*"):
+            if re.fullmatch(r"\.(\d+-.+|.+\.\d+)", path.name):
+                path.unlink()
+        folder, every = self.out / "checkpoints", self.cfg.save_every
+        last, kept = folder / "last.pt", folder / f"epoch_{self.epoch:04}.pt"
+        due = every and self.epoch and self.epoch % every == 0 and self.batch == 0
+        if due and last.is_file() and not kept.is_file():
+            _link(last, kept)
 
     def say(self, text):
         """A line on stderr, above the progress bar."""
@@ -1836,6 +1900,7 @@ class Run:
                 "epoch_sums",
                 "histograms",
                 "window",
+                "images",
                 "id",
             ):
                 about[name] = getattr(self, name)
@@ -1929,6 +1994,18 @@ def _pyplot():
     return pyplot
 
 
+def _save_figure(figure, path):
+    """Writes a figure aside, and renames: whole or absent."""
+    figure.tight_layout()
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(aside, dpi=90)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _pyplot().close(figure)
+
+
 def plot_metrics(rows, path):
     """losses.png: one panel for each column of metrics.csv, over steps."""
     pyplot = _pyplot()
@@ -1944,9 +2021,7 @@ def plot_metrics(rows, path):
         axis.plot(steps, values, linewidth=1, marker="o" if len(steps) == 1 else "")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    _save_figure(figure, path)
 
 
 def plot_confusion(confusion, names, path):
@@ -1966,9 +2041,7 @@ def plot_confusion(confusion, names, path):
         color = "white" if share[row, column] > 0.5 else "black"
         text = f"{share[row, column]:.2f}"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    _save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------- pictures

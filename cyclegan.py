@@ -51,11 +51,11 @@ class Config(common.Options):
     lambda_identity: float = option(
         0.5, "weight of the identity losses, times lambda_cycle; pictures only", low=0.0
     )
-    pool_size: int = option(50, "fakes in the image pool of each domain; 0: none", low=0)
+    pool_size: int = option(50, "fakes in each domain's image pool; 0: none", low=0, high=10**4)
     load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(1, "images per domain, step and process", low=1)
-    epochs: int = option(200, "passes over the larger domain", low=1)
+    epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
     epochs_decay: int = option(-1, "the last of these, in which the rate falls; -1: half", low=-1)
     init_AB: str = option("", "weights of G_AB (ours: of D_B, too)", file=True, weights=True)
     init_BA: str = option("", "weights of G_BA (ours: of D_A, too)", file=True, weights=True)
@@ -405,8 +405,8 @@ def main(argv=None):
     if cfg.using:
         use(cfg, device, checkpoint)
         return
-    train, val = Domains(cfg, "train", device), Domains(cfg, "val", device)
     state = build(cfg, device)
+    train, val = Domains(cfg, "train", device), Domains(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     else:

@@ -61,7 +61,7 @@ class Config(common.EditOptions):
     local_pix_lambda: float = option(5.0, "weight of the L1 loss around the edit", low=0.0)
     lr: float = option(1e-3, "Adam's rate", low=0.0)
     batch_size: int = option(8, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the training images", low=1, may_change=True)
+    epochs: int = option(200, "passes over the images", low=1, high=10**6, may_change=True)
 
 
 QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}
@@ -481,12 +481,11 @@ def main(argv=None):
     if cfg.using:
         use(cfg, device, checkpoint)
         return
-    train = Edits(cfg, "train", device)
     if cfg.show_samples:
-        show_samples(train, cfg)
+        show_samples(Edits(cfg, "train", device), cfg)
         return
-    val = Edits(cfg, "val", device)
     state = build(cfg, device)
+    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])

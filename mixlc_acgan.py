@@ -60,10 +60,12 @@ class Config(common.EditOptions):
         "vgg16", "ImageNet's VGG16, or its layers with random weights", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option("", "VGG16 weights; none: torch.hub's cache or download", file=True)
+    vgg16: str = option(
+        "", "VGG16's file; none: torch.hub's", file=True, needs="style_features=vgg16"
+    )
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(16, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the training images", low=1, may_change=True)
+    epochs: int = option(200, "passes over the images", low=1, high=10**6, may_change=True)
     samples: int = option(1, "variants of an edit", group="use", low=1, high=64, needs="generate")
 
 
@@ -492,12 +494,11 @@ def main(argv=None):
     if cfg.using:
         use(cfg, device, checkpoint)
         return
-    train = Edits(cfg, "train", device)
     if cfg.show_samples:
-        show_samples(train, cfg)
+        show_samples(Edits(cfg, "train", device), cfg)
         return
-    val = Edits(cfg, "val", device)
     state = build(cfg, device)
+    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])

@@ -46,23 +46,35 @@ class Config(common.Options):
         "BtoA", "which way to translate", group="model", choices=("AtoB", "BtoA")
     )
     generator: str = option("unet", "generator", choices=("unet", "resnet"))
-    blocks: int = option(0, "residual blocks of the resnet; 0: 9, or 6 below size 256", low=0)
+    blocks: int = option(
+        0, "residual blocks; 0: 9, or 6 below size 256", low=0, needs="generator=resnet"
+    )
     norm: str = option("batch", "normalisation", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
-    dropout: float = option(0.5, "dropout of the U-Net's inner up blocks", low=0.0, high=0.9)
+    dropout: float = option(
+        0.5, "dropout of the inner up blocks", low=0.0, high=0.9, needs="generator=unet"
+    )
     gan: str = option("bce", "adversarial loss", group="training", choices=("bce", "lsgan"))
     d_weight: float = option(0.5, "weight of D's loss; 1.0: the sum without the half", low=0.0)
     content: str = option("l1", "content loss: L1, or of VGG16 features", choices=("l1", "vgg"))
-    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
-    lambda_vgg: float = option(2.0, "weight of --content vgg, in place of the L1 loss", low=0.0)
-    vgg16: str = option("", "VGG16 weights; none: torch.hub's cache or download", file=True)
+    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0, needs="content=l1")
+    lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0, needs="content=vgg")
+    vgg16: str = option(
+        "", "VGG16 weights; none: torch.hub's cache or download", file=True, needs="content=vgg"
+    )
     load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
     lr: float = option(2e-4, "Adam's rate", low=0.0)
     batch_size: int = option(1, "images a step, in each process", low=1)
     epochs: int = option(
-        200, "passes over the images", low=1, may_change=lambda run: run["schedule"] != "linear"
+        200,
+        "passes over data",
+        low=1,
+        high=10**6,
+        may_change=lambda run: run["schedule"] != "linear",
     )
-    epochs_decay: int = option(-1, "the last of these, in which the rate falls; -1: half", low=-1)
+    epochs_decay: int = option(
+        -1, "the last of these, in which the rate falls; -1: half", low=-1, needs="schedule=linear"
+    )
     schedule: str = option(
         "linear",
         "rate: falls at the end | constant | halves when the content loss stalls",
@@ -413,8 +425,8 @@ def main(argv=None):
     if cfg.using:
         use(cfg, device, checkpoint)
         return
-    train, val = Pairs(cfg, "train", device), Pairs(cfg, "val", device)
     state = build(cfg, device)
+    train, val = Pairs(cfg, "train", device), Pairs(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     elif cfg.init:

@@ -142,7 +142,10 @@ def raster(checkpoint, path, side=340):
     """
     script = importlib.import_module(common.load_weights(checkpoint)["script"])
     whole = max(Image.open(path).size)
-    ways = {"as one square": ["--window", str(whole)], "each window by itself": ["--norm-reach", "0"]}
+    ways = {
+        "as one square": ["--window", str(whole)],
+        "each window by itself": ["--norm-reach", "0"],
+    }
     pictures = {"input": Image.open(path).convert("RGB")}
     for title, options in (ways | {"windows that share statistics": []}).items():
         with tempfile.TemporaryDirectory() as out:

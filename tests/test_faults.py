@@ -1,0 +1,214 @@
+"""Mistakes and failures as a user meets them: what is done, the exit status, the line.
+
+Each case of CASES is a command line; the rest are machines that fail in the middle.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import cyclegan
+import mixlc
+import mixlc_acgan
+import pix2pix
+from conftest import TABLE, land_cover, line_of, picture, same, save, side_by_side, state_of
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
+SCRIPTS = {s.__name__: s for s in (pix2pix, cyclegan, mixlc, mixlc_acgan)}
+
+# case: (script, options in a world of pairs/, landcover/ and model.pt, what the line says)
+CASES = {
+    "no effect: blocks of a U-Net": (
+        "pix2pix",
+        "--blocks 3",
+        "goes with --generator resnet",
+    ),
+    "no effect: VGG16 without its loss": ("pix2pix", "--vgg16 v.pth", "goes with --content vgg"),
+    "no effect: L1's weight with VGG": ("pix2pix", "--content vgg --lambda-l1 9", "--content l1"),
+    "no effect: decay of a constant rate": (
+        *("pix2pix", "--schedule constant --epochs-decay 3"),
+        "--epochs-decay goes with --schedule linear",
+    ),
+    "no effect: VGG16 with random features": (
+        *("mixlc_acgan", "--style-features random --vgg16 v.pth"),
+        "--vgg16 goes with --style-features vgg16",
+    ),
+    "no effect: epochs of no judge": ("pix2pix", "--judge-epochs 3", "goes with --train-judge"),
+    "a number of 400 digits": ("pix2pix", f"--epochs {'9' * 400}", "must be at most 1000000"),
+    "a pool of petabytes": ("cyclegan", "--pool-size 1000000000000000", "must be at most 10000"),
+    "weights that are not numbers": ("pix2pix", "--lambda-l1 nan", "--lambda-l1 nan: must be at"),
+    "no such data": ("pix2pix", "--data nope", "--data nope: no such directory"),
+    "a missing class table": ("mixlc", "--lc-classes nope.json", "nope.json: no such file"),
+    "generating over another's files": (
+        *("pix2pix", "--generate pairs/val --checkpoint model.pt --out full"),
+        "0.png exists and would be written over",
+    ),
+    "generating over an input": (
+        *("pix2pix", "--generate pairs/val --checkpoint model.pt --out pairs/val"),
+        "0.png exists and would be written over",
+    ),
+    "weights of a checkpoint that are not finite": (
+        *("pix2pix", "--generate pairs/val --checkpoint nan.pt --out o"),
+        "nan.pt: its G has weights that are not finite",
+    ),
+    "a window of nothing": ("pix2pix", "--window 50", "--window goes with --generate"),
+    "a raster of 16 bits": (
+        *("pix2pix", "--generate deep.tif --checkpoint model.pt --out o"),
+        "gdal_translate -ot Byte -scale LOW HIGH 0 255 deep.tif deep_8bit.tif",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    side_by_side(root / "pairs")
+    land_cover(root / "landcover")
+    run = ["--data", str(root / "pairs"), "--out", str(root / "run"), *SMALL]
+    pix2pix.main([*run, "--cache", str(root / "cache")])
+    content = state_of(root / "run" / "checkpoints" / "last.pt")
+    torch.save(content, root / "model.pt")
+    next(iter(content["state"]["G"].values())).fill_(float("nan"))
+    torch.save(content, root / "nan.pt")
+    (root / "v.pth").touch()
+    save(root / "full" / "0.png", np.zeros((8, 8, 3), np.uint8))
+    Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line_and_leaves_nothing(case, world, monkeypatch, capsys):
+    script, options, text = CASES[case]
+    monkeypatch.chdir(world)
+    before = sorted(path for path in world.rglob("*") if "cache" not in path.parts)
+    words = options.split()
+    if "--checkpoint" not in words:
+        data = [] if "--data" in words else ["--data", "landcover" if "mix" in script else "pairs"]
+        words = [*data, *SMALL, "--cache", "cache", "--out", "new", *words]
+    assert text in line_of(SCRIPTS[script].main, words, capsys)
+    after = sorted(path for path in world.rglob("*") if "cache" not in path.parts)
+    assert [p for p in after if not p.name.startswith(".")] == before
+
+
+CLASS_TABLES = {
+    "a fraction": {"value": 1.5},
+    "a truth value": {"value": True},
+    "a text for a truth value": {"ignore": "no"},
+    "an unknown key": {"colour": "#000000"},
+    "a colour of two parts": {"color": "1,2"},
+    "a colour of fractions": {"color": [1.5, 2, 3]},
+    "a colour of eight digits": {"color": "#00112233"},
+    "a name that is a number": {"name": 7},
+    "infinity": {"value": float("inf")},
+}
+
+
+@pytest.mark.parametrize("case", CLASS_TABLES)
+def test_class_tables_are_read_strictly(case):
+    table = [dict(entry) for entry in TABLE]
+    table[1] |= CLASS_TABLES[case]
+    with pytest.raises(common.UserError, match="not a list of"):
+        common.ClassTable.load(json.dumps(table))
+
+
+@pytest.mark.parametrize("array", [np.ones((4, 4, 3)), np.full((4, 4, 3), np.nan)])
+def test_one_hots_have_one_class_or_none(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    table = common.ClassTable.load(json.dumps(TABLE[:3]))
+    with pytest.raises(common.UserError, match=r"x.npy: is no one-hot"):
+        common.Raster(tmp_path / "x.npy", table).read()
+
+
+def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
+    """Same data, order of the classes reversed, since the run began."""
+    root = land_cover(tmp_path / "data")
+    run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL]
+    mixlc.main([*run, "--cache", str(tmp_path / "cache")])
+    assert "is another class table" not in capsys.readouterr().err
+    (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
+    common._say_once.cache_clear()
+    mixlc.main(["--evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
+    said = capsys.readouterr().err
+    assert "classes.json: is another class table than the one in use (land, water, road)" in said
+
+
+# --------------------------------------------------------------------------------- failing machines
+
+
+def start(*words):
+    call = [sys.executable, str(ROOT / "pix2pix.py"), *map(str, words)]
+    return subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def test_a_run_folder_has_one_run_at_a_time(world, tmp_path):
+    """Two started together, and a resume of a run that goes on; a dead one does not hinder."""
+    run = ["--data", world / "pairs", "--cache", tmp_path, "--out", tmp_path / "run"]
+    first = start(*run, *SMALL, "--epochs", "1000", "--save-every", "1")
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").is_file():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    second = start("--resume", "--out", tmp_path / "run")
+    assert second.wait(60) == 2
+    assert "another process is training in it" in second.stderr.read()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    common.lock(tmp_path / "run")  # free again
+    os.close(common._LOCKS.pop())
+
+
+def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
+    """Folders and temporary files are all that it left."""
+    for folder in ("checkpoints", "samples"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run" / ".123-config.json").write_text("{")
+    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    assert (tmp_path / "run" / "evaluation.json").is_file()
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
+    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--save-every", "1"])
+    kept = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
+    kept.unlink()  # as if killed between replacing last.pt and this
+    pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
+    assert same(state_of(kept)["state"], state_of(kept.with_name("last.pt"))["state"])
+
+
+def test_a_damaged_checkpoint_is_not_advised_in_its_own_place(world, tmp_path, capsys):
+    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--save-every", "1"])
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    with open(last, "r+b") as file:
+        file.truncate(1000)
+    line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
+    assert "a damaged one" in line and "epoch_0001.pt" not in line
+
+
+def test_a_resume_with_other_images_says_so_and_begins_its_epoch_anew(tmp_path, capsys):
+    root = side_by_side(tmp_path / "data", train=6)
+    run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--schedule", "constant"]
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    content = state_of(tmp_path / "run" / "checkpoints" / "last.pt")
+    content |= {"epoch": 0, "batch": 2}  # stopped in the middle
+    torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
+    rng = np.random.default_rng(5)
+    for k in range(6, 10):
+        save(root / "train" / f"{k}.png", np.concatenate([picture(rng, 80, 80)] * 2, 1))
+    capsys.readouterr()
+    pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "the images are not those of before: epoch 1 begins anew" in said
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3 + 5
