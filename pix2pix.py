@@ -51,9 +51,7 @@ class Config(common.Options):
     )
     norm: str = option("batch", "normalisation", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
-    dropout: float = option(
-        0.5, "dropout of the inner up blocks", low=0.0, high=0.9, needs="generator=unet"
-    )
+    dropout: float = option(0.5, "of inner up blocks", low=0.0, high=0.9, needs="generator=unet")
     gan: str = option("bce", "adversarial loss", group="training", choices=("bce", "lsgan"))
     d_weight: float = option(0.5, "weight of D's loss; 1.0: the sum without the half", low=0.0)
     content: str = option("l1", "content loss: L1, or of VGG16 features", choices=("l1", "vgg"))
