@@ -1761,6 +1761,7 @@ class Run:
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
             "processes": world_size(),
             "git_commit": _git_commit(),
+            "defaults": dataclasses.asdict(type(self.cfg)()),
         }
         write_text(self.out / "config.json", json.dumps(about, indent=2))
 
@@ -1862,6 +1863,7 @@ class Run:
         if rank() == 0:
             save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
             plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
+            write_page(self.out)
             if self.tracker:
                 self.tracker({}, columns, self.step)
         self.save(state)
@@ -1923,6 +1925,52 @@ class Run:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def write_page(folder):
+    """index.html of a run folder, and of the folder around it if that is called runs.
+
+    They are pages/run.html and pages/runs.html with the data in them, and open from disk.
+    """
+    templates = Path(__file__).parent / "pages"
+    if not templates.is_dir():  # a script and common.py that were copied alone
+        return
+    folder = folder.resolve()
+    pages = [(folder, "run.html", _page_data(folder, 2000))]
+    if folder.parent.name == "runs":
+        found = sorted(path.parent for path in folder.parent.glob("*/config.json"))
+        pages.append((folder.parent, "runs.html", [_page_data(run, 300) for run in found]))
+    for place, name, data in pages:
+        text = json.dumps(data).replace("</", "<\\/")
+        page = (templates / name).read_text().replace("__DATA__", text)
+        write_text(place / "index.html", page)
+
+
+def _page_data(folder, most):
+    """What a page shows of a run folder; of metrics.csv at most so many rows, evenly spread."""
+    about = json.loads((folder / "config.json").read_text())
+    rows = read_metrics(folder / "metrics.csv")
+    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # its last row has the scores
+    rows = [rows[k] for k in sorted({*spread(most, len(rows)).tolist(), *epochs.values()})]
+    names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
+    evaluation = folder / "evaluation.json"
+    options, defaults = about["options"], about.get("defaults", {})
+    return about | {
+        "name": folder.name,
+        "out": options["out"],
+        "epoch": int(rows[-1]["epoch"]) if rows else 0,
+        "epochs": options["epochs"],
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),
+        "steps": [int(row["step"]) for row in rows],
+        "columns": {k: [float(row[k]) if row[k] else None for row in rows] for k in names},
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+        "defaults": defaults,
+        "changed": {k: v for k, v in options.items() if v != defaults.get(k) and k not in _PLACES},
+    }
+
+
+_PLACES = ("out", "cache", "device", "lc_classes")  # say nothing about the model
 
 
 def _tensors(content):
@@ -2297,6 +2345,8 @@ def write_evaluation(cfg, rows, **about):
     what = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint, **about, "rows": rows}
     path = Path(cfg.out) / "evaluation.json"
     write_text(path, json.dumps(what, indent=2))
+    if (path.parent / "config.json").is_file():
+        write_page(path.parent)
     print_table(rows)
     print(f"written to {path}")
 

@@ -12,6 +12,7 @@ import ast
 import difflib
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -370,6 +371,21 @@ def scripts(_):
     return table(["script", "task", "paper", "lines to read", "the one new idea"], lines)
 
 
+def forged(_):
+    """docs/forged.json: what a segmenter learnt from, and its mean IoU, mean and spread."""
+    kept = json.loads((HERE.parent / "docs" / "forged.json").read_text())
+    lines, kinds = [], []
+    for data, run in kept.items():
+        for tiles, found in run["mean_iou"].items():
+            kinds = list(found)
+            cells = [
+                f"{statistics.mean(found[kind]):.3f} ± {statistics.stdev(found[kind]):.3f}"
+                for kind in kinds
+            ]
+            lines.append([f"{data}: {tiles} real tiles", *cells])
+    return table(["mean IoU", *kinds], lines)
+
+
 TABLES = {
     "scripts": scripts,
     "runs": runs,
@@ -378,6 +394,7 @@ TABLES = {
     "edited": of_kept("l1_inside", "l1_to_input", "l1_outside"),
     "judged": of_kept("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou"),
     "edits": edits,
+    "forged": forged,
     "reading": reading,
     "steps": steps,
     "brief": brief,

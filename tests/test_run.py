@@ -64,6 +64,7 @@ def test_run_folder(trained):
     assert names == {
         "config.json",
         "metrics.csv",
+        "index.html",
         "losses.png",
         "evaluation.json",
         "samples/epoch_0001.png",

@@ -1,0 +1,142 @@
+"""Are generated photographs good for anything? Imagery from forged masks, to train a segmenter on.
+
+    python bench/forged_masks.py                                   the demo world, minutes
+    python bench/forged_masks.py --data landcover/ --patch 256     a data directory, longer
+    python bench/forged_masks.py ... --keep                        also into docs/forged.json
+
+For n real tiles, and several seeds: pix2pix learns land cover -> photograph from these n alone.
+Masks are forged from theirs (turned, mirrored, a rectangle of one pasted into another) and painted.
+A small U-Net then learns to segment from the real tiles; from these turned and mirrored, too
+(ordinary augmentation); from these and as many painted ones; from all of it. What counts is the
+mean IoU on held-out real tiles.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import pix2pix
+
+KINDS = ("real", "real, augmented", "real + forged", "real + forged, augmented")
+
+
+def tiles_of(cfg, split):
+    """(N, 4, S, S) uint8: photograph and land cover."""
+    return torch.from_numpy(np.array(common.ImageStore(cfg, split, cfg.size).records))
+
+
+def turned(records, rng):
+    """Each record turned and mirrored at random: 8 ways."""
+    ways = rng.integers(0, 8, len(records))
+    turns = [torch.rot90(x, int(way % 4), (1, 2)) for x, way in zip(records, ways, strict=True)]
+    turns = [x.flip(2) if way >= 4 else x for x, way in zip(turns, ways, strict=True)]
+    return torch.stack(turns)
+
+
+def forge(masks, count, rng):
+    """Label maps (N, S, S) recombined: `count` of them, each with a rectangle of another."""
+    side = masks.shape[-1]
+    forged = []
+    for _ in range(count):
+        a, b = turned(masks[rng.choice(len(masks), 2, replace=False)][:, None], rng)[:, 0]
+        height, width = rng.integers(side // 4, side * 3 // 4, 2)
+        top, left = rng.integers(0, (side - height + 1, side - width + 1))
+        a = a.clone()
+        a[top : top + height, left : left + width] = b[top : top + height, left : left + width]
+        forged.append(a)
+    return torch.stack(forged)
+
+
+def learn_to_paint(records, cfg, steps):
+    """A pix2pix State that has learnt land cover -> photograph from these records alone."""
+    torch.manual_seed(cfg.seed)
+    state, rng = pix2pix.build(cfg, torch.device("cpu")), np.random.default_rng(cfg.seed)
+    for step in range(steps):
+        rate = cfg.lr * min(1.0, 2 * (steps - step) / steps)
+        for optimizer in (state.opt_G, state.opt_D):
+            common.set_lr(optimizer, rate)
+        batch = turned(records[rng.choice(len(records), cfg.batch_size)], rng)
+        x = common.draw(batch[:, 3], cfg.classes)
+        pix2pix.train_step(state, (x, common.from_bytes(batch[:, :3])), cfg)
+    return state
+
+
+def paint(state, masks, cfg):
+    """Records of forged label maps (N, S, S) and their painted photographs."""
+    fakes = [pix2pix.translate(state, common.draw(m, cfg.classes), cfg) for m in masks.split(8)]
+    return torch.cat([common.to_bytes(torch.cat(fakes)), masks[:, None]], 1)
+
+
+def mean_iou(records, val, classes, augment, seed, steps, batch=16):
+    """Held-out mean IoU of a small U-Net that learnt to segment from these records."""
+    torch.manual_seed(seed)
+    net, rng = common.Judge(classes, width=16), np.random.default_rng(seed)
+    adam = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(steps):
+        images = records[rng.choice(len(records), batch)]
+        images = turned(images, rng) if augment else images
+        logits = net(common.from_bytes(images[:, :3]))
+        loss = F.cross_entropy(logits, images[:, 3].long(), ignore_index=common.IGNORED)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    scores = common.Scores()
+    for images in val.split(32):
+        seen = net.classes_of(common.from_bytes(images[:, :3]))
+        scores.add_labels("net", seen, images[:, 3], classes)
+    return scores.rows()["net"]["mean_iou"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="")
+    parser.add_argument("--patch", type=int, default=128)
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=24)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--paint-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--keep", action="store_true")
+    args = parser.parse_args(argv)
+    data = args.data or common.demo_world(args.cache, "landcover")
+    options = {"data": data, "patch": args.patch, "cache": args.cache, "size": args.size}
+    options["lc_classes"] = common.find_images(data, "train").classes.text
+    found, began = {}, time.time()
+    for n in args.tiles:
+        for seed in range(args.seeds):
+            cfg = pix2pix.Config(**options, width=args.width, batch_size=4, seed=seed)
+            train, val = tiles_of(cfg, "train"), tiles_of(cfg, "val")
+            rng = np.random.default_rng([seed, n])
+            real = train[rng.choice(len(train), n, replace=False)]
+            state = learn_to_paint(real, cfg, args.paint_steps)
+            forged = paint(state, forge(real[:, 3], n, rng), cfg)
+            for kind in KINDS:
+                records = torch.cat([real, forged]) if "forged" in kind else real
+                augment, classes = "augmented" in kind, len(cfg.classes)
+                iou = mean_iou(records, val, classes, augment, seed, args.steps)
+                found.setdefault(str(n), {}).setdefault(kind, []).append(iou)
+                print(f"{n} tiles, seed {seed}, {kind}: {iou:.3f}", flush=True)
+    minutes = (time.time() - began) / 60
+    rows = {f"{n} tiles": {k: float(np.mean(v)) for k, v in by.items()} for n, by in found.items()}
+    common.print_table(rows)
+    if args.keep:
+        name = f"{Path(args.data).name or 'demo world'}, {args.size} pixels"
+        path = Path(__file__).parent.parent / "docs" / "forged.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept[name] = {"minutes": round(minutes, 1), "mean_iou": found}
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
