@@ -65,6 +65,7 @@ def command(main):
         except UserError as error:
             message = str(error)
         except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
             sys.exit(130)
         except (MemoryError, RuntimeError) as error:
             message = _explain(error)
@@ -95,6 +96,8 @@ _LOCKS = []  # run folders that this process holds, as open files
 
 def lock(folder):
     """Holds a run folder till the program ends, however it does; refuses one that is held."""
+    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun holds it for all
+        return
     try:
         import fcntl
     except ImportError:  # Windows
@@ -342,6 +345,9 @@ def begin(config, doc, quick, argv=None):
         classes = find_images(source(cfg), "train", cfg.lc_classes).classes
         text = classes.text if classes else "pictures"
         cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        lock(cfg.out)
+        _check_folder(cfg)  # another run may have come and gone meanwhile
     return cfg, device, checkpoint
 
 
@@ -370,6 +376,7 @@ def _adopt(cfg, given):
     """(cfg, checkpoint): the options that --resume or --checkpoint finds, with those typed."""
     if cfg.resume:
         run = _newest_run(cfg)
+        lock(run)
         path = run / "checkpoints" / "last.pt"
     else:
         path = Path(cfg.checkpoint)
@@ -716,7 +723,7 @@ class ClassTable:
         try:
             is_json = source.lstrip().startswith(("[", "{"))
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
-            nearest = table["nearest"] if isinstance(table, dict) else False
+            nearest = table.get("nearest", False) if isinstance(table, dict) else False
             entries = table["classes"] if isinstance(table, dict) else table
             return ClassTable._build(entries, nearest, source[:60])
         except FileNotFoundError:
@@ -736,8 +743,9 @@ class ClassTable:
                     raise ValueError(f"{key} {part!r}")
             color = entry["color"]
             if isinstance(color, str):
-                color = color.split(",") if "," in color else re.findall("..", color.lstrip("#"))
-                color = [int(c, 10 if "," in entry["color"] else 16) for c in color]
+                decimal = re.fullmatch(r"(\d+), *(\d+), *(\d+)", color)
+                parts = decimal or re.fullmatch("#?" + "([0-9a-fA-F]{2})" * 3, color)
+                color = [int(part, 10 if decimal else 16) for part in parts.groups()]
             if len(color) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in color):
                 raise ValueError(f"colour {entry['color']}")
             index = IGNORED if entry.get("ignore") else len(names)
@@ -881,9 +889,9 @@ class Raster:
             if self.path.suffix.lower() in TIFF_SUFFIXES:
                 self._open_tiff()
             elif self.path.suffix.lower() in ARRAY_SUFFIXES:
-                sides = [side for side in _load_array(path, mmap_mode="r").shape if side != 1]
-                if len(sides) == 3:  # one-hot
-                    sides.pop(-1 if sides[-1] in (len(table), len(table.rows)) else 0)
+                sides = list(_load_array(path, mmap_mode="r").shape)
+                while len(sides) > 2:  # one-hot, or an axis of length 1
+                    sides.pop(-1 if sides[-1] in (1, len(table), len(table.rows)) else 0)
                 self.height, self.width = sides
             else:
                 with Image.open(path) as image:
@@ -915,9 +923,7 @@ class Raster:
 
     def padded(self, top, left, height, width):
         """A window (height, width, ...), mirrored at the edges of the raster."""
-        pixels = self.read(top, left, height, width)
-        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
-        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
+        return mirrored(self.read(top, left, height, width), height, width)
 
     def _read_picture(self):
         with Image.open(self.path) as image:
@@ -939,7 +945,7 @@ class Raster:
             codes = array.astype(np.int64)
             if not (array == codes).all():
                 raise UserError(f"{path}: holds fractions, which are no class indices")
-            return table.from_codes(codes.squeeze(), path)
+            return table.from_codes(codes.reshape(self.height, self.width), path)
         with Image.open(path) as image:
             if image.mode == "P" and _palette_is_of(np.asarray(image.convert("RGB")), table):
                 return table.from_colours(np.asarray(image.convert("RGB")), path, False)
@@ -958,17 +964,21 @@ class Raster:
             scale = "" if self.table else " -scale LOW HIGH 0 255"
             remedy = f"gdal_translate -ot Byte{scale} {self.path.name} {self.path.stem}_8bit.tif"
             raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
-        if self.tiff.count > 3 and not self.table:
-            _say_once(f"images have {self.tiff.count} bands: the first three are taken as RGB")
-        self._palette = None
+        if self.tiff.count not in (1, 3) and not self.table:
+            which = "first three are taken as RGB" if self.tiff.count > 3 else "first counts"
+            _say_once(f"images have {self.tiff.count} bands: the {which}")
+        self._palette, lossy = None, str(self.tiff.compression) == "Compression.jpeg"
+        self._nearest = lossy or bool(self.table and self.table.nearest)
         if self.tiff.count == 1 and self.tiff.colorinterp[0].name == "palette":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
-        if self._palette is not None and self.table:
+        if self.table and (self._palette is not None or self.tiff.count >= 3):
             top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
             bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
-            middle = self._cut(top, left, bottom, right)[0]
-            if not _palette_is_of(self._palette[middle], self.table):
+            middle = self._cut(top, left, bottom, right)
+            if self._palette is None:  # a photograph is refused here
+                self.table.from_colours(np.moveaxis(middle, 0, -1), self.path, self._nearest)
+            elif not _palette_is_of(self._palette[middle[0]], self.table):
                 self._palette = None  # its numbers are what counts
 
     def _cut(self, top, left, bottom, right):
@@ -983,13 +993,16 @@ class Raster:
         if not self.table:
             return np.repeat(pixels, 3, 2) if len(bands) == 1 else np.ascontiguousarray(pixels)
         if len(bands) == 3:
-            lossy = self.table.nearest or str(self.tiff.compression) == "Compression.jpeg"
-            whole = pixels.shape[:2] == (self.height, self.width)
-            return self.table.from_colours(pixels, self.path, lossy, strict=whole)
-        codes, nothing = bands[0].astype(np.int64), self.tiff.nodata
-        if nothing is not None and nothing not in {value for value, _, _ in self.table.rows}:
-            codes[codes == nothing] = IGNORED
-        return self.table.from_codes(codes, self.path)
+            indices = self.table.from_colours(pixels, self.path, self._nearest, strict=False)
+        else:
+            codes, nothing = bands[0].astype(np.int64), self.tiff.nodata
+            if nothing is not None and nothing not in {value for value, _, _ in self.table.rows}:
+                codes[codes == nothing] = IGNORED
+            indices = self.table.from_codes(codes, self.path)
+        if self.masked and (len(bands) == 3 or self.tiff.nodata is None):
+            valid = self.valid(top, left, *indices.shape)
+            indices = np.where(valid, indices, np.uint8(IGNORED))
+        return indices
 
     @functools.cached_property
     def masked(self):
@@ -1003,6 +1016,12 @@ class Raster:
             return None
         window = (top, top + height), (left, left + width)
         return self.tiff.dataset_mask(window=window) > 0
+
+
+def mirrored(pixels, height, width):
+    """(H, W, ...) pixels at the top left of (height, width, ...), mirrored at bottom and right."""
+    missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+    return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
 
 
 _TURNS = {  # EXIF's orientations: how to turn a photograph upright
@@ -1716,7 +1735,6 @@ class Run:
             return
         for folder in ("checkpoints", "samples"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        lock(self.out)
         self._tidy()
         self._write_config()
         self.metrics = self.out / "metrics.csv"
@@ -1734,8 +1752,9 @@ class Run:
 
     def _tidy(self):
         """After a process that was killed: drops its temporary files, links what it had saved."""
-        for path in self.out.rglob(".*"):
-            if re.fullmatch(r"\.(\d+-.+|.+\.\d+)", path.name):
+        ours = r"\.\d+-.+\.(json|png|html)|\..+\.pt\.\d+"
+        for path in itertools.chain(self.out.glob(".*"), self.out.glob("*/.*")):
+            if path.parent.name != "generated" and re.fullmatch(ours, path.name):
                 path.unlink()
         folder, every = self.out / "checkpoints", self.cfg.save_every
         last, kept = folder / "last.pt", folder / f"epoch_{self.epoch:04}.pt"
@@ -2551,11 +2570,11 @@ def inputs_of(cfg, labels=False):
     return files
 
 
-def results_of(path, to_labels):
-    """The names of what is generated from a file."""
+def results_of(path, to_labels=False):
+    """The names of what is generated from a file: its own, or .png where that cannot be written."""
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
         return [f"{path.stem}.png", f"{path.stem}_colours.png"]
-    return [f"{path.stem}.png" if path.suffix.lower() in ARRAY_SUFFIXES else path.name]
+    return [path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.stem}.png"]
 
 
 def claim_names(cfg, names):
@@ -2569,6 +2588,8 @@ def claim_names(cfg, names):
     options = dataclasses.asdict(dataclasses.replace(cfg, out="", cache="", device="auto"))
     command = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
     out, written = Path(cfg.out).resolve(), {}
+    if out.is_file():
+        raise UserError(f"--out {cfg.out}: is a file, not a folder")
     log = out.with_name(f".{out.name}.generated.json")
     with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
         written = json.loads(log.read_text())
@@ -2576,8 +2597,12 @@ def claim_names(cfg, names):
         path = Path(cfg.out) / name
         if path.exists() and written.get(name) != command:
             raise UserError(f"{path} exists and would be written over: choose another --out")
+    for aside in out.glob(".*-*") if out.is_dir() else ():  # of a process that was killed
+        if re.sub(r"^\.\d+-", "", aside.name) in names:
+            aside.unlink()
     log.parent.mkdir(parents=True, exist_ok=True)
-    write_text(log, json.dumps(written | dict.fromkeys(names, command), indent=1))
+    with contextlib.suppress(PermissionError):
+        write_text(log, json.dumps(written | dict.fromkeys(names, command), indent=1))
 
 
 def write_text(path, text):
@@ -2638,8 +2663,7 @@ def writing(path, source, classes=None):
         else:
             write_image(path, whole)
         return
-    given = source.tiff.nodata
-    nothing = int(given) if given is not None and 0 <= given <= 255 else 0
+    nothing = IGNORED if classes else source.tiff.nodata
     profile = {
         "driver": "GTiff",
         "dtype": "uint8",
@@ -2651,28 +2675,36 @@ def writing(path, source, classes=None):
         "blockxsize": 256,
         "blockysize": 256,
         "bigtiff": "if_safer",
-        "nodata": IGNORED if classes else nothing if source.masked else None,
+        "nodata": nothing,
     }
-    if not source.tiff.transform.is_identity:
+    gcps, crs = source.tiff.gcps
+    if gcps:
+        profile |= {"gcps": gcps, "crs": crs}
+    elif not source.tiff.transform.is_identity:
         profile |= {"crs": source.tiff.crs, "transform": source.tiff.transform}
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with _rasterio().open(aside, "w", **profile) as target:
+        with (
+            _rasterio().Env(GDAL_TIFF_INTERNAL_MASK=True),
+            _rasterio().open(aside, "w", **profile) as target,
+        ):
+            target.update_tags(**source.tiff.tags())
             if classes:
                 colors = enumerate(classes.palette.tolist())
                 target.write_colormap(1, {k: tuple(color) for k, color in colors})
 
             def put(pixels, top, left=0):
                 height, width = pixels.shape[:2]
+                window = (top, top + height), (left, left + width)
                 valid = source.valid(top, left, height, width)
-                if valid is not None and classes:
-                    pixels = np.where(valid, pixels, np.uint8(IGNORED))
-                elif valid is not None:  # what was painted must not look like nothing
-                    lost = (pixels == nothing).all(-1, keepdims=True)
-                    pixels = np.where(lost, abs(nothing - 1), pixels)
-                    pixels = np.where(valid[..., None], pixels, nothing).astype(np.uint8)
                 bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
-                target.write(bands, window=((top, top + height), (left, left + width)))
+                if valid is not None and nothing is None:  # a mask, or transparency
+                    target.write_mask(valid, window=window)
+                elif valid is not None:
+                    if not classes:  # what was painted must not look like nothing
+                        bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
+                    bands = np.where(valid, bands, nothing).astype(np.uint8)
+                target.write(bands, window=window)
 
             yield put
         with _rasterio().open(aside) as target:  # GDAL keeps quiet when it closes on a full disk
@@ -2876,7 +2908,7 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
                         put(strip.argmax(0).byte().numpy(), top)
                     else:
                         put(as_array(strip[None]), top)
-    print(f"{len(files)} images written to {cfg.out}")
+    print(f"{len(files)} image(s) written to {cfg.out}")
 
 
 class EditFiles:
@@ -2905,6 +2937,11 @@ class EditFiles:
                 size = f"{labels.width}x{labels.height}"
                 other = f"{path} is {self.photo.width}x{self.photo.height}"
                 raise UserError(f"{labels.path} is {size} but {other}: sizes must agree")
+            a, b = labels.tiff, self.photo.tiff
+            if a and b and a.crs and b.crs and (a.crs, a.transform) != (b.crs, b.transform):
+                raise UserError(
+                    f"{labels.path} lies elsewhere than {path}: another CRS or transform"
+                )
         if cfg.erase and not self.told:
             remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
             raise UserError(f"--generate must know what changed: {remedy}")
@@ -2929,12 +2966,11 @@ class EditFiles:
 
     def after(self, top, left, height, width):
         """A window of the land cover that the edited photograph shall have, mirrored at edges."""
-        labels = self.lc.padded(top, left, height, width).copy()
-        inside = labels[: self.size[0] - top, : self.size[1] - left]
+        labels = self.lc.read(top, left, height, width).copy()
         for index, *corners in self.strokes:
             y0, x0, y1, x1 = (max(c - o, 0) for c, o in zip(corners, (top, left) * 2, strict=True))
-            inside[y0:y1, x0:x1] = index
-        return labels
+            labels[y0:y1, x0:x1] = index
+        return mirrored(labels, height, width)
 
     def before(self, top, left, height, width):
         """A window of the land cover that the photograph has; of --lc's where nothing tells."""
@@ -3048,11 +3084,13 @@ def edit_file(cfg, paint, net=None, samples=1):
     photo, size, name = edit.photo, (cfg.size, cfg.size), edit.photo.path
     window = window_of(cfg, photo)
     regions = edit.regions(window)
-    say_windows(cfg, photo, regions, window)
-    names = [f"{name.stem}_{k}{name.suffix}" for k in range(1, samples + 1)]
-    names = names if samples > 1 else [name.name]
+    names = results_of(name)
+    if samples > 1:
+        suffix = Path(names[0]).suffix
+        names = [f"{name.stem}_{k}{suffix}" for k in range(1, samples + 1)]
     more = ["sheet", "differences"] if samples > 1 else ["sheet"]
     claim_names(cfg, names + [f"{name.stem}_{what}.png" for what in more])
+    say_windows(cfg, photo, regions, window)
     border = max(1, round(12 * (window or min(edit.size)) / 256))
     whole = not (edit.told and cfg.keep_outside)
     if not edit.told:
@@ -3115,4 +3153,4 @@ def edit_file(cfg, paint, net=None, samples=1):
         write_image(Path(cfg.out) / f"{name.stem}_differences.png", differences)
     sheet = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
     save_grid(Path(cfg.out) / f"{name.stem}_sheet.png", sheet)
-    print(f"{len(answers)} edits written to {cfg.out}, with a before/after sheet beside them")
+    print(f"{len(answers)} picture(s) written to {cfg.out}, with a before/after sheet")

@@ -111,6 +111,8 @@ CLASS_TABLES = {
     "a colour of eight digits": {"color": "#00112233"},
     "a name that is a number": {"name": 7},
     "infinity": {"value": float("inf")},
+    "a colour of seven digits": {"color": "#e2a9291"},
+    "a colour of signs": {"color": "#+1+2+3"},
 }
 
 
@@ -172,10 +174,17 @@ def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     for folder in ("checkpoints", "samples"):
         (tmp_path / "run" / folder).mkdir(parents=True)
     (tmp_path / "run" / ".123-config.json").write_text("{")
+    (tmp_path / "run" / "checkpoints" / ".last.pt.123").write_text("")
     run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
     pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     assert (tmp_path / "run" / "evaluation.json").is_file()
     assert not list((tmp_path / "run").rglob(".*"))
+    others = [tmp_path / "run" / name for name in (".notes.2024", "generated/.123-x.png")]
+    for path in others:  # a user's, and those of a generation that goes on
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
+    assert all(path.is_file() for path in others)
 
 
 def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):

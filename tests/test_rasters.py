@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from rasterio.transform import from_origin
 from torch import nn
 
@@ -187,6 +187,60 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
         assert not torch.allclose(paint(x), own, atol=1e-2)
 
 
+def test_statistics_are_noted_all_over_a_raster():
+    """Of 5 x 12 windows, by places counted in windows; the reach covers what lies between."""
+    net = nn.InstanceNorm2d(3)
+    shared = SharedStatistics(net, 0.5)
+    shared.most = 4
+    painted(noise(4 * 12 + 16, 11 * 12 + 16), lambda x: net(x.float()), 16, statistics=shared)
+    rows, columns = ({place[k] for place in shared.places} for k in (0, 1))
+    assert len(shared.places) == 16 and len(rows) == len(columns) == 4
+    assert max(rows) == 3 * 0.75 and max(columns) == 9 * 0.75
+    assert shared.reach == 0.75 * 12 / 4
+
+
+@pytest.mark.parametrize("kind", ["picture", "edit"])
+def test_the_reach_of_the_command_line_counts(tmp_path, kind):
+    seen, honest, net = [], blended, nn.InstanceNorm2d(3)
+
+    def spy(*rest, **more):
+        shared = rest[4] if len(rest) > 4 else more.get("statistics")
+        seen.append(shared.reach if shared else 0)
+        return honest(*rest, **more)
+
+    for reach in (0.0, 3.0):
+        cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), norm_reach=reach)
+        cfg = common.dataclasses.replace(cfg, out=str(tmp_path / f"{reach}"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "blended", spy)
+            if kind == "edit":
+                common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
+            else:
+                common.translate_files(cfg, lambda x, whole: net(x.float()) / 9, net)
+    assert seen == [0, 3.0]
+
+
+def test_labels_are_resized_by_nearest_alone(tmp_path):
+    """In generation and in edits: between class 0 and class 2 lies no class 1."""
+    index = np.zeros((300, 400), np.uint8)
+    index[:, ::3] = 2
+    save(tmp_path / "lc" / "x.png", index)
+    seen = []
+
+    def paint(windows, **_):
+        seen.append(windows[:, -2:] if windows.shape[1] == 5 else windows)
+        return torch.zeros(len(windows), 3, 64, 64)
+
+    cfg, _ = edit(tmp_path, paint=("road:50,50,9,9",), window=150)
+    save(tmp_path / "labels" / "lc.png", index)
+    common.edit_file(cfg, paint)
+    assert set(seen[0][:, 0].unique().tolist()) == {0, 2}
+    assert set(seen[0][:, 1].unique().tolist()) == {0, 1}
+    generate = {"generate": str(tmp_path / "lc" / "x.png"), "out": str(tmp_path / "two")}
+    common.translate_files(common.dataclasses.replace(cfg, **generate), paint, from_labels=True)
+    assert set(seen[-1].unique().tolist()) == {0, 2}
+
+
 def test_statistics_are_weighted_by_distance():
     net = nn.InstanceNorm2d(1)
     shared = SharedStatistics(net, 1.0)
@@ -218,6 +272,51 @@ def test_georeferencing_nodata_and_bigness(tmp_path):
         valid = out.dataset_mask() > 0
         assert not valid[:10].any() and valid[10:].all()  # painted 7, 7, 7 is not nothing
         assert (out.read()[:, 10:] == 6).all()
+
+
+@pytest.mark.parametrize("kind", ["mask", "alpha"])
+def test_masks_stay_and_black_stays_black(tmp_path, kind):
+    """A mask or transparency says what holds data; no colour is taken for nothing."""
+    pixels = np.moveaxis(noise(40, 50), 0, -1).copy()
+    pixels[20:] = 0
+    valid = np.full((40, 50), 255, np.uint8)
+    valid[:, :10] = 0
+    source = tmp_path / "x.tif"
+    if kind == "alpha":
+        geotiff(source, np.dstack([pixels, valid]), photometric="RGB", alpha="yes")
+    else:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            geotiff(source, pixels)
+            with rasterio.open(source, "r+") as target:
+                target.write_mask(valid)
+    with Raster(source) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+        for top in (0, 25):
+            put(raster.read(top, height=25), top)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        assert (np.moveaxis(out.read(), 0, -1) == pixels).all() and out.nodata is None
+        assert ((out.dataset_mask() > 0) == (valid > 0)).all()
+
+
+def test_ground_control_points_and_tags_are_kept(tmp_path):
+    gcps = [
+        rasterio.control.GroundControlPoint(r, c, 9 + c, 5 - r) for r, c in ((0, 0), (0, 9), (9, 0))
+    ]
+    about = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": 20, "width": 20}
+    with rasterio.open(tmp_path / "x.tif", "w", gcps=gcps, crs="EPSG:25832", **about) as target:
+        target.write(noise(20, 20))
+        target.update_tags(season="spring", AREA_OR_POINT="Point")
+    with Raster(tmp_path / "x.tif") as raster, common.writing(tmp_path / "y.tif", raster) as put:
+        put(raster.read(), 0)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        assert len(out.gcps[0]) == 3 and out.gcps[1] == "EPSG:25832"
+        assert out.tags()["season"] == "spring" and out.tags()["AREA_OR_POINT"] == "Point"
+
+
+def test_a_photograph_is_no_label_map(tmp_path):
+    table = common.ClassTable.load(common.json.dumps(TABLE))
+    geotiff(tmp_path / "photo.tif", picture(np.random.default_rng(0), 80, 90))
+    with pytest.raises(common.UserError, match="no pixel has a colour of the class table"):
+        Raster(tmp_path / "photo.tif", table)
 
 
 def test_classes_in_a_geotiff_keep_their_colours(tmp_path):
@@ -315,6 +414,71 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
     assert list((tmp_path / "out2").iterdir()) == []
 
 
+@pytest.mark.parametrize("shape", [(10, 13), (3, 40), (40, 7)])
+def test_windows_past_the_edge_are_mirrored(tmp_path, shape):
+    image = np.moveaxis(noise(*shape), 0, -1)
+    save(tmp_path / "x.png", image)
+    with Raster(tmp_path / "x.png") as raster:
+        got = raster.padded(1, 2, 16, 20)
+    part = image[1:17, 2:22]
+    missing = [(0, 16 - part.shape[0]), (0, 20 - part.shape[1]), (0, 0)]
+    assert (got == np.pad(part, missing, "symmetric")).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(tmp_path, orientation):
+    """As Pillow itself turns them."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(picture(np.random.default_rng(0), 40, 60)).save(tmp_path / "x.jpg", exif=exif)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.jpg")))
+    with Raster(tmp_path / "x.jpg") as raster:
+        assert (raster.height, raster.width) == want.shape[:2]
+        assert (raster.read() == want).all()
+
+
+def test_bands_and_palettes_of_photographs(tmp_path):
+    pixels = np.moveaxis(noise(20, 30, 4), 0, -1)
+    geotiff(tmp_path / "four.tif", pixels)
+    geotiff(tmp_path / "one.tif", pixels[..., 0])
+    Image.fromarray(pixels[..., :3]).quantize(9).save(tmp_path / "palette.tif")
+    for name, want in (
+        ("four", pixels[..., :3]),
+        ("one", pixels[..., :1].repeat(3, -1)),
+        ("palette", np.asarray(Image.open(tmp_path / "palette.tif").convert("RGB"))),
+    ):
+        with Raster(tmp_path / f"{name}.tif") as raster:
+            assert (raster.read() == want).all(), name
+
+
+def test_a_mask_of_label_maps_is_no_class(tmp_path):
+    table = common.ClassTable.load(
+        '{"nearest": true, "classes": %s}' % common.json.dumps(TABLE[:3])
+    )
+    index = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
+    colours = table.palette[index]
+    colours[:5] = 0
+    geotiff(tmp_path / "x.tif", colours, nodata=0)
+    with Raster(tmp_path / "x.tif", table) as raster:
+        assert (raster.read()[:5] == IGNORED).all() and (raster.read()[5:] == index[5:]).all()
+
+
+def test_a_code_that_is_a_class_is_one_though_declared_no_data(tmp_path):
+    table = common.ClassTable.load(common.json.dumps(TABLE))
+    geotiff(tmp_path / "x.tif", np.zeros((4, 4), np.uint8), nodata=0)
+    with Raster(tmp_path / "x.tif", table) as raster:
+        assert (raster.read() == 0).all()
+
+
+def test_results_of_other_formats_are_claimed_by_their_names(tmp_path):
+    """A .gif is written as .png, over which nothing else may stand."""
+    save(tmp_path / "in" / "x.gif", np.zeros((16, 16, 3), np.uint8))
+    save(tmp_path / "out" / "x.png", np.ones((4, 4, 3), np.uint8))
+    _, cfg = tiny("pix2pix", generate=str(tmp_path / "in" / "x.gif"), out=str(tmp_path / "out"))
+    with pytest.raises(common.UserError, match=r"x.png exists"):
+        common.translate_files(cfg, None)
+
+
 # ----------------------------------------------------------------------------------------- training
 
 
@@ -391,6 +555,54 @@ def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write)
     if suffix == ".tif":
         with rasterio.open(tmp_path / "out" / "photo.tif") as out:
             assert out.transform == PLACE["transform"]
+
+
+def test_land_cover_of_another_place_is_refused(tmp_path):
+    cfg, _ = edit(tmp_path, suffix=".tif", write=geotiff, paint=("water:9,9,9,9",))
+    elsewhere = from_origin(500_100, 5_800_000, 0.5, 0.5)
+    geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
+    with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
+        common.EditFiles(cfg)
+
+
+def test_what_a_killed_generation_left_is_removed(tmp_path):
+    cfg, _ = edit(tmp_path, paint=("water:100,50,20,20",))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".123-photo.png").touch()
+    common.edit_file(cfg, Painter())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.png", "photo_sheet.png"}
+
+
+@pytest.mark.parametrize(
+    ("stroke", "rows", "columns"),
+    [
+        ("water:0,0,400,300", (0, 300), (0, 400)),
+        ("water:-20,-30,60,70", (0, 40), (0, 40)),
+        ("water:370,270,60,70", (270, 300), (370, 400)),
+    ],
+)
+def test_an_edit_at_the_edge_is_painted_up_to_it(tmp_path, stroke, rows, columns):
+    """No feather towards what is not there; a stroke may begin and end outside."""
+    cfg, photo = edit(tmp_path, paint=(stroke,))
+    common.edit_file(cfg, Painter())
+    edited = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
+    inner = np.zeros((300, 400), bool)
+    (top, bottom), (left, right) = rows, columns
+    top, left = top + 4 * (top > 0), left + 4 * (left > 0)
+    bottom, right = bottom - 4 * (bottom < 300), right - 4 * (right < 400)
+    inner[top:bottom, left:right] = True
+    assert (edited[inner] == 140).all()
+    wide = np.asarray(Image.fromarray(inner).filter(ImageFilter.MaxFilter(17)))
+    assert (edited[~wide] == photo[~wide]).all()
+
+
+def test_an_edit_is_feathered(tmp_path):
+    cfg, photo = edit(tmp_path, paint=("water:100,100,40,40",))
+    save(tmp_path / "photo.png", np.full_like(photo, 20))
+    common.edit_file(cfg, Painter())
+    across = np.asarray(Image.open(tmp_path / "out" / "photo.png"))[120, 90:111, 0].tolist()
+    assert across == sorted(across) and across[6] == 20 and across[13] == 140
+    assert all(20 < level < 140 for level in across[8:12])
 
 
 def test_edits_close_together_are_painted_as_one(tmp_path):

@@ -229,6 +229,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     assert names == [f"epoch_{k:04}.png" for k in grids] and saved == grids
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {"last.pt", "epoch_0004.pt"}
+    assert state_of(tmp_path / "run" / "checkpoints" / "epoch_0004.pt")["epoch"] == 4
     rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
     assert {row["epoch"] for row in rows} == set("12345") and rows[-1]["val_psnr"]
 
