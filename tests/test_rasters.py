@@ -452,9 +452,8 @@ def test_bands_and_palettes_of_photographs(tmp_path):
 
 
 def test_a_mask_of_label_maps_is_no_class(tmp_path):
-    table = common.ClassTable.load(
-        '{"nearest": true, "classes": %s}' % common.json.dumps(TABLE[:3])
-    )
+    table = {"nearest": True, "classes": TABLE[:3]}
+    table = common.ClassTable.load(common.json.dumps(table))
     index = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
     colours = table.palette[index]
     colours[:5] = 0
