@@ -49,6 +49,15 @@ def test_losses_of_a_graph_hold_no_autograd_graph(fake_cuda):
     assert step.graph.replays == 3 and torch.equal(step.batch[0], torch.full((2,), 5.0))
 
 
+def test_a_graph_has_tensors_of_its_own(fake_cuda):
+    """The batch that it was captured with stays the loader's."""
+    step = GraphedStep(lambda state, batch, cfg: {"loss": batch[0].sum()})
+    batches = [(torch.full((2,), float(k)),) for k in range(6)]
+    for batch in batches:
+        step(None, batch, None)
+    assert [batch[0][0].item() for batch in batches] == [0, 1, 2, 3, 4, 5]
+
+
 def test_warm_up_steps_share_one_side_stream(fake_cuda):
     step = GraphedStep(lambda state, batch, cfg: {"loss": batch[0].sum()})
     sides = set()

@@ -358,9 +358,10 @@ def test_label_rasters_are_read_by_windows_as_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", ["uint16", "float32"])
 def test_deep_rasters_are_refused_with_the_command_that_converts_them(tmp_path, kind):
-    geotiff(tmp_path / "deep.tif", np.ones((8, 8, 3), kind))
-    with pytest.raises(common.UserError, match="gdal_translate -ot Byte -scale LOW HIGH 0 255"):
-        Raster(tmp_path / "deep.tif")
+    for shape in ((8, 8, 3), (8, 8)):
+        geotiff(tmp_path / "deep.tif", np.ones(shape, kind))
+        with pytest.raises(common.UserError, match="gdal_translate -ot Byte -scale LOW HIGH 0 255"):
+            Raster(tmp_path / "deep.tif")
 
 
 def test_whole_rasters_through_the_command_line(tmp_path, pairs):
@@ -462,6 +463,52 @@ def test_a_mask_of_label_maps_is_no_class(tmp_path):
         assert (raster.read()[:5] == IGNORED).all() and (raster.read()[5:] == index[5:]).all()
 
 
+def test_a_palette_of_other_colours_does_not_hide_indices(tmp_path):
+    index = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
+    image = Image.fromarray(index)
+    image.putpalette(bytes(range(7, 255, 3)) * 9)
+    image.save(tmp_path / "x.tif")
+    table = common.ClassTable.load(common.json.dumps(TABLE))
+    with Raster(tmp_path / "x.tif", table) as raster:
+        assert (raster.read() == index).all() and (
+            raster.read(3, 4, 5, 6) == index[3:8, 4:10]
+        ).all()
+
+
+def test_positions_count_ignored_rows(tmp_path):
+    """Where the table has no values, a code is the position of its row."""
+    save(tmp_path / "x.png", np.array([[0, 1, 2, 3]], np.uint8))
+    table = common.ClassTable.load(common.json.dumps([TABLE[0], TABLE[3], TABLE[1], TABLE[2]]))
+    with Raster(tmp_path / "x.png", table) as raster:
+        assert raster.read().tolist() == [[0, IGNORED, 1, 2]]
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    for name in ("a.png", "a.bmp"):
+        save(tmp_path / "in" / name, np.zeros((16, 16, 3), np.uint8))
+    _, cfg = tiny("cyclegan", generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    with pytest.raises(common.UserError, match=r"two results would be called a.png"):
+        common.translate_files(cfg, None, to_labels=True)
+
+
+def test_a_tiff_that_was_not_written_whole_does_not_appear(tmp_path, monkeypatch):
+    """GDAL says nothing when it closes a file on a full disk: it is read once more."""
+    geotiff(tmp_path / "x.tif", np.zeros((64, 64, 3), np.uint8))
+    raster, honest = Raster(tmp_path / "x.tif"), rasterio.open
+
+    def half(path, mode="r", **more):
+        if mode == "r":
+            os.truncate(path, 500)
+        return honest(path, mode, **more)
+
+    monkeypatch.setattr(rasterio, "open", half)
+    out = tmp_path / "out" / "x.tif"
+    full = pytest.raises(common.UserError, match="is the disk full")
+    with full, common.writing(out, raster) as put:
+        put(noise(64, 64).transpose(1, 2, 0), 0)
+    assert list(out.parent.iterdir()) == []
+
+
 def test_a_code_that_is_a_class_is_one_though_declared_no_data(tmp_path):
     table = common.ClassTable.load(common.json.dumps(TABLE))
     geotiff(tmp_path / "x.tif", np.zeros((4, 4), np.uint8), nodata=0)
@@ -561,6 +608,14 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
     elsewhere = from_origin(500_100, 5_800_000, 0.5, 0.5)
     geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
     with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
+        common.EditFiles(cfg)
+
+
+@pytest.mark.parametrize("shape", [(300, 399), (299, 400)])
+def test_land_cover_of_another_size_is_refused(tmp_path, shape):
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
+    save(tmp_path / "labels" / "lc.png", np.zeros(shape, np.uint8))
+    with pytest.raises(common.UserError, match="sizes must agree"):
         common.EditFiles(cfg)
 
 
