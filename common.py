@@ -2663,7 +2663,8 @@ def writing(path, source, classes=None):
         else:
             write_image(path, whole)
         return
-    nothing = IGNORED if classes else source.tiff.nodata
+    given = IGNORED if classes else source.tiff.nodata
+    nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
     profile = {
         "driver": "GTiff",
         "dtype": "uint8",
@@ -2698,7 +2699,7 @@ def writing(path, source, classes=None):
                 window = (top, top + height), (left, left + width)
                 valid = source.valid(top, left, height, width)
                 bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
-                if valid is not None and nothing is None:  # a mask, or transparency
+                if valid is not None and nothing is None:
                     target.write_mask(valid, window=window)
                 elif valid is not None:
                     if not classes:  # what was painted must not look like nothing

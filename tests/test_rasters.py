@@ -297,6 +297,19 @@ def test_masks_stay_and_black_stays_black(tmp_path, kind):
         assert ((out.dataset_mask() > 0) == (valid > 0)).all()
 
 
+def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path):
+    index = np.zeros((20, 30), np.int16)
+    index[:7] = -9999
+    source = geotiff(tmp_path / "x.tif", index, nodata=-9999)
+    table = common.ClassTable.load(common.json.dumps(TABLE))
+    with Raster(source, table) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+        assert (raster.read()[:7] == IGNORED).all()
+        put(np.full((20, 30, 3), 9, np.uint8), 0)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        valid = out.dataset_mask() > 0
+        assert out.nodata is None and not valid[:7].any() and valid[7:].all()
+
+
 def test_ground_control_points_and_tags_are_kept(tmp_path):
     gcps = [
         rasterio.control.GroundControlPoint(r, c, 9 + c, 5 - r) for r, c in ((0, 0), (0, 9), (9, 0))
