@@ -2064,12 +2064,8 @@ def _pyplot():
 def _save_figure(figure, path):
     """Writes a figure aside, and renames: whole or absent."""
     figure.tight_layout()
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_or_absent(path) as aside:
         figure.savefig(aside, dpi=90)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     _pyplot().close(figure)
 
 
@@ -2605,14 +2601,21 @@ def claim_names(cfg, names):
         write_text(log, json.dumps(written | dict.fromkeys(names, command), indent=1))
 
 
-def write_text(path, text):
-    """Writes a text file aside, and renames: whole or absent."""
+@contextlib.contextmanager
+def whole_or_absent(path):
+    """Yields a name to write to, which becomes path at the end, or goes if that is not reached."""
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        aside.write_text(text + "\n")
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes a text file aside, and renames: whole or absent."""
+    with whole_or_absent(path) as aside:
+        aside.write_text(text + "\n")
 
 
 def write_image(path, image):
@@ -2628,13 +2631,9 @@ def write_image(path, image):
     options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
     if suffix == ".webp":
         options = {"lossless": True}
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_or_absent(path) as aside:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         picture.save(aside, **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -2683,39 +2682,37 @@ def writing(path, source, classes=None):
         profile |= {"gcps": gcps, "crs": crs}
     elif not source.tiff.transform.is_identity:
         profile |= {"crs": source.tiff.crs, "transform": source.tiff.transform}
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with (
-            _rasterio().Env(GDAL_TIFF_INTERNAL_MASK=True),
-            _rasterio().open(aside, "w", **profile) as target,
-        ):
-            target.update_tags(**source.tiff.tags())
-            if classes:
-                colors = enumerate(classes.palette.tolist())
-                target.write_colormap(1, {k: tuple(color) for k, color in colors})
+        with whole_or_absent(path) as aside:
+            with (
+                _rasterio().Env(GDAL_TIFF_INTERNAL_MASK=True),
+                _rasterio().open(aside, "w", **profile) as target,
+            ):
+                target.update_tags(**source.tiff.tags())
+                if classes:
+                    colors = enumerate(classes.palette.tolist())
+                    target.write_colormap(1, {k: tuple(color) for k, color in colors})
 
-            def put(pixels, top, left=0):
-                height, width = pixels.shape[:2]
-                window = (top, top + height), (left, left + width)
-                valid = source.valid(top, left, height, width)
-                bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
-                if valid is not None and nothing is None:
-                    target.write_mask(valid, window=window)
-                elif valid is not None:
-                    if not classes:  # what was painted must not look like nothing
-                        bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
-                    bands = np.where(valid, bands, nothing).astype(np.uint8)
-                target.write(bands, window=window)
+                def put(pixels, top, left=0):
+                    height, width = pixels.shape[:2]
+                    window = (top, top + height), (left, left + width)
+                    valid = source.valid(top, left, height, width)
+                    bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
+                    if valid is not None and nothing is None:
+                        target.write_mask(valid, window=window)
+                    elif valid is not None:
+                        if not classes:  # what was painted must not look like nothing
+                            bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
+                        bands = np.where(valid, bands, nothing).astype(np.uint8)
+                    target.write(bands, window=window)
 
-            yield put
-        with _rasterio().open(aside) as target:  # GDAL keeps quiet when it closes on a full disk
-            for top in range(0, source.height, 256):
-                target.read(window=((top, min(top + 256, source.height)), (0, source.width)))
-        os.replace(aside, path)
+                yield put
+            # GDAL keeps quiet when it closes on a full disk
+            with _rasterio().open(aside) as target:
+                for top in range(0, source.height, 256):
+                    target.read(window=((top, min(top + 256, source.height)), (0, source.width)))
     except _rasterio().errors.RasterioError as error:
         raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def tiles(length, window):
