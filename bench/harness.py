@@ -21,7 +21,9 @@ TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(1
 # What one would write first, then each thing that the fast path adds to it alone, then all of them.
 PLAIN, FAST = "plain", "fast"
 # norm_by_image: channels_last, with InstanceNorm in the form that is right there
-VARIANTS = (PLAIN, "channels_last", "norm_by_image", "fused", "bf16", "compile", "graph", FAST)
+# vgg_bf16: the fast path, and the features of VGG16 in bf16, too (their Gram matrices never are)
+SINGLE = ("channels_last", "norm_by_image", "fused", "bf16", "compile", "graph")
+VARIANTS = (PLAIN, *SINGLE, FAST, "vgg_bf16")
 
 
 def device_time():
@@ -62,20 +64,27 @@ def prepare(script, variant, device, **options):
     """
     device = torch.device(device)
     torch.backends.cudnn.benchmark = True  # as training does
-    bf16 = variant == "bf16" or (variant == FAST and device.type == "cuda")
-    options |= {"graph": variant in ("graph", FAST), "precision": "bf16" if bf16 else "fp32"}
+    fast = variant in (FAST, "vgg_bf16")
+    bf16 = variant == "bf16" or (fast and device.type == "cuda")
+    options |= {"graph": fast or variant == "graph", "precision": "bf16" if bf16 else "fp32"}
     module, cfg = config(script, **options)
     state = module.build(cfg, device)
+    if variant == "vgg_bf16":
+        features_in_bf16(state.vgg, device)
     for name, value in vars(state).items():
         if isinstance(value, nn.Module):
-            if variant != FAST:  # there as build placed it
+            if not fast:  # there as build placed it
                 last = variant in ("channels_last", "norm_by_image")
                 value.to(memory_format=torch.channels_last if last else torch.contiguous_format)
             if variant == "norm_by_image":
                 norm_by_image(value)
             if variant == "compile":
                 value.compile()
-        if isinstance(value, torch.optim.Optimizer) and variant not in ("fused", "graph", FAST):
+        if (
+            isinstance(value, torch.optim.Optimizer)
+            and not fast
+            and variant not in ("fused", "graph")
+        ):
             parameters = value.param_groups[0]["params"]
             setattr(state, name, torch.optim.Adam(parameters, lr=cfg.lr, betas=(cfg.beta1, 0.999)))
     return state, cfg, common.fast_step(module.train_step, cfg, device)
@@ -93,6 +102,17 @@ def norm_by_image(net):
     for module in net.modules():
         if isinstance(module, nn.InstanceNorm2d):
             module.forward = functools.partial(forward, eps=module.eps)
+
+
+def features_in_bf16(vgg, device):
+    """Has VGG16 compute in bf16, and hand its activations on in float32."""
+    forward = vgg.forward
+
+    def in_bf16(images):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return [activations.float() for activations in forward(images)]
+
+    vgg.forward = in_bf16
 
 
 def parameters(state):

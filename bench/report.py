@@ -85,7 +85,7 @@ def steps(rows):
         if row["name"].startswith("bench_step") and "script" in row:
             key = row["device"], row["size"], row["batch_size"], row["script"]
             found.setdefault(key, {})[row["variant"]] = row
-    variants = ("channels_last", "fused", "bf16", "compile", "graph", "fast")
+    variants = ("channels_last", "fused", "bf16", "compile", "graph", "vgg_bf16", "fast")
     variants = [variant for variant in variants if any(variant in by for by in found.values())]
     lines = []
     for (device, size, batch, script), by in sorted(found.items(), key=lambda item: order(item[0])):
@@ -192,6 +192,21 @@ def memory(rows):
     header = ["raster", *(f"{row['side']} x {row['side']}" for row in found)]
     line = ["peak memory", *(f"{row['peak_megabytes']:.0f} MB" for row in found)]
     return table(header, [line])
+
+
+def roofline(_):
+    """docs/roofline.json: what is left of a step on the CPU besides its convolutions."""
+    lines = []
+    for script, kept in json.loads((HERE.parent / "docs" / "roofline.json").read_text()).items():
+        layers = kept["layers"]
+        work, alone = (sum(layer[part] for layer in layers) for part in ("gflop", "seconds"))
+        lines.append(
+            [script, seconds(kept["step_memory_given_back"]), seconds(kept["step"])]
+            + [f"{100 * alone / kept['step']:.0f} %"]
+            + [f"{rate:.0f}" for rate in (work / alone, kept["matrix_rate"])]
+        )
+    head = ["256 pixels, batch 1", "memory given back", "kept"]
+    return table([*head, "convolutions alone", "GFLOP/s in them", "in matrix products"], lines)
 
 
 def seams(_):
@@ -403,6 +418,7 @@ TABLES = {
     "epochs": epochs,
     "generation": generation,
     "memory": memory,
+    "roofline": roofline,
     "seams": seams,
     "ranks": ranks,
 }

@@ -2,14 +2,20 @@
 
 import contextlib
 import datetime
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import harness
 import pytest
+import roofline
 import torch
 
 import common
+import mixlc_acgan
 from common import GraphedStep
-from conftest import tiny
+from conftest import pictures, tiny
 
 
 class FakeStream:
@@ -170,3 +176,66 @@ def test_instance_norm_by_image_is_right_in_channels_last(count):
         assert out.is_contiguous(memory_format=layout)
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_vgg_features_in_bf16_are_near_enough_for_a_style_loss():
+    """Loss within 2 %, its gradient in the same direction: Gram matrices stay in float32."""
+    fake, target = pictures().requires_grad_(), pictures(1)
+    found = []
+    for in_bf16 in (False, True):
+        vgg = common.VGG16Features(["relu1_2", "relu3_3"], "random", "")
+        if in_bf16:
+            harness.features_in_bf16(vgg, fake.device)
+            features = vgg(target)
+            assert all(layer.dtype == torch.float32 for layer in features)
+            assert torch.equal(features[1], features[1].bfloat16().float())
+        loss = mixlc_acgan.style_loss(vgg, fake, target)
+        (gradient,) = torch.autograd.grad(loss, fake)
+        found.append((loss, gradient.flatten()))
+    (loss, gradient), (rough, rough_gradient) = found
+    assert rough.item() == pytest.approx(loss.item(), rel=0.02) and not torch.equal(rough, loss)
+    assert torch.cosine_similarity(gradient, rough_gradient, dim=0) > 0.99
+
+
+def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
+    """Four blocks of 64 MiB, freed, are there again without a page fault for each of theirs."""
+    code = (
+        "import resource, sys, torch, common\n"
+        "if sys.argv[1] == 'keep':\n"
+        "    common.keep_memory()\n"
+        "for k in range(5):\n"
+        "    if k == 2:\n"
+        "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    blocks = [torch.ones(2**24) for _ in range(4)]\n"
+        "    del blocks\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc's own switch")
+    kept, given_back = (
+        int(
+            subprocess.check_output(
+                [sys.executable, "-c", code, how], cwd=Path(common.__file__).parent
+            )
+        )
+        for how in ("keep", "default")
+    )
+    assert kept < 0.1 * given_back
+    calls = []
+    monkeypatch.setattr(common, "keep_memory", lambda: calls.append(True))
+    common.start(tiny("pix2pix", device="cpu")[1])
+    assert calls == [True]
+
+
+def test_the_roofline_counts_every_convolution_of_a_step():
+    """As PyTorch counts; it takes the gradients of D's weights in G's update for wanted, too."""
+    script = "mixlc_acgan"
+    state, cfg, step = harness.prepare(script, harness.FAST, "cpu", size=64, batch_size=1)
+    batch = harness.random_batch(script, cfg, "cpu")
+    found = roofline.convolutions(lambda: step(state, batch, cfg))
+    gflop = sum(
+        roofline.gflop(call) * (forwards + sum(call.gradients) * backwards)
+        for call, (forwards, backwards) in found.items()
+    )
+    want = harness.step_flops(script, size=64, batch_size=1) / 1e9
+    assert want <= gflop < 1.1 * want
