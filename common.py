@@ -141,8 +141,8 @@ def option(default, help, *, group=None, choices=None, low=None, high=None, **me
                 fixes the group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
-    needs       the option without which this one has no effect, such as "generate", or the value
-                that an option must have, such as "content=vgg"
+    needs       the option without which this one has no effect, such as "generate", one of two,
+                "generate or serve", or the value that an option must have, such as "content=vgg"
     file        it names a file, which must exist
     weights     generator weights, which --generate takes in place of --checkpoint
     """
@@ -198,14 +198,17 @@ class Options:
     train_judge: bool = option(False, "train a judge of what is generated", may_change=True)
     judge_epochs: int = option(20, "its epochs", low=1, needs="train_judge", may_change=True)
     generate: str = option("", "image or folder to translate, or photograph to edit")
+    serve: bool = option(False, "a page to paint on, in the browser")
+    address: str = option("127.0.0.1", "where it listens: on this machine alone", needs="serve")
+    port: int = option(8000, "its port; 0: any that is free", low=0, high=65535, needs="serve")
     window: int = option(
-        0, "source pixels that --size spans; 0: as in training", low=0, needs="generate"
+        0, "source pixels that --size spans; 0: as in training", low=0, needs="generate or serve"
     )
     norm_reach: float = option(
         2.0,
         "windows around that share a raster's normalisation; 0: none",
         low=0.0,
-        needs="generate",
+        needs="generate or serve",
     )
 
     @functools.cached_property
@@ -216,7 +219,7 @@ class Options:
     @property
     def using(self):
         """Whether a trained model is used; else one is trained."""
-        return bool(self.evaluate or self.generate)
+        return bool(self.evaluate or self.generate or self.serve)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,8 +337,10 @@ def begin(config, doc, quick, argv=None):
     weights = any(getattr(cfg, f.name) for f in fields if f.metadata.get("weights"))
     if cfg.checkpoint or cfg.resume:
         cfg, checkpoint = _adopt(cfg, given)
-    elif cfg.evaluate or (cfg.generate and not weights):
-        what = "--generate" if cfg.generate else "--evaluate"
+    elif cfg.evaluate or (cfg.using and not weights):
+        (what, *_) = (
+            flag(name) for name in ("generate", "serve", "evaluate") if getattr(cfg, name)
+        )
         raise UserError(f"{what} needs --checkpoint FILE, a model to use")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # which a resumed run keeps
@@ -357,17 +362,22 @@ def _check_options(cfg, given):
     for field in dataclasses.fields(cfg):
         name, about, value = field.name, field.metadata, getattr(cfg, field.name)
         needed, _, wanted = about.get("needs", "").partition("=")
+        others = needed.split(" or ") if needed else []
+        values = [getattr(cfg, other) for other in others]
         if wanted and not cfg.resume and not cfg.checkpoint:  # else a file says what it has
-            missing = getattr(cfg, needed) != wanted
+            missing = wanted not in values
         else:
-            missing = needed and not wanted and not getattr(cfg, needed)
+            missing = others and not wanted and not any(values)
         if about.get("file") and value and not Path(value).is_file():
             raise UserError(f"{flag(name)} {value}: no such file")
         if name in given and missing:
-            raise UserError(f"{flag(name)} goes with {flag(needed)} {wanted}".rstrip())
+            flags = " or ".join(map(flag, others))
+            raise UserError(f"{flag(name)} goes with {flags} {wanted}".rstrip())
     if cfg.checkpoint and not cfg.using:
         remedy = "to go on training: --resume"
-        raise UserError(f"--checkpoint goes with --generate or --evaluate ({remedy})")
+        raise UserError(f"--checkpoint goes with --generate, --evaluate or --serve ({remedy})")
+    if cfg.serve and (cfg.generate or cfg.evaluate):
+        raise UserError("--serve goes without --generate and --evaluate: one after the other")
     if cfg.resume and cfg.using:
         remedy = "name the model to evaluate or to generate with by --checkpoint"
         raise UserError(f"--resume goes on training: {remedy}")
@@ -812,19 +822,20 @@ class ClassTable:
     def from_colours(self, rgb, path, nearest, strict=True):
         """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours are ignored, unless nearest.
 
-        strict  nothing but stray colours is refused
+        strict  less than 1 % of colours that are known is refused: that is no label map
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
-        present, inverse = np.unique(packed, return_inverse=True)
+        present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
         present_rgb = (present[:, None] >> (16, 8, 0)) & 255  # (K, 3)
         distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.rows]
         distance = np.stack(distance)  # (rows, K)
         index = np.array([row[2] for row in self.rows], np.uint8)[distance.argmin(0)]
         if not nearest:
             exact = distance.min(0) == 0
-            if strict and not exact.any():
+            if strict and counts[exact].sum() < 0.01 * counts.sum():
                 known = ", ".join(self.names[:6])
-                raise UserError(f"{path}: no pixel has a colour of the class table ({known}, ...)")
+                what = "hardly a pixel has a colour of the class table"
+                raise UserError(f"{path}: {what} ({known}, ...)")
             index[~exact] = IGNORED
         return index[inverse.reshape(packed.shape)]
 
@@ -2893,6 +2904,9 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
            of the classes (B, classes, S, S); whole: there is just one window
     net    the network, if it normalises by an image's own statistics
     """
+    if cfg.serve:
+        _page_to_paint_on().translations(cfg, paint, net, from_labels, to_labels)
+        return
     files = inputs_of(cfg, labels=from_labels)
     claim_names(cfg, [name for path in files for name in results_of(path, to_labels)])
     for path in files:
@@ -2900,19 +2914,12 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
         with Raster(path, cfg.classes if from_labels else None) as raster:
             window = window_of(cfg, raster)
             say_windows(cfg, raster, [(0, 0, raster.height, raster.width)], window)
-
-            def cut(top, left, height, width, raster=raster):
-                pixels = raster.padded(top, left, height, width)
-                small = resize(pixels, (cfg.size, cfg.size), from_labels)
-                return small[None] if from_labels else np.moveaxis(small, -1, 0)
-
-            shared = SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
             strips = blended(
-                cut,
+                functools.partial(network_input, raster, cfg.size),
                 functools.partial(paint, whole=not window),
                 (raster.height, raster.width),
                 window,
-                shared,
+                shared_statistics(cfg, net),
                 about=path.name,
             )
             with writing(Path(cfg.out) / path.name, raster, to_labels and cfg.classes) as put:
@@ -2924,58 +2931,89 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
     print(f"{len(files)} image(s) written to {cfg.out}")
 
 
-class EditFiles:
-    """What --generate, --lc, --lc-before and --paint ask for: an edit of one photograph.
+def network_input(raster, size, *place):
+    """A window (top, left, height, width) of a raster at a network's size: (3 or 1, S, S) uint8."""
+    small = resize(raster.padded(*place), (size, size), labels=bool(raster.table))
+    return small[None] if raster.table else np.moveaxis(small, -1, 0)
 
-    photo      its Raster
-    lc, first  Rasters of the land cover given by --lc, and of --lc-before or None
-    told       whether the land cover before is known, and with it what changed
+
+def shared_statistics(cfg, net):
+    """SharedStatistics of a network that normalises by an image's own; None where none is given."""
+    return SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
+
+
+def _page_to_paint_on():
+    """The module behind --serve."""
+    try:
+        from pages import paint
+    except ImportError:
+        what = "the folder pages/ does not lie beside common.py"
+        raise UserError(f"--serve: {what}") from None
+    return paint
+
+
+def edit_of_files(cfg):
+    """The PhotoEdit that --generate, --lc, --lc-before and --paint ask for."""
+    path = inputs_of(cfg)[0]
+    if Path(cfg.generate).is_dir():
+        what = "an edit takes one photograph, not a folder"
+        raise UserError(f"--generate {cfg.generate}: {what}")
+    if not cfg.lc:
+        what = "the photograph's land cover (edited, or to be edited by --paint)"
+        raise UserError(f"--generate needs --lc FILE, {what}")
+    photo = Raster(path)
+    maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
+    for labels in maps:
+        if (labels.height, labels.width) != (photo.height, photo.width):
+            size = f"{labels.width}x{labels.height}"
+            other = f"{path} is {photo.width}x{photo.height}"
+            raise UserError(f"{labels.path} is {size} but {other}: sizes must agree")
+        a, b = labels.tiff, photo.tiff
+        if a and b and a.crs and b.crs and (a.crs, a.transform) != (b.crs, b.transform):
+            raise UserError(f"{labels.path} lies elsewhere than {path}: another CRS or transform")
+    if cfg.erase and not (cfg.lc_before or cfg.paint):
+        remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
+        raise UserError(f"--generate must know what changed: {remedy}")
+    strokes = [_stroke(text, cfg.classes, photo.height, photo.width) for text in cfg.paint]
+    return PhotoEdit(cfg, photo, *maps, strokes=strokes)
+
+
+def _stroke(text, classes, height, width):
+    """A "class:x,y,width,height" as (index, top, left, bottom, right)."""
+    name, _, numbers = text.rpartition(":")
+    names = [known.lower() for known in classes.names]
+    try:
+        x, y, wide, tall = (int(number) for number in numbers.split(","))
+    except ValueError:
+        raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
+    if name.lower() not in names:
+        known = ", ".join(classes.names)
+        raise UserError(f"--paint {text}: no such class; there are {known}")
+    if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
+        raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
+    return names.index(name.lower()), max(y, 0), max(x, 0), y + tall, x + wide
+
+
+class PhotoEdit:
+    """An edit of one photograph through its land cover: where to paint, and what goes in.
+
+    photo    its Raster
+    lc       Raster of the land cover that it shall have, before the strokes
+    first    Raster of the land cover that it has; None: lc, without the strokes
+    strokes  rectangles of a class, [(index, top, left, bottom, right), ...]
+
+    told     whether the land cover before is known, and with it what changed
+    window   the side of a window, in pixels; 0: the photograph is painted as a whole
+    border   how far an edit is feathered into the photograph: 12 pixels in 256
     """
 
-    def __init__(self, cfg):
-        path = inputs_of(cfg)[0]
-        if Path(cfg.generate).is_dir():
-            what = "an edit takes one photograph, not a folder"
-            raise UserError(f"--generate {cfg.generate}: {what}")
-        if not cfg.lc:
-            what = "the photograph's land cover (edited, or to be edited by --paint)"
-            raise UserError(f"--generate needs --lc FILE, {what}")
-        named = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
-        self.cfg, self.photo, self.told = cfg, Raster(path), bool(cfg.lc_before or cfg.paint)
-        self.lc, *first = (Raster(file, cfg.classes) for file in named)
-        self.first = first[0] if first else None
-        self.size = self.photo.height, self.photo.width
-        for labels in filter(None, (self.lc, self.first)):
-            if (labels.height, labels.width) != self.size:
-                size = f"{labels.width}x{labels.height}"
-                other = f"{path} is {self.photo.width}x{self.photo.height}"
-                raise UserError(f"{labels.path} is {size} but {other}: sizes must agree")
-            a, b = labels.tiff, self.photo.tiff
-            if a and b and a.crs and b.crs and (a.crs, a.transform) != (b.crs, b.transform):
-                raise UserError(
-                    f"{labels.path} lies elsewhere than {path}: another CRS or transform"
-                )
-        if cfg.erase and not self.told:
-            remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
-            raise UserError(f"--generate must know what changed: {remedy}")
-        self.strokes = [self._stroke(text) for text in cfg.paint]
-
-    def _stroke(self, text):
-        """A "class:x,y,width,height" as (index, top, left, bottom, right)."""
-        classes = self.cfg.classes
-        name, _, numbers = text.rpartition(":")
-        names = [known.lower() for known in classes.names]
-        try:
-            x, y, width, height = (int(number) for number in numbers.split(","))
-        except ValueError:
-            raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
-        if name.lower() not in names:
-            known = ", ".join(classes.names)
-            raise UserError(f"--paint {text}: no such class; there are {known}")
-        if min(width, height, x + width, y + height) <= 0 or x >= self.size[1] or y >= self.size[0]:
-            size = f"{self.size[1]}x{self.size[0]}"
-            raise UserError(f"--paint {text}: lies outside the image, {size} pixels")
-        return names.index(name.lower()), max(y, 0), max(x, 0), y + height, x + width
+    def __init__(self, cfg, photo, lc, first=None, strokes=()):
+        self.cfg, self.photo, self.lc, self.first, self.strokes = cfg, photo, lc, first, strokes
+        self.told = bool(first or strokes)
+        self.size = photo.height, photo.width
+        self.window = window_of(cfg, photo)
+        self.border = max(1, round(12 * (self.window or min(self.size)) / 256))
+        self.whole = not (self.told and cfg.keep_outside)
 
     def after(self, top, left, height, width):
         """A window of the land cover that the edited photograph shall have, mirrored at edges."""
@@ -2996,14 +3034,15 @@ class EditFiles:
         window = top, left, height, width
         return self.before(*window) != self.after(*window)
 
-    def regions(self, window):
+    def regions(self):
         """What to paint, [(top, left, height, width), ...], around each group of changes.
 
         A change that leaves a window an eighth of its side around it gets one window of its own,
         with the change in its middle, as in training; a larger one gets a quarter all around.
         Regions that would overlap become one.
         """
-        if not self.told or not self.cfg.keep_outside or not window:
+        window = self.window
+        if self.whole or not window:
             return [(0, 0, *self.size)]
         block = max(1, window // 16)
         spans = [
@@ -3013,7 +3052,7 @@ class EditFiles:
         apart = []
         while spans:
             span = spans.pop()
-            near = [s for s in apart if _touch(self._around(span, window), self._around(s, window))]
+            near = [s for s in apart if touch(self._around(span, window), self._around(s, window))]
             if near:
                 apart.remove(near[0])
                 span = [*map(min, span[:2], near[0][:2]), *map(max, span[2:], near[0][2:])]
@@ -3021,6 +3060,42 @@ class EditFiles:
             else:
                 apart.append(span)
         return [self._around(span, window) for span in apart]
+
+    def painted(self, region, paint, net=None, sample=1):
+        """Paints a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
+        y, x, *size = region
+        strips = blended(
+            lambda top, left, *sides: self._cut(y + top, x + left, *sides),
+            functools.partial(paint, sample=sample),
+            size,
+            self.window,
+            shared_statistics(self.cfg, net),
+            about=self.photo.path.name,
+        )
+        for top, strip in strips:
+            yield self._feathered(as_array(strip[None]), y + top, x), y + top, x
+
+    def _cut(self, *place):
+        """A window as the network takes it, (5, S, S): photograph, land cover, what changes."""
+        size = self.cfg.size, self.cfg.size
+        rgb = resize(self.photo.padded(*place), size)
+        lc = resize(self.after(*place), size, labels=True)
+        changed = resize(self.changed(*place).astype(np.uint8), size, labels=True)
+        return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
+
+    def _feathered(self, pixels, top, left):
+        """Painted pixels in the photograph, which holds outside of what changed."""
+        height, width = pixels.shape[:2]
+        if self.whole:
+            return pixels
+        border = self.border
+        above, before = min(border, top), min(border, left)
+        place = top - above, left - before, height + above + border, width + before + border
+        mask = Image.fromarray(self.changed(*place).astype(np.uint8) * 255)
+        mask = mask.filter(ImageFilter.BoxBlur(border))
+        mask = mask.crop((before, above, before + width, above + height))
+        under = Image.fromarray(self.photo.read(top, left, height, width))
+        return np.asarray(Image.composite(Image.fromarray(pixels), under, mask))
 
     def _changed_blocks(self, block):
         """The set of (row, column) of blocks of pixels in which land cover changes."""
@@ -3057,7 +3132,7 @@ def _groups(blocks):
 _NEAR = list(itertools.product((-1, 0, 1), repeat=2))
 
 
-def _touch(a, b):
+def touch(a, b):
     """Whether two regions (top, left, height, width) have pixels in common."""
     return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (0, 1))
 
@@ -3074,7 +3149,7 @@ def _view(regions, size, most=1024):
     return *corner, min(most, size[0]), min(most, size[1])
 
 
-def _paste(picture, pixels, top, left):
+def paste(picture, pixels, top, left):
     """Puts what fits of pixels into a picture, at a place that may lie partly outside it."""
     y, x = max(0, -top), max(0, -left)
     bottom, right = max(0, top + pixels.shape[0]), max(0, left + pixels.shape[1])
@@ -3093,45 +3168,23 @@ def edit_file(cfg, paint, net=None, samples=1):
            photograph, the land cover to be, and 1 where it changes
     net    the network, if it normalises by an image's own statistics
     """
-    edit = EditFiles(cfg)
-    photo, size, name = edit.photo, (cfg.size, cfg.size), edit.photo.path
-    window = window_of(cfg, photo)
-    regions = edit.regions(window)
+    if cfg.serve:
+        _page_to_paint_on().edits(cfg, paint, net)
+        return
+    edit = edit_of_files(cfg)
+    photo, name, regions = edit.photo, edit.photo.path, edit.regions()
     names = results_of(name)
     if samples > 1:
         suffix = Path(names[0]).suffix
         names = [f"{name.stem}_{k}{suffix}" for k in range(1, samples + 1)]
     more = ["sheet", "differences"] if samples > 1 else ["sheet"]
     claim_names(cfg, names + [f"{name.stem}_{what}.png" for what in more])
-    say_windows(cfg, photo, regions, window)
-    border = max(1, round(12 * (window or min(edit.size)) / 256))
-    whole = not (edit.told and cfg.keep_outside)
+    say_windows(cfg, photo, regions, edit.window)
     if not edit.told:
         hint = "--lc-before FILE would tell what changed"
         print(f"the whole photograph is regenerated: {hint}", file=sys.stderr)
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
-
-    def cut(top, left, height, width):
-        place = top, left, height, width
-        rgb = resize(photo.padded(*place), size)
-        lc = resize(edit.after(*place), size, labels=True)
-        changed = resize(edit.changed(*place).astype(np.uint8), size, labels=True)
-        return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
-
-    def feathered(pixels, top, left):
-        """Painted pixels in the photograph, which holds outside of what changed."""
-        height, width = pixels.shape[:2]
-        if whole:
-            return pixels
-        above, before = min(border, top), min(border, left)
-        place = top - above, left - before, height + above + border, width + before + border
-        mask = Image.fromarray(edit.changed(*place).astype(np.uint8) * 255)
-        mask = mask.filter(ImageFilter.BoxBlur(border))
-        mask = mask.crop((before, above, before + width, above + height))
-        under = Image.fromarray(photo.read(top, left, height, width))
-        return np.asarray(Image.composite(Image.fromarray(pixels), under, mask))
-
     view = _view(regions, edit.size)
     top, left, height, width = view
     pictures, answers = {"before": photo.read(*view)}, []
@@ -3143,20 +3196,10 @@ def edit_file(cfg, paint, net=None, samples=1):
         with writing(Path(cfg.out) / written, photo) as put:
             for first in range(0, edit.size[0], 256):
                 put(photo.read(first, 0, 256), first)
-            for y, x, tall, wide in regions:
-                shared = SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
-                strips = blended(
-                    lambda top, left, *sides, y=y, x=x: cut(y + top, x + left, *sides),
-                    functools.partial(paint, sample=k),
-                    (tall, wide),
-                    window,
-                    shared,
-                    about=name.name,
-                )
-                for first, strip in strips:
-                    pixels = feathered(as_array(strip[None]), y + first, x)
-                    put(pixels, y + first, x)
-                    _paste(shown, pixels, y + first - top, x - left)
+            for region in regions:
+                for pixels, y, x in edit.painted(region, paint, net, sample=k):
+                    put(pixels, y, x)
+                    paste(shown, pixels, y - top, x - left)
         pictures[f"after {k}" if samples > 1 else "after"] = shown
         answers.append(shown.astype(np.float32))
     if samples > 1:

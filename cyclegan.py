@@ -569,7 +569,7 @@ def generate(state, cfg, device):
 
 
 def use(cfg, device, checkpoint):
-    """--evaluate and --generate."""
+    """--evaluate, --generate and --serve."""
     state = build(cfg, device, training=False)
     if checkpoint:
         common.restore(state, checkpoint, cfg.checkpoint)
@@ -577,16 +577,16 @@ def use(cfg, device, checkpoint):
         load_generators(state, cfg)
     if cfg.evaluate:
         report(state, Domains(cfg, cfg.split, device), cfg, checkpoint["histograms"])
-    if cfg.generate:
+    if cfg.generate or cfg.serve:
         generate(state, cfg, device)
 
 
 def load_generators(state, cfg):
     """Fills the generators from --init-AB and --init-BA, where they are given."""
-    needed = cfg.generate and f"init_{cfg.direction[0]}{cfg.direction[-1]}"
+    needed = (cfg.generate or cfg.serve) and f"init_{cfg.direction[0]}{cfg.direction[-1]}"
     if needed and not getattr(cfg, needed):
         remedy = f"needs --checkpoint, or {common.flag(needed)}"
-        raise UserError(f"--generate with --direction {cfg.direction}: {remedy}")
+        raise UserError(f"--direction {cfg.direction} {remedy}")
     for key, path, D in (("G_AB", cfg.init_AB, "D_B"), ("G_BA", cfg.init_BA, "D_A")):
         if path:
             common.load_network(getattr(state, key), path, cfg, key)

@@ -618,12 +618,12 @@ def generate(state, cfg, device):
 
 
 def use(cfg, device, checkpoint):
-    """--evaluate and --generate."""
+    """--evaluate, --generate and --serve."""
     state = build(cfg, device, training=False)
     common.restore(state, checkpoint, cfg.checkpoint)
     if cfg.evaluate:
         report(state, Edits(cfg, cfg.split, device), cfg, checkpoint["histograms"])
-    if cfg.generate:
+    if cfg.generate or cfg.serve:
         generate(state, cfg, device)
 
 

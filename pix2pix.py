@@ -539,7 +539,7 @@ def generate(state, cfg, device):
 
 
 def use(cfg, device, checkpoint):
-    """--evaluate and --generate."""
+    """--evaluate, --generate and --serve."""
     state = build(cfg, device, training=False)
     if checkpoint:
         common.restore(state, checkpoint, cfg.checkpoint)
@@ -547,7 +547,7 @@ def use(cfg, device, checkpoint):
         common.load_network(state.G, cfg.init, cfg, "G")
     if cfg.evaluate:
         report(state, Pairs(cfg, cfg.split, device), cfg, checkpoint["histograms"])
-    if cfg.generate:
+    if cfg.generate or cfg.serve:
         generate(state, cfg, device)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import harness
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 import common
 import pix2pix
+from pages import paint as page
 
 RUNS = [("cpu", 64, 1), ("cpu", 256, 1), ("cuda", 256, 1), ("cuda", 256, 16)]
 CASES = [
@@ -170,4 +172,37 @@ def note(benchmark, script, device, size, batch_size, images):
             images_per_second=rate,
             megapixels_per_second=rate * size * size / 1e6,
             **harness.about(device),
+        )
+
+
+@pytest.mark.benchmark(timer=harness.device_time)
+@pytest.mark.parametrize("script", harness.SCRIPTS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def bench_stroke(benchmark, request, tmp_path, script, device):
+    """From a stroke to its picture, as the page to paint on asks for it: 40 x 40 of 256 x 256."""
+    timed = request.config.getoption("benchmark_only")
+    options = {"size": 256} if timed else {"size": 64, "width": 4}
+    options |= {"lc_classes": harness.TABLE, "serve": True, "data": "none", "out": str(tmp_path)}
+    if script == "cyclegan":
+        options["direction"] = "BtoA"
+    module, cfg = harness.config(script, **options)
+    state = module.build(cfg, torch.device(device), training=False)
+    with mock.patch.object(page.Studio, "serve", autospec=True) as serve:
+        module.generate(state, cfg, torch.device(device))
+    (studio,) = serve.call_args.args
+    labels = np.random.default_rng(0).integers(0, 14, (256, 256), np.uint8)
+    studio.canvases["1"] = canvas = studio.make(labels, np.zeros((256, 256, 3), np.uint8))
+    canvas.latest, canvas.dirty = 0, None
+    query = {"canvas": "1", "x": 100, "y": 100, "width": 40, "height": 40, "answers": 1}
+    colours = iter(range(1000))
+
+    def stroke():
+        return studio.stroke(query, bytes([next(colours) % 14]) * 1600)
+
+    benchmark.group = f"stroke-256-{device}"
+    done = benchmark.pedantic(stroke, rounds=10 if timed else 1, warmup_rounds=2 if timed else 0)
+    assert len(done["pictures"]) == 1
+    if benchmark.stats:
+        benchmark.extra_info.update(
+            script=script, seconds_to_picture=benchmark.stats.stats.median, **harness.about(device)
         )

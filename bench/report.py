@@ -186,6 +186,14 @@ def generation(rows):
     return table([*header, "device"], lines)
 
 
+def strokes(rows):
+    """How long the page to paint on takes from a stroke to its picture."""
+    found = [row for row in rows if "seconds_to_picture" in row]
+    found.sort(key=lambda row: (row["device"], SCRIPTS.index(row["script"])))
+    lines = [[row["script"], seconds(row["seconds_to_picture"]), row["device"]] for row in found]
+    return table(["256 x 256, width 64", "from a stroke to its picture", "device"], lines)
+
+
 def memory(rows):
     """Peak memory of a process that translates a raster."""
     found = sorted((row for row in rows if "peak_megabytes" in row), key=lambda row: row["side"])
@@ -418,6 +426,7 @@ TABLES = {
     "epochs": epochs,
     "generation": generation,
     "memory": memory,
+    "strokes": strokes,
     "roofline": roofline,
     "seams": seams,
     "ranks": ranks,

@@ -3,6 +3,7 @@
     python bench/results.py keep runs/pix2pix docs/results/pix2pix-maps     result.json, curve, grid
     python bench/results.py front                                           docs/front.jpg
     python bench/results.py raster CHECKPOINT LABELS                        docs/raster.jpg
+    python bench/results.py paint CHECKPOINT     docs/paint.jpg; needs Playwright and Chromium
 
 A result holds the options that differ from the defaults (of the data only their name), hours,
 versions, evaluation.json's rows, the measures after each epoch, and grid.jpg: the last sample grid.
@@ -12,6 +13,9 @@ Its rows are validation images 0, n, 2n, ... of --sample-rows: chosen by rule, b
 import csv
 import importlib
 import json
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -164,5 +168,41 @@ def raster(checkpoint, path, side=340):
     sheet.save(ROOT / "docs" / "raster.jpg", quality=82)
 
 
+def paint(checkpoint):
+    """Draws docs/paint.jpg: a lake is painted into a validation image, on the page of --serve."""
+    from playwright.sync_api import sync_playwright
+
+    script = common.load_weights(checkpoint)["script"]
+    call = [sys.executable, ROOT / f"{script}.py", "--serve", "--port", "0"]
+    process = subprocess.Popen(
+        [*call, "--checkpoint", checkpoint], stdout=subprocess.PIPE, text=True
+    )
+    address = next(line for line in process.stdout if line.startswith("paint at")).split()[2]
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": 690})
+        page.goto(address)
+        page.wait_for_selector('body[data-painted="1"]')
+        page.click("text=water")
+        page.fill("#size", "24")
+        box = page.locator("#map").bounding_box()
+        places = [(0.4, 0.45), (0.55, 0.5), (0.6, 0.6), (0.5, 0.65)]
+        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in places]
+        page.mouse.move(*places[0])
+        page.mouse.down()
+        for place in places:
+            page.mouse.move(*place, steps=8)
+        page.mouse.up()
+        page.wait_for_selector('body[data-painted="2"]')
+        shot = Path(folder) / "shot.png"
+        page.screenshot(path=shot)
+        Image.open(shot).convert("RGB").save(ROOT / "docs" / "paint.jpg", quality=80)
+        browser.close()
+    process.send_signal(signal.SIGINT)
+    process.wait()
+
+
 if __name__ == "__main__":
-    {"keep": keep, "front": front, "raster": raster}[sys.argv[1]](*sys.argv[2:])
+    {"keep": keep, "front": front, "raster": raster, "paint": paint}[sys.argv[1]](*sys.argv[2:])

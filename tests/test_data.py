@@ -225,7 +225,7 @@ def test_refuses_labels_outside_the_table(tmp_path, table):
     with pytest.raises(UserError, match=r"x.png: label values \[77\] are outside the class table"):
         Raster(tmp_path / "x.png", table).read()
     save(tmp_path / "y.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match="no pixel has a colour of the class table"):
+    with pytest.raises(UserError, match="hardly a pixel has a colour of the class table"):
         Raster(tmp_path / "y.png", table).read()
 
 

@@ -328,7 +328,7 @@ def test_ground_control_points_and_tags_are_kept(tmp_path):
 def test_a_photograph_is_no_label_map(tmp_path):
     table = common.ClassTable.load(common.json.dumps(TABLE))
     geotiff(tmp_path / "photo.tif", picture(np.random.default_rng(0), 80, 90))
-    with pytest.raises(common.UserError, match="no pixel has a colour of the class table"):
+    with pytest.raises(common.UserError, match="hardly a pixel has a colour of the class table"):
         Raster(tmp_path / "photo.tif", table)
 
 
@@ -621,7 +621,7 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
     elsewhere = from_origin(500_100, 5_800_000, 0.5, 0.5)
     geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
     with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
-        common.EditFiles(cfg)
+        common.edit_of_files(cfg)
 
 
 @pytest.mark.parametrize("shape", [(300, 399), (299, 400)])
@@ -629,7 +629,7 @@ def test_land_cover_of_another_size_is_refused(tmp_path, shape):
     cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
     save(tmp_path / "labels" / "lc.png", np.zeros(shape, np.uint8))
     with pytest.raises(common.UserError, match="sizes must agree"):
-        common.EditFiles(cfg)
+        common.edit_of_files(cfg)
 
 
 def test_what_a_killed_generation_left_is_removed(tmp_path):
@@ -675,12 +675,12 @@ def test_an_edit_is_feathered(tmp_path):
 def test_edits_close_together_are_painted_as_one(tmp_path):
     strokes = "water:100,50,20,20", "road:130,80,20,20", "road:10,250,5,5"
     cfg, _ = edit(tmp_path, paint=strokes)
-    regions = common.EditFiles(cfg).regions(64)
+    regions = common.edit_of_files(cfg).regions()
     assert len(regions) == 2
     for (top, left, height, width), other in (regions, regions[::-1]):
         assert height >= 64 and width >= 64 and top >= 0 and left >= 0
         assert top + height <= 300 and left + width <= 400
-        assert not common._touch((top, left, height, width), other)
+        assert not common.touch((top, left, height, width), other)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -691,12 +691,12 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
         x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
         strokes.append(f"water:{x},{y},{width},{height}")
     cfg, photo = edit(tmp_path, paint=tuple(strokes))
-    files = common.EditFiles(cfg)
-    regions, left = files.regions(64), files.changed(0, 0, 300, 400)
+    files = common.edit_of_files(cfg)
+    regions, left = files.regions(), files.changed(0, 0, 300, 400)
     assert left.any()
     for k, (y, x, height, width) in enumerate(regions):
         left[y : y + height, x : x + width] = False
-        assert not any(common._touch(regions[k], other) for other in regions[:k])
+        assert not any(common.touch(regions[k], other) for other in regions[:k])
     assert not left.any()
 
 

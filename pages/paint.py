@@ -1,0 +1,544 @@
+"""The page behind --serve: paint a label map, or a picture, and see what a model makes of it.
+
+The standard library's server, on this machine alone unless another address is asked for. A random
+token in the address keeps other pages of the browser out; nothing that is opened or painted stays
+on disk. What a script gives is what it gives to --generate: paint, and the network that it uses.
+"""
+
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import io
+import ipaddress
+import itertools
+import json
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+from common import UserError
+
+MOST_BYTES = 2**26  # of a request
+MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
+MOST_ANSWERS = 4
+KEPT = 2**25  # pixels of canvases; those used last stay
+EXAMPLES = 12
+
+
+def translations(cfg, paint, net, from_labels, to_labels):
+    """--serve of a script that translates; the arguments are common.translate_files'."""
+
+    def show(strip):
+        return cfg.classes.palette[strip.argmax(0)] if to_labels else common.as_array(strip[None])
+
+    paint = until_the_end(paint)
+
+    def make(inputs, _):
+        return Translation(cfg, paint, net, inputs, cfg.classes if from_labels else None, show)
+
+    Studio(cfg, cfg.classes if from_labels else None, make).serve()
+
+
+def edits(cfg, paint, net):
+    """--serve of a script that edits photographs; the arguments are common.edit_file's."""
+    make = functools.partial(Edit, cfg, until_the_end(paint), net)
+    Studio(cfg, cfg.classes, make, edits=True).serve()
+
+
+ENDED = threading.Event()
+
+
+def until_the_end(paint):
+    """A paint that gives up once the server has ended, between two batches of windows."""
+
+    def painting(*windows, **how):
+        if ENDED.is_set():
+            raise Refused(503, "the server has ended")
+        return paint(*windows, **how)
+
+    return painting
+
+
+# ----------------------------------------------------------------------------------------- canvases
+
+
+class Painted(common.Raster):
+    """A picture (H, W, 3) uint8, or a label map (H, W), in memory; who holds it may change it."""
+
+    def __init__(self, pixels, table=None):
+        self.path, self.table, self.tiff, self._whole = Path("canvas"), table, None, pixels
+        self.height, self.width = pixels.shape[:2]
+
+
+class Translation:
+    """A label map or a picture, and what a model makes of it, window by window.
+
+    pixels   (H, W) class indices, or (H, W, 3) uint8: strokes change them
+    painted  after a change, the picture of the windows around it; at the first, of all
+
+    The windows, their weights and their noise are those of --generate, and so is the picture.
+    Shared statistics stay those of the canvas as it was opened.
+    """
+
+    def __init__(self, cfg, paint, net, pixels, table, show):
+        self.cfg, self.paint, self.pixels, self.show = cfg, paint, pixels, show
+        self.raster = Painted(pixels, table)
+        size = self.raster.height, self.raster.width
+        window = common.window_of(cfg, self.raster)
+        self.sides = (window, window) if window else size
+        rows, columns = (common.tiles(*pair) for pair in zip(size, self.sides, strict=True))
+        self.corners = [(top, left) for top, _ in rows for left, _ in columns]
+        self.weights = [
+            torch.from_numpy(y[:, None] * x) for (_, y), (_, x) in itertools.product(rows, columns)
+        ]
+        self.fakes = {}  # (number of a window, sample): (C, height, width) float32
+        self.alone = len(self.corners) == 1
+        self.statistics = None if self.alone else common.shared_statistics(cfg, net)
+        if self.statistics:
+            noted = itertools.product(self.statistics.some(rows), self.statistics.some(columns))
+            for (top, _), (left, _) in noted:
+                tile = torch.from_numpy(self._cut(top, left))
+                place = top / self.sides[0], left / self.sides[1]
+                self.statistics.note(place, functools.partial(paint, whole=False), tile)
+
+    def painted(self, box, sample):
+        """Paints anew what a box (top, left, height, width) touches: (its surroundings, pixels)."""
+        if (0, sample) not in self.fakes:
+            box = 0, 0, self.raster.height, self.raster.width
+        touched = self._touched(box)
+        torch.manual_seed(self.cfg.seed + sample - 1)
+        for first in range(0, len(touched), 8):
+            self._paint(touched[first : first + 8], sample)
+        tops, lefts = zip(*(self.corners[k] for k in touched), strict=True)
+        bottom = min(max(tops) + self.sides[0], self.raster.height)
+        right = min(max(lefts) + self.sides[1], self.raster.width)
+        region = min(tops), min(lefts), bottom - min(tops), right - min(lefts)
+        return region, self.show(self._blended(region, sample))
+
+    def _touched(self, box):
+        """The numbers of the windows that have pixels in a box."""
+        return [
+            k for k, corner in enumerate(self.corners) if common.touch((*corner, *self.sides), box)
+        ]
+
+    def _cut(self, top, left):
+        return common.network_input(self.raster, self.cfg.size, top, left, *self.sides)
+
+    def _paint(self, numbers, sample):
+        corners = [self.corners[k] for k in numbers]
+        windows = torch.from_numpy(np.stack([self._cut(*corner) for corner in corners]))
+        places = [(top / self.sides[0], left / self.sides[1]) for top, left in corners]
+        shared = self.statistics
+        with shared.around(places) if shared else contextlib.nullcontext():
+            fakes = self.paint(windows, whole=self.alone).float().cpu()
+        if fakes.shape[2:] != self.sides:
+            fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
+        for k, fake in zip(numbers, fakes, strict=True):
+            self.fakes[k, sample] = fake
+
+    def _blended(self, region, sample):
+        """The windows of a region, each with its weights: (C, height, width) float32."""
+        y, x, height, width = region
+        blend = torch.zeros(len(self.fakes[0, sample]), height, width)
+        for k in self._touched(region):
+            top, left = self.corners[k]
+            fake = self.fakes[k, sample] * self.weights[k]
+            target = blend[:, max(0, top - y) :, max(0, left - x) :]
+            fake = fake[:, max(0, y - top) :, max(0, x - left) :]
+            fake = fake[:, : target.shape[1], : target.shape[2]]
+            target[:, : fake.shape[1], : fake.shape[2]] += fake
+        return blend
+
+
+class Edit:
+    """A photograph, its land cover, which strokes change, and the photograph that follows.
+
+    pixels   (H, W) class indices: strokes change them
+    painted  after a change, the picture of the regions that it changed
+
+    The regions, their windows and how they are blended are those of --generate.
+    """
+
+    def __init__(self, cfg, paint, net, labels, photo):
+        self.paint, self.net, self.photo, self.pixels = paint, net, photo, labels
+        maps = Painted(labels, cfg.classes), Painted(labels.copy(), cfg.classes)
+        self.edit = common.PhotoEdit(cfg, Painted(photo), *maps)
+        self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
+
+    def painted(self, box, sample):
+        """Paints the regions that are new: (the box around all that changed, pixels)."""
+        known, found = self.answers[sample], {}
+        for region in self.edit.regions():
+            key = region, self.edit.after(*region).tobytes()
+            if key not in known:
+                known[key] = list(self.edit.painted(region, self.paint, self.net, sample))
+                box = around(box, region)
+            found[key] = known[key]
+        for region, _ in known.keys() - found.keys():  # what was erased, or became part of another
+            box = around(box, region)
+        self.answers[sample] = found
+        top, left, height, width = box
+        picture = self.photo[top : top + height, left : left + width].copy()
+        for pixels, y, x in itertools.chain(*found.values()):
+            common.paste(picture, pixels, y - top, x - left)
+        return box, picture
+
+
+def around(box, other):
+    """The box (top, left, height, width) around two."""
+    top, left = min(box[0], other[0]), min(box[1], other[1])
+    bottom, right = (
+        max(box[0] + box[2], other[0] + other[2]),
+        max(box[1] + box[3], other[1] + other[3]),
+    )
+    return top, left, bottom - top, right - left
+
+
+# ------------------------------------------------------------------------------------------- studio
+
+
+class Studio:
+    """What the page asks for: canvases to open, strokes, files to take away.
+
+    make(pixels, photograph)  -> a canvas, Translation or Edit
+    """
+
+    def __init__(self, cfg, classes, make, edits=False):
+        self.cfg, self.classes, self.make, self.edits = cfg, classes, make, edits
+        if common.world_size() > 1:
+            raise UserError("--serve: start it without torchrun, in one process")
+        self.folder = Path(cfg.out)
+        self.token = secrets.token_urlsafe(24)
+        self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
+        self.painter = concurrent.futures.ThreadPoolExecutor(1)  # one painting at a time
+        self.examples = self._examples()
+
+    def _examples(self):
+        """[(pixels, photograph or None)] of validation images, evenly spread, if there are any."""
+        try:
+            store = common.ImageStore(self.cfg, "val", self.cfg.size)
+        except UserError:
+            return []
+        sides = (store.B, store.A)
+        if not self.edits and self.cfg.direction == "AtoB":
+            sides = (store.A, store.B)
+        found = []
+        for k in common.spread(EXAMPLES, len(sides[0])):
+            pixels, other = (np.moveaxis(side[k % len(side)], 0, -1).copy() for side in sides)
+            photo = other if store.paired and other.shape[2] == 3 else None
+            found.append((pixels[..., 0] if self.classes else pixels, photo))
+        return found
+
+    def page(self):
+        """The page, with what it needs to know of the model in it."""
+        table = self.classes or common.ClassTable.load("maps")
+        about = {
+            "script": self.cfg.script,
+            "edits": self.edits,
+            "labels": bool(self.classes),
+            "classes": list(zip(table.names, table.colors, strict=True)),
+            "unlabeled": table.palette[common.IGNORED].tolist(),
+            "side": self.cfg.window or self.cfg.size,
+            "most": MOST_ANSWERS,
+            "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
+        }
+        text = json.dumps(about).replace("</", "<\\/")
+        return (Path(__file__).parent / "paint.html").read_text().replace("__DATA__", text)
+
+    def _shown(self, pixels, photo):
+        """What stands for an example: the photograph to edit, or else what the model is given."""
+        if self.edits:
+            return photo
+        return self.classes.palette[pixels] if self.classes else pixels
+
+    def open(self, wanted):
+        """Opens {"example": k}, {"files": ...}, {"height", "width"} of a blank canvas, or again
+        a {"canvas": number} that is open.
+        """
+        if "canvas" in wanted:
+            return self._described(str(wanted["canvas"]))
+        if "example" in wanted:
+            pixels, photo = self.examples[whole(wanted, "example", 0, len(self.examples) - 1)]
+        elif "files" in wanted:
+            pixels, photo = self._decoded(wanted["files"])
+        elif self.edits:
+            raise UserError("open a photograph and its land cover")
+        else:
+            shape = whole(wanted, "height", 16, 4096), whole(wanted, "width", 16, 4096)
+            pixels, photo = np.zeros(shape, np.uint8), None
+            if not self.classes:
+                pixels = np.full((*shape, 3), common.ClassTable.load("maps").colors[0], np.uint8)
+        # with the paintings, which change how the network normalises
+        canvas = self.painter.submit(self.make, pixels.copy(), photo).result()
+        canvas.start, canvas.latest, canvas.dirty, canvas.beside = pixels, 0, None, photo
+        key = str(next(self.numbers))
+        self.canvases[key] = canvas
+        while sum(kept.start.size for kept in self.canvases.values()) > KEPT:
+            if len(self.canvases) == 1:
+                break
+            self.canvases.popitem(last=False)
+        return self._described(key)
+
+    def _described(self, key):
+        canvas = self._canvas({"canvas": key})
+        start, now = (base64.b64encode(x.tobytes()).decode() for x in (canvas.start, canvas.pixels))
+        height, width = canvas.pixels.shape[:2]
+        about = {"canvas": key, "height": height, "width": width, "start": start, "pixels": now}
+        return about | {"photo": None if canvas.beside is None else png(canvas.beside)}
+
+    def _decoded(self, files):
+        """(pixels, photograph or None) of {"input": [name, base64], and of edits "photo"}."""
+        found = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".opened-", dir=self.folder) as folder:
+            for what, table in (("input", self.classes), ("photo", None))[: 1 + self.edits]:
+                name, content = files[what]
+                name = Path(name).name
+                path = Path(folder) / f"{what}{Path(name).suffix[:8]}"
+                path.write_bytes(base64.b64decode(content, validate=True))
+                try:
+                    with common.Raster(path, table) as raster:
+                        size = f"{raster.width}x{raster.height}"
+                        if raster.height * raster.width > MOST_PIXELS:
+                            raise UserError(f"{path}: {size} pixels are too many for this page")
+                        if min(raster.height, raster.width) < 16:
+                            raise UserError(f"{path}: {size} pixels are too few")
+                        found.append(np.ascontiguousarray(raster.read()))
+                except UserError as error:
+                    raise UserError(str(error).replace(str(path), name)) from None
+        pixels, photo = found if self.edits else (*found, None)
+        if self.edits and photo.shape[:2] != pixels.shape[:2]:
+            a, b = (f"{image.shape[1]}x{image.shape[0]}" for image in (photo, pixels))
+            raise UserError(f"the photograph is {a}, its land cover {b}: sizes must agree")
+        return pixels, photo
+
+    def _canvas(self, query):
+        canvas = self.canvases.get(query.get("canvas"))
+        if not canvas:
+            raise UserError("this canvas was closed, as many newer ones were opened")
+        self.canvases.move_to_end(query["canvas"])
+        return canvas
+
+    def stroke(self, query, content):
+        """Changes a box of a canvas and paints what follows; of those that wait, the last."""
+        canvas = self._canvas(query)
+        height, width = canvas.pixels.shape[:2]
+        left, top = whole(query, "x", 0, width - 1), whole(query, "y", 0, height - 1)
+        box = (
+            top,
+            left,
+            whole(query, "height", 1, height - top),
+            whole(query, "width", 1, width - left),
+        )
+        answers = whole(query, "answers", 1, MOST_ANSWERS)
+        shape = (*box[2:], *canvas.pixels.shape[2:])
+        if len(content) != np.prod(shape):
+            raise UserError(f"a stroke of {len(content)} bytes where {np.prod(shape)} belong")
+        pixels = np.frombuffer(content, np.uint8).reshape(shape)
+        if self.classes and (pixels[pixels != common.IGNORED] >= len(self.classes)).any():
+            raise UserError(f"a class outside the table, which has {len(self.classes)}")
+        canvas.latest += 1
+        return self.painter.submit(
+            self._paint, canvas, canvas.latest, box, pixels, answers
+        ).result()
+
+    def _paint(self, canvas, turn, box, pixels, answers):
+        top, left, height, width = box
+        canvas.pixels[top : top + height, left : left + width] = pixels
+        canvas.dirty = around(canvas.dirty or box, box)
+        if turn != canvas.latest:
+            return {"superseded": True}
+        begin, pictures = time.perf_counter(), []
+        for sample in range(1, answers + 1):
+            (y, x, *_), picture = canvas.painted(canvas.dirty, sample)
+            pictures.append({"x": x, "y": y, "png": png(picture)})
+        canvas.dirty = None
+        return {"pictures": pictures, "seconds": time.perf_counter() - begin}
+
+    def label_map(self, query):
+        """What was painted, as a PNG: class indices and their colours, which scripts read again."""
+        pixels = self._canvas(query).pixels
+        image = Image.fromarray(pixels)
+        if self.classes:
+            image.putpalette(self.classes.palette.tobytes())
+        return encoded(image)
+
+    def server(self):
+        """The server, which listens from now on, and answers once it is told to."""
+        cfg = self.cfg
+        try:
+            server = ThreadingHTTPServer((cfg.address, cfg.port), Handler)
+        except socket.gaierror:
+            raise UserError(f"--address {cfg.address}: no address of this machine") from None
+        except OSError as error:
+            what = f"cannot listen there ({error.strerror}): --port 0 takes any that is free"
+            raise UserError(f"--address {cfg.address} --port {cfg.port}: {what}") from None
+        server.daemon_threads, server.studio = True, self
+        host, port = server.server_address
+        if not ipaddress.ip_address(host).is_loopback:
+            what = "whoever reaches this machine and knows the address below may use this model"
+            print(f"warning: --address {cfg.address}: {what}", file=sys.stderr)
+        print(f"paint at http://{host}:{port}/{self.token}/ (Ctrl-C ends it)", flush=True)
+        return server
+
+    def serve(self):
+        """Answers till Ctrl-C."""
+        with self.server() as server, contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+        ENDED.set()
+        self.painter.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(OSError):  # there are results of --generate in it
+            self.folder.rmdir()
+        print("ended")
+
+
+def whole(query, name, low, high):
+    """A whole number of a request, within bounds."""
+    try:
+        value = int(query[name])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} is missing, or no whole number") from None
+    if not low <= value <= high:
+        raise UserError(f"{name} {value}: must be {low} to {high}")
+    return value
+
+
+def encoded(image):
+    """A Pillow image as the bytes of a PNG, quickly."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def png(pixels):
+    """(H, W, 3) uint8 as a PNG in base64."""
+    return base64.b64encode(encoded(Image.fromarray(np.ascontiguousarray(pixels)))).decode()
+
+
+# ------------------------------------------------------------------------------------------- server
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request. What is wrong with it is said in plain text, which the page shows."""
+
+    server_version, sys_version = "paint", ""
+    timeout = 60  # seconds without a byte
+    headers_of_all = {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'; "
+        "base-uri 'none'; form-action 'none'",
+        "Referrer-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    def do_GET(self):
+        """The page, and the label map to take away."""
+        self._answer({"": self._page, "labels.png": self._labels})
+
+    def do_POST(self):
+        """Opening a canvas, and strokes."""
+        self._answer({"open": self._open, "stroke": self._stroke})
+
+    def _answer(self, known):
+        try:
+            address = urlsplit(self.path)
+            _, token, *name = address.path.split("/", 2)
+            self._check(token)
+            if not name:  # the last slash is missing
+                self._send(301, "text/plain", b"", Location=f"/{token}/")
+                return
+            (name,) = name
+            if name not in known:
+                raise Refused(404, "there is nothing of that name")
+            self.query = dict(parse_qsl(address.query))
+            kind, content = known[name]()
+            self._send(200, kind, content)
+        except Refused as error:
+            self._send(error.status, "text/plain", error.text.encode())
+        except UserError as error:
+            self._send(400, "text/plain", str(error).encode(errors="replace"))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self._send(400, "text/plain", f"not understood: {error!r}"[:200].encode())
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+        except OSError as error:
+            self._send(507, "text/plain", f"cannot keep the file: {error.strerror}".encode())
+        except (MemoryError, torch.OutOfMemoryError):
+            self._send(507, "text/plain", b"out of memory: open a smaller picture")
+        except Exception as error:  # a bug of ours: the page says so, too
+            self._send(500, "text/plain", repr(error)[:300].encode())
+            raise
+
+    def _check(self, token):
+        """Whether it comes from the page: by the address asked for, and the token in it."""
+        address, port = self.server.server_address
+        names = {self.server.studio.cfg.address, self.connection.getsockname()[0], "localhost"}
+        if not ipaddress.ip_address(address).is_loopback:
+            names |= {socket.gethostname(), socket.getfqdn()}
+        hosts = {f"{name}:{port}".lower() for name in names}
+        if port == 80:  # which browsers leave out
+            hosts |= {name.lower() for name in names}
+        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
+        if host not in hosts or origin not in (None, f"http://{host}"):
+            raise Refused(403, "asked for by another name, or from another page")
+        if not secrets.compare_digest(token.encode(), self.server.studio.token.encode()):
+            raise Refused(403, "the address is incomplete: copy the one that --serve printed")
+
+    def _content(self):
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            raise Refused(411, "without a length") from None
+        if not 0 <= length <= MOST_BYTES:
+            self.close_connection = True
+            raise Refused(413, f"{length} bytes: at most {MOST_BYTES} are read")
+        return self.rfile.read(length)
+
+    def _page(self):
+        return "text/html; charset=utf-8", self.server.studio.page().encode()
+
+    def _labels(self):
+        return "image/png", self.server.studio.label_map(self.query)
+
+    def _open(self):
+        wanted = json.loads(self._content())
+        return "application/json", json.dumps(self.server.studio.open(wanted)).encode()
+
+    def _stroke(self):
+        done = self.server.studio.stroke(self.query, self._content())
+        return "application/json", json.dumps(done).encode()
+
+    def _send(self, status, kind, content, **more):
+        with contextlib.suppress(ConnectionError):  # the page is gone
+            self.send_response(status)
+            headers = {"Content-Type": kind, "Content-Length": str(len(content))}
+            for name, value in (headers | more | self.headers_of_all).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Keeps quiet: the token stands in every line."""
+
+
+class Refused(Exception):
+    """A request that is not the page's: an HTTP status and a text."""
+
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status, self.text = status, text
