@@ -38,6 +38,7 @@ import time
 import uuid
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def command(main):
             return main(argv)
         except UserError as error:
             message = str(error)
+            if not first_here():  # its machine's first process has found the same
+                sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
@@ -394,13 +397,13 @@ def _adopt(cfg, given):
         inside = path.parent.name == "checkpoints"
         run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
     checkpoint = load_checkpoint(path, cfg.script)
-    saved, world = checkpoint["config"], int(os.environ.get("WORLD_SIZE", "1"))
+    saved, world = _saved_options(cfg, checkpoint, path), int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.evaluate and "histograms" not in checkpoint:
         raise UserError(f"{path}: written by an older version: it has nothing to compare with")
     if cfg.resume and checkpoint.get("world", 1) != world:
-        raise UserError(
-            f"{path}: a run of {checkpoint['world']} processes cannot go on with {world}"
-        )
+        what = f"a run of {checkpoint['world']} processes cannot go on with {world}"
+        remedy = f"torchrun --nproc-per-node {checkpoint['world']} {cfg.script}.py --resume"
+        raise UserError(f"{path}: {what}: {remedy}")
     held = {
         field.name for group, field in grouped_fields(type(cfg)) if _held(cfg, group, field, saved)
     }
@@ -421,9 +424,30 @@ def _adopt(cfg, given):
     adopted |= {name: getattr(cfg, name) for name in ["resume", *mine]}
     if cfg.using:
         adopted["window"] = cfg.window or checkpoint.get("window", saved["patch"])
+    if cfg.resume and adopted["epochs"] < checkpoint["epoch"]:
+        done = f"the run has done {checkpoint['epoch']} already"
+        raise UserError(f"--epochs {adopted['epochs']}: {done}: leave it out, or pass more")
     keep = cfg.resume or (cfg.evaluate and not cfg.out)
     adopted["out"] = str(run if keep else cfg.out or run / "generated")
     return type(cfg)(**adopted), checkpoint
+
+
+def _saved_options(cfg, checkpoint, path):
+    """A checkpoint's options, all of them; refuses what no run has, as after editing by hand."""
+    saved = dict(checkpoint["config"])
+    for field in dataclasses.fields(cfg):
+        kind, about = type(field.default), field.metadata
+        value = saved.setdefault(field.name, field.default)
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        fits = fits and (not about["choices"] or value in about["choices"])
+        fits = fits and (about["low"] is None or value >= about["low"])
+        if not fits:
+            raise UserError(f"{path}: holds {flag(field.name)} {str(value)[:60]}, as no run does")
+    for name in ("epoch", "batch", "step") if cfg.resume else ():
+        if type(checkpoint.get(name)) is not int or checkpoint[name] < 0:
+            raise UserError(f"{path}: holds the {name} {checkpoint.get(name)}, as no run does")
+    return saved
 
 
 def _held(cfg, group, field, saved):
@@ -745,18 +769,20 @@ class ClassTable:
             rows = [row.split(maxsplit=2) for row in _TABLES[source].strip().splitlines()]
             entries = [{"name": n, "value": int(value), "color": c} for value, c, n in rows]
             return ClassTable._build(entries, source == "maps", source)
+        is_json = source.lstrip().startswith(("[", "{"))
+        name = source[:60] if is_json else source
         try:
-            is_json = source.lstrip().startswith(("[", "{"))
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
             nearest = table.get("nearest", False) if isinstance(table, dict) else False
             entries = table["classes"] if isinstance(table, dict) else table
-            return ClassTable._build(entries, nearest, source[:60])
+            return ClassTable._build(entries, nearest, name)
         except FileNotFoundError:
             known = ", ".join(_TABLES)
             raise UserError(f"class table {source}: no such file (built in: {known})") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-            what = f"not a list of {{name, color, value, ignore}} ({error!r})"
-            raise UserError(f"class table {source[:60]}: {what}") from None
+            reason = "no UTF-8" if isinstance(error, UnicodeError) else repr(error)[:80]
+            what = f"not a list of {{name, color, value, ignore}} ({reason})"
+            raise UserError(f"class table {name}: {what}") from None
 
     @staticmethod
     def _build(entries, nearest, source):
@@ -873,8 +899,10 @@ def _decoding(path):
     Image.MAX_IMAGE_PIXELS = None  # rasters are large on purpose
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError:
+        raise UserError(f"{path}: claims more pixels than memory can hold") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
@@ -1069,7 +1097,11 @@ def _orientation(image):
 def _load_array(path, **how):
     """The array of a .npy file, or the first one of a .npz file."""
     array = np.load(path, **how)
-    return array[array.files[0]] if isinstance(array, np.lib.npyio.NpzFile) else array
+    array = array[array.files[0]] if isinstance(array, np.lib.npyio.NpzFile) else array
+    if array.ndim not in (2, 3):
+        what = "(H, W), or one-hot (H, W, C) or (C, H, W) is needed"
+        raise UserError(f"{path}: holds an array of shape {array.shape}: {what}")
+    return array
 
 
 def _palette_is_of(rgb, table):
@@ -1099,9 +1131,20 @@ class Split:
 
 
 def _files(folder, labels=False):
+    """The images of a folder, and for labels arrays; says how many files are of other kinds."""
     suffixes = IMAGE_SUFFIXES | (ARRAY_SUFFIXES if labels else set())
-    found = (path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if not path.name.startswith("."))
+    seen = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    found = [path for path in seen if path.suffix.lower() in suffixes]
+    for path in found:
+        if not path.is_file():
+            raise UserError(
+                f"{path}: is no file (a link to nothing, a pipe or a folder): remove it"
+            )
+    others = [path for path in seen if path not in set(found) and path.is_file()]
+    if others:
+        endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
+        _say_once(f"{folder}: {len(others)} file(s) of other kinds ({endings}) are left out")
+    return found
 
 
 def _match(a, b, where):
@@ -1202,6 +1245,32 @@ def source(cfg):
     return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
 
 
+def sum_of(path, length, piece=2**24):
+    """A checksum of the first `length` bytes of a file: 4 bytes, from CRC-32s of its pieces.
+
+    In threads, outside the interpreter lock: some gigabytes a second.
+    """
+
+    def crc(first):
+        with open(path, "rb") as file:
+            file.seek(first)
+            return zlib.crc32(file.read(min(piece, length - first)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = list(pool.map(crc, range(0, length, piece)))
+    return zlib.crc32(np.array(sums, "<u4").tobytes()).to_bytes(4, "little")
+
+
+def check_sum(path):
+    """Raises a ValueError if a store's last four bytes are not the checksum of all before them."""
+    length = path.stat().st_size - 4
+    with open(path, "rb") as file:
+        file.seek(max(0, length))
+        written = file.read()
+    if length < 0 or written != sum_of(path, length):
+        raise ValueError("is damaged")
+
+
 class ImageStore:
     """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
@@ -1215,7 +1284,7 @@ class ImageStore:
     records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
 
     The file's name is a hash of the list of files, their sizes and times, and every parameter.
-    It is written aside and renamed, so that it is whole or absent.
+    It is written aside and renamed, so that it is whole or absent, and ends with a checksum.
     """
 
     def __init__(self, cfg, split, side, smallest=0):
@@ -1267,7 +1336,9 @@ class ImageStore:
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.rows, self.classes.nearest)
-        text = [f"{what} planar {self.side} {self.patch} {self.split.halves} {table}"]
+        text = [
+            f"{what} planar, with a checksum {self.side} {self.patch} {self.split.halves} {table}"
+        ]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
@@ -1276,8 +1347,11 @@ class ImageStore:
         path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
         if first_here():
             try:
-                np.load(path, mmap_mode="r")
-            except (OSError, ValueError, EOFError):  # there is none, or a damaged one
+                check_sum(path)
+            except FileNotFoundError:
+                self._build(pairs, path)
+            except (OSError, ValueError) as error:
+                print(f"{path}: {error}: decoding again", file=sys.stderr)
                 self._build(pairs, path)
         wait_for_others()
         return np.load(path, mmap_mode="c")  # nothing writes; torch wants what it could write to
@@ -1311,6 +1385,8 @@ class ImageStore:
             for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
                 pass
             store.flush()
+            with open(aside, "ab") as file:
+                file.write(sum_of(aside, aside.stat().st_size))
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -1668,7 +1744,7 @@ def _load_state_dict(value, saved, what):
     groups = [dict(group) for group in getattr(value, "param_groups", [])]
     try:
         value.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{what} does not fit the options ({reason})") from None
     for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
@@ -2553,8 +2629,13 @@ def find_judge(cfg, device):
     torch.manual_seed(cfg.seed)
     judge = Judge(len(cfg.classes)).to(device)
     if path.is_file():
-        print(f"the judge is {path}; without that file --train-judge trains another")
-        judge.load_state_dict(load_checkpoint(path, cfg.script)["state"]["judge"])
+        remedy = "without that file --train-judge trains another"
+        print(f"the judge is {path}; {remedy}")
+        try:
+            judge.load_state_dict(load_checkpoint(path, cfg.script)["state"]["judge"])
+        except (UserError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:90]
+            raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
         return judge
     rows = Rows(ImageStore(cfg, "train", cfg.size).records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)

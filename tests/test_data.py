@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -373,6 +374,32 @@ def test_a_damaged_store_is_built_again(tmp_path):
     for length in (5000, 0):
         (cache / file).write_bytes((cache / file).read_bytes()[:length])
         assert (ImageStore(config(root, cache), "train", 32).records == whole).all()
+
+
+@pytest.mark.parametrize("place", [9, 200, -2])
+def test_a_flipped_bit_in_a_store_is_noticed(tmp_path, capsys, place):
+    """In its header, its pixels, its checksum."""
+    root, cache = side_by_side(tmp_path / "data"), tmp_path / "cache"
+    whole = np.array(ImageStore(config(root, cache), "train", 32).records)
+    (file,) = cache.glob("*.npy")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert (ImageStore(config(root, cache), "train", 32).records == whole).all()
+    assert "is damaged: decoding again" in capsys.readouterr().err
+    ImageStore(config(root, cache), "train", 32)
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 1000])
+def test_a_checksum_is_of_all_bytes_before_it(tmp_path, length):
+    content = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
+    (tmp_path / "x").write_bytes(content)
+    sums = [int.to_bytes(zlib.crc32(content[k : min(k + 100, length)]), 4, "little")
+            for k in range(0, length, 100)]  # fmt: skip
+    want = zlib.crc32(b"".join(sums)).to_bytes(4, "little")
+    assert common.sum_of(tmp_path / "x", length, piece=100) == want
 
 
 def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):

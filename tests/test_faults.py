@@ -3,12 +3,17 @@
 Each case of CASES is a command line; the rest are machines that fail in the middle.
 """
 
+import io
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +67,44 @@ CASES = {
         *("pix2pix", "--generate pairs/val --checkpoint nan.pt --out o"),
         "nan.pt: its G has weights that are not finite",
     ),
+    "a link to nothing": ("pix2pix", "--data dangling", "0.png: is no file (a link to nothing"),
+    "a pipe": ("pix2pix", "--data fifo", "0.png: is no file (a link to nothing, a pipe"),
+    "a picture of terabytes": (
+        *("pix2pix", "--data terabytes"),
+        "0.png: 2000000x1000000 pixels are too many for its format",
+    ),
+    "an array of terabytes": (
+        *("mixlc", "--data arrays --patch 40"),
+        "0.npz: claims more pixels than memory can hold",
+    ),
+    "an array of four axes": (
+        *("mixlc", "--data axes"),
+        "0.npy: holds an array of shape (1, 3, 80, 80): (H, W), or one-hot",
+    ),
+    "a class table in UTF-16": ("mixlc", "--data utf16", "classes.json: not a list of {name,"),
+    "fewer epochs than were done": (
+        *("pix2pix", "--resume --checkpoint-of done --epochs 1"),
+        "--epochs 1: the run has done 2 already",
+    ),
+    "a run of two processes in one": (
+        *("pix2pix", "--resume --checkpoint-of two"),
+        "cannot go on with 1: torchrun --nproc-per-node 2 pix2pix.py --resume",
+    ),
+    "a damaged judge": (
+        *("pix2pix", "--evaluate --checkpoint judged/last.pt --out judged"),
+        "judge.pt: is damaged",
+    ),
+    "an --out under a file": ("pix2pix", "--out model.pt/run", "model.pt/run: Not a directory"),
+    "a style layer that is none": (
+        *("mixlc_acgan", "--style-features random --style-layers relu9_9"),
+        "no layer ['relu9_9']; there are relu1_1",
+    ),
+    "a first network of another width": (
+        "pix2pix",
+        "--init model.pt --width 8",
+        "check --generator",
+    ),
+    "a batch of more than all": ("pix2pix", "--batch-size 7", "more than the 6 training images"),
     "a window of nothing": ("pix2pix", "--window 50", "--window goes with --generate"),
     "a raster of 16 bits": (
         *("pix2pix", "--generate deep.tif --checkpoint model.pt --out o"),
@@ -84,21 +127,151 @@ def world(tmp_path_factory):
     (root / "v.pth").touch()
     save(root / "full" / "0.png", np.zeros((8, 8, 3), np.uint8))
     Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")
+    for name in ("dangling", "fifo", "terabytes"):
+        shutil.copytree(root / "pairs", root / name)
+        (root / name / "train" / "0.png").unlink()
+    (root / "dangling" / "train" / "0.png").symlink_to("/nowhere.png")
+    os.mkfifo(root / "fifo" / "train" / "0.png")
+    (root / "terabytes" / "train" / "0.png").write_bytes(png_header(2_000_000, 1_000_000))
+    for name in ("arrays", "axes", "utf16"):
+        shutil.copytree(root / "landcover", root / name)
+    for name in ("arrays", "axes"):
+        (root / name / "train" / "lc" / "0.png").unlink()
+    header = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 10**7)}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(root / "arrays" / "train" / "lc" / "0.npz", "w") as file:
+        file.writestr("arr_0.npy", header.getvalue())
+    np.save(root / "axes" / "train" / "lc" / "0.npy", np.zeros((1, 3, 80, 80), np.uint8))
+    (root / "utf16" / "classes.json").write_text(json.dumps(TABLE), encoding="utf-16")
+    content = state_of(root / "model.pt")
+    options = content["config"] | {"schedule": "constant", "epochs": 2}
+    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2})):
+        (root / name / "checkpoints").mkdir(parents=True)
+        changed = content | {"config": options} | change
+        torch.save(changed, root / name / "checkpoints" / "last.pt")
+    (root / "judged").mkdir()
+    changed = content | {"config": options | {"lc_classes": json.dumps(TABLE)}}
+    changed["config"]["data"] = str(root / "landcover")
+    torch.save(changed, root / "judged" / "last.pt")
+    (root / "judged" / "judge.pt").write_bytes(b"rubbish")
     return root
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    about = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (b"IHDR", about), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_one_line_and_leaves_nothing(case, world, monkeypatch, capsys):
     script, options, text = CASES[case]
     monkeypatch.chdir(world)
-    before = sorted(path for path in world.rglob("*") if "cache" not in path.parts)
-    words = options.split()
-    if "--checkpoint" not in words:
+    before = files_of(world)
+    words = options.replace("--checkpoint-of", "--out").split()
+    if not {"--checkpoint", "--resume"} & set(words):
         data = [] if "--data" in words else ["--data", "landcover" if "mix" in script else "pairs"]
         words = [*data, *SMALL, "--cache", "cache", "--out", "new", *words]
     assert text in line_of(SCRIPTS[script].main, words, capsys)
-    after = sorted(path for path in world.rglob("*") if "cache" not in path.parts)
-    assert [p for p in after if not p.name.startswith(".")] == before
+    assert files_of(world) == before
+
+
+def files_of(folder):
+    """All but hidden ones and caches; a run that ended before its first line is an empty folder."""
+    found = (path for path in folder.rglob("*") if not path.is_dir() and "cache" not in path.parts)
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+HAND_MADE = {
+    "a text for a number": {"config": {"size": "big"}},
+    "a size that is none": {"config": {"size": 99}},
+    "a negative width": {"config": {"width": -4}},
+    "a truth value for a number": {"config": {"width": True}},
+    "a list for a text": {"config": {"norm": ["batch"]}},
+    "an epoch in words": {"epoch": "three"},
+    "an epoch before the first": {"epoch": -4},
+    "no step": {"step": None},
+    "weights that are texts": {"state": {"G": {"downs.0.0.weight": "x"}}},
+    "no optimizer": {"state": {"opt_G": {}}},
+    "no generator": {"state": {"G": None}},
+}
+
+
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_a_checkpoint_that_was_made_by_hand_is_refused_in_a_line(case, world, tmp_path, capsys):
+    content = state_of(world / "model.pt")
+    for name, change in HAND_MADE[case].items():
+        content[name] = content[name] | change if isinstance(change, dict) else change
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
+    line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
+    assert str(tmp_path / "run") in line and len(line) < 400
+
+
+def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
+    content = state_of(world / "model.pt")
+    del content["config"]["patch"], content["config"]["schedule"]
+    torch.save(content, tmp_path / "model.pt")
+    call = ["--generate", str(world / "pairs" / "val"), "--out", str(tmp_path / "out")]
+    pix2pix.main([*call, "--checkpoint", str(tmp_path / "model.pt")])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_files_of_other_kinds_are_counted(world, tmp_path, capsys):
+    shutil.copytree(world / "pairs", tmp_path / "data")
+    for name in ("a.heic", "b.heic", "notes.txt", ".hidden"):
+        (tmp_path / "data" / "train" / name).touch()
+    common.find_images(tmp_path / "data", "train")
+    said = capsys.readouterr().err
+    assert "train: 3 file(s) of other kinds (.heic, .txt) are left out" in said
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "npz", "json", "pt"])
+def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
+    """Random bytes changed, removed and put in: it is read, or refused by name."""
+    rng, table = np.random.default_rng(0), common.ClassTable.load(json.dumps(TABLE))
+    path = tmp_path / f"x.{kind}"
+    if kind == "npz":
+        np.savez_compressed(path, rng.integers(0, 3, (40, 50), np.uint8))
+    elif kind == "json":
+        path.write_text(json.dumps(TABLE))
+    elif kind == "pt":
+        shutil.copy(world / "model.pt", path)
+    else:
+        save(path, picture(rng, 40, 50))
+    whole, refused = path.read_bytes(), 0
+    for _ in range(20 if kind == "pt" else 60):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            place = int(rng.integers(len(content)))
+            how = rng.integers(3)
+            if how == 0:
+                content[place] = rng.integers(256)
+            elif how == 1:
+                del content[place : place + int(rng.integers(1, 50))]
+            else:
+                content[place:place] = rng.bytes(int(rng.integers(1, 50)))
+            content = content or bytearray(b"x")
+        path.write_bytes(content)
+        try:
+            if kind == "json":
+                common.ClassTable.load(str(path))
+            elif kind == "pt":
+                common.load_checkpoint(path, "pix2pix")
+            else:
+                with common.Raster(path, table if kind == "npz" else None) as raster:
+                    raster.read()
+        except common.UserError as error:
+            assert "x." in str(error)
+            refused += 1
+    assert refused > 5
 
 
 CLASS_TABLES = {
