@@ -202,6 +202,16 @@ def memory(rows):
     return table(header, [line])
 
 
+def controls(_):
+    """docs/controls.json: one thing changed each time, and whether pictures follow their input."""
+    lines = []
+    for title, kept in json.loads((HERE.parent / "docs" / "controls.json").read_text()).items():
+        rates = [f"{kept[name]:.3f}" for name in ("accuracy_5", "accuracy_10", "alike")]
+        lines.append([title, f"{kept['rmse']:.1f}", *rates])
+    lines.append(["the maps themselves", "", "", "", f"{kept['targets_alike']:.3f}"])
+    return table(["run", "rmse", "accuracy_5", "accuracy_10", "two places alike"], lines)
+
+
 def roofline(_):
     """docs/roofline.json: what is left of a step on the CPU besides its convolutions."""
     lines = []
@@ -427,6 +437,7 @@ TABLES = {
     "generation": generation,
     "memory": memory,
     "strokes": strokes,
+    "controls": controls,
     "roofline": roofline,
     "seams": seams,
     "ranks": ranks,

@@ -3,6 +3,7 @@
     python bench/results.py keep runs/pix2pix docs/results/pix2pix-maps     result.json, curve, grid
     python bench/results.py front                                           docs/front.jpg
     python bench/results.py raster CHECKPOINT LABELS                        docs/raster.jpg
+    python bench/results.py controls RUN ...      docs/controls.json and .jpg, of pix2pix's runs
     python bench/results.py paint CHECKPOINT     docs/paint.jpg; needs Playwright and Chromium
 
 A result holds the options that differ from the defaults (of the data only their name), hours,
@@ -19,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import common
@@ -29,7 +33,16 @@ import common
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 GAP, HEAD = 4, 16  # of a sample grid, in pixels
-PLACE = {"data", "cache", "out", "vgg16", "track", "device", "lc_classes"}  # of this machine
+PLACE = {
+    "data",
+    "cache",
+    "out",
+    "resume",
+    "vgg16",
+    "track",
+    "device",
+    "lc_classes",
+}  # of this machine
 WAYS = {  # cyclegan's columns: which rows of its evaluation, and which measure
     "rmse_AB": ("A to B: ", "rmse"),
     "rmse_BA": ("B to A: ", "rmse"),
@@ -64,6 +77,7 @@ def keep(run, folder, seconds=""):
     about = json.loads((run / "config.json").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
     defaults = common.dataclasses.asdict(importlib.import_module(about["script"]).Config())
+    defaults = json.loads(json.dumps(defaults))  # a tuple is a list there
     options = {
         name: value
         for name, value in about["options"].items()
@@ -168,6 +182,65 @@ def raster(checkpoint, path, side=340):
     sheet.save(ROOT / "docs" / "raster.jpg", quality=82)
 
 
+def controls(*runs, images=400, rows=4, side=104):
+    """Writes docs/controls.json, and draws docs/controls.jpg: runs that differ in one thing, each
+    by an image's own statistics and by running ones, on validation images 0, n, 2n, ...
+
+    Beside the measures stands how alike the pictures of different places are: one pattern that is
+    painted everywhere shows there.
+    """
+    columns, kept = {}, {}
+    for run in map(Path, runs):
+        about = json.loads((run / "config.json").read_text())
+        script = importlib.import_module(about["script"])
+        first = run == Path(runs[0])
+        what = [k for k in about["options"] if about["options"][k] != base(runs[0])[k]]
+        what = " ".join(f"{common.flag(k)} {about['options'][k]}" for k in what if k not in PLACE)
+        for norm in ("batch", "running"):
+            call = ["--evaluate", "--checkpoint", str(run / "checkpoints" / "last.pt")]
+            with mock.patch.object(script, "report") as report:
+                script.main([*call, "--eval-norm", norm, "--out", str(run / "controls")])
+            state, val, cfg, _ = report.call_args.args
+            scores, likeness = common.Scores(), []
+            for records in val.in_order(common.spread(images, len(val))):
+                x, y = val.sides(records)
+                fake = script.translate(state, x, cfg)
+                scores.add_images("model", fake, y)
+                likeness.append(torch.stack([alike(fake), alike(y)], 1))
+            own = scores.rows()["model"]
+            likeness = torch.cat(likeness).mean(0).tolist()
+            title = f"{what or 'as it is'}, {'own' if norm == 'batch' else 'running'} statistics"
+            kept[title] = {name: own[name] for name in ("rmse", "accuracy_5", "accuracy_10")}
+            kept[title] |= {"alike": likeness[0], "targets_alike": likeness[1]}
+            shown = script.sample(state, val, cfg, common.spread(rows, len(val)))
+            if first and norm == "batch":
+                columns |= {"input": shown["input"], "target": shown["target"]}
+            columns[title] = shown["fake"]
+    (ROOT / "docs" / "controls.json").write_text(json.dumps(kept, indent=1) + "\n")
+    sheet = Image.new("RGB", (len(columns) * (side + GAP), 2 * HEAD + rows * (side + GAP)), "white")
+    text = ImageDraw.Draw(sheet)
+    for k, (title, pictures) in enumerate(columns.items()):
+        for line, words in enumerate(title.replace(" statistics", "").split(", ")):
+            text.text((k * (side + GAP), 2 + line * 12), words, fill="black")
+        for j, picture in enumerate(common.as_array(image[None]) for image in pictures):
+            place = k * (side + GAP), 2 * HEAD + j * (side + GAP)
+            sheet.paste(Image.fromarray(picture).resize((side, side), 3), place)
+    sheet.save(ROOT / "docs" / "controls.jpg", quality=85)
+
+
+def alike(pictures, around=15):
+    """The correlation of what is fine in each picture (B, 3, S, S) with that in the next: (B,)."""
+    grey = pictures.mean(1, keepdim=True)
+    fine = (grey - F.avg_pool2d(grey, around, 1, around // 2, count_include_pad=False)).flatten(1)
+    fine = F.normalize(fine - fine.mean(1, keepdim=True), dim=1)
+    return (fine * fine.roll(1, 0)).sum(1)
+
+
+def base(run):
+    """The options of a run."""
+    return json.loads((Path(run) / "config.json").read_text())["options"]
+
+
 def paint(checkpoint):
     """Draws docs/paint.jpg: a lake is painted into a validation image, on the page of --serve."""
     from playwright.sync_api import sync_playwright
@@ -205,4 +278,6 @@ def paint(checkpoint):
 
 
 if __name__ == "__main__":
-    {"keep": keep, "front": front, "raster": raster, "paint": paint}[sys.argv[1]](*sys.argv[2:])
+    {"keep": keep, "front": front, "raster": raster, "controls": controls, "paint": paint}[
+        sys.argv[1]
+    ](*sys.argv[2:])
