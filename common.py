@@ -146,6 +146,7 @@ def option(default, help, *, group=None, choices=None, low=None, high=None, **me
     may_change  a resumed run may have another value: True, or a function of the saved options
     needs       the option without which this one has no effect, such as "generate", one of two,
                 "generate or serve", or the value that an option must have, such as "content=vgg"
+    endless     infinity is one of its values
     file        it names a file, which must exist
     weights     generator weights, which --generate takes in place of --checkpoint
     """
@@ -211,6 +212,7 @@ class Options:
         2.0,
         "windows around that share a raster's normalisation; 0: none",
         low=0.0,
+        endless=True,
         needs="generate or serve",
     )
 
@@ -258,8 +260,8 @@ def turns(flip):
 
 def load_size(cfg):
     """The side at which training images are stored: --load-size, or 286/256 of --size."""
-    if 0 < cfg.load_size < cfg.size:
-        raise UserError(f"--load-size {cfg.load_size}: must be at least --size {cfg.size}")
+    if cfg.load_size and not cfg.size <= cfg.load_size <= 4096:
+        raise UserError(f"--load-size {cfg.load_size}: must be --size {cfg.size} to 4096")
     return cfg.load_size or round(cfg.size * 286 / 256)
 
 
@@ -303,6 +305,8 @@ def parse(config, doc, quick, argv=None):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     for name, value in given.items():
         about = config.__dataclass_fields__[name].metadata
+        if value == math.inf and not about.get("endless"):
+            raise UserError(f"{flag(name)} {value}: must be finite")
         if about["low"] is not None and not value >= about["low"]:  # NaN, too
             raise UserError(f"{flag(name)} {value}: must be at least {about['low']}")
         if about["high"] is not None and not value <= about["high"]:
@@ -1348,7 +1352,7 @@ class ImageStore:
         if first_here():
             try:
                 check_sum(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._build(pairs, path)
             except (OSError, ValueError) as error:
                 print(f"{path}: {error}: decoding again", file=sys.stderr)
@@ -2062,7 +2066,7 @@ def write_page(folder):
         found = sorted(path.parent for path in folder.parent.glob("*/config.json"))
         pages.append((folder.parent, "runs.html", [_page_data(run, 300) for run in found]))
     for place, name, data in pages:
-        text = json.dumps(data).replace("</", "<\\/")
+        text = json.dumps(data).replace("<", "\\u003c")  # whatever a folder is called
         page = (templates / name).read_text().replace("__DATA__", text)
         write_text(place / "index.html", page)
 

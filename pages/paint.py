@@ -231,7 +231,7 @@ class Studio:
         """[(pixels, photograph or None)] of validation images, evenly spread, if there are any."""
         try:
             store = common.ImageStore(self.cfg, "val", self.cfg.size)
-        except UserError:
+        except (UserError, OSError):
             return []
         sides = (store.B, store.A)
         if not self.edits and self.cfg.direction == "AtoB":
@@ -256,7 +256,7 @@ class Studio:
             "most": MOST_ANSWERS,
             "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
         }
-        text = json.dumps(about).replace("</", "<\\/")
+        text = json.dumps(about).replace("<", "\\u003c")  # whatever a class is called
         return (Path(__file__).parent / "paint.html").read_text().replace("__DATA__", text)
 
     def _shown(self, pixels, photo):

@@ -53,6 +53,9 @@ CASES = {
     "a number of 400 digits": ("pix2pix", f"--epochs {'9' * 400}", "must be at most 1000000"),
     "a pool of petabytes": ("cyclegan", "--pool-size 1000000000000000", "must be at most 10000"),
     "weights that are not numbers": ("pix2pix", "--lambda-l1 nan", "--lambda-l1 nan: must be at"),
+    "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be finite"),
+    "crops of a wall": ("pix2pix", "--load-size 99999999", "must be --size 64 to 4096"),
+    "a cache under a file": ("pix2pix", "--cache model.pt/c", "Not a directory; choose another"),
     "no such data": ("pix2pix", "--data nope", "--data nope: no such directory"),
     "a missing class table": ("mixlc", "--lc-classes nope.json", "nope.json: no such file"),
     "generating over another's files": (

@@ -423,7 +423,7 @@ def test_load_size_and_max_images(pairs, tmp_path):
     assert data.store.side == 80 and len(data) == 4
     assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
     assert next(data.batches(0))[0].shape[-1] == 64
-    with pytest.raises(common.UserError, match="--load-size 63: must be at least --size 64"):
+    with pytest.raises(common.UserError, match="--load-size 63: must be --size 64"):
         Pairs(dataclasses.replace(cfg, load_size=63), "train", CPU)
 
 
