@@ -555,6 +555,10 @@ class TestBrowser:
     def test_answers_slider_and_files_to_take_away(self, tab, tmp_path):
         tab.select_option("#answers", "3")
         self.wait(tab, 2)
+        assert tab.locator("main figure").count() == 4  # nothing to tell them apart by, so far
+        tab.keyboard.press("2")
+        self.drag(tab, (0.4, 0.4), (0.6, 0.6))
+        self.wait(tab, 3)
         if tab.locator("#photolabel").is_visible():  # mixlc
             assert "no noise" in tab.inner_text("#status")
             assert tab.locator("main figure").count() == 2
