@@ -182,7 +182,7 @@ def raster(checkpoint, path, side=340):
     sheet.save(ROOT / "docs" / "raster.jpg", quality=82)
 
 
-def controls(*runs, images=400, rows=4, side=104):
+def controls(*runs, images=200, rows=4, side=104):
     """Writes docs/controls.json, and draws docs/controls.jpg: runs that differ in one thing, each
     by an image's own statistics and by running ones, on validation images 0, n, 2n, ...
 
@@ -217,13 +217,14 @@ def controls(*runs, images=400, rows=4, side=104):
                 columns |= {"input": shown["input"], "target": shown["target"]}
             columns[title] = shown["fake"]
     (ROOT / "docs" / "controls.json").write_text(json.dumps(kept, indent=1) + "\n")
-    sheet = Image.new("RGB", (len(columns) * (side + GAP), 2 * HEAD + rows * (side + GAP)), "white")
+    head = 3 * HEAD
+    sheet = Image.new("RGB", (len(columns) * (side + GAP), head + rows * (side + GAP)), "white")
     text = ImageDraw.Draw(sheet)
     for k, (title, pictures) in enumerate(columns.items()):
-        for line, words in enumerate(title.replace(" statistics", "").split(", ")):
-            text.text((k * (side + GAP), 2 + line * 12), words, fill="black")
+        words = title.replace(" statistics", "").replace(", ", "\n").replace(" --", "\n--")
+        text.text((k * (side + GAP), 2), words, fill="black")
         for j, picture in enumerate(common.as_array(image[None]) for image in pictures):
-            place = k * (side + GAP), 2 * HEAD + j * (side + GAP)
+            place = k * (side + GAP), head + j * (side + GAP)
             sheet.paste(Image.fromarray(picture).resize((side, side), 3), place)
     sheet.save(ROOT / "docs" / "controls.jpg", quality=85)
 
