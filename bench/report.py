@@ -216,8 +216,7 @@ def roofline(_):
     """docs/roofline.json: what is left of a step on the CPU besides its convolutions."""
     lines = []
     for script, kept in json.loads((HERE.parent / "docs" / "roofline.json").read_text()).items():
-        layers = kept["layers"]
-        work, alone = (sum(layer[part] for layer in layers) for part in ("gflop", "seconds"))
+        work, alone = kept["convolutions_gflop"], kept["convolutions_seconds"]
         lines.append(
             [script, seconds(kept["step_memory_given_back"]), seconds(kept["step"])]
             + [f"{100 * alone / kept['step']:.0f} %"]

@@ -123,8 +123,10 @@ def measure(script):
         )
     layers.sort(key=lambda layer: -layer["seconds"])
     rate = harness.matrix_rate("cpu", torch.float32) / 1e9
-    steps = {"step": whole, "step_memory_given_back": given_back}
-    return {**steps, "matrix_rate": rate, "layers": layers, **harness.about("cpu")}
+    totals = {"step": whole, "step_memory_given_back": given_back}
+    totals |= {f"convolutions_{part}": sum(layer[part] for layer in layers)
+               for part in ("seconds", "gflop")}  # fmt: skip
+    return {**totals, "matrix_rate": rate, "layers": layers, **harness.about("cpu")}
 
 
 def main(argv):
@@ -134,9 +136,9 @@ def main(argv):
         fresh = multiprocessing.get_context("spawn").Pool(1)  # keep_memory holds for a process
         kept[script] = measured = fresh.apply(measure, (script,))
         fresh.close()
-        layers = measured["layers"]
-        seconds = sum(layer["seconds"] for layer in layers)
-        rate = sum(layer["gflop"] for layer in layers) / seconds
+        layers = measured.pop("layers")
+        seconds = measured["convolutions_seconds"]
+        rate = measured["convolutions_gflop"] / seconds
         print(f"{script}: a step {measured['step']:.2f} s, its convolutions alone {seconds:.2f} s,")
         print(f"{rate:.0f} GFLOP/s; matrix products reach {measured['matrix_rate']:.0f}")
         for layer in layers[:12]:
