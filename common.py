@@ -345,9 +345,7 @@ def begin(config, doc, quick, argv=None):
     if cfg.checkpoint or cfg.resume:
         cfg, checkpoint = _adopt(cfg, given)
     elif cfg.evaluate or (cfg.using and not weights):
-        (what, *_) = (
-            flag(name) for name in ("generate", "serve", "evaluate") if getattr(cfg, name)
-        )
+        what = "--generate" if cfg.generate else "--serve" if cfg.serve else "--evaluate"
         raise UserError(f"{what} needs --checkpoint FILE, a model to use")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # which a resumed run keeps
@@ -1141,9 +1139,8 @@ def _files(folder, labels=False):
     found = [path for path in seen if path.suffix.lower() in suffixes]
     for path in found:
         if not path.is_file():
-            raise UserError(
-                f"{path}: is no file (a link to nothing, a pipe or a folder): remove it"
-            )
+            what = "is no file (a link to nothing, a pipe or a folder): remove it"
+            raise UserError(f"{path}: {what}")
     others = [path for path in seen if path not in set(found) and path.is_file()]
     if others:
         endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
@@ -1340,9 +1337,7 @@ class ImageStore:
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.rows, self.classes.nearest)
-        text = [
-            f"{what} planar, with a checksum {self.side} {self.patch} {self.split.halves} {table}"
-        ]
+        text = [f"{what} planar summed {self.side} {self.patch} {self.split.halves} {table}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
@@ -2882,6 +2877,14 @@ class SharedStatistics:
                 hook.remove()
         self.places.append(place)
 
+    def note_some(self, rows, columns, sides, cut, paint):
+        """Notes some of the windows that stand at these tiles of a raster."""
+        noted = list(itertools.product(self.some(rows), self.some(columns)))
+        bar = {"unit": "window", "leave": False, "disable": None}
+        for (top, _), (left, _) in tqdm(noted, "statistics", **bar):
+            place = top / sides[0], left / sides[1]
+            self.note(place, paint, torch.from_numpy(cut(top, left, *sides)))
+
     @contextlib.contextmanager
     def around(self, places):
         """Within it the network takes windows at these places, in this order."""
@@ -2915,6 +2918,17 @@ class SharedStatistics:
         return forward
 
 
+def paint_windows(cut, paint, corners, sides, statistics=None):
+    """Paints windows at these corners (top, left): (B, C, *sides) float32, on the CPU."""
+    windows = torch.from_numpy(np.stack([cut(*corner, *sides) for corner in corners]))
+    places = [(top / sides[0], left / sides[1]) for top, left in corners]
+    with statistics.around(places) if statistics else contextlib.nullcontext():
+        fakes = paint(windows).float().cpu()
+    if fakes.shape[2:] != sides:
+        fakes = F.interpolate(fakes, sides, mode="bicubic", antialias=True)
+    return fakes
+
+
 def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
     """Paints a raster by windows: yields (top, pixels (C, rows, width) float32) from top to bottom.
 
@@ -2928,25 +2942,16 @@ def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
     """
     sides = (window, window) if window else size
     rows, columns = (tiles(length, side) for length, side in zip(size, sides, strict=True))
-    alone = len(rows) * len(columns) == 1
-    if statistics and not alone:
-        noted = list(itertools.product(statistics.some(rows), statistics.some(columns)))
-        bar = {"unit": "window", "leave": False, "disable": None}
-        for (top, _), (left, _) in tqdm(noted, "statistics", **bar):
-            place = top / window, left / window
-            statistics.note(place, paint, torch.from_numpy(cut(top, left, *sides)))
+    statistics = statistics if len(rows) * len(columns) > 1 else None
+    if statistics:
+        statistics.note_some(rows, columns, sides, cut, paint)
     megapixels = size[0] * size[1] / 1e6
     bar = tqdm(total=megapixels, desc=about, unit="MP", leave=False, disable=None)
     band = None  # of the raster, from `top` on: sums of weighted windows
     for k, (top, weights_y) in enumerate(rows):
         for some in (columns[j : j + batch] for j in range(0, len(columns), batch)):
-            windows = torch.from_numpy(np.stack([cut(top, left, *sides) for left, _ in some]))
-            places = [(top / sides[0], left / sides[1]) for left, _ in some]
-            shared = statistics and not alone
-            with statistics.around(places) if shared else contextlib.nullcontext():
-                fakes = paint(windows).float().cpu()
-            if fakes.shape[2:] != sides:
-                fakes = F.interpolate(fakes, sides, mode="bicubic", antialias=True)
+            corners = [(top, left) for left, _ in some]
+            fakes = paint_windows(cut, paint, corners, sides, statistics)
             if band is None:
                 width = columns[-1][0] + sides[1]
                 band = torch.zeros(fakes.shape[1], sides[0], width)
@@ -3032,8 +3037,7 @@ def _page_to_paint_on():
     try:
         from pages import paint
     except ImportError:
-        what = "the folder pages/ does not lie beside common.py"
-        raise UserError(f"--serve: {what}") from None
+        raise UserError("--serve: the folder pages/ does not lie beside common.py") from None
     return paint
 
 
@@ -3086,7 +3090,6 @@ class PhotoEdit:
     lc       Raster of the land cover that it shall have, before the strokes
     first    Raster of the land cover that it has; None: lc, without the strokes
     strokes  rectangles of a class, [(index, top, left, bottom, right), ...]
-
     told     whether the land cover before is known, and with it what changed
     window   the side of a window, in pixels; 0: the photograph is painted as a whole
     border   how far an edit is feathered into the photograph: 12 pixels in 256
@@ -3148,7 +3151,7 @@ class PhotoEdit:
 
     def painted(self, region, paint, net=None, sample=1):
         """Paints a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
-        y, x, *size = region
+        (y, x), size = region[:2], region[2:]
         strips = blended(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
             functools.partial(paint, sample=sample),

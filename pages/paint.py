@@ -26,7 +26,6 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import common
@@ -97,6 +96,7 @@ class Translation:
     def __init__(self, cfg, paint, net, pixels, table, show):
         self.cfg, self.paint, self.pixels, self.show = cfg, paint, pixels, show
         self.raster = Painted(pixels, table)
+        self.cut = functools.partial(common.network_input, self.raster, cfg.size)
         size = self.raster.height, self.raster.width
         window = common.window_of(cfg, self.raster)
         self.sides = (window, window) if window else size
@@ -109,11 +109,8 @@ class Translation:
         self.alone = len(self.corners) == 1
         self.statistics = None if self.alone else common.shared_statistics(cfg, net)
         if self.statistics:
-            noted = itertools.product(self.statistics.some(rows), self.statistics.some(columns))
-            for (top, _), (left, _) in noted:
-                tile = torch.from_numpy(self._cut(top, left))
-                place = top / self.sides[0], left / self.sides[1]
-                self.statistics.note(place, functools.partial(paint, whole=False), tile)
+            windowed = functools.partial(paint, whole=False)
+            self.statistics.note_some(rows, columns, self.sides, self.cut, windowed)
 
     def painted(self, box, sample):
         """Paints anew what a box (top, left, height, width) touches: (its surroundings, pixels)."""
@@ -121,8 +118,12 @@ class Translation:
             box = 0, 0, self.raster.height, self.raster.width
         touched = self._touched(box)
         torch.manual_seed(self.cfg.seed + sample - 1)
+        paint = functools.partial(self.paint, whole=self.alone)
         for first in range(0, len(touched), 8):
-            self._paint(touched[first : first + 8], sample)
+            numbers = touched[first : first + 8]
+            corners = [self.corners[k] for k in numbers]
+            fakes = common.paint_windows(self.cut, paint, corners, self.sides, self.statistics)
+            self.fakes |= {(k, sample): fake for k, fake in zip(numbers, fakes, strict=True)}
         tops, lefts = zip(*(self.corners[k] for k in touched), strict=True)
         bottom = min(max(tops) + self.sides[0], self.raster.height)
         right = min(max(lefts) + self.sides[1], self.raster.width)
@@ -134,21 +135,6 @@ class Translation:
         return [
             k for k, corner in enumerate(self.corners) if common.touch((*corner, *self.sides), box)
         ]
-
-    def _cut(self, top, left):
-        return common.network_input(self.raster, self.cfg.size, top, left, *self.sides)
-
-    def _paint(self, numbers, sample):
-        corners = [self.corners[k] for k in numbers]
-        windows = torch.from_numpy(np.stack([self._cut(*corner) for corner in corners]))
-        places = [(top / self.sides[0], left / self.sides[1]) for top, left in corners]
-        shared = self.statistics
-        with shared.around(places) if shared else contextlib.nullcontext():
-            fakes = self.paint(windows, whole=self.alone).float().cpu()
-        if fakes.shape[2:] != self.sides:
-            fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
-        for k, fake in zip(numbers, fakes, strict=True):
-            self.fakes[k, sample] = fake
 
     def _blended(self, region, sample):
         """The windows of a region, each with its weights: (C, height, width) float32."""
