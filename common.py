@@ -2743,51 +2743,57 @@ def write_image(path, image):
     return path
 
 
-@contextlib.contextmanager
 def writing(path, source, classes=None):
-    """Yields put(pixels, top, left): a new picture of a Raster's size, written by windows.
+    """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
     With a ClassTable pixels are (H, W) class indices, and the file gets its colours, else they
     are (H, W, 3) uint8. A TIFF from a TIFF keeps its place on earth, and no data stays no data;
     other files lie in memory till the end. It appears under its name when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not (source.tiff and path.suffix.lower() in TIFF_SUFFIXES):
-        shape = source.height, source.width, *(() if classes else (3,))
-        whole = np.zeros(shape, np.uint8)
+    by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
+    return (_writing_tiff if by_windows else _writing_whole)(path, source, classes)
 
-        def put(pixels, top, left=0):
-            whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
 
-        yield put
-        if classes:  # indices, which the scripts read again, and colours to look at
-            image = Image.fromarray(whole)
-            image.putpalette(classes.palette.tobytes())
-            write_image(path.with_suffix(".png"), image)
-            write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
-        else:
-            write_image(path, whole)
+@contextlib.contextmanager
+def _writing_whole(path, source, classes):
+    whole = np.zeros((source.height, source.width, *(() if classes else (3,))), np.uint8)
+    yield functools.partial(paste, whole)
+    if not classes:
+        write_image(path, whole)
         return
+    image = Image.fromarray(whole)  # indices, which the scripts read again, and colours to look at
+    image.putpalette(classes.palette.tobytes())
+    write_image(path.with_suffix(".png"), image)
+    write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
+
+
+@contextlib.contextmanager
+def _writing_tiff(path, source, classes):
     given = IGNORED if classes else source.tiff.nodata
     nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
-    profile = {
-        "driver": "GTiff",
-        "dtype": "uint8",
-        "height": source.height,
-        "width": source.width,
-        "count": 1 if classes else 3,
-        "compress": "deflate",
-        "tiled": True,
-        "blockxsize": 256,
-        "blockysize": 256,
-        "bigtiff": "if_safer",
-        "nodata": nothing,
-    }
+    profile = {"height": source.height, "width": source.width, "count": 1 if classes else 3}
+    profile |= {"driver": "GTiff", "dtype": "uint8", "nodata": nothing, "bigtiff": "if_safer"}
+    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
     gcps, crs = source.tiff.gcps
     if gcps:
         profile |= {"gcps": gcps, "crs": crs}
     elif not source.tiff.transform.is_identity:
         profile |= {"crs": source.tiff.crs, "transform": source.tiff.transform}
+
+    def put(pixels, top, left=0):
+        height, width = pixels.shape[:2]
+        window = (top, top + height), (left, left + width)
+        valid = source.valid(top, left, height, width)
+        bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
+        if valid is not None and nothing is None:
+            target.write_mask(valid, window=window)
+        elif valid is not None:
+            if not classes:  # what was painted must not look like nothing
+                bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
+            bands = np.where(valid, bands, nothing).astype(np.uint8)
+        target.write(bands, window=window)
+
     try:
         with whole_or_absent(path) as aside:
             with (
@@ -2798,25 +2804,11 @@ def writing(path, source, classes=None):
                 if classes:
                     colors = enumerate(classes.palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})
-
-                def put(pixels, top, left=0):
-                    height, width = pixels.shape[:2]
-                    window = (top, top + height), (left, left + width)
-                    valid = source.valid(top, left, height, width)
-                    bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
-                    if valid is not None and nothing is None:
-                        target.write_mask(valid, window=window)
-                    elif valid is not None:
-                        if not classes:  # what was painted must not look like nothing
-                            bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
-                        bands = np.where(valid, bands, nothing).astype(np.uint8)
-                    target.write(bands, window=window)
-
                 yield put
             # GDAL keeps quiet when it closes on a full disk
-            with _rasterio().open(aside) as target:
+            with _rasterio().open(aside) as written:
                 for top in range(0, source.height, 256):
-                    target.read(window=((top, min(top + 256, source.height)), (0, source.width)))
+                    written.read(window=((top, min(top + 256, source.height)), (0, source.width)))
     except _rasterio().errors.RasterioError as error:
         raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None
 
@@ -3068,19 +3060,23 @@ def edit_of_files(cfg):
 
 
 def _stroke(text, classes, height, width):
-    """A "class:x,y,width,height" as (index, top, left, bottom, right)."""
+    """A "class:x,y,width,height" as (index, top, left, bottom, right). Of a class the beginning of
+    its name is enough, where no other begins so.
+    """
     name, _, numbers = text.rpartition(":")
     names = [known.lower() for known in classes.names]
+    meant = [known for known in names if known.startswith(name.lower())]
+    meant = [name.lower()] if name.lower() in names else meant
     try:
         x, y, wide, tall = (int(number) for number in numbers.split(","))
     except ValueError:
         raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
-    if name.lower() not in names:
-        known = ", ".join(classes.names)
-        raise UserError(f"--paint {text}: no such class; there are {known}")
+    if len(meant) != 1:
+        known, what = ", ".join(classes.names), "several begin so" if meant else "no such class"
+        raise UserError(f"--paint {text}: {what}; there are {known}")
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
-    return names.index(name.lower()), max(y, 0), max(x, 0), y + tall, x + wide
+    return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
 
 
 class PhotoEdit:
@@ -3237,7 +3233,7 @@ def _view(regions, size, most=1024):
     return *corner, min(most, size[0]), min(most, size[1])
 
 
-def paste(picture, pixels, top, left):
+def paste(picture, pixels, top, left=0):
     """Puts what fits of pixels into a picture, at a place that may lie partly outside it."""
     y, x = max(0, -top), max(0, -left)
     bottom, right = max(0, top + pixels.shape[0]), max(0, left + pixels.shape[1])

@@ -5,7 +5,7 @@
     python cyclegan.py --data denmark/ --lc-classes s2glc       A photographs, B land cover
     python cyclegan.py --quick                                  no data, a minute: a demo world
     python cyclegan.py --evaluate --checkpoint runs/cyclegan/checkpoints/last.pt
-    python cyclegan.py --generate folder/ --checkpoint X --direction BtoA --out fakes/
+    python cyclegan.py --generate labels/ --checkpoint X --direction BtoA --out fakes/
 
 Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using Cycle-Consistent
 Adversarial Networks, arXiv:1703.10593.

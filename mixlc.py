@@ -3,7 +3,7 @@
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
     python mixlc.py --quick                                     no data, a minute: a demo world
-    python mixlc.py --data denmark/ --show-samples 8            what it trains on, as a picture
+    python mixlc.py --data maps/ --lc-classes maps --show-samples 8    what it trains on
     python mixlc.py --evaluate --checkpoint runs/mixlc/checkpoints/last.pt
     python mixlc.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 

@@ -3,7 +3,7 @@
     python mixlc_acgan.py --data denmark/ --lc-classes s2glc    rgb/ and lc/ folders, 14 classes
     python mixlc_acgan.py --data maps/ --lc-classes maps        the map half becomes land cover
     python mixlc_acgan.py --quick                               no data, a minute: a demo world
-    python mixlc_acgan.py --data denmark/ --show-samples 8      what it trains on, as a picture
+    python mixlc_acgan.py --data maps/ --lc-classes maps --show-samples 8    what it trains on
     python mixlc_acgan.py --evaluate --train-judge --checkpoint X
     python mixlc_acgan.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 

@@ -33,16 +33,7 @@ import common
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 GAP, HEAD = 4, 16  # of a sample grid, in pixels
-PLACE = {
-    "data",
-    "cache",
-    "out",
-    "resume",
-    "vgg16",
-    "track",
-    "device",
-    "lc_classes",
-}  # of this machine
+PLACE = {"data", "cache", "out", "resume", "vgg16", "track", "device"}  # of this machine
 WAYS = {  # cyclegan's columns: which rows of its evaluation, and which measure
     "rmse_AB": ("A to B: ", "rmse"),
     "rmse_BA": ("B to A: ", "rmse"),
@@ -78,9 +69,13 @@ def keep(run, folder, seconds=""):
     evaluation = json.loads((run / "evaluation.json").read_text())
     defaults = common.dataclasses.asdict(importlib.import_module(about["script"]).Config())
     defaults = json.loads(json.dumps(defaults))  # a tuple is a list there
+    # of a class table its name, if it is built in; one that lies in the data is found there
+    tables = {common.ClassTable.load(name).text: name for name in common._TABLES}
+    asked = about["options"]
+    asked["lc_classes"] = tables.get(asked["lc_classes"], "")
     options = {
         name: value
-        for name, value in about["options"].items()
+        for name, value in asked.items()
         if name not in PLACE and value != defaults.get(name)
     }
     with open(run / "metrics.csv", newline="") as file:

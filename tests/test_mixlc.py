@@ -571,6 +571,7 @@ def test_mistakes_are_one_line(trained, photo, tmp_path, capsys):
         "no such class; there are land, water, road": use(
             trained, photo, out, "--paint", "lake:1,1,5,5"
         ),
+        "several begin so; there are": use(trained, photo, out, "--paint", ":1,1,5,5"),
         "write class:x,y,width,height": use(trained, photo, out, "--paint", "water:1,1"),
         "lies outside the image, 140x100": use(trained, photo, out, "--paint", "water:200,1,5,5"),
         "is 10x10 but": use(trained, (photo[0], tmp_path / "small.png"), out),
@@ -579,6 +580,19 @@ def test_mistakes_are_one_line(trained, photo, tmp_path, capsys):
     }
     for text, arguments in cases.items():
         assert text in line_of(main, arguments, capsys), text
+
+
+def test_the_beginning_of_a_name_is_enough():
+    colors = ("#000000", "#010101", "#020202")
+    rows = [
+        {"name": n, "color": c}
+        for n, c in zip(("Water bodies", "road", "roads"), colors, strict=True)
+    ]
+    classes = common.ClassTable.load(json.dumps(rows))
+    strokes = [
+        common._stroke(f"{name}:1,2,3,4", classes, 9, 9) for name in ("water", "road", "Roads")
+    ]
+    assert strokes == [(0, 2, 1, 6, 4), (1, 2, 1, 6, 4), (2, 2, 1, 6, 4)]
 
 
 def test_data_that_does_not_do(tmp_path, capsys):

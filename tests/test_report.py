@@ -72,14 +72,6 @@ def test_keeping_a_run_replaces_benchmarks_of_the_same_name(tmp_path, monkeypatc
     ) and "data" not in row
 
 
-def test_the_python_in_the_readme_runs(capsys):
-    text = (report.HERE.parent / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    found = {}
-    exec(code, found)  # noqa: S102
-    assert found["fake"].shape == (2, 3, 64, 64) and "g_l1" in capsys.readouterr().out
-
-
 def test_pages_point_at_what_is_there():
     root = report.HERE.parent
     for page in report.PAGES:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from conftest import batch_of, line_of, picture, same, save, state_of, vgg_file
+from conftest import batch_of, line_of, picture, same, save, state_of
 from pix2pix import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -785,32 +784,3 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     assert last < 0.5 * first
     table = json.loads((out / "evaluation.json").read_text())["rows"]
     assert table["model"]["rmse"] < table["median training colour"]["rmse"]
-
-
-# ------------------------------------------------------------------------------------------ recipes
-
-
-@pytest.mark.slow
-def test_the_recipes_for_building_masks_run_as_printed(tmp_path, monkeypatch):
-    """Every line, on tiles of 40 pixels; small options follow the printed ones and win."""
-    text = (ROOT / "README.md").read_text().split("## Recipes for building masks")[1]
-    lines = re.sub(r"\\\\\n\s*", "", text.split("```")[1]).strip().splitlines()
-    assert len(lines) >= 10 and all(line.startswith("python pix2pix.py ") for line in lines)
-    monkeypatch.chdir(tmp_path)
-    vgg_file(tmp_path / "vgg16.pth")
-    rng = np.random.default_rng(0)
-    for name in ("austin1", "austin6", "austin7", "vienna1", "vienna6", "vienna7"):
-        mask = (rng.random((40, 40)) < 0.5).astype(np.uint8) * 255
-        save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 40, 40))
-        save(tmp_path / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
-    small = {"--size": "64", "--load-size": "68", "--width": "2", "--blocks": "1", "--patch": "20",
-             "--epochs": "1", "--judge-epochs": "1"}  # fmt: skip
-    for line in lines:
-        words = shlex.split(line)[2:]
-        training = "--checkpoint" not in words
-        always = {"--size", "--width", "--blocks", "--epochs"} if training else set()
-        wanted = [k for k in small if k in words or k in always]
-        main([*words, *(word for k in wanted for word in (k, small[k]))])
-    rows = common.read_metrics("runs/inria/metrics.csv")
-    assert float(rows[-1]["val_psnr"]) > 0 and Path("whole/vienna1.tif").is_file()
-    assert Path("tiles/vienna1.tif").is_file()

@@ -1,0 +1,113 @@
+"""Every command that README.md, docs/results/README.md and the scripts' docstrings print runs as it
+is printed, on tiny data; small options follow the printed ones and win.
+"""
+
+import importlib
+import re
+import shlex
+import socketserver
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cyclegan
+from conftest import SCRIPTS, land_cover, picture, save, side_by_side, vgg_file
+from pages import paint
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/results/README.md", *(f"{script}.py" for script in SCRIPTS))
+SMALL = {
+    "--size": "64", "--load-size": "68", "--patch": "64", "--batch-size": "2", "--epochs": "1",
+    "--width": "2", "--blocks": "1", "--window": "64",
+}  # fmt: skip
+
+
+def commands(page):
+    """[(script, [word, ...]), ...] of a page, in its order: lines of code, and `code` in text."""
+    text = (ROOT / page).read_text()
+    found = re.findall(r"(?:^ *|`|&& )python (\w+)\.py ([^#`\n]*)", text, flags=re.MULTILINE)
+    split = [(script, shlex.split(re.sub(r"\s{2,}.*", "", words))) for script, words in found]
+    return [(script, words) for script, words in split if script in SCRIPTS]
+
+
+def shrunk(script, words):
+    """The words, and small options after them; X is the script's newest checkpoint."""
+    made = [*Path("runs").glob(f"{script}/checkpoints/last.pt")]
+    made += Path("runs").glob(f"{script}-*/checkpoints/last.pt")
+    made.sort(key=lambda path: path.stat().st_mtime_ns)
+    words = [str(made[-1]) if word == "X" else word for word in words]
+    builds = "--checkpoint" not in words
+    wanted = set(SMALL).intersection(words)
+    if builds:
+        wanted |= {"--size", "--width"} | ({"--blocks"} if script == "cyclegan" else set())
+    if builds and "--generate" not in words:
+        wanted |= {"--epochs", "--batch-size"}
+    words += [word for name in wanted for word in (name, SMALL[name])]
+    if builds and script == "mixlc_acgan":
+        words += ["--style-layers", "relu1_2"]
+        words += ["--style-features", "random"] * ("--vgg16" not in words)
+    return words + ["--judge-epochs", "1"] * ("--train-judge" in words)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Where the demo worlds of --quick lie, made once for all pages."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Every file that the pages name; a server that is told to end at once."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("maps", "maps_286"):
+        side_by_side(tmp_path / name, train=2, val=2)
+    for name in ("dubai", "denmark"):
+        land_cover(tmp_path / name, train=2, val=2)
+    (tmp_path / "denmark" / "classes.json").unlink()
+    for split in ("trainA", "trainB", "testA", "testB"):
+        for k in range(2):
+            save(tmp_path / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
+    for name in ("austin1", "austin6", "vienna1", "vienna6"):
+        mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
+        save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))
+        save(tmp_path / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
+    for name in ("photo.png", "photo.jpg", "a.png", "folder/1.jpg", "folder/2.png", "scene.tif"):
+        save(tmp_path / name, picture(rng, 120, 140))
+    labels = np.ones((120, 140), np.uint8)
+    for name in ("landcover.png", "a_lc.png", "labels/1.png"):
+        save(tmp_path / name, labels)
+    labels[40:80, 40:80] = 2
+    save(tmp_path / "edited.png", labels)
+    vgg_file(tmp_path / "vgg16.pth")
+    published = cyclegan.ResNetGenerator(3, 3, 2, 1, True).state_dict()
+    torch.save(published, tmp_path / "latest_net_G.pth")
+
+    def ctrl_c(server, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(socketserver.BaseServer, "serve_forever", ctrl_c)
+    monkeypatch.setattr(paint, "ENDED", threading.Event())
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run_as_printed(page, world, demo):
+    found = commands(page)
+    assert len(found) >= 6
+    for script, words in found:
+        print("$ python", script, *words)
+        words = shrunk(script, words) + ["--cache", str(demo)] * ("--quick" in words)
+        importlib.import_module(script).main(words)
+
+
+def test_the_python_in_the_readme_runs(capsys):
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    found = {}
+    exec(code, found)  # noqa: S102
+    assert found["fake"].shape == (2, 3, 64, 64) and "g_l1" in capsys.readouterr().out
