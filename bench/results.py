@@ -44,19 +44,19 @@ WAYS = {  # cyclegan's columns: which rows of its evaluation, and which measure
 FRONT = (
     (
         ("photograph", "pix2pix-satellite-to-map", 0),
-        ("pix2pix", "pix2pix-satellite-to-map", 1),
-        ("cyclegan", "cyclegan-maps", 1),
-        ("map", "pix2pix-satellite-to-map", 2),
-        ("pix2pix", "pix2pix-map-to-satellite", 1),
-        ("cyclegan", "cyclegan-maps", 4),
+        ("map by pix2pix", "pix2pix-satellite-to-map", 1),
+        ("map by cyclegan", "cyclegan-maps", 1),
+        ("the map", "pix2pix-satellite-to-map", 2),
+        ("photograph by pix2pix", "pix2pix-map-to-satellite", 1),
+        ("photograph by cyclegan", "cyclegan-maps", 4),
     ),
     (
         ("land cover", "pix2pix-landcover-to-satellite", 0),
-        ("pix2pix", "pix2pix-landcover-to-satellite", 1),
+        ("photograph by pix2pix", "pix2pix-landcover-to-satellite", 1),
         ("photograph", "pix2pix-landcover-to-satellite", 2),
-        ("to be edited", "mixlc-dubai", 0),
-        ("mixlc", "mixlc-dubai", 2),
-        ("mixlc_acgan", "mixlc_acgan-dubai", 2),
+        ("an edit asked for", "mixlc-dubai", 1),
+        ("by mixlc", "mixlc-dubai", 2),
+        ("by mixlc_acgan", "mixlc_acgan-dubai", 2),
     ),
 )
 
@@ -132,7 +132,7 @@ def cell(name, column, row, side):
     return grid.crop((left, top, left + size, top + size)).resize((side, side), 3)
 
 
-def front(rows=(0, 3, 6), side=180):
+def front(rows=(0, 3, 6), side=180, path=ROOT / "docs" / "front.jpg"):
     """Draws docs/front.jpg: every third place of the grids, through all four scripts."""
     columns = max(map(len, FRONT))
     height = sum(HEAD + len(rows) * (side + GAP) for _ in FRONT)
@@ -146,7 +146,7 @@ def front(rows=(0, 3, 6), side=180):
                 picture = cell(name, column, row, side)
                 sheet.paste(picture, (left, top + HEAD + j * (side + GAP)))
         top += HEAD + len(rows) * (side + GAP)
-    sheet.save(ROOT / "docs" / "front.jpg", quality=80)
+    sheet.save(path, quality=80)
 
 
 def raster(checkpoint, path, side=340):

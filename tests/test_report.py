@@ -3,8 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import report
+import results
+from PIL import Image
+
+import common
+import mixlc
+from conftest import side_by_side
 
 
 @pytest.mark.parametrize(
@@ -20,6 +27,32 @@ def test_results_name_no_machine():
         text = path.read_text()
         assert '"node"' not in text and "/home" not in text and "/tmp" not in text
         assert {"date", "commit", "machine", "benchmarks"} == json.loads(text).keys()
+
+
+def test_the_front_picture_is_drawn_from_the_kept_grids(tmp_path):
+    results.front(path=tmp_path / "front.jpg")
+    drawn, kept = (
+        np.asarray(Image.open(folder / "front.jpg"), np.int16)
+        for folder in (tmp_path, report.HERE.parent / "docs")
+    )
+    assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    data = side_by_side(tmp_path / "maps", train=4, val=2)
+    asked = {"lc_classes": "maps", "size": 64, "width": 2, "batch_size": 2, "epochs": 2}
+    words = [word for name, value in asked.items() for word in (common.flag(name), str(value))]
+    mixlc.main(["--data", str(data), "--out", str(tmp_path / "run"), *words])
+    results.keep(tmp_path / "run", tmp_path / "kept", "5400")
+    kept = json.loads((tmp_path / "kept" / "result.json").read_text())
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert kept["options"] == asked and (kept["data"], kept["hours"]) == ("maps", 1.5)
+    assert kept["rows"] == measured["rows"] and [row["epoch"] for row in kept["curve"]] == [1, 2]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        "result.json",
+        "curve.png",
+        "grid.jpg",
+    }
 
 
 def test_ratios_by_hand():
