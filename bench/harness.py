@@ -3,9 +3,11 @@ variants, and how much arithmetic it is.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
+import sys
 import time
 from unittest import mock
 
@@ -21,6 +23,7 @@ TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(1
 # What one would write first, then each thing that the fast path adds to it alone, then all of them.
 PLAIN, FAST = "plain", "fast"
 # norm_by_image: channels_last, with InstanceNorm in the form that is right there
+# keep_memory: what is freed stays with the process, which takes effect on the CPU alone
 # vgg_bf16: the fast path, and the features of VGG16 in bf16, too (their Gram matrices never are)
 SINGLE = ("channels_last", "norm_by_image", "fused", "bf16", "compile", "graph")
 VARIANTS = (PLAIN, *SINGLE, FAST, "vgg_bf16")
@@ -80,14 +83,25 @@ def prepare(script, variant, device, **options):
                 norm_by_image(value)
             if variant == "compile":
                 value.compile()
-        if (
-            isinstance(value, torch.optim.Optimizer)
-            and not fast
-            and variant not in ("fused", "graph")
-        ):
+        fused = fast or variant in ("fused", "graph")
+        if isinstance(value, torch.optim.Optimizer) and not fused:
             parameters = value.param_groups[0]["params"]
             setattr(state, name, torch.optim.Adam(parameters, lr=cfg.lr, betas=(cfg.beta1, 0.999)))
     return state, cfg, common.fast_step(module.train_step, cfg, device)
+
+
+def keep_memory(kept):
+    """Has glibc keep freed memory, as training on the CPU does, or give it back as it comes.
+
+    As it comes is what its own rules settle at, which the first call of mallopt switches off.
+    """
+    if kept:
+        common.keep_memory()
+    elif sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+        mallopt(-4, 65536)  # M_MMAP_MAX
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a mapping for each block
+        mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
 
 
 def norm_by_image(net):

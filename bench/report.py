@@ -85,7 +85,8 @@ def steps(rows):
         if row["name"].startswith("bench_step") and "script" in row:
             key = row["device"], row["size"], row["batch_size"], row["script"]
             found.setdefault(key, {})[row["variant"]] = row
-    variants = ("channels_last", "fused", "bf16", "compile", "graph", "vgg_bf16", "fast")
+    variants = ("channels_last", "norm_by_image", "fused", "bf16", "compile", "graph")
+    variants += ("keep_memory", "vgg_bf16", "fast")
     variants = [variant for variant in variants if any(variant in by for by in found.values())]
     lines = []
     for (device, size, batch, script), by in sorted(found.items(), key=lambda item: order(item[0])):
