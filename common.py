@@ -1809,7 +1809,7 @@ class Run:
     interrupted         the number of a signal (one of SIGNALS) that asked to stop, else 0
     """
 
-    seconds = 180  # between what is written on the way
+    seconds = 180  # between what is written after epochs; within one, five times as long
 
     def __init__(self, cfg, checkpoint, data, scores=()):
         saved = checkpoint or {}
@@ -1828,7 +1828,8 @@ class Run:
             self.batch, self.sums, self.count, self.epoch_sums = 0, None, 0, None
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.clock, self.first_step, self.written = None, self.step, -math.inf
-        self.interrupted, self.tracker = 0, None
+        self.interrupted, self.overdue, self.saved = 0, False, time.monotonic()
+        self.tracker = None
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
         if rank():
@@ -1892,12 +1893,16 @@ class Run:
             os.write(2, b"\nstopping: this step is finished and saved first\n")
 
     def stopping(self):
-        """Whether to save and stop. Several processes agree on it, every ten steps."""
+        """Whether to save and stop; notes whether to save. Several processes agree on both, every
+        ten steps.
+        """
+        overdue, self.overdue = time.monotonic() - self.saved > 5 * self.seconds, False
         if world_size() > 1:
             if self.step % 10:
                 return False
-            asked = reduced(torch.tensor(self.interrupted), dist.ReduceOp.MAX)
-            self.interrupted = int(asked)
+            asked = torch.tensor([self.interrupted, int(overdue)])
+            self.interrupted, overdue = reduced(asked, dist.ReduceOp.MAX).tolist()
+        self.overdue = bool(overdue)
         return self.interrupted != 0
 
     def set_lr(self, lr, *optimizers):
@@ -1994,7 +1999,7 @@ class Run:
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
-        content = state_dict(state)
+        self.saved, content = time.monotonic(), state_dict(state)
         tensors = [t for t in _tensors(content) if t.is_floating_point() and t.numel()]
         finite = torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors])
         if not finite.all():
@@ -2012,29 +2017,23 @@ class Run:
                 "metrics_bytes": self.metrics.stat().st_size,
                 "state": content,
             }
-            for name in (
-                "epoch",
-                "batch",
-                "step",
-                "names",
-                "sums",
-                "count",
-                "epoch_sums",
-                "histograms",
-                "window",
-                "images",
-                "id",
-            ):
-                about[name] = getattr(self, name)
+            names = ("epoch", "batch", "step", "names", "sums", "count", "epoch_sums")
+            names += ("histograms", "window", "images", "id")
+            about |= {name: getattr(self, name) for name in names}
             save_checkpoint(self.out / "checkpoints" / "last.pt", about)
 
-    def stop_if_asked(self, state):
-        """After a signal: saves in the middle of an epoch and exits with 128 + its number."""
-        if not self.stopping():
+    def save_if_due(self, state):
+        """In the middle of an epoch: saves every quarter of an hour, and after a signal, which then
+        ends the program with 128 + its number.
+        """
+        stopping = self.stopping()
+        if not stopping and not self.overdue:
             return
         self.save(state)
         if rank() == 0:
             plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
+        if not stopping:
+            return
         self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
         self.bar.close()
         sys.exit(128 + self.interrupted)

@@ -420,7 +420,7 @@ def main(argv=None):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
             run.log(step(state, batch, cfg))  # counts the batch, too
-            run.stop_if_asked(state)
+            run.save_if_due(state)  # and stops after Ctrl-C
         rows = evaluate(state, val, cfg, val_images).rows()
         scores = {name: score(rows, name) for name in run.scores}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))

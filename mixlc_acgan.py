@@ -513,7 +513,7 @@ def main(argv=None):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
             run.log(step(state, batch, cfg))  # counts the batch, too
-            run.stop_if_asked(state)
+            run.save_if_due(state)  # and stops after Ctrl-C
         scores = evaluate(state, val, cfg, val_images).rows()["model"]
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))

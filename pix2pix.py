@@ -439,7 +439,7 @@ def main(argv=None):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
             run.log(step(state, batch, cfg))  # counts the batch, too
-            run.stop_if_asked(state)
+            run.save_if_due(state)  # and stops after Ctrl-C
         if cfg.schedule == "plateau":
             follow_plateau(state, run.epoch_mean("g_l1" if cfg.content == "l1" else "g_content"))
         scores = evaluate(state, val, cfg, val_images).rows()["model"]

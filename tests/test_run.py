@@ -19,7 +19,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from conftest import batch_of, line_of, picture, same, save, state_of
+from conftest import as_rank, batch_of, line_of, picture, same, save, state_of
 from pix2pix import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +133,45 @@ def test_evaluation_needs_no_training_images(pairs, trained, tmp_path):
         json.loads((x / "evaluation.json").read_text()) for x in (tmp_path / "out", trained)
     )
     assert again["rows"] == first["rows"]
+
+
+def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
+    """What kills a process in its first epoch costs what came after the last quarter of an hour."""
+    log, now = common.Run.log, [0.0]
+
+    def log_till_the_power_goes(run, losses):
+        now[0] += 400.0  # seconds a step: due before the third
+        if run.step == 3:
+            raise ConnectionError("the power is gone")
+        log(run, losses)
+
+    long = "--epochs", "2", "--save-every", "1", "--batch-size", "1"
+    main(options(pairs, tmp_path / "whole", *long))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", log_till_the_power_goes)
+        patch.setattr(common.time, "monotonic", lambda: now[0])
+        with pytest.raises((ConnectionError, SystemExit)):
+            main(options(pairs, tmp_path / "run", *long))
+    saved = state_of(tmp_path / "run/checkpoints/last.pt")
+    assert (saved["epoch"], saved["batch"], saved["step"]) == (0, 3, 3)
+    main(["--resume", "--out", str(tmp_path / "run")])
+    ends = [state_of(tmp_path / name / "checkpoints/last.pt") for name in ("run", "whole")]
+    assert same(ends[0]["state"], ends[1]["state"])
+    assert (tmp_path / "run/metrics.csv").read_text() == (
+        tmp_path / "whole/metrics.csv"
+    ).read_text()
+
+
+def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
+    """Every ten steps: what one of them wants, all do."""
+    as_rank(monkeypatch, 0)
+    other = torch.tensor([15, 1])  # has had SIGTERM, and its clock is ahead
+    monkeypatch.setattr(common, "reduced", lambda tensor, how: torch.maximum(tensor, other))
+    run = object.__new__(common.Run)
+    run.step, run.interrupted, run.saved = 19, 2, time.monotonic()
+    assert not run.stopping() and not run.overdue and run.interrupted == 2
+    run.step = 20
+    assert run.stopping() and run.overdue and run.interrupted == 15
 
 
 def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, monkeypatch, capsys):
