@@ -1,5 +1,6 @@
 """Generation at the scale of training: windows, seams, GeoTIFFs, edits, and memory."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -172,9 +173,10 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
         nn.init.normal_(net.weight)
         nn.init.normal_(net.bias)
     x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    scale = torch.tensor([1.0, 0.1, 0.003]).view(3, 1, 1)  # layers see small variances, too
 
     def paint(windows):  # one by one, as BatchNorm of an image's own statistics needs it
-        return torch.cat([net(window[None].float()) for window in windows])
+        return torch.cat([net(window[None] * scale) for window in windows])
 
     own, shared, places = paint(x), SharedStatistics(net, 1e-3), [(0.0, 0.0), (0.0, 1.0)]
     for place, tile in zip(places, x, strict=True):
@@ -182,9 +184,44 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
     with shared.around(places):
         assert torch.allclose(paint(x), own, atol=1e-4)
     with shared.around(places):
-        assert torch.allclose(net(x.float()), own, atol=1e-4)  # a batch at once
+        assert torch.allclose(net(x * scale), own, atol=1e-4)  # a batch at once
     with shared.around(places[::-1]):
         assert not torch.allclose(paint(x), own, atol=1e-2)
+
+
+def test_windows_are_told_where_they_stand():
+    """In windows from the top and from the left, each by its own side."""
+    told = []
+
+    class Statistics:
+        def around(self, places):
+            told.extend(places)
+            return contextlib.nullcontext()
+
+    corners, sides = [(10, 40), (0, 5)], (20, 10)
+    common.paint_windows(
+        lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, corners, sides, Statistics()
+    )
+    assert told == [(0.5, 4.0), (0.0, 0.5)]
+
+
+@pytest.mark.parametrize("top", [-5, -2, 0, 3, 7, 9])
+@pytest.mark.parametrize("left", [-6, -1, 0, 4, 6, 9])
+def test_pasting_puts_what_fits(top, left):
+    pixels = np.arange(1, 21, dtype=np.uint8).reshape(4, 5)
+    picture, wide = np.zeros((8, 9), np.uint8), np.zeros((40, 40), np.uint8)
+    common.paste(picture, pixels, top, left)
+    wide[10 + top : 14 + top, 10 + left : 15 + left] = pixels
+    assert (picture == wide[10:18, 10:19]).all()
+
+
+def test_a_sheet_of_a_large_raster_shows_the_largest_edit():
+    small, large = (700, 100, 90, 2), (40, 600, 30, 30)
+    assert common._view([small, large], (800, 700), most=100) == (5, 565, 100, 100)
+    assert common._view([(790, 0, 10, 10)], (800, 700), most=100) == (700, 0, 100, 100)
+    assert common._view([small], (800, 60), most=100) == (695, 0, 100, 60)
+    assert common._view([small], (90, 100), most=100) == (0, 0, 90, 100)
+    assert common._view([], (800, 700), most=100) == (0, 0, 100, 100)
 
 
 def test_statistics_are_noted_all_over_a_raster():
@@ -308,6 +345,21 @@ def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path):
     with rasterio.open(tmp_path / "y.tif") as out:
         valid = out.dataset_mask() > 0
         assert out.nodata is None and not valid[:7].any() and valid[7:].all()
+
+
+def test_what_is_painted_never_looks_like_no_data(tmp_path):
+    """Only a pixel that has the value of no data in every band is moved, by one level."""
+    pixels = np.full((20, 30, 3), 9, np.uint8)
+    pixels[:7] = 0
+    source = geotiff(tmp_path / "x.tif", pixels, nodata=0)
+    painted = np.tile(np.array([0, 200, 100], np.uint8), (20, 30, 1))
+    painted[:, 15:] = 0
+    with Raster(source) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+        put(painted, 0)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        written = np.moveaxis(out.read(), 0, -1)
+    assert (written[7:, :15] == (0, 200, 100)).all() and (written[7:, 15:] == 1).all()
+    assert (written[:7] == 0).all()
 
 
 def test_ground_control_points_and_tags_are_kept(tmp_path):
