@@ -67,9 +67,14 @@ def load():
 
 
 def table(header, rows):
-    """Markdown; the columns after the first are aligned right."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """Markdown; columns of numbers are aligned right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    numbers = [
+        all(re.match(r"-?\d|$", cell) for cell in column) for column in zip(*rows, strict=True)
+    ]
+    rule = "".join("--:|" if number else "---|" for number in numbers)
+    lines = ["| " + " | ".join(header) + " |", "|" + rule]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def seconds(value):
@@ -223,7 +228,7 @@ def roofline(_):
             + [f"{100 * alone / kept['step']:.0f} %"]
             + [f"{rate:.0f}" for rate in (work / alone, kept["matrix_rate"])]
         )
-    head = ["256 pixels, batch 1", "memory given back", "kept"]
+    head = ["256 pixels, batch 1", "step, memory given back", "step, memory kept"]
     return table([*head, "convolutions alone", "GFLOP/s in them", "in matrix products"], lines)
 
 
@@ -282,7 +287,7 @@ def brief(rows):
 
 IDEAS = {
     "Config": "each model's own options",
-    "data": "pairs; two domains drawn apart; edits pasted of two tiles (the same in both edits)",
+    "data": "pairs; two domains drawn apart; edits pasted from two tiles (in both edits alike)",
     "networks": "a U-Net; a ResNet and an image pool; two U-Nets joined; two heads on one trunk",
     "losses": "adversarial and L1; cycles and labels; a local window; classes and style",
     "build": "which networks there are",
@@ -349,8 +354,17 @@ def kept_results():
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
+# What a run is measured by in the README: (the start of its rows, the measure).
+MEASURES = {
+    "pix2pix": (("", "rmse"),),
+    "cyclegan": (("A to B: ", "rmse"), ("B to A: ", "rmse"), ("A to B: ", "pixel_accuracy")),
+    "mixlc": (("", "l1_inside"),),
+    "mixlc_acgan": (("", "l1_inside"),),
+}
+
+
 def runs(_):
-    """The commands of the kept runs, and what they cost."""
+    """The commands of the kept runs, what they cost, and a measure beside the best constant's."""
     lines = []
     for name, run in kept_results().items():
         options = " ".join(
@@ -359,10 +373,29 @@ def runs(_):
             if option != "sample_rows"
         )
         command = f"`python {run['script']}.py --data {run['data']}/ {options}`"
+        hours = run["hours"]
+        cost = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        found = []
+        for way, measure in MEASURES[run["script"]]:
+            if measure in run["rows"].get(f"{way}model", {}):
+                best = max if measure == "pixel_accuracy" else min
+                trivial = best(
+                    cells[measure]
+                    for row, cells in run["rows"].items()
+                    if row.startswith(way) and not row.endswith("model") and measure in cells
+                )
+                own = run["rows"][f"{way}model"][measure]
+                found.append(f"{way}{measure} {shown(measure, own)} ({shown(measure, trivial)})")
         folder = f"/docs/results/{name}"
         pictures = f"[grid]({folder}/grid.jpg), [curve]({folder}/curve.png)"
-        lines.append([name, command, f"{run['hours']:.1f}", pictures])
-    return table(["run", "command", "hours", "pictures"], lines)
+        lines.append([name, command, cost, "; ".join(found), pictures])
+    return table(["run", "command", "cost", "measure (best trivial)", "pictures"], lines)
+
+
+def shown(measure, value):
+    """A measure as text: levels and decibels with one decimal, shares with three."""
+    levels = measure.startswith(("rmse", "l1_")) or measure == "psnr"
+    return f"{value:.1f}" if levels else f"{value:.3f}"
 
 
 def of_kept(*measures):
@@ -374,16 +407,15 @@ def of_kept(*measures):
             rows = {row: cells for row, cells in run["rows"].items() if measures[0] in cells}
             for row, cells in rows.items():
                 if "copy of the input" not in row:
-                    values = [cells.get(measure) for measure in measures]
-                    texts = ["" if v is None else f"{v:.{3 if v < 1 else 1}f}" for v in values]
+                    texts = [shown(m, cells[m]) if m in cells else "" for m in measures]
                     lines.append([name, row, *texts])
         return table(["run", "row", *measures], lines)
 
     return made
 
 
-# From the papers' own tables: Cityscapes at 256 pixels, of FCN scores by a classifier of its
-# photographs. Pixel accuracy, class accuracy, mean IoU.
+# From the papers' own tables, on Cityscapes: FCN scores, by a classifier of its photographs, and
+# accuracies of its labels. Pixel accuracy, class accuracy, mean IoU.
 PAPERS = {
     "judged": (
         ("Isola et al. 2017, table 1", "pix2pix, L1 + cGAN", 0.66, 0.23, 0.17),
@@ -428,7 +460,7 @@ def scripts(_):
         found = re.findall(r"arXiv:(\d{4}\.\d{5})", text)[0]
         paper = f"[{found}](https://arxiv.org/abs/{found})"
         lines.append([f"`{name}.py`", task, paper, lines_to_read, NEW[name]])
-    return table(["script", "task", "paper", "lines to read", "the one new idea"], lines)
+    return table(["script", "task", "builds on", "lines to read", "the one new idea"], lines)
 
 
 def forged(_):

@@ -98,7 +98,7 @@ def world(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run_as_printed(page, world, demo):
     found = commands(page)
-    assert len(found) >= 6
+    assert found
     for script, words in found:
         print("$ python", script, *words)
         words = shrunk(script, words) + ["--cache", str(demo)] * ("--quick" in words)
