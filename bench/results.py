@@ -190,7 +190,8 @@ def controls(*runs, images=200, rows=4, side=104):
         script = importlib.import_module(about["script"])
         first = run == Path(runs[0])
         what = [k for k in about["options"] if about["options"][k] != base(runs[0])[k]]
-        what = " ".join(f"{common.flag(k)} {about['options'][k]}" for k in what if k not in PLACE)
+        values = {k: str(about["options"][k]).removesuffix(".0") for k in what if k not in PLACE}
+        what = " ".join(f"{common.flag(k)} {value}" for k, value in values.items())
         for norm in ("batch", "running"):
             call = ["--evaluate", "--checkpoint", str(run / "checkpoints" / "last.pt")]
             with mock.patch.object(script, "report") as report:
