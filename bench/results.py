@@ -33,6 +33,7 @@ import common
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 GAP, HEAD = 4, 16  # of a sample grid, in pixels
+GRID_BYTES = 300_000  # at most, of the JPEG that is kept of it
 PLACE = {"data", "cache", "out", "resume", "vgg16", "track", "device"}  # of this machine
 WAYS = {  # cyclegan's columns: which rows of its evaluation, and which measure
     "rmse_AB": ("A to B: ", "rmse"),
@@ -101,7 +102,10 @@ def keep(run, folder, seconds=""):
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     draw_curve(result, folder / "curve.png")
     grid = Image.open(sorted((run / "samples").glob("*.png"))[-1])
-    grid.save(folder / "grid.jpg", quality=85)
+    for quality in (85, 75, 60, 45):
+        grid.save(folder / "grid.jpg", quality=quality)
+        if (folder / "grid.jpg").stat().st_size < GRID_BYTES:
+            break
 
 
 def draw_curve(result, path):

@@ -38,6 +38,11 @@ def test_the_front_picture_is_drawn_from_the_kept_grids(tmp_path):
     assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1
 
 
+def test_kept_grids_are_small():
+    sizes = [path.stat().st_size for path in results.RESULTS.glob("*/grid.jpg")]
+    assert sizes and max(sizes) < results.GRID_BYTES
+
+
 def test_what_is_kept_of_a_run(tmp_path):
     data = side_by_side(tmp_path / "maps", train=4, val=2)
     asked = {"lc_classes": "maps", "size": 64, "width": 2, "batch_size": 2, "epochs": 2}
