@@ -18,8 +18,8 @@ bottleneck, skips from the land cover alone, and the edit blanked in the photogr
 discriminator took collages for real, whose seams give them away, ours an untouched photograph;
 cross-entropies take logits; the networks' depth follows --size.
 
-Measured: --quick, 40 s on two cores of a CPU, inside the edit 13.2 levels from the target; a copy
-of the input 35.6.
+Measured: inside the edit, on aerial tiles at 128 pixels, 41.4 levels from the target, a copy of the
+input 65.2 (README). --quick, 40 s on two cores of a CPU: 13.2, a copy 35.6.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ it was to find, here land cover enters the adversarial head only. The classifier
 teaches the generator, as in Odena et al.; it learns itself from real photographs alone, theirs
 (equation 3) from fakes, too: what a fake shows is not yet what was asked for.
 
-Measured: --quick, 42 s on two cores of a CPU, inside the edit 20.5 levels from the target; a copy
-of the input 35.6.
+Measured: inside the edit, on aerial tiles at 128 pixels, 46.6 levels from the target, a copy of the
+input 65.2 (README). --quick, 42 s on two cores of a CPU: 20.5, a copy 35.6.
 """
 
 import dataclasses

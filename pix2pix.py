@@ -16,8 +16,9 @@ bottleneck; the rate falls linearly in the second half, as in that code. --gener
 has no skips over its bottleneck), --norm instance (of G and D together), --gan lsgan and --content
 vgg are experiments beside it, --schedule constant and --d-weight 1.0 those of other systems.
 
-Measured: --quick, 33 s on two cores of a CPU, validation RMSE 14.3 levels; a constant colour
-34.8, the input 124.3.
+Measured: satellite -> map at 128 pixels, 10 epochs, RMSE 16.4 levels, a constant colour 19.3;
+land cover -> satellite 54.1, a constant 87.7 (README: commands, cost, pictures). --quick, 33 s on
+two cores of a CPU: 14.3, a constant 34.8, the input 124.3.
 """
 
 import dataclasses
