@@ -255,7 +255,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
 ):
     """After the first and the last epoch, at --save-every, and when minutes have passed."""
     monkeypatch.setattr(common.Run, "seconds", seconds)
-    monkeypatch.setattr(common.Run, "save_if_due", lambda run, state: None)  # within an epoch: below
+    monkeypatch.setattr(common.Run, "save_if_due", lambda run, state: None)  # that is tested above
     saved, honest = [], common.Run.save
 
     def save(run, state):
