@@ -96,22 +96,34 @@ def mean_iou(records, val, classes, augment, seed, steps, batch=16):
     return scores.rows()["net"]["mean_iou"]
 
 
+@common.command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="")
-    parser.add_argument("--patch", type=int, default=128)
-    parser.add_argument("--cache", default="runs/cache")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--width", type=int, default=24)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--paint-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--keep", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arg = parser.add_argument
+    arg("--data", default="", help="a directory with land cover; without it, the demo world")
+    arg("--lc-classes", default="", help="a class table, as of the scripts")
+    arg("--patch", type=int, default=128, help="side of the pieces that images are cut into")
+    arg("--cache", default="runs/cache", help="where decoded images are kept")
+    arg("--size", type=int, default=64, help="side that the networks see")
+    arg("--width", type=int, default=24, help="channels of pix2pix's first layer")
+    arg("--tiles", type=int, nargs="+", default=[16, 64], help="numbers of real tiles to compare")
+    arg("--seeds", type=int, default=3, help="runs of each")
+    arg("--paint-steps", type=int, default=800, help="steps of pix2pix, of 4 tiles each")
+    arg("--steps", type=int, default=400, help="steps of the segmenter, of 16 tiles each")
+    arg("--keep", action="store_true", help="also into docs/forged.json")
     args = parser.parse_args(argv)
     data = args.data or common.demo_world(args.cache, "landcover")
+    classes = common.find_images(data, "train", args.lc_classes).classes
+    if not classes:
+        what = "forging masks needs land cover: pass --lc-classes (maps for the maps data)"
+        raise common.UserError(f"--data {data}: {what}")
     options = {"data": data, "patch": args.patch, "cache": args.cache, "size": args.size}
-    options["lc_classes"] = common.find_images(data, "train").classes.text
+    options["lc_classes"] = classes.text
+    held = len(tiles_of(pix2pix.Config(**options), "train"))
+    if not 2 <= min(args.tiles) <= max(args.tiles) <= held:
+        raise common.UserError(f"--tiles: from 2 to the {held} training tiles of {data}")
     found, began = {}, time.time()
     for n in args.tiles:
         for seed in range(args.seeds):

@@ -1,18 +1,20 @@
 """Keeps what a run on real data came to, small enough to commit, and draws the README's picture.
 
-    python bench/results.py keep runs/pix2pix docs/results/pix2pix-maps     result.json, curve, grid
+    python bench/results.py keep runs/pix2pix docs/results/NAME SECONDS     result.json, curve, grid
     python bench/results.py front                                           docs/front.jpg
     python bench/results.py raster CHECKPOINT LABELS                        docs/raster.jpg
     python bench/results.py controls RUN ...      docs/controls.json and .jpg, of pix2pix's runs
     python bench/results.py paint CHECKPOINT     docs/paint.jpg; needs Playwright and Chromium
 
-A result holds the options that differ from the defaults (of the data only their name), hours,
-versions, evaluation.json's rows, the measures after each epoch, and grid.jpg: the last sample grid.
-Its rows are validation images 0, n, 2n, ... of --sample-rows: chosen by rule, before training.
+A result holds the options that differ from the defaults (of the data only their name), SECONDS in
+hours, versions, evaluation.json's rows, the measures after each epoch, and grid.jpg: the last
+sample grid. Its rows are validation images 0, n, 2n, ... of --sample-rows: chosen by rule, before
+training.
 """
 
 import csv
 import importlib
+import inspect
 import json
 import shutil
 import signal
@@ -65,6 +67,8 @@ FRONT = (
 def keep(run, folder, seconds=""):
     """Writes result.json, curve.png and grid.jpg of a finished run into a folder."""
     run, folder = Path(run), Path(folder)
+    if not (run / "evaluation.json").is_file():
+        raise common.UserError(f"{run}: no evaluation.json, so no run that has ended")
     folder.mkdir(parents=True, exist_ok=True)
     about = json.loads((run / "config.json").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -278,7 +282,16 @@ def paint(checkpoint):
     process.wait()
 
 
+@common.command
+def main(argv=None):
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    verbs = {"keep": keep, "front": front, "raster": raster, "controls": controls, "paint": paint}
+    try:
+        inspect.signature(verbs[verb]).bind(*rest)
+    except (KeyError, TypeError):
+        sys.exit(__doc__)
+    verbs[verb](*rest)
+
+
 if __name__ == "__main__":
-    {"keep": keep, "front": front, "raster": raster, "controls": controls, "paint": paint}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    main()

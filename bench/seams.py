@@ -10,6 +10,7 @@ step      difference of the mean colours of two bands that meet in the middle of
           eighth of a window wide and a window long, over that of bands that meet within windows
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -61,31 +62,41 @@ def bands(picture, places, band, window):
     return np.mean(steps)
 
 
-def main(checkpoint, raster, *more):
-    more, name = list(more), ""
-    if "--keep" in more:
-        at = more.index("--keep")
-        name, more = more[at + 1], more[:at] + more[at + 2 :]
+@common.command
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("raster", help="a picture that takes more than one window")
+    parser.add_argument("--window", type=int, default=0, help="as of the scripts")
+    parser.add_argument("--keep", default="", metavar="NAME", help="also into docs/seams.json")
+    args, more = parser.parse_known_args(argv)
+    checkpoint, raster = args.checkpoint, args.raster
+    window = args.window or common.load_weights(checkpoint).get("window", 0)
+    with common.Raster(raster) as picture:
+        if min(picture.width, picture.height) < 2 * window or not window:
+            what = f"{picture.width}x{picture.height} pixels are less than two windows of {window}"
+            raise common.UserError(f"{raster}: {what} a side: see --window")
     script = common.load_weights(checkpoint)["script"]
     module, rows = importlib.import_module(script), {}
     for reach in REACHES:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            options = ["--generate", raster, "--checkpoint", checkpoint, "--out", folder]
+            options = ["--generate", raster, "--checkpoint", checkpoint, "--out", folder, *more]
+            options += ["--window", str(window)]
             began = time.perf_counter()
-            module.main([*options, "--norm-reach", str(reach), *more])
+            module.main([*options, "--norm-reach", str(reach)])
             seconds = time.perf_counter() - began
             with common.Raster(next(Path(folder).glob(f"{Path(raster).stem}*"))) as result:
                 image = result.read()
-        window = int(more[more.index("--window") + 1]) if "--window" in more else 0
-        window = window or common.load_weights(checkpoint).get("window", 0)
         gradient, step = seams(image, window)
         rows[f"reach {reach}"] = {"gradient": gradient, "step": step, "seconds": seconds}
     common.print_table(rows)
-    if name:
+    if args.keep:
         path = Path(__file__).parent.parent / "docs" / "seams.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(kept | {name: rows}, indent=1) + "\n")
+        path.write_text(json.dumps(kept | {args.keep: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

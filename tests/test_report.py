@@ -121,5 +121,4 @@ def test_pages_point_at_what_is_there():
 
 def test_results_name_no_path_of_a_machine():
     for path in (report.HERE.parent / "docs").rglob("*.json"):
-        text = path.read_text()
-        assert "/work" not in text and "/tmp" not in text and "/home" not in text
+        assert not re.search(r'"/\w', path.read_text())

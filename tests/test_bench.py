@@ -1,0 +1,80 @@
+"""The programs under bench/ that answer a question once: forged masks, seams, kept results."""
+
+import forged_masks
+import numpy as np
+import pytest
+import results
+import seams
+import torch
+
+import common
+from conftest import land_cover, line_of
+
+
+def test_forged_masks_are_parts_of_two_real_ones():
+    """A rectangle of one mask in another: every forged mask holds both, and nothing else."""
+    masks = torch.arange(3, dtype=torch.uint8)[:, None, None].repeat(1, 16, 16)
+    forged = forged_masks.forge(masks, 20, np.random.default_rng(0))
+    assert forged.shape == (20, 16, 16)
+    for mask in forged:
+        values, areas = mask.unique(return_counts=True)
+        assert len(values) == 2 and set(values.tolist()) <= {0, 1, 2}
+        boxes = [torch.stack(torch.where(mask == value)) for value in values]
+        sides = [(box.max(1).values - box.min(1).values + 1).prod() for box in boxes]
+        assert any(side == area >= 4 * 4 for side, area in zip(sides, areas, strict=True))
+
+
+def test_photograph_and_mask_are_turned_together():
+    records = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8).repeat(1, 4, 1, 1)
+    seen = forged_masks.turned(records, np.random.default_rng(0))
+    assert torch.equal(seen[:, 0], seen[:, 3]) and not torch.equal(seen, records)
+    assert torch.equal(seen.flatten(1).sort().values, records.flatten(1).sort().values)
+
+
+def test_the_segmenter_learns_what_is_there_and_is_measured_on_what_is_held_out():
+    """Brightness says the class; with the held-out classes exchanged it is always wrong."""
+    labels = (torch.arange(32) % 2)[:, None, None].repeat(1, 16, 16).to(torch.uint8)
+    photographs = (labels * 200 + 20)[:, None].repeat(1, 3, 1, 1)
+    records = torch.cat([photographs, labels[:, None]], 1)
+    wrong = torch.cat([photographs, 1 - labels[:, None]], 1)
+    for val, iou in ((records, 1.0), (wrong, 0.0)):
+        assert forged_masks.mean_iou(records, val, 2, True, 0, steps=30) == pytest.approx(iou)
+
+
+def test_forged_masks_of_a_directory(tmp_path, capsys):
+    data = land_cover(tmp_path / "data", train=4, val=2)
+    size = ["--patch", "80", "--size", "64", "--width", "2", "--cache", str(tmp_path / "cache")]
+    steps = ["--tiles", "2", "--seeds", "1", "--paint-steps", "2", "--steps", "2"]
+    forged_masks.main(["--data", str(data), *size, *steps])
+    said = capsys.readouterr().out
+    assert all(f"2 tiles, seed 0, {kind}: 0." in said for kind in forged_masks.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "says"),
+    [
+        (forged_masks.main, ["--data", "pairs"], "land cover"),
+        (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "5"], "4 training"),
+        (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "1"], "from 2"),
+        (seams.main, ["nosuch.pt", "scene.tif"], "nosuch.pt"),
+        (results.main, ["keep", "nosuch", "kept"], "evaluation.json"),
+    ],
+)
+def test_a_mistake_gets_one_line(main, arguments, says, pairs, landcover, tmp_path, capsys):
+    known = {"pairs": str(pairs), "landcover": str(landcover), "kept": str(tmp_path / "kept")}
+    arguments = [known.get(word, word) for word in arguments]
+    if main is forged_masks.main:
+        arguments += ["--cache", str(tmp_path / "cache")]
+    assert says in line_of(main, arguments, capsys)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_seams_of_stripes_and_of_noise():
+    """Windows of different brightness show as a step; noise alone shows none."""
+    noise = np.random.default_rng(0).integers(100, 140, (256, 256, 3))
+    stripes = noise.copy()
+    starts = [start for start, _ in common.tiles(256, 64)]
+    for k, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+        stripes[(a + 64 + b) // 2 :] += 20 * (-1) ** k
+    assert seams.seams(noise, 64)[1] == pytest.approx(1, abs=0.5)
+    assert seams.seams(stripes, 64)[1] > 3
