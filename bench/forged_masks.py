@@ -5,13 +5,14 @@
     python bench/forged_masks.py ... --keep                        also into docs/forged.json
 
 For n real tiles, and several seeds: pix2pix learns land cover -> photograph from these n alone.
-Masks are forged from theirs (turned, mirrored, a rectangle of one pasted into another) and painted.
-A small U-Net then learns to segment from the real tiles; from these turned and mirrored, too
-(ordinary augmentation); from these and as many painted ones; from all of it. What counts is the
-mean IoU on held-out real tiles.
+Masks are forged from theirs: turned, mirrored, a rectangle of one pasted into another, an ellipse of
+some class drawn on top; pix2pix paints their photographs. A small U-Net then learns to segment from
+the real tiles; from these turned and mirrored, too (ordinary augmentation); from these and --forged
+times as many painted ones, with and without that. What counts is the mean IoU on held-out tiles.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -25,8 +26,6 @@ import torch.nn.functional as F
 
 import common
 import pix2pix
-
-KINDS = ("real", "real, augmented", "real + forged", "real + forged, augmented")
 
 
 def tiles_of(cfg, split):
@@ -43,15 +42,20 @@ def turned(records, rng):
 
 
 def forge(masks, count, rng):
-    """Label maps (N, S, S) recombined: `count` of them, each with a rectangle of another."""
-    side = masks.shape[-1]
-    forged = []
+    """Label maps (N, S, S) recombined: `count` of them, each with a rectangle of another and an
+    ellipse of a class of any.
+    """
+    side, classes = masks.shape[-1], [k for k in masks.unique() if k != common.IGNORED]
+    places, forged = np.arange(side), []
     for _ in range(count):
         a, b = turned(masks[rng.choice(len(masks), 2, replace=False)][:, None], rng)[:, 0]
         height, width = rng.integers(side // 4, side * 3 // 4, 2)
         top, left = rng.integers(0, (side - height + 1, side - width + 1))
         a = a.clone()
         a[top : top + height, left : left + width] = b[top : top + height, left : left + width]
+        (y, x), (height, width) = rng.integers(0, side, 2), rng.integers(side // 8, side // 3, 2)
+        ellipse = ((places[:, None] - y) / height) ** 2 + ((places - x) / width) ** 2 < 1
+        a[torch.from_numpy(ellipse)] = classes[rng.integers(len(classes))]
         forged.append(a)
     return torch.stack(forged)
 
@@ -109,11 +113,14 @@ def main(argv=None):
     arg("--size", type=int, default=64, help="side that the networks see")
     arg("--width", type=int, default=24, help="channels of pix2pix's first layer")
     arg("--tiles", type=int, nargs="+", default=[16, 64], help="numbers of real tiles to compare")
+    arg("--forged", type=int, nargs="+", default=[1, 4], help="forged tiles for each real one")
     arg("--seeds", type=int, default=3, help="runs of each")
     arg("--paint-steps", type=int, default=800, help="steps of pix2pix, of 4 tiles each")
     arg("--steps", type=int, default=400, help="steps of the segmenter, of 16 tiles each")
     arg("--keep", action="store_true", help="also into docs/forged.json")
     args = parser.parse_args(argv)
+    if min(args.forged) < 1 or args.seeds < 2:
+        raise common.UserError("--forged: from 1, --seeds: from 2, since their spread is shown")
     data = args.data or common.demo_world(args.cache, "landcover")
     classes = common.find_images(data, "train", args.lc_classes).classes
     if not classes:
@@ -132,11 +139,12 @@ def main(argv=None):
             rng = np.random.default_rng([seed, n])
             real = train[rng.choice(len(train), n, replace=False)]
             state = learn_to_paint(real, cfg, args.paint_steps)
-            forged = paint(state, forge(real[:, 3], n, rng), cfg)
-            for kind in KINDS:
-                records = torch.cat([real, forged]) if "forged" in kind else real
-                augment, classes = "augmented" in kind, len(cfg.classes)
-                iou = mean_iou(records, val, classes, augment, seed, args.steps)
+            forged = paint(state, forge(real[:, 3], n * max(args.forged), rng), cfg)
+            for times, augment in itertools.product([0, *args.forged], (False, True)):
+                kind = f"real + {times} x forged" if times else "real"
+                kind += ", augmented" if augment else ""
+                records = torch.cat([real, forged[: n * times]])
+                iou = mean_iou(records, val, len(cfg.classes), augment, seed, args.steps)
                 found.setdefault(str(n), {}).setdefault(kind, []).append(iou)
                 print(f"{n} tiles, seed {seed}, {kind}: {iou:.3f}", flush=True)
     minutes = (time.time() - began) / 60

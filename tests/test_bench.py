@@ -11,17 +11,16 @@ import common
 from conftest import land_cover, line_of
 
 
-def test_forged_masks_are_parts_of_two_real_ones():
-    """A rectangle of one mask in another: every forged mask holds both, and nothing else."""
-    masks = torch.arange(3, dtype=torch.uint8)[:, None, None].repeat(1, 16, 16)
-    forged = forged_masks.forge(masks, 20, np.random.default_rng(0))
-    assert forged.shape == (20, 16, 16)
-    for mask in forged:
-        values, areas = mask.unique(return_counts=True)
-        assert len(values) == 2 and set(values.tolist()) <= {0, 1, 2}
-        boxes = [torch.stack(torch.where(mask == value)) for value in values]
-        sides = [(box.max(1).values - box.min(1).values + 1).prod() for box in boxes]
-        assert any(side == area >= 4 * 4 for side, area in zip(sides, areas, strict=True))
+def test_forged_masks_are_parts_of_two_real_ones(monkeypatch):
+    """A rectangle of one in another, then an ellipse of a class that the real ones hold."""
+    masks = torch.tensor([0, 1, common.IGNORED], dtype=torch.uint8)[:, None, None].repeat(1, 24, 24)
+    forged = forged_masks.forge(masks, 40, np.random.default_rng(0))
+    assert forged.shape == (40, 24, 24) and set(forged.unique().tolist()) == {0, 1, common.IGNORED}
+    kinds = [len(mask.unique()) for mask in forged]
+    assert set(kinds) == {2, 3} and not torch.equal(forged[0], forged[1])
+    for mask in forged:  # the ellipse is never of what is ignored
+        ignored = torch.stack(torch.where(mask == common.IGNORED))
+        assert ignored.shape[1] < 24 * 24
 
 
 def test_photograph_and_mask_are_turned_together():
@@ -44,10 +43,11 @@ def test_the_segmenter_learns_what_is_there_and_is_measured_on_what_is_held_out(
 def test_forged_masks_of_a_directory(tmp_path, capsys):
     data = land_cover(tmp_path / "data", train=4, val=2)
     size = ["--patch", "80", "--size", "64", "--width", "2", "--cache", str(tmp_path / "cache")]
-    steps = ["--tiles", "2", "--seeds", "1", "--paint-steps", "2", "--steps", "2"]
+    steps = ["--tiles", "2", "--seeds", "2", "--paint-steps", "2", "--steps", "2", "--forged", "3"]
     forged_masks.main(["--data", str(data), *size, *steps])
     said = capsys.readouterr().out
-    assert all(f"2 tiles, seed 0, {kind}: 0." in said for kind in forged_masks.KINDS)
+    for kind in ("real", "real, augmented", "real + 3 x forged", "real + 3 x forged, augmented"):
+        assert f"2 tiles, seed 0, {kind}: 0." in said
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_forged_masks_of_a_directory(tmp_path, capsys):
         (forged_masks.main, ["--data", "pairs"], "land cover"),
         (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "5"], "4 training"),
         (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "1"], "from 2"),
+        (forged_masks.main, ["--data", "landcover", "--tiles", "2", "--forged", "0"], "--forged"),
         (seams.main, ["nosuch.pt", "scene.tif"], "nosuch.pt"),
         (results.main, ["keep", "nosuch", "kept"], "evaluation.json"),
     ],
