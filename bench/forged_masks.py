@@ -5,10 +5,11 @@
     python bench/forged_masks.py ... --keep                        also into docs/forged.json
 
 For n real tiles, and several seeds: pix2pix learns land cover -> photograph from these n alone.
-Masks are forged from theirs: turned, mirrored, a rectangle of one pasted into another, an ellipse of
-some class drawn on top; pix2pix paints their photographs. A small U-Net then learns to segment from
-the real tiles; from these turned and mirrored, too (ordinary augmentation); from these and --forged
-times as many painted ones, with and without that. What counts is the mean IoU on held-out tiles.
+Masks are forged from theirs: turned, mirrored, a rectangle of one pasted into another, an ellipse
+of some class drawn on top; pix2pix paints their photographs. A small U-Net then learns to segment
+from the real tiles; from these turned and mirrored, too (ordinary augmentation); from these and
+--forged times as many painted ones, with and without that. What counts is the mean IoU on held-out
+tiles.
 """
 
 import argparse
