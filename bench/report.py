@@ -466,16 +466,17 @@ def scripts(_):
 def forged(_):
     """docs/forged.json: what a segmenter learnt from, and its mean IoU, mean and spread."""
     kept = json.loads((HERE.parent / "docs" / "forged.json").read_text())
-    lines, kinds = [], []
+    lines, kinds = [], {}
     for data, run in kept.items():
         for tiles, found in run["mean_iou"].items():
-            kinds = list(found)
-            cells = [
-                f"{statistics.mean(found[kind]):.3f} ± {statistics.stdev(found[kind]):.3f}"
-                for kind in kinds
-            ]
-            lines.append([f"{data}: {tiles} real tiles", *cells])
-    return table(["mean IoU", *kinds], lines)
+            spread = {
+                kind: f"{statistics.mean(seeds):.3f} ± {statistics.stdev(seeds):.3f}"
+                for kind, seeds in found.items()
+            }
+            kinds |= spread
+            lines.append({"mean IoU": f"{data}: {tiles} real tiles"} | spread)
+    head = ["mean IoU", *kinds]
+    return table(head, [[line.get(kind, "") for kind in head] for line in lines])
 
 
 TABLES = {

@@ -22,6 +22,10 @@ def test_tables_are_made_from_the_results(page):
     assert "<!-- end -->" in text and report.write(text, report.load()) == text
 
 
+def test_the_readme_is_short():
+    assert len((report.HERE.parent / "README.md").read_text().splitlines()) < 350
+
+
 def test_results_name_no_machine():
     for path in report.RESULTS.glob("*.json"):
         text = path.read_text()
