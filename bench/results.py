@@ -199,8 +199,8 @@ def controls(*runs, images=200, rows=4, side=104):
         about = json.loads((run / "config.json").read_text())
         script = importlib.import_module(about["script"])
         first = run == Path(runs[0])
-        what = [k for k in about["options"] if about["options"][k] != base(runs[0])[k]]
-        values = {k: str(about["options"][k]).removesuffix(".0") for k in what if k not in PLACE}
+        what = {k: v for k, v in about["options"].items() if base(runs[0]).get(k, v) != v}
+        values = {k: str(v).removesuffix(".0") for k, v in what.items() if k not in PLACE}
         what = " ".join(f"{common.flag(k)} {value}" for k, value in values.items())
         for norm in ("batch", "running"):
             call = ["--evaluate", "--checkpoint", str(run / "checkpoints" / "last.pt")]
