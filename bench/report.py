@@ -337,15 +337,15 @@ def edits(_):
     kept = json.loads((HERE.parent / "docs" / "edits.json").read_text())
     lines = []
     for run in kept["runs"]:
-        measures = [run.get("l1_inside"), run.get("l1_to_input")]
+        measures = [run.get(name) for name in ("l1_inside", "l1_to_input", "l1_outside")]
         levels = ["" if value is None else f"{value:.1f}" for value in measures]
         names = ("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
         judged = [f"{run[name]:.3f}" if name in run else "" for name in names]
         what = f"{run['script']} `{run['options']}`" if run["options"] else run["script"]
         lines.append([run["data"], what, *levels, *judged, run["answer"]])
     lines.sort(key=lambda line: line[0])  # stable: runs of one data set together
-    header = ["data", "run", "to target", "to input", "judge: pixels", "classes", "IoU", "verdict"]
-    return table(header, lines)
+    header = ["data", "run", "to target", "to input", "outside", "judge: pixels", "classes", "IoU"]
+    return table([*header, "verdict"], lines)
 
 
 def kept_results():

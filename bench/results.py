@@ -249,7 +249,7 @@ def base(run):
 
 
 def paint(checkpoint):
-    """Draws docs/paint.jpg: a lake is painted into a validation image, on the page of --serve."""
+    """Draws docs/paint.jpg: trees are painted into a validation image, on the page of --serve."""
     from playwright.sync_api import sync_playwright
 
     script = common.load_weights(checkpoint)["script"]
@@ -265,7 +265,7 @@ def paint(checkpoint):
         page = browser.new_page(viewport={"width": 1000, "height": 690})
         page.goto(address)
         page.wait_for_selector('body[data-painted="1"]')
-        page.click("text=water")
+        page.click("text=vegetation")
         page.fill("#size", "24")
         box = page.locator("#map").bounding_box()
         places = [(0.4, 0.45), (0.55, 0.5), (0.6, 0.6), (0.5, 0.65)]
