@@ -1,13 +1,17 @@
 """The programs under bench/ that answer a question once: forged masks, seams, kept results."""
 
+import json
+
 import forged_masks
 import numpy as np
 import pytest
 import results
 import seams
 import torch
+from PIL import Image
 
 import common
+import pix2pix
 from conftest import land_cover, line_of
 
 
@@ -68,6 +72,34 @@ def test_a_mistake_gets_one_line(main, arguments, says, pairs, landcover, tmp_pa
         arguments += ["--cache", str(tmp_path / "cache")]
     assert says in line_of(main, arguments, capsys)
     assert not (tmp_path / "kept").exists()
+
+
+def test_controls_and_raster_are_drawn(tmp_path, monkeypatch):
+    """What differs between runs is their title; a raster is painted in three ways."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    data = land_cover(tmp_path / "data", train=2, val=2, side=160)
+    words = ["--data", str(data), "--patch", "80", "--size", "64", "--width", "2", "--epochs", "1"]
+    for name, more in (("a", []), ("b", ["--lambda-l1", "7"])):
+        pix2pix.main([*words, "--out", str(tmp_path / name), *more])
+    results.main(["controls", str(tmp_path / "a"), str(tmp_path / "b")])
+    kept = json.loads((tmp_path / "docs" / "controls.json").read_text())
+    assert [*kept] == [
+        f"{what}, {whose} statistics"
+        for what in ("as it is", "--lambda-l1 7")
+        for whose in ("own", "running")
+    ]
+    assert all(0 < row["rmse"] < 255 and -1 <= row["alike"] <= 1 for row in kept.values())
+    results.main(["raster", str(tmp_path / "a/checkpoints/last.pt"), str(data / "val/lc/0.png")])
+    for name in ("controls", "raster"):
+        assert np.asarray(Image.open(tmp_path / "docs" / f"{name}.jpg")).std() > 10
+
+
+def test_pictures_of_one_pattern_are_alike():
+    rng = torch.Generator().manual_seed(0)
+    pattern, other = torch.randn(2, 1, 3, 64, 64, generator=rng)
+    assert results.alike(pattern.repeat(3, 1, 1, 1)).tolist() == pytest.approx([1, 1, 1])
+    assert results.alike(torch.cat([pattern, other])).abs().max() < 0.1
 
 
 def test_seams_of_stripes_and_of_noise():
