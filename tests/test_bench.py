@@ -15,16 +15,29 @@ import pix2pix
 from conftest import land_cover, line_of
 
 
-def test_forged_masks_are_parts_of_two_real_ones(monkeypatch):
-    """A rectangle of one in another, then an ellipse of a class that the real ones hold."""
-    masks = torch.tensor([0, 1, common.IGNORED], dtype=torch.uint8)[:, None, None].repeat(1, 24, 24)
+def test_forged_masks_are_parts_of_two_real_ones():
+    """A rectangle of one in another, then an ellipse of a class, not of what is ignored."""
+    masks = torch.tensor([0, 1], dtype=torch.uint8)[:, None, None].repeat(1, 24, 24)
+    masks[:, 0, 0] = common.IGNORED
     forged = forged_masks.forge(masks, 40, np.random.default_rng(0))
-    assert forged.shape == (40, 24, 24) and set(forged.unique().tolist()) == {0, 1, common.IGNORED}
-    kinds = [len(mask.unique()) for mask in forged]
-    assert set(kinds) == {2, 3} and not torch.equal(forged[0], forged[1])
-    for mask in forged:  # the ellipse is never of what is ignored
-        ignored = torch.stack(torch.where(mask == common.IGNORED))
-        assert ignored.shape[1] < 24 * 24
+    assert forged.shape == (40, 24, 24) and forged.unique().tolist() == [0, 1, common.IGNORED]
+    assert (forged == common.IGNORED).sum((1, 2)).max() <= 2, "one pixel of each, turned"
+    corners = {(mask == common.IGNORED).nonzero().sum().item() for mask in forged}
+    assert len(corners - {0}) > 1, "masks are turned before they are joined"
+    straight = forged_masks.forge(masks[:, 1:, 1:], 40, np.random.default_rng(0))
+    shares = (straight == straight[:, :1, :1]).float().mean((1, 2))
+    assert shares.min() < 0.9 and len(shares.unique()) > 20
+
+
+def test_what_is_drawn_on_forged_masks_is_an_ellipse():
+    """Of two masks of one class, with a third that the rectangle never takes."""
+    masks = torch.zeros(60, 24, 24, dtype=torch.uint8)
+    masks[0] = 1
+    forged = forged_masks.forge(masks, 30, np.random.default_rng(1))
+    drawn = [mask for mask in forged if 0 < mask.sum() < 24 * 24 // 2]
+    assert drawn
+    widths = [mask.sum(1, dtype=torch.int).unique() for mask in drawn]
+    assert any(len(each) > 3 for each in widths), "rows of rectangles are all of one width"
 
 
 def test_photograph_and_mask_are_turned_together():
@@ -32,6 +45,20 @@ def test_photograph_and_mask_are_turned_together():
     seen = forged_masks.turned(records, np.random.default_rng(0))
     assert torch.equal(seen[:, 0], seen[:, 3]) and not torch.equal(seen, records)
     assert torch.equal(seen.flatten(1).sort().values, records.flatten(1).sort().values)
+    ways = forged_masks.turned(records[:1].repeat(100, 1, 1, 1), np.random.default_rng(0))
+    assert len(ways.unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_tiles_are_turned_for_the_segmenter_when_asked(augment, monkeypatch):
+    turns = []
+    turned = forged_masks.turned
+    monkeypatch.setattr(
+        forged_masks, "turned", lambda *words: turns.append(words) or turned(*words)
+    )
+    records = torch.randint(0, 2, (4, 4, 16, 16), dtype=torch.uint8)
+    forged_masks.mean_iou(records, records, 2, augment, 0, steps=3)
+    assert len(turns) == 3 * augment
 
 
 def test_the_segmenter_learns_what_is_there_and_is_measured_on_what_is_held_out():
@@ -42,6 +69,56 @@ def test_the_segmenter_learns_what_is_there_and_is_measured_on_what_is_held_out(
     wrong = torch.cat([photographs, 1 - labels[:, None]], 1)
     for val, iou in ((records, 1.0), (wrong, 0.0)):
         assert forged_masks.mean_iou(records, val, 2, True, 0, steps=30) == pytest.approx(iou)
+
+
+def test_the_painter_learns_photographs_from_land_cover():
+    """Red where class 1 is asked for, else blue; the masks stay beside what is painted."""
+    labels = (torch.arange(8) % 2)[:, None, None].repeat(1, 64, 64).to(torch.uint8)
+    labels[:, :, 32:] = 1 - labels[:, :, 32:]  # both classes in each: BatchNorm sees no constant
+    photographs = torch.stack([labels * 200, labels * 0, 200 - labels * 200], 1)
+    classes = common.ClassTable.load("binary")
+    cfg = pix2pix.Config(size=64, width=8, batch_size=4, lc_classes=classes.text)
+    records = torch.cat([photographs, labels[:, None]], 1)
+    state = forged_masks.learn_to_paint(records, cfg, 60)
+    painted = forged_masks.paint(state, 1 - labels, cfg)
+    assert torch.equal(painted[:, 3], 1 - labels) and painted.dtype == torch.uint8
+    redness = painted[:, 0].float() - painted[:, 2].float()
+    assert redness[labels == 0].mean() > 20 and redness[labels == 1].mean() < -20
+
+
+def test_what_the_segmenter_is_given(tmp_path, monkeypatch, capsys):
+    """n real tiles always, forged ones beside them; held-out tiles are the validation split's.
+    What is painted comes from these n tiles alone.
+    """
+    given, learnt, masks = [], [], []
+    learn, forge = forged_masks.learn_to_paint, forged_masks.forge
+    monkeypatch.setattr(forged_masks, "mean_iou", lambda *words: given.append(words) or 0.5)
+    monkeypatch.setattr(
+        forged_masks, "learn_to_paint", lambda *words: learnt.append(words[0]) or learn(*words)
+    )
+    monkeypatch.setattr(
+        forged_masks, "forge", lambda *words: masks.append(words[0]) or forge(*words)
+    )
+    data = land_cover(tmp_path / "data", train=4, val=2)
+    size = ["--patch", "80", "--size", "64", "--width", "2", "--cache", str(tmp_path / "cache")]
+    steps = ["--tiles", "3", "--seeds", "2", "--paint-steps", "1", "--forged", "1", "2"]
+    forged_masks.main(["--data", str(data), *size, *steps])
+    assert "3 tiles, seed 1, real + 2 x forged, augmented: 0.5" in capsys.readouterr().out
+    cfg = pix2pix.Config(data=str(data), patch=80, size=64, cache=str(tmp_path / "cache"))
+    train, held = (forged_masks.tiles_of(cfg, split) for split in ("train", "val"))
+    assert [(len(words[0]), words[3], words[4]) for words in given] == [
+        (count, augment, seed)
+        for seed in (0, 1)
+        for count in (3, 6, 9)
+        for augment in (False, True)
+    ]
+    for words in given:
+        assert torch.equal(words[1], held)
+        known = [any(torch.equal(tile, real) for real in train) for tile in words[0]]
+        assert known == [True] * 3 + [False] * (len(words[0]) - 3)
+    for k, (records, labels) in enumerate(zip(learnt, masks, strict=True)):
+        assert torch.equal(records, given[6 * k][0]) and torch.equal(labels, records[:, 3])
+    assert not torch.equal(given[0][0], given[6][0]), "another seed takes other tiles"
 
 
 def test_forged_masks_of_a_directory(tmp_path, capsys):
