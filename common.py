@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -822,9 +822,8 @@ class ClassTable:
     def palette(self):
         """(256, 3) uint8: every index's colour; black for what has none."""
         palette = np.zeros((256, 3), np.uint8)
-        palette[: len(self)] = self.colors
-        ignored = [color for _, color, index in self.rows if index == IGNORED]
-        palette[IGNORED] = ignored[0] if ignored else 0
+        for _, color, index in reversed(self.rows):  # of what is ignored the first colour
+            palette[index] = color
         return palette
 
     def from_codes(self, codes, path):
@@ -988,9 +987,8 @@ class Raster:
                 raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
                 _say_once(f"images are {image.mode}: converted to RGB, without any transparency")
-            turn = _TURNS.get(_orientation(image))
-            rgb = image.convert("RGB")
-            return np.asarray(rgb.transpose(turn) if turn is not None else rgb)
+            image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+            return np.asarray(image.convert("RGB"))
 
     def _read_labels(self):
         table, path = self.table, self.path
@@ -1078,17 +1076,6 @@ def mirrored(pixels, height, width):
     """(H, W, ...) pixels at the top left of (height, width, ...), mirrored at bottom and right."""
     missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
     return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
-
-
-_TURNS = {  # EXIF's orientations: how to turn a photograph upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _orientation(image):
@@ -1326,13 +1313,20 @@ class ImageStore:
     def histograms(self, most=1000):
         """How often each level, or class, occurs: {"A": (3, 256), "B": (3 or 1, 256)} int64.
 
-        Of `most` images, evenly spread, where there are more. All baselines follow from these.
+        Beside pairs' K classes also each level: "A of classes" (K, 3, 256). Of `most` images,
+        evenly spread, where there are more. All baselines follow from these.
         """
         counts = {}
         for name, images in (("A", self.A), ("B", self.B)):
             counts[name] = np.zeros((images.shape[1], 256), np.int64)
             for row in spread(most, len(images)):
                 counts[name] += [np.bincount(x.ravel(), minlength=256) for x in images[row]]
+        if self.classes and self.paired:
+            by_class, channels = np.zeros(256 * 3 * 256, np.int64), np.arange(3)[:, None, None]
+            for row in spread(most, len(self.A)):
+                places = (self.B[row].astype(np.int64) * 3 + channels) * 256 + self.A[row]
+                by_class += np.bincount(places.ravel(), minlength=len(by_class))
+            counts["A of classes"] = by_class.reshape(256, 3, 256)[: len(self.classes)]
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
@@ -1829,7 +1823,6 @@ class Run:
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.clock, self.first_step, self.written = None, self.step, -math.inf
         self.interrupted, self.overdue, self.saved = 0, False, time.monotonic()
-        self.tracker = None
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
         if rank():
@@ -1843,8 +1836,7 @@ class Run:
         self.metrics.touch()
         size = self.metrics.stat().st_size
         os.truncate(self.metrics, min(saved.get("metrics_bytes", size), size) if saved else 0)
-        if cfg.track:
-            self.tracker = _tracker(cfg, self.id)
+        self.tracker = _tracker(cfg, self.id) if cfg.track else None
         total = cfg.epochs * self.steps_per_epoch * self.images_per_step
         done = self.step * self.images_per_step
         self.bar = tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, smoothing=0.05)
@@ -1871,14 +1863,11 @@ class Run:
 
     def _write_config(self):
         cuda = self.cfg.device == "cuda"
+        packages = {package.__name__: package.__version__ for package in (torch, np)}
         about = {
             "script": self.cfg.script,
             "options": dataclasses.asdict(self.cfg),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": {"python": platform.python_version()} | packages,
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
             "processes": world_size(),
             "git_commit": _git_commit(),
@@ -2076,9 +2065,7 @@ def _page_data(folder, most):
     options, defaults = about["options"], about.get("defaults", {})
     return about | {
         "name": folder.name,
-        "out": options["out"],
         "epoch": int(rows[-1]["epoch"]) if rows else 0,
-        "epochs": options["epochs"],
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),
         "steps": [int(row["step"]) for row in rows],
@@ -2410,25 +2397,38 @@ class Scores:
         return rows
 
 
-def constant_colors(histogram, classes=None):
-    """The baselines that see no input: {name: (3,) colour in [-1, 1]}.
+def constant_colors(histogram, classes=None, by_class=None):
+    """The baselines that see no input, or no more than its class: {name: colour in [-1, 1]}.
 
     histogram  (3, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
                colours; these also give the most frequent class (see ImageStore.histograms)
+    by_class   (K, 3, 256) of the pixels of each class: its colours are (256, 3), for each index
+               one, all pixels' where training showed none; all others are (3,)
     """
     counts, guesses = histogram.numpy(), {}
     if len(counts) == 1:
         guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
         counts = np.stack([np.bincount(channel, counts[0], 256) for channel in classes.palette.T])
-    pixels = counts.sum(1, keepdims=True)
-    guesses["mean training colour"] = (counts * np.arange(256) / pixels).sum(1)
-    guesses["median training colour"] = (counts.cumsum(1) * 2 >= pixels).argmax(1)
+    kinds = {"training colour": counts}
+    if by_class is not None:
+        kinds["colour of the class"] = of_index = np.repeat(counts[None], 256, 0)
+        seen = by_class.numpy().any(-1, keepdims=True)
+        of_index[: len(seen)] = np.where(seen, by_class.numpy(), counts)
+    for what, counts in kinds.items():
+        pixels = counts.sum(-1, keepdims=True)
+        guesses[f"mean {what}"] = (counts * np.arange(256) / pixels).sum(-1)
+        guesses[f"median {what}"] = (counts.cumsum(-1) * 2 >= pixels).argmax(-1)
     return {name: torch.from_numpy(color / 127.5 - 1).float() for name, color in guesses.items()}
 
 
-def constant_guesses(colors, images):
-    """constant_colors as images: {name: a tensor like images (B, C, S, S)}."""
-    return {k: color.to(images).view(1, -1, 1, 1).expand_as(images) for k, color in colors.items()}
+def constant_guesses(colors, images, labels=None):
+    """constant_colors as images {name: a tensor like images (B, C, S, S)}, of labels (B, S, S)."""
+    guesses = {}
+    for name, color in colors.items():
+        color = color.to(images)
+        each = color[labels.long()].movedim(-1, 1) if color.ndim == 2 else color.view(1, -1, 1, 1)
+        guesses[name] = each.expand_as(images)
+    return guesses
 
 
 def copy_verdict(rows):

@@ -473,12 +473,13 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images.
 
     How well each domain survives its cycle and, where A and B are pairs, each translation against
-    its partner. `constants`, {"A": {name: (C,)}, "B": ...}, add the baselines: each constant
+    its partner. `constants`, common.constant_colors' of {"A": .., "B": ..}, add the baselines: each
     everywhere, and the input copied. A judge says whether photographs show the land cover that
     was asked for: real ones are its ceiling, of other places its floor.
     """
     scores = common.Scores(brief=constants is None)
-    for real_A, real_B in val.in_order(images):
+    elsewhere = val.in_order(np.roll(images, len(images) // 2))
+    for (real_A, real_B), (other_A, _) in zip(val.in_order(images), elsewhere, strict=True):
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
         guesses_A, guesses_B = {}, {}
         if val.paired:
@@ -488,7 +489,8 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
             guesses_A["B to A: copy of the input"] = val.picture(real_B)
             if not cfg.classes:
                 guesses_B["A to B: copy of the input"] = real_A
-            for name, guess in common.constant_guesses(constants["A"], real_A).items():
+            labels = common.class_index(real_B) if cfg.classes else None
+            for name, guess in common.constant_guesses(constants["A"], real_A, labels).items():
                 guesses_A[f"B to A: {name}"] = guess
             for name, guess in common.constant_guesses(constants["B"], real_B).items():
                 guesses_B[f"A to B: {name}"] = guess
@@ -504,7 +506,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
                 scores.add_images(row, guess, real_B)
         if judge:
             photographs = {"B to A: model": fake_A, "real photograph": real_A}
-            photographs["real, of another place"] = real_A.roll(1, 0)
+            photographs["real, of another place"] = other_A
             for row, photograph in photographs.items():
                 seen, labels = judge.classes_of(photograph), common.class_index(real_B)
                 scores.add_labels(row, seen, labels, len(cfg.classes), by="judge")
@@ -531,7 +533,8 @@ def score(rows, name):
 
 def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json."""
-    constants = {"A": common.constant_colors(histograms["A"])}
+    by_class = histograms.get("A of classes")
+    constants = {"A": common.constant_colors(histograms["A"], by_class=by_class)}
     if cfg.classes:
         frequent = histograms["B"][0, : len(cfg.classes)].argmax()
         constants["B"] = {"most frequent class": torch.eye(len(cfg.classes))[frequent]}

@@ -124,7 +124,8 @@ def draw_curve(result, path):
         axis.plot(epochs, [row[name] for row in result["curve"]], marker="o")
         way, measure = WAYS.get(name, ("", name))
         for row, cells in result["rows"].items():
-            if row.startswith(way) and "training" in row and measure in cells:
+            blind = "colour" in row or "class" in row  # sees no more than a class
+            if row.startswith(way) and blind and measure in cells:
                 axis.axhline(cells[measure], linestyle=":", color="gray")
                 axis.text(epochs[0], cells[measure], row[len(way) :], fontsize=6, va="bottom")
         axis.set(title=name, xlabel="epoch")

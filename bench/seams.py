@@ -73,13 +73,13 @@ def main(argv=None):
     parser.add_argument("--keep", default="", metavar="NAME", help="also into docs/seams.json")
     args, more = parser.parse_known_args(argv)
     checkpoint, raster = args.checkpoint, args.raster
-    window = args.window or common.load_weights(checkpoint).get("window", 0)
+    content = common.load_weights(checkpoint)
+    window = args.window or content.get("window", content["config"]["patch"])
     with common.Raster(raster) as picture:
         if min(picture.width, picture.height) < 2 * window or not window:
             what = f"{picture.width}x{picture.height} pixels are less than two windows of {window}"
             raise common.UserError(f"{raster}: {what} a side: see --window")
-    script = common.load_weights(checkpoint)["script"]
-    module, rows = importlib.import_module(script), {}
+    module, rows = importlib.import_module(content["script"]), {}
     for reach in REACHES:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             options = ["--generate", raster, "--checkpoint", checkpoint, "--out", folder, *more]

@@ -547,7 +547,7 @@ def test_label_measures_by_hand():
 def test_constant_guesses():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     images[0, 0], images[1, 1, :1] = 200, 80
-    store = types.SimpleNamespace(A=images, B=images)
+    store = types.SimpleNamespace(A=images, B=images, paired=True, classes=None)
     counts = ImageStore.histograms(store)["A"]
     guesses = common.constant_colors(counts)
     bytes_of = {name: common.to_bytes(color).tolist() for name, color in guesses.items()}
@@ -559,6 +559,32 @@ def test_constant_guesses():
     assert tuple(frequent.tolist()) == table.colors[1]
     drawn = torch.tensor(table.colors[2]).view(1, 3, 1, 1)
     assert pix2pix.nearest_class(common.from_bytes(drawn), table).item() == 2
+
+
+def test_colours_of_the_classes():
+    """By hand: what each class looked like; all pixels' colour for classes that were not seen."""
+    table = ClassTable.load(json.dumps(TABLE))
+    labels = np.array([[0, 0, 0, 1], [1, 1, 1, 255]], np.uint8).reshape(2, 1, 2, 2)
+    images = np.zeros((2, 3, 2, 2), np.uint8)
+    images[0, 0] = [[10, 20], [90, 200]]  # red, of the first image: three of class 0, one of 1
+    images[1, 1] = [[4, 4], [4, 80]]  # green, of the second: three of class 1, one ignored
+    store = types.SimpleNamespace(A=images, B=labels, paired=True, classes=table)
+    counts = ImageStore.histograms(store)
+    assert counts["A of classes"].shape == (3, 3, 256) and counts["A of classes"].sum() == 7 * 3
+    colors = common.constant_colors(counts["A"], by_class=counts["A of classes"])
+    levels = {name: (color + 1) * 127.5 for name, color in colors.items()}
+    everywhere = [320 / 8, 92 / 8, 0.0]
+    assert levels["mean training colour"].tolist() == pytest.approx(everywhere, abs=1e-3)
+    mean, median = levels["mean colour of the class"], levels["median colour of the class"]
+    assert mean[0].tolist() == pytest.approx([40, 0, 0], abs=1e-3)
+    assert mean[1].tolist() == pytest.approx([50, 3, 0], abs=1e-3)
+    assert mean[2].tolist() == mean[255].tolist() == pytest.approx(everywhere, abs=1e-3)
+    assert median[0].tolist() == pytest.approx([20, 0, 0], abs=1e-3)
+    assert median[1].tolist() == pytest.approx([0, 4, 0], abs=1e-3)
+    shown = common.constant_guesses(colors, torch.zeros(2, 3, 2, 2), torch.from_numpy(labels[:, 0]))
+    mean = common.to_bytes(shown["mean colour of the class"])
+    assert mean[:, 0].tolist() == [[[40, 40], [40, 50]], [[50, 50], [50, 40]]]
+    assert (common.to_bytes(shown["mean training colour"])[:, 0] == 40).all()
 
 
 def test_bytes_and_back():

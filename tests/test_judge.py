@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import common
+import cyclegan
+import mixlc
+import mixlc_acgan
 import pix2pix
 from conftest import CPU, TABLE, save
 
@@ -71,3 +74,30 @@ def test_a_run_is_judged(data, tmp_path):
     real, elsewhere = rows["real photograph"], rows["real, of another place"]
     assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
     assert "judge_pixel_accuracy" in rows["model"]
+
+
+@pytest.mark.parametrize(
+    ("script", "way", "measure", "noise"),
+    [
+        (pix2pix, "", "rmse", 20),
+        (cyclegan, "B to A: ", "rmse", 20),
+        (mixlc, "", "l1_inside", 16),
+        (mixlc_acgan, "", "l1_inside", 16),
+    ],
+)
+def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, measure, noise):
+    """The baseline that sees the land cover, where that is all there is to see."""
+    tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
+    tiny += ["--blocks", "1"] if script is cyclegan else []
+    tiny += ["--style-features", "random"] if script is mixlc_acgan else []
+    out = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    script.main(["--data", str(data), *out, *tiny])
+    evaluation = tmp_path / "run" / "evaluation.json"
+    rows = json.loads(evaluation.read_text())["rows"]
+    for average in ("mean", "median"):
+        found = rows[f"{way}{average} colour of the class"][measure]
+        assert found == pytest.approx(noise, rel=0.1)
+        assert found < rows[f"{way}{average} training colour"][measure] / 2
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.pt")
+    script.main(["--evaluate", "--checkpoint", checkpoint, *out[2:]])
+    assert json.loads(evaluation.read_text())["rows"] == rows
