@@ -457,6 +457,7 @@ def test_run_on_land_cover(tmp_path):
     rows = rows_of(out)
     for row in ("B to A: model", "real photograph", "real, of another place"):
         assert 0 <= rows[row]["judge_pixel_accuracy"] <= 1, row
+    assert rows["real photograph"] != rows["real, of another place"]
     assert set(rows["A to B: model"]) == {"pixel_accuracy", "class_accuracy", "mean_iou"}
     assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     assert rows["B to A: model"]["rmse"] > 0 and (out / "confusion.png").is_file()
