@@ -127,7 +127,8 @@ def draw_curve(result, path):
             blind = "colour" in row or "class" in row  # sees no more than a class
             if row.startswith(way) and blind and measure in cells:
                 axis.axhline(cells[measure], linestyle=":", color="gray")
-                axis.text(epochs[0], cells[measure], row[len(way) :], fontsize=6, va="bottom")
+                place, side = (epochs[-1], "right") if "median" in row else (epochs[0], "left")
+                axis.text(place, cells[measure], row[len(way) :], fontsize=6, va="bottom", ha=side)
         axis.set(title=name, xlabel="epoch")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
