@@ -74,6 +74,8 @@ def main(argv=None):
     args, more = parser.parse_known_args(argv)
     checkpoint, raster = args.checkpoint, args.raster
     content = common.load_weights(checkpoint)
+    if "script" not in content:
+        raise common.UserError(f"{checkpoint}: no checkpoint that one of the scripts wrote")
     window = args.window or content.get("window", content["config"]["patch"])
     with common.Raster(raster) as picture:
         if min(picture.width, picture.height) < 2 * window or not window:

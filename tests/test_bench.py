@@ -139,11 +139,14 @@ def test_forged_masks_of_a_directory(tmp_path, capsys):
         (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "1"], "from 2"),
         (forged_masks.main, ["--data", "landcover", "--tiles", "2", "--forged", "0"], "--forged"),
         (seams.main, ["nosuch.pt", "scene.tif"], "nosuch.pt"),
+        (seams.main, ["weights", "scene.tif"], "no checkpoint"),
         (results.main, ["keep", "nosuch", "kept"], "evaluation.json"),
     ],
 )
 def test_a_mistake_gets_one_line(main, arguments, says, pairs, landcover, tmp_path, capsys):
     known = {"pairs": str(pairs), "landcover": str(landcover), "kept": str(tmp_path / "kept")}
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    known["weights"] = str(tmp_path / "weights.pt")
     arguments = [known.get(word, word) for word in arguments]
     if main is forged_masks.main:
         arguments += ["--cache", str(tmp_path / "cache")]
