@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 from tqdm import tqdm
 
@@ -165,9 +165,7 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option(
-        "", "directory with the images; none: a demo world", group="data", may_change=True
-    )
+    data: str = option("", "directory of images; none: a demo world", group="data", may_change=True)
     patch: int = option(0, "cut images into N x N patches first; 0: whole images", low=0)
     max_images: int = option(0, "train on N images, evenly spread; 0: all", low=0)
     flip: str = option(
@@ -177,16 +175,12 @@ class Options:
     )
     cache: str = option("", "folder of the decoded images; none: beside the run", may_change=True)
     val_images: int = option(100, "validation images measured after an epoch; 0: all", low=0)
-    size: int = option(
-        256, "side of what the networks see", group="model", choices=(64, 128, 256, 512)
-    )
+    size: int = option(256, "side that networks see", group="model", choices=(64, 128, 256, 512))
     width: int = option(64, "channels of the first layer", low=1, high=1024)
     lc_classes: str = option("", "classes of B: s2glc, maps, binary, a classes.json, or pictures")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
     seed: int = option(0, "of weights, order, augmentation and noise", low=0, high=2**32 - 1)
-    quick: bool = option(
-        False, "small networks, images and epochs: a minute on two cores", group="run"
-    )
+    quick: bool = option(False, "small networks, images and epochs: a minute", group="run")
     out: str = option("", "run folder, or folder of results; none: runs/<script>", may_change=True)
     resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
     log_every: int = option(50, "steps between rows of metrics.csv", low=1)
@@ -987,8 +981,9 @@ class Raster:
                 raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
                 _say_once(f"images are {image.mode}: converted to RGB, without any transparency")
-            image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
-            return np.asarray(image.convert("RGB"))
+            turn = _TURNS.get(_orientation(image))
+            rgb = image.convert("RGB")
+            return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
 
     def _read_labels(self):
         table, path = self.table, self.path
@@ -1076,6 +1071,11 @@ def mirrored(pixels, height, width):
     """(H, W, ...) pixels at the top left of (height, width, ...), mirrored at bottom and right."""
     missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
     return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
+
+
+# EXIF's orientations 2 to 8: how to turn a photograph upright
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURNS = dict(enumerate(_TURNS.split(), 2))
 
 
 def _orientation(image):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -501,6 +502,15 @@ def test_every_orientation_is_turned_upright(tmp_path, orientation):
     with Raster(tmp_path / "x.jpg") as raster:
         assert (raster.height, raster.width) == want.shape[:2]
         assert (raster.read() == want).all()
+
+
+def test_a_photograph_with_damaged_exif_is_turned_upright(tmp_path):
+    """Its width stands there as text, which nobody could write again, nor needs to."""
+    tags = struct.pack("<HHIHH", 274, 3, 1, 6, 0), struct.pack("<HHI4s", 256, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(tags) + bytes(4)
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
+    with common.Raster(tmp_path / "x.jpg") as raster:
+        assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
 
 
 def test_bands_and_palettes_of_photographs(tmp_path):
