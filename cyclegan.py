@@ -473,13 +473,14 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images.
 
     How well each domain survives its cycle and, where A and B are pairs, each translation against
-    its partner. `constants`, common.constant_colors' of {"A": .., "B": ..}, add the baselines: each
-    everywhere, and the input copied. A judge says whether photographs show the land cover that
-    was asked for: real ones are its ceiling, of other places its floor.
+    its partner. `constants`, common.constant_colors' of {"A": .., "B": ..}, add the baselines: a
+    colour everywhere, or for each class, and the input copied. A judge says whether photographs
+    show the land cover that was asked for: real ones are its ceiling, of other places its floor.
     """
     scores = common.Scores(brief=constants is None)
     elsewhere = val.in_order(np.roll(images, len(images) // 2))
-    for (real_A, real_B), (other_A, _) in zip(val.in_order(images), elsewhere, strict=True):
+    for real_A, real_B in val.in_order(images):
+        labels = common.class_index(real_B) if cfg.classes else None
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
         guesses_A, guesses_B = {}, {}
         if val.paired:
@@ -489,7 +490,6 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
             guesses_A["B to A: copy of the input"] = val.picture(real_B)
             if not cfg.classes:
                 guesses_B["A to B: copy of the input"] = real_A
-            labels = common.class_index(real_B) if cfg.classes else None
             for name, guess in common.constant_guesses(constants["A"], real_A, labels).items():
                 guesses_A[f"B to A: {name}"] = guess
             for name, guess in common.constant_guesses(constants["B"], real_B).items():
@@ -500,15 +500,14 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
             scores.add_images(row, guess, real_A)
         for row, guess in guesses_B.items():
             if cfg.classes:
-                labels = common.class_index(real_B)
                 scores.add_labels(row, guess.argmax(1), labels, len(cfg.classes))
             else:
                 scores.add_images(row, guess, real_B)
         if judge:
             photographs = {"B to A: model": fake_A, "real photograph": real_A}
-            photographs["real, of another place"] = other_A
+            photographs["real, of another place"] = next(elsewhere)[0]
             for row, photograph in photographs.items():
-                seen, labels = judge.classes_of(photograph), common.class_index(real_B)
+                seen = judge.classes_of(photograph)
                 scores.add_labels(row, seen, labels, len(cfg.classes), by="judge")
     return scores
 

@@ -544,8 +544,8 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's and the copy of rgb_a's.
 
-    With `colors`, common.constant_colors', also those of each colour everywhere; judge_ is what a
-    judge says, which only ever saw photographs.
+    With `colors`, common.constant_colors', also those of a colour everywhere, or for each class;
+    judge_ is what a judge says, which only ever saw photographs.
     """
     scores = common.Scores()
     for edit in val.in_order(images):

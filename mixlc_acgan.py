@@ -564,8 +564,8 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's and the copy of rgb_a's.
 
-    With `colors`, common.constant_colors', also those of each colour everywhere; own_ is what D's
-    classifier says, judge_ what a judge says, which only ever saw photographs.
+    With `colors`, common.constant_colors', also those of a colour everywhere, or for each class;
+    own_ is what D's classifier says, judge_ what a judge says, which only ever saw photographs.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores()

@@ -480,14 +480,15 @@ def sample(state, val, cfg, images):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation images: the model's.
 
-    With `colors`, common.constant_colors', also its baselines': the input copied, and each colour
-    everywhere. Where the target is a label map, its classes count, too; where the input is one, a
-    judge says whether photographs show it: real ones are its ceiling, of other places its floor.
+    With `colors`, common.constant_colors', also its baselines': the input copied, and a colour
+    everywhere, or for each class. Where the target is a label map, its classes count, too; where
+    the input is one, a judge says whether photographs show it: real ones are its ceiling, of other
+    places its floor.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores(brief=colors is None)
     elsewhere = val.in_order(np.roll(images, len(images) // 2))
-    for records, others in zip(val.in_order(images), elsewhere, strict=True):
+    for records in val.in_order(images):
         x, y = val.sides(records)
         guesses = {"model": translate(state, x, cfg)}
         if colors:
@@ -500,7 +501,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
                 scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
         if judge and cfg.direction == "BtoA":
             photographs = {"model": guesses["model"], "real photograph": y}
-            photographs["real, of another place"] = val.sides(others)[1]
+            photographs["real, of another place"] = val.sides(next(elsewhere))[1]
             for row, photograph in photographs.items():
                 seen = judge.classes_of(photograph)
                 scores.add_labels(row, seen, records[:, 3], len(cfg.classes), by="judge")
