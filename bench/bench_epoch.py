@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import common
+from support.demo import landscape
 
 RUNS = [("cpu", 64, 1, 16), ("cpu", 64, 4, 16), ("cuda", 256, 1, 64), ("cuda", 256, 16, 64)]
 CASES = [
@@ -33,7 +34,7 @@ def files(tmp_path_factory, request):
     """A directory of 64 pairs, satellite | map."""
     root = tmp_path_factory.mktemp("pairs")
     for k in range(64 if request.config.getoption("benchmark_only") else 4):
-        satellite, drawn, _ = common.landscape(np.random.default_rng(k % 4), 600)
+        satellite, drawn, _ = landscape(np.random.default_rng(k % 4), 600)
         both = Image.fromarray(np.concatenate([satellite, drawn], 1))
         for split in ("train", "val") if k < 2 else ("train",):
             (root / split).mkdir(exist_ok=True)

@@ -17,7 +17,10 @@ import torch
 
 import common
 import pix2pix
-from pages import paint as page
+from support import serve as page
+from support.checkpoints import state_dict
+from support.pictures import to_bytes
+from support.rasters import Raster
 
 RUNS = [("cpu", 64, 1), ("cpu", 256, 1), ("cuda", 256, 1), ("cuda", 256, 16)]
 CASES = [
@@ -43,7 +46,7 @@ def inputs_for(script, cfg, count, device):
 def generate(module, state, cfg, pictures, labels=None):
     inputs = common.from_bytes(pictures)
     inputs = inputs if labels is None else (inputs, common.one_hot(labels, 14))
-    return common.to_bytes(module.translate(state, inputs, cfg))
+    return to_bytes(module.translate(state, inputs, cfg))
 
 
 @pytest.mark.benchmark(timer=harness.device_time)
@@ -104,7 +107,7 @@ def bench_raster(benchmark, request, tmp_path, script, device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "translate_files", translate_files)
         benchmark.pedantic(raster, rounds=2 if timed else 1)
-    with common.Raster(tmp_path / "generated" / "raster.tif") as result:
+    with Raster(tmp_path / "generated" / "raster.tif") as result:
         assert (result.height, result.width) == (side, side)
     assert seconds
     note(benchmark, script, device, size, 1, images=side**2 / size**2)
@@ -138,7 +141,7 @@ def bench_memory(benchmark, request, tmp_path, side):
     _, cfg = harness.config("pix2pix", width=8)
     state = pix2pix.build(cfg, torch.device("cpu"), training=False)
     content = {"script": "pix2pix", "config": dataclasses.asdict(cfg), "window": 256}
-    torch.save(content | {"state": common.state_dict(state)}, tmp_path / "x.pt")
+    torch.save(content | {"state": state_dict(state)}, tmp_path / "x.pt")
     script = Path(pix2pix.__file__)
     call = [sys.executable, script, "--generate", tmp_path / "raster.tif", "--device", "cpu"]
     call += ["--checkpoint", tmp_path / "x.pt", "--out", tmp_path / "generated"]

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import cyclegan
 import pix2pix
+from support.demo import landscape
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def maps(tmp_path_factory, timed):
     root = tmp_path_factory.mktemp("maps")
     (root / "train").mkdir()
     for k in range(32 if timed else 3):
-        satellite, drawn, _ = common.landscape(np.random.default_rng(k), 600)
+        satellite, drawn, _ = landscape(np.random.default_rng(k), 600)
         Image.fromarray(np.concatenate([satellite, drawn], 1)).save(
             root / "train" / f"{k}.jpg", quality=90
         )
@@ -51,7 +51,7 @@ def inria(tmp_path_factory, timed):
     There are 155 in its training set; here 36, which are three files under twelve names.
     """
     root, side = tmp_path_factory.mktemp("inria"), 5000 if timed else 100
-    satellite, _, ground = common.landscape(np.random.default_rng(0), min(side, 1000))
+    satellite, _, ground = landscape(np.random.default_rng(0), min(side, 1000))
     repeats = -(-side // len(satellite))
     for name, image in (("images", satellite), ("gt", (ground == 4).astype(np.uint8) * 255)):
         folder = root / "train" / name
@@ -72,7 +72,7 @@ def one_hot(tmp_path_factory, timed):
     for name in ("rgb", "lc"):
         (root / "train" / name).mkdir(parents=True)
     for k in range(32 if timed else 3):
-        satellite, _, ground = common.landscape(np.random.default_rng(k), 256)
+        satellite, _, ground = landscape(np.random.default_rng(k), 256)
         Image.fromarray(satellite).save(root / "train" / "rgb" / f"{k}.png")
         index = ground + rng.integers(0, 9)  # 6 of 14 classes
         np.savez_compressed(root / "train" / "lc" / f"{k}.npz", np.eye(14, dtype=np.uint8)[index])

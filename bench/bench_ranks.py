@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import common
+import support.processes
 
 
 @pytest.mark.parametrize("script", harness.SCRIPTS)
@@ -27,11 +28,12 @@ def bench_gradients(benchmark, request, monkeypatch, script):
     for parameter in (p for net in nets for p in net.parameters()):
         parameter.grad = torch.ones_like(parameter)
     sent = []
-    monkeypatch.setattr(common, "world_size", lambda: 2)
     count = types.SimpleNamespace(
-        all_reduce=lambda flat: sent.append(flat.numel() * flat.element_size())
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        all_reduce=lambda flat: sent.append(flat.numel() * flat.element_size()),
     )
-    monkeypatch.setattr(common, "dist", count)
+    monkeypatch.setattr(support.processes, "dist", count)
 
     def average():
         sent.clear()

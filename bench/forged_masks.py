@@ -27,6 +27,12 @@ import torch.nn.functional as F
 
 import common
 import pix2pix
+from support.demo import demo_world
+from support.device import set_lr
+from support.judge import Judge
+from support.layouts import find_images
+from support.measures import print_table
+from support.pictures import to_bytes
 
 
 def tiles_of(cfg, split):
@@ -68,7 +74,7 @@ def learn_to_paint(records, cfg, steps):
     for step in range(steps):
         rate = cfg.lr * min(1.0, 2 * (steps - step) / steps)
         for optimizer in (state.opt_G, state.opt_D):
-            common.set_lr(optimizer, rate)
+            set_lr(optimizer, rate)
         batch = turned(records[rng.choice(len(records), cfg.batch_size)], rng)
         x = common.draw(batch[:, 3], cfg.classes)
         pix2pix.train_step(state, (x, common.from_bytes(batch[:, :3])), cfg)
@@ -78,13 +84,13 @@ def learn_to_paint(records, cfg, steps):
 def paint(state, masks, cfg):
     """Records of forged label maps (N, S, S) and their painted photographs."""
     fakes = [pix2pix.translate(state, common.draw(m, cfg.classes), cfg) for m in masks.split(8)]
-    return torch.cat([common.to_bytes(torch.cat(fakes)), masks[:, None]], 1)
+    return torch.cat([to_bytes(torch.cat(fakes)), masks[:, None]], 1)
 
 
 def mean_iou(records, val, classes, augment, seed, steps, batch=16):
     """Held-out mean IoU of a small U-Net that learnt to segment from these records."""
     torch.manual_seed(seed)
-    net, rng = common.Judge(classes, width=16), np.random.default_rng(seed)
+    net, rng = Judge(classes, width=16), np.random.default_rng(seed)
     adam = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(steps):
         images = records[rng.choice(len(records), batch)]
@@ -122,8 +128,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.forged) < 1 or args.seeds < 2:
         raise common.UserError("--forged: from 1, --seeds: from 2, since their spread is shown")
-    data = args.data or common.demo_world(args.cache, "landcover")
-    classes = common.find_images(data, "train", args.lc_classes).classes
+    data = args.data or demo_world(args.cache, "landcover")
+    classes = find_images(data, "train", args.lc_classes).classes
     if not classes:
         what = "forging masks needs land cover: pass --lc-classes (maps for the maps data)"
         raise common.UserError(f"--data {data}: {what}")
@@ -150,7 +156,7 @@ def main(argv=None):
                 print(f"{n} tiles, seed {seed}, {kind}: {iou:.3f}", flush=True)
     minutes = (time.time() - began) / 60
     rows = {f"{n} tiles": {k: float(np.mean(v)) for k, v in by.items()} for n, by in found.items()}
-    common.print_table(rows)
+    print_table(rows)
     if args.keep:
         name = f"{Path(args.data).name or 'demo world'}, {args.size} pixels"
         path = Path(__file__).parent.parent / "docs" / "forged.json"

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import support.device
 
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(14)])
@@ -96,7 +97,7 @@ def keep_memory(kept):
     As it comes is what its own rules settle at, which the first call of mallopt switches off.
     """
     if kept:
-        common.keep_memory()
+        support.device.keep_memory()
     elif sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-4, 65536)  # M_MMAP_MAX

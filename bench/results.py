@@ -13,6 +13,7 @@ training.
 """
 
 import csv
+import dataclasses
 import importlib
 import inspect
 import json
@@ -31,6 +32,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import common
+from support.checkpoints import load_weights
+from support.classes import _TABLES, ClassTable
+from support.pictures import as_array
+from support.plots import _pyplot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -78,10 +83,10 @@ def keep(run, folder, seconds=""):
     folder.mkdir(parents=True, exist_ok=True)
     about = json.loads((run / "config.json").read_text())
     evaluation = json.loads((run / "evaluation.json").read_text())
-    defaults = common.dataclasses.asdict(importlib.import_module(about["script"]).Config())
+    defaults = dataclasses.asdict(importlib.import_module(about["script"]).Config())
     defaults = json.loads(json.dumps(defaults))  # a tuple is a list there
     # of a class table its name, if it is built in; one that lies in the data is found there
-    tables = {common.ClassTable.load(name).text: name for name in common._TABLES}
+    tables = {ClassTable.load(name).text: name for name in _TABLES}
     asked = about["options"]
     asked["lc_classes"] = tables.get(asked["lc_classes"], "")
     options = {
@@ -120,7 +125,7 @@ def keep(run, folder, seconds=""):
 
 def draw_curve(result, path):
     """A measure on validation images after each epoch, with what costs nothing as lines."""
-    pyplot = common._pyplot()
+    pyplot = _pyplot()
     names = [name for name in result["curve"][0] if name != "epoch"]
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 2.6), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
@@ -169,7 +174,7 @@ def raster(checkpoint, path, side=340):
     """Draws docs/raster.jpg: a raster, painted as one square, by windows of their own, and so that
     windows share their statistics; below, a part of it.
     """
-    script = importlib.import_module(common.load_weights(checkpoint)["script"])
+    script = importlib.import_module(load_weights(checkpoint)["script"])
     whole = max(Image.open(path).size)
     ways = {
         "as one square": ["--window", str(whole)],
@@ -235,7 +240,7 @@ def controls(*runs, images=200, rows=4, side=104):
     for k, (title, pictures) in enumerate(columns.items()):
         words = title.replace(" statistics", "").replace(", ", "\n").replace(" --", "\n--")
         text.text((k * (side + GAP), 2), words, fill="black")
-        for j, picture in enumerate(common.as_array(image[None]) for image in pictures):
+        for j, picture in enumerate(as_array(image[None]) for image in pictures):
             place = k * (side + GAP), head + j * (side + GAP)
             sheet.paste(Image.fromarray(picture).resize((side, side), 3), place)
     sheet.save(ROOT / "docs" / "controls.jpg", quality=85)
@@ -258,7 +263,7 @@ def paint(checkpoint):
     """Draws docs/paint.jpg: trees are painted into a validation image, on the page of --serve."""
     from playwright.sync_api import sync_playwright
 
-    script = common.load_weights(checkpoint)["script"]
+    script = load_weights(checkpoint)["script"]
     call = [sys.executable, ROOT / f"{script}.py", "--serve", "--port", "0"]
     process = subprocess.Popen(
         [*call, "--checkpoint", checkpoint], stdout=subprocess.PIPE, text=True

@@ -23,7 +23,7 @@ import harness
 import torch
 import torch.nn.functional as F
 
-import common
+from support.device import keep_memory
 
 KEPT = Path(__file__).parent.parent / "docs" / "roofline.json"
 SIZE, ROUNDS = 256, 5
@@ -109,7 +109,7 @@ def measure(script):
     state, cfg, step = harness.prepare(script, harness.FAST, "cpu", size=SIZE, batch_size=1)
     batch = harness.random_batch(script, cfg, "cpu")
     given_back = best(lambda: step(state, batch, cfg))
-    common.keep_memory()
+    keep_memory()
     found = convolutions(lambda: step(state, batch, cfg))
     whole = best(lambda: step(state, batch, cfg))
     layers = []

@@ -25,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 import common
+from support.checkpoints import load_weights
+from support.measures import print_table
+from support.rasters import Raster
+from support.windows import tiles
 
 REACHES = (0, 0.5, 1, 2, 4, float("inf"))
 
@@ -33,7 +37,7 @@ def seams(image, window):
     """(gradient, step) of a picture (H, W, 3) that was painted by windows."""
     ratios = []
     for picture in (image.astype(float), image.astype(float).transpose(1, 0, 2)):
-        starts = [start for start, _ in common.tiles(picture.shape[1], window)]
+        starts = [start for start, _ in tiles(picture.shape[1], window)]
         middles = [(a + window + b) // 2 for a, b in zip(starts, starts[1:], strict=False)]
         band = max(1, window // 8)
         inside = [start + window // 2 + shift for start in starts for shift in (-band, 0, band)]
@@ -73,11 +77,11 @@ def main(argv=None):
     parser.add_argument("--keep", default="", metavar="NAME", help="also into docs/seams.json")
     args, more = parser.parse_known_args(argv)
     checkpoint, raster = args.checkpoint, args.raster
-    content = common.load_weights(checkpoint)
+    content = load_weights(checkpoint)
     if "script" not in content:
         raise common.UserError(f"{checkpoint}: no checkpoint that one of the scripts wrote")
     window = args.window or content.get("window", content["config"]["patch"])
-    with common.Raster(raster) as picture:
+    with Raster(raster) as picture:
         if min(picture.width, picture.height) < 2 * window or not window:
             what = f"{picture.width}x{picture.height} pixels are less than two windows of {window}"
             raise common.UserError(f"{raster}: {what} a side: see --window")
@@ -89,11 +93,11 @@ def main(argv=None):
             began = time.perf_counter()
             module.main([*options, "--norm-reach", str(reach)])
             seconds = time.perf_counter() - began
-            with common.Raster(next(Path(folder).glob(f"{Path(raster).stem}*"))) as result:
+            with Raster(next(Path(folder).glob(f"{Path(raster).stem}*"))) as result:
                 image = result.read()
         gradient, step = seams(image, window)
         rows[f"reach {reach}"] = {"gradient": gradient, "step": step, "seconds": seconds}
-    common.print_table(rows)
+    print_table(rows)
     if args.keep:
         path = Path(__file__).parent.parent / "docs" / "seams.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import common
+import support.run
 
 CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
@@ -32,10 +33,9 @@ def seeded():
 @pytest.fixture(scope="session", autouse=True)
 def plot_metrics():
     """The real one; runs only touch losses.png here, since drawing takes longer than training."""
-    honest = common.plot_metrics
-    common.plot_metrics = lambda rows, path: path.touch()
-    yield honest
-    common.plot_metrics = honest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support.run, "plot_metrics", lambda rows, path: path.touch())
+        yield support.plots.plot_metrics
 
 
 def picture(rng, height, width):
@@ -124,8 +124,9 @@ def batch_of(script, cfg, seed=0):
 
 def as_rank(monkeypatch, rank, world=2):
     """Makes this process play one of several."""
-    monkeypatch.setattr(common, "rank", lambda: rank)
-    monkeypatch.setattr(common, "world_size", lambda: world)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
 
 
 def parameters(kind, *arguments, **options):

@@ -13,6 +13,8 @@ from PIL import Image
 import common
 import pix2pix
 from conftest import land_cover, line_of
+from support.classes import ClassTable
+from support.windows import tiles
 
 
 def test_forged_masks_are_parts_of_two_real_ones():
@@ -76,7 +78,7 @@ def test_the_painter_learns_photographs_from_land_cover():
     labels = (torch.arange(8) % 2)[:, None, None].repeat(1, 64, 64).to(torch.uint8)
     labels[:, :, 32:] = 1 - labels[:, :, 32:]  # both classes in each: BatchNorm sees no constant
     photographs = torch.stack([labels * 200, labels * 0, 200 - labels * 200], 1)
-    classes = common.ClassTable.load("binary")
+    classes = ClassTable.load("binary")
     cfg = pix2pix.Config(size=64, width=8, batch_size=4, lc_classes=classes.text)
     records = torch.cat([photographs, labels[:, None]], 1)
     state = forged_masks.learn_to_paint(records, cfg, 60)
@@ -186,7 +188,7 @@ def test_seams_of_stripes_and_of_noise():
     """Windows of different brightness show as a step; noise alone shows none."""
     noise = np.random.default_rng(0).integers(100, 140, (256, 256, 3))
     stripes = noise.copy()
-    starts = [start for start, _ in common.tiles(256, 64)]
+    starts = [start for start, _ in tiles(256, 64)]
     for k, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
         stripes[(a + 64 + b) // 2 :] += 20 * (-1) ** k
     assert seams.seams(noise, 64)[1] == pytest.approx(1, abs=0.5)

@@ -43,6 +43,7 @@ from cyclegan import (
     train_step,
     translate,
 )
+from support.pictures import to_bytes
 
 TINY = Config(size=64, width=4, blocks=1, batch_size=2, precision="fp32", pool_size=3)
 LABELS = dataclasses.replace(TINY, lc_classes=json.dumps(TABLE))
@@ -362,7 +363,7 @@ def test_land_cover_batches_are_one_hot_with_holes(tmp_path):
     _, b = next(data.batches(0))
     assert b.shape == (2, 3, 64, 64) and set(b.unique().tolist()) == {0.0, 1.0}
     assert set(b.sum(1).unique().tolist()) == {0.0, 1.0}
-    colors = common.to_bytes(data.picture(b)).permute(0, 2, 3, 1).reshape(-1, 3)
+    colors = to_bytes(data.picture(b)).permute(0, 2, 3, 1).reshape(-1, 3)
     drawn = {tuple(color) for color in colors.tolist()}
     assert (0x9B, 0x9B, 0x9B) in drawn and (0xE2, 0xA9, 0x29) in drawn
 

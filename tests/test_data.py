@@ -14,9 +14,16 @@ from PIL import Image
 
 import common
 import pix2pix
-from common import ClassTable, ImageStore, Raster, UserError, find_images
+from common import ImageStore, UserError
 from conftest import TABLE, as_rank, land_cover, picture, save, side_by_side
 from pix2pix import Config
+from support.classes import ClassTable
+from support.demo import DEMO_CLASSES, demo_world, landscape
+from support.layouts import find_images
+from support.measures import confusion_matrix, measure_images, measure_labels
+from support.pictures import as_array, as_tensor, to_bytes
+from support.rasters import Raster
+from support.store import sum_of
 
 
 def config(root, cache, **options):
@@ -293,7 +300,7 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     ImageStore(config(root, cache), "train", 32)
     first = store_files(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(common.Raster, "read", lambda *_, **__: pytest.fail("decoded again"))
+        patch.setattr(Raster, "read", lambda *_, **__: pytest.fail("decoded again"))
         ImageStore(config(root, cache), "train", 32)
     assert store_files(cache) == first
     ImageStore(config(root, cache), "train", 40)
@@ -399,7 +406,7 @@ def test_a_checksum_is_of_all_bytes_before_it(tmp_path, length):
     sums = [int.to_bytes(zlib.crc32(content[k : min(k + 100, length)]), 4, "little")
             for k in range(0, length, 100)]  # fmt: skip
     want = zlib.crc32(b"".join(sums)).to_bytes(4, "little")
-    assert common.sum_of(tmp_path / "x", length, piece=100) == want
+    assert sum_of(tmp_path / "x", length, piece=100) == want
 
 
 def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):
@@ -455,18 +462,18 @@ def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path
 
 
 def test_demo_world(tmp_path):
-    root = common.demo_world(tmp_path, "maps", train=2, val=1, side=64)
+    root = demo_world(tmp_path, "maps", train=2, val=1, side=64)
     assert find_images(root, "train").halves and len(find_images(root, "val").A) == 1
     before = (tmp_path / "demo-maps" / "train" / "000.png").stat().st_mtime_ns
-    common.demo_world(tmp_path, "maps", train=2, val=1, side=64)
+    demo_world(tmp_path, "maps", train=2, val=1, side=64)
     assert (tmp_path / "demo-maps" / "train" / "000.png").stat().st_mtime_ns == before
-    root = common.demo_world(tmp_path, "landcover", train=2, val=1, side=64)
+    root = demo_world(tmp_path, "landcover", train=2, val=1, side=64)
     store = ImageStore(config(root, tmp_path / "cache"), "train", 64)
-    assert store.classes.names == common.DEMO_CLASSES and store.B.max() < len(common.DEMO_CLASSES)
+    assert store.classes.names == DEMO_CLASSES and store.B.max() < len(DEMO_CLASSES)
 
 
 def test_demo_map_half_is_made_of_map_colours(tmp_path):
-    satellite, drawn, ground = common.landscape(np.random.default_rng(0), 96)
+    satellite, drawn, ground = landscape(np.random.default_rng(0), 96)
     colors = {tuple(c) for c in drawn.reshape(-1, 3).tolist()}
     assert (
         colors <= set(ClassTable.load("maps").colors)
@@ -482,12 +489,12 @@ def test_image_measures_by_hand():
     target = torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)
     fake = target.clone()
     fake[:, 0, :, :8] += 6  # one channel of half of the pixels is 6 levels off
-    measured = {name: value.item() for name, value in common.measure_images(fake, target).items()}
+    measured = {name: value.item() for name, value in measure_images(fake, target).items()}
     assert measured["mse"] == pytest.approx(36 / 6)
     assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / 6))
     assert (measured["accuracy_5"], measured["accuracy_10"]) == (0.5, 1.0)
     assert measured["rmse_rgb"] == pytest.approx(np.sqrt(36 / 2))
-    same = common.measure_images(target, target)
+    same = measure_images(target, target)
     assert same["ssim"].item() == pytest.approx(1.0) and same["accuracy_5"].item() == 1.0
 
 
@@ -495,17 +502,17 @@ def test_accuracies_are_strict_and_rmse_rgb_sums_over_channels():
     """A pixel 5 levels off is not within 5; (3, 4, 0) off everywhere is 5 off in all."""
     target = torch.zeros((1, 3, 16, 16), dtype=torch.uint8)
     for off, five, ten in ((4, 1, 1), (5, 0, 1), (9, 0, 1), (10, 0, 0)):
-        measured = common.measure_images(target + off, target)
+        measured = measure_images(target + off, target)
         assert (measured["accuracy_5"].item(), measured["accuracy_10"].item()) == (five, ten)
     fake = target + torch.tensor([3, 4, 0], dtype=torch.uint8).view(1, 3, 1, 1)
-    assert common.measure_images(fake, target)["rmse_rgb"].item() == pytest.approx(5)
+    assert measure_images(fake, target)["rmse_rgb"].item() == pytest.approx(5)
 
 
 def test_ssim_of_constants_by_hand():
     a, b = (torch.full((1, 3, 16, 16), v, dtype=torch.uint8) for v in (50, 100))
     c1 = (0.01 * 255) ** 2
     want = (2 * 50 * 100 + c1) / (50**2 + 100**2 + c1)
-    assert common.measure_images(a, b)["ssim"].item() == pytest.approx(want, rel=1e-6)
+    assert measure_images(a, b)["ssim"].item() == pytest.approx(want, rel=1e-6)
 
 
 def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
@@ -536,9 +543,9 @@ def test_scores_of_edits_by_hand():
 def test_label_measures_by_hand():
     target = torch.tensor([0, 0, 0, 1, 1, 255])
     predicted = torch.tensor([0, 0, 1, 1, 1, 0])
-    confusion = common.confusion_matrix(predicted, target, 3)
+    confusion = confusion_matrix(predicted, target, 3)
     assert confusion.tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 0]]
-    measured = common.measure_labels(confusion)
+    measured = measure_labels(confusion)
     assert measured["pixel_accuracy"] == pytest.approx(4 / 5)
     assert measured["class_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
     assert measured["mean_iou"] == pytest.approx((2 / 3 + 2 / 3) / 2)
@@ -550,12 +557,12 @@ def test_constant_guesses():
     store = types.SimpleNamespace(A=images, B=images, paired=True, classes=None)
     counts = ImageStore.histograms(store)["A"]
     guesses = common.constant_colors(counts)
-    bytes_of = {name: common.to_bytes(color).tolist() for name, color in guesses.items()}
+    bytes_of = {name: to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
     table = ClassTable.load(json.dumps(TABLE))
     labels = np.array([0, 1, 1, 2, 1, 255, 255, 255, 255], np.uint8).reshape(1, 1, 3, 3)
     counts = torch.from_numpy(np.bincount(labels.ravel(), minlength=256)[None])
-    frequent = common.to_bytes(common.constant_colors(counts, table)["most frequent class"])
+    frequent = to_bytes(common.constant_colors(counts, table)["most frequent class"])
     assert tuple(frequent.tolist()) == table.colors[1]
     drawn = torch.tensor(table.colors[2]).view(1, 3, 1, 1)
     assert pix2pix.nearest_class(common.from_bytes(drawn), table).item() == 2
@@ -582,18 +589,18 @@ def test_colours_of_the_classes():
     assert median[0].tolist() == pytest.approx([20, 0, 0], abs=1e-3)
     assert median[1].tolist() == pytest.approx([0, 4, 0], abs=1e-3)
     shown = common.constant_guesses(colors, torch.zeros(2, 3, 2, 2), torch.from_numpy(labels[:, 0]))
-    mean = common.to_bytes(shown["mean colour of the class"])
+    mean = to_bytes(shown["mean colour of the class"])
     assert mean[:, 0].tolist() == [[[40, 40], [40, 50]], [[50, 50], [50, 40]]]
-    assert (common.to_bytes(shown["mean training colour"])[:, 0] == 40).all()
+    assert (to_bytes(shown["mean training colour"])[:, 0] == 40).all()
 
 
 def test_bytes_and_back():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(common.to_bytes(common.from_bytes(levels)), levels)
+    assert torch.equal(to_bytes(common.from_bytes(levels)), levels)
     picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    assert (common.as_array(common.from_bytes(common.as_tensor(picture, "cpu"))) == picture).all()
-    assert common.from_bytes(common.as_tensor(picture, "cpu")).is_contiguous()
-    assert common.to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+    assert (as_array(common.from_bytes(as_tensor(picture, "cpu"))) == picture).all()
+    assert common.from_bytes(as_tensor(picture, "cpu")).is_contiguous()
+    assert to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
 def test_ranks_get_disjoint_rows(monkeypatch):

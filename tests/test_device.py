@@ -1,5 +1,6 @@
 """What CUDA needs, held without a GPU: stand-ins for its streams, its graph and its processes."""
 
+import atexit
 import contextlib
 import datetime
 import platform
@@ -10,12 +11,15 @@ from pathlib import Path
 import harness
 import pytest
 import roofline
+import numpy as np
 import torch
 
 import common
 import mixlc_acgan
-from common import GraphedStep
-from conftest import pictures, tiny
+import support.device
+from conftest import as_rank, pictures, tiny
+from support.device import GraphedStep, start
+from support.processes import reduced
 
 
 class FakeStream:
@@ -118,44 +122,46 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
-    monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(common.atexit, "register", lambda f: calls.append(("exit", f)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(atexit, "register", lambda f: calls.append(("exit", f)))
 
     def init(backend, **about):
         calls.append((backend, about))
 
-    monkeypatch.setattr(common.dist, "init_process_group", init)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    device = common.start(tiny("pix2pix", device="cuda")[1])
+    device = start(tiny("pix2pix", device="cuda")[1])
     assert device == torch.device("cuda", 1)
     (_, first), (backend, about), (_, destroy) = calls
     assert first == device and backend == "nccl" and about["device_id"] == device
     assert about["timeout"] >= datetime.timedelta(hours=1)  # one builds the store, others wait
-    assert destroy is common.dist.destroy_process_group
+    assert destroy is torch.distributed.destroy_process_group
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
 
 
 def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     """NCCL refuses tensors of the CPU: the sums of a run that goes on come from a file."""
     seen = []
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(common.dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(common.dist, "all_reduce", lambda tensor, how: seen.append(tensor.device))
+    as_rank(monkeypatch, 0)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, how: seen.append(tensor.device)
+    )
     honest = torch.Tensor.to
 
     def to(tensor, device, **more):
         return honest(tensor, "meta" if device == "cuda" else device)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    common.reduced(torch.ones(3))
+    reduced(torch.ones(3))
     assert seen == [torch.device("meta")]
 
 
 def test_a_step_is_seeded_as_by_manual_seed():
     common.seed_step(3, 1, 4)
     got = torch.rand(5)
-    words = common.np.random.SeedSequence([3, 1, 4, 0]).generate_state(2)
+    words = np.random.SeedSequence([3, 1, 4, 0]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
     assert torch.equal(got, torch.rand(5))
 
@@ -200,9 +206,10 @@ def test_vgg_features_in_bf16_are_near_enough_for_a_style_loss():
 def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     """Four blocks of 64 MiB, freed, are there again without a page fault for each of theirs."""
     code = (
-        "import resource, sys, torch, common\n"
+        "import resource, sys, torch\n"
+        "from support.device import keep_memory\n"
         "if sys.argv[1] == 'keep':\n"
-        "    common.keep_memory()\n"
+        "    keep_memory()\n"
         "for k in range(12):  # the heap has grown by then\n"
         "    if k == 8:\n"
         "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -215,15 +222,15 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     kept, given_back = (
         int(
             subprocess.check_output(
-                [sys.executable, "-c", code, how], cwd=Path(common.__file__).parent
+                [sys.executable, "-c", code, how], cwd=Path(__file__).parent.parent
             )
         )
         for how in ("keep", "default")
     )
     assert kept < 0.5 * given_back
     calls = []
-    monkeypatch.setattr(common, "keep_memory", lambda: calls.append(True))
-    common.start(tiny("pix2pix", device="cpu")[1])
+    monkeypatch.setattr(support.device, "keep_memory", lambda: calls.append(True))
+    start(tiny("pix2pix", device="cpu")[1])
     assert calls == [True]
 
 

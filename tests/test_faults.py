@@ -27,6 +27,12 @@ import mixlc
 import mixlc_acgan
 import pix2pix
 from conftest import TABLE, land_cover, line_of, picture, same, save, side_by_side, state_of
+from support.checkpoints import load_checkpoint
+from support.classes import ClassTable
+from support.errors import say_once
+from support.files import LOCKS, lock
+from support.layouts import find_images
+from support.rasters import Raster
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
@@ -231,7 +237,7 @@ def test_files_of_other_kinds_are_counted(world, tmp_path, capsys):
     shutil.copytree(world / "pairs", tmp_path / "data")
     for name in ("a.heic", "b.heic", "notes.txt", ".hidden"):
         (tmp_path / "data" / "train" / name).touch()
-    common.find_images(tmp_path / "data", "train")
+    find_images(tmp_path / "data", "train")
     said = capsys.readouterr().err
     assert "train: 3 file(s) of other kinds (.heic, .txt) are left out" in said
 
@@ -239,7 +245,7 @@ def test_files_of_other_kinds_are_counted(world, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "npz", "json", "pt"])
 def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
     """Random bytes changed, removed and put in: it is read, or refused by name."""
-    rng, table = np.random.default_rng(0), common.ClassTable.load(json.dumps(TABLE))
+    rng, table = np.random.default_rng(0), ClassTable.load(json.dumps(TABLE))
     path = tmp_path / f"x.{kind}"
     if kind == "npz":
         np.savez_compressed(path, rng.integers(0, 3, (40, 50), np.uint8))
@@ -265,11 +271,11 @@ def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
         path.write_bytes(content)
         try:
             if kind == "json":
-                common.ClassTable.load(str(path))
+                ClassTable.load(str(path))
             elif kind == "pt":
-                common.load_checkpoint(path, "pix2pix")
+                load_checkpoint(path, "pix2pix")
             else:
-                with common.Raster(path, table if kind == "npz" else None) as raster:
+                with Raster(path, table if kind == "npz" else None) as raster:
                     raster.read()
         except common.UserError as error:
             assert "x." in str(error)
@@ -297,15 +303,15 @@ def test_class_tables_are_read_strictly(case):
     table = [dict(entry) for entry in TABLE]
     table[1] |= CLASS_TABLES[case]
     with pytest.raises(common.UserError, match="not a list of"):
-        common.ClassTable.load(json.dumps(table))
+        ClassTable.load(json.dumps(table))
 
 
 @pytest.mark.parametrize("array", [np.ones((4, 4, 3)), np.full((4, 4, 3), np.nan)])
 def test_one_hots_have_one_class_or_none(tmp_path, array):
     np.save(tmp_path / "x.npy", array)
-    table = common.ClassTable.load(json.dumps(TABLE[:3]))
+    table = ClassTable.load(json.dumps(TABLE[:3]))
     with pytest.raises(common.UserError, match=r"x.npy: is no one-hot"):
-        common.Raster(tmp_path / "x.npy", table).read()
+        Raster(tmp_path / "x.npy", table).read()
 
 
 def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
@@ -315,7 +321,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     mixlc.main([*run, "--cache", str(tmp_path / "cache")])
     assert "is another class table" not in capsys.readouterr().err
     (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
-    common._say_once.cache_clear()
+    say_once.cache_clear()
     mixlc.main(["--evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
     said = capsys.readouterr().err
     assert "classes.json: is another class table than the one in use (land, water, road)" in said
@@ -341,8 +347,8 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path):
     assert "another process is training in it" in second.stderr.read()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    common.lock(tmp_path / "run")  # free again
-    os.close(common._LOCKS.pop())
+    lock(tmp_path / "run")  # free again
+    os.close(LOCKS.pop())
 
 
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):

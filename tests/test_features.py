@@ -9,6 +9,7 @@ import common
 import pix2pix
 from common import VGG16Features
 from conftest import CONVOLUTIONS, pictures, vgg_file
+from support.demo import landscape
 
 FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
 
@@ -44,7 +45,7 @@ def test_gram_matrices_have_norm_1_whatever_the_weights(tmp_path, weights):
     stored = vgg_file(tmp_path / "vgg.pth")
     torch.save({name: 7 * value for name, value in stored.items()}, tmp_path / "vgg.pth")
     vgg = VGG16Features(["relu1_2", "relu3_3"], weights, str(tmp_path / "vgg.pth"))
-    photographs = [common.landscape(np.random.default_rng(k), 128)[0] for k in range(4)]
+    photographs = [landscape(np.random.default_rng(k), 128)[0] for k in range(4)]
     images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2)
     for activations in vgg(common.from_bytes(images)):
         norms = common.gram(activations).norm(dim=(1, 2))

@@ -13,6 +13,7 @@ import mixlc
 import mixlc_acgan
 import pix2pix
 from conftest import CPU, TABLE, save
+from support.judge import Judge
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
 
@@ -36,7 +37,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_shapes(size):
     with torch.no_grad():
-        logits = common.Judge(5, width=2)(torch.zeros(1, 3, size, size))
+        logits = Judge(5, width=2)(torch.zeros(1, 3, size, size))
     assert logits.shape == (1, 5, size, size)
 
 

@@ -37,6 +37,11 @@ from mixlc import (
     train_step,
     translate,
 )
+from support.classes import ClassTable
+from support.demo import demo_world
+from support.generate import _stroke
+from support.pictures import to_bytes
+from support.plots import read_metrics
 
 TINY = Config(size=64, width=4, batch_size=2, precision="fp32", lc_classes=json.dumps(TABLE))
 ARGUMENTS = [
@@ -83,7 +88,7 @@ def test_paste_geometry_pixel_by_pixel(data, tmp_path, box):
         want[:, *part] = records[row_b][:, *part]
         for name, record in (("ab", want), ("a", records[row_a]), ("b", records[row_b])):
             rgb, lc = getattr(edit, f"rgb_{name}")[k], getattr(edit, f"lc_{name}")[k]
-            assert (common.to_bytes(rgb).numpy() == record[:3]).all()
+            assert (to_bytes(rgb).numpy() == record[:3]).all()
             assert (common.class_index(lc[None])[0].numpy() == record[3]).all()
         assert edit.box[k].tolist() == boxes[k].tolist()
     assert edit.inside.all()
@@ -142,8 +147,8 @@ def test_real_is_never_a_collage(data, tmp_path):
     known = {image[:, ::v, ::h].tobytes() for image in whole for v in (1, -1) for h in (1, -1)}
     for edit in train.batches(0):
         for image, collage in zip(edit.rgb_b, edit.rgb_ab, strict=True):
-            assert common.to_bytes(image).contiguous().numpy().tobytes() in known
-            assert common.to_bytes(collage).contiguous().numpy().tobytes() not in known
+            assert to_bytes(image).contiguous().numpy().tobytes() in known
+            assert to_bytes(collage).contiguous().numpy().tobytes() not in known
 
 
 def test_use_ba_adds_the_complement(data, tmp_path):
@@ -397,7 +402,7 @@ def test_evaluation_by_hand(data, tmp_path, monkeypatch):
     rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).rows()
     assert rows["model"] == rows["copy of rgb_a"] and rows["model"]["l1_outside"] == 0
     edit, errors = next(val.in_order(np.arange(3))), []
-    rgb_a, rgb_ab = common.to_bytes(edit.rgb_a).float(), common.to_bytes(edit.rgb_ab).float()
+    rgb_a, rgb_ab = to_bytes(edit.rgb_a).float(), to_bytes(edit.rgb_ab).float()
     for k, (top, left, height, width) in enumerate(edit.box.tolist()):
         part = (k, ..., slice(top, top + height), slice(left, left + width))
         errors.append((rgb_a[part] - rgb_ab[part]).abs().mean().item())
@@ -588,10 +593,8 @@ def test_the_beginning_of_a_name_is_enough():
         {"name": n, "color": c}
         for n, c in zip(("Water bodies", "road", "roads"), colors, strict=True)
     ]
-    classes = common.ClassTable.load(json.dumps(rows))
-    strokes = [
-        common._stroke(f"{name}:1,2,3,4", classes, 9, 9) for name in ("water", "road", "Roads")
-    ]
+    classes = ClassTable.load(json.dumps(rows))
+    strokes = [_stroke(f"{name}:1,2,3,4", classes, 9, 9) for name in ("water", "road", "Roads")]
     assert strokes == [(0, 2, 1, 6, 4), (1, 2, 1, 6, 4), (2, 2, 1, 6, 4)]
 
 
@@ -650,11 +653,11 @@ def test_show_samples_writes_a_picture_and_does_not_train(data, tmp_path):
 
 @pytest.mark.slow
 def test_training_lowers_the_local_loss(tmp_path):
-    common.demo_world(tmp_path / "cache", "landcover", train=56, val=4, side=96)
+    demo_world(tmp_path / "cache", "landcover", train=56, val=4, side=96)
     out = tmp_path / "run"
     shape = ["--size", "64", "--width", "16", "--batch-size", "4", "--lr", "1e-3"]
     main([*shape, "--epochs", "8", "--log-every", "4", "--out", str(out)])
-    rows = common.read_metrics(out / "metrics.csv")
+    rows = read_metrics(out / "metrics.csv")
     first, last = (
         np.mean([float(row["g_local"]) for row in part]) for part in (rows[:2], rows[-4:])
     )

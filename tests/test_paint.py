@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import importlib.util
 import io
@@ -22,13 +23,16 @@ from PIL import Image
 
 import common
 import pix2pix
-from common import Raster
 from conftest import TABLE, land_cover, line_of, picture, save, tiny
-from pages import paint as page
+from support import serve as page
+from support.classes import ClassTable
+from support.generate import _stroke
+from support.pictures import as_array
+from support.rasters import Raster
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PLAYWRIGHT = importlib.util.find_spec("playwright")
-CLASSES = common.ClassTable.load(json.dumps(TABLE))
+CLASSES = ClassTable.load(json.dumps(TABLE))
 
 
 class Painter:
@@ -62,7 +66,7 @@ def generated(tmp_path, cfg, pixels, net=None):
     """What --generate makes of a label map."""
     name = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
     save(name, pixels)
-    cfg = common.dataclasses.replace(cfg, generate=str(name), out=str(name.with_suffix("")))
+    cfg = dataclasses.replace(cfg, generate=str(name), out=str(name.with_suffix("")))
     common.translate_files(cfg, net or Painter(), net, from_labels=True)
     return np.asarray(Image.open(Path(cfg.out) / name.name))
 
@@ -71,9 +75,7 @@ def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touche
     cfg = configured("pix2pix", tmp_path, window=64)
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     painter = Painter()
-    canvas = page.Translation(
-        cfg, painter, None, pixels, CLASSES, lambda x: common.as_array(x[None])
-    )
+    canvas = page.Translation(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
     region, shown = canvas.painted((0, 0, 1, 1), 1)
     assert region == (0, 0, 200, 150) and painter.windows == 4 * 3
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
@@ -100,7 +102,7 @@ def test_windows_of_a_canvas_share_their_statistics(tmp_path):
     cfg, net = configured("pix2pix", tmp_path, window=64), Norm()
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     pixels[:100] = 1
-    canvas = page.Translation(cfg, net, net, pixels, CLASSES, lambda x: common.as_array(x[None]))
+    canvas = page.Translation(cfg, net, net, pixels, CLASSES, lambda x: as_array(x[None]))
     _, shown = canvas.painted((0, 0, 1, 1), 1)
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels, net))
 
@@ -112,7 +114,7 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
     canvas, shown = page.Edit(cfg, painter, None, labels.copy(), photo), photo.copy()
     strokes = {"water:100,50,20,20": 1, "road:300,200,90,30": 3, "water:310,210,10,5": 3}
     for count, (stroke, windows) in enumerate(strokes.items(), 1):
-        index, top, left, bottom, right = common._stroke(stroke, CLASSES, 300, 400)
+        index, top, left, bottom, right = _stroke(stroke, CLASSES, 300, 400)
         canvas.pixels[top:bottom, left:right] = index
         painter.windows = 0
         box, part = canvas.painted((top, left, bottom - top, right - left), 1)
@@ -122,7 +124,7 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
         save(tmp_path / "lc.png", labels)
         files = {"generate": str(tmp_path / "photo.png"), "lc": str(tmp_path / "lc.png")}
         files |= {"paint": tuple(strokes)[:count], "out": str(tmp_path / f"out{count}")}
-        common.edit_file(common.dataclasses.replace(cfg, **files), Painter())
+        common.edit_file(dataclasses.replace(cfg, **files), Painter())
         assert np.array_equal(shown, np.asarray(Image.open(tmp_path / f"out{count}/photo.png")))
     canvas.pixels[:] = 0  # all of it erased
     painter.windows = 0
@@ -166,9 +168,7 @@ def server(tmp_path, landcover):
     painter = Painter()
 
     def make(pixels, _):
-        return page.Translation(
-            cfg, painter, None, pixels, CLASSES, lambda x: common.as_array(x[None])
-        )
+        return page.Translation(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
 
     with serving(cfg, make) as (studio, request):
         studio.painting = painter
@@ -442,7 +442,7 @@ def models(tmp_path_factory):
 @contextlib.contextmanager
 def started(script, checkpoint):
     """The page's address, of a script that serves in a process of its own."""
-    root = Path(common.__file__).parent
+    root = Path(__file__).parent.parent
     call = [sys.executable, root / f"{script}.py", "--serve", "--port", "0"]
     process = subprocess.Popen(
         [*call, "--checkpoint", checkpoint], stdout=subprocess.PIPE, text=True, cwd=root

@@ -22,6 +22,7 @@ from pix2pix import (
     train_step,
     translate,
 )
+from support.pictures import to_bytes
 
 TINY = Config(size=64, width=4, batch_size=2, precision="fp32")
 PAPER = dataclasses.replace(TINY, eval_norm="batch")
@@ -308,7 +309,7 @@ def test_label_maps_are_drawn_in_their_class_colours(landcover, tmp_path):
     cfg = dataclasses.replace(TINY, data=str(landcover), cache=str(tmp_path))
     data = Pairs(cfg, "train", CPU)
     x, y = next(data.batches(0))
-    colors = {tuple(c) for c in common.to_bytes(x).permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    colors = {tuple(c) for c in to_bytes(x).permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
     assert colors == {
         (0x84, 0x29, 0xF6),
         (0xE2, 0xA9, 0x29),

@@ -18,6 +18,7 @@ import torch
 
 import common
 from conftest import SCRIPTS, land_cover, same, side_by_side, state_of, tiny
+from support.processes import rank
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -81,8 +82,8 @@ def worker(folder):
     """What both processes do: five steps; each script's run; the same run stopped and resumed."""
     torch.distributed.init_process_group("gloo")
     for script in ("pix2pix", "cyclegan"):
-        result = five_steps(script, common.rank(), 2)
-        if common.rank() == 0:
+        result = five_steps(script, rank(), 2)
+        if rank() == 0:
             torch.save(result, folder / f"{script}.pt")
     honest = common.Run.stopping
     for script in SCRIPTS:

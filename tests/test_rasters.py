@@ -1,6 +1,8 @@
 """Generation at the scale of training: windows, seams, GeoTIFFs, edits, and memory."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import struct
 
@@ -15,8 +17,15 @@ from torch import nn
 import common
 import mixlc
 import pix2pix
-from common import IGNORED, Raster, SharedStatistics, blended, tiles
+import support.edits
+import support.generate
+from common import IGNORED
 from conftest import TABLE, line_of, picture, same, save, tiny
+from support.classes import ClassTable
+from support.generate import _view, edit_of_files
+from support.pictures import paste, resize
+from support.rasters import Raster, writing
+from support.windows import SharedStatistics, blended, paint_windows, tiles, touch
 
 PLACE = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_800_000, 0.5, 0.5)}
 
@@ -38,7 +47,7 @@ def painted(image, paint, window, size=16, **options):
         part = image[:, top : top + height, left : left + width]
         missing = [(0, height - part.shape[1]), (0, width - part.shape[2])]
         part = np.pad(part, [(0, 0), *missing], "symmetric")
-        return np.stack([common.resize(np.ascontiguousarray(p), (size, size)) for p in part])
+        return np.stack([resize(np.ascontiguousarray(p), (size, size)) for p in part])
 
     strips = list(blended(cut, paint, image.shape[1:], window, **options))
     tops = [top for top, _ in strips]
@@ -139,7 +148,7 @@ def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):
         scores[1, 0], scores[1, 1] = 0.0, 1.0
         return scores
 
-    cfg = common.dataclasses.replace(cfg, generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    cfg = dataclasses.replace(cfg, generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
     common.translate_files(cfg, paint, to_labels=True)
     index = np.asarray(Image.open(tmp_path / "out" / "x.png"))
     assert calls == [2] and index.shape == (16, 28)
@@ -200,7 +209,7 @@ def test_windows_are_told_where_they_stand():
             return contextlib.nullcontext()
 
     corners, sides = [(10, 40), (0, 5)], (20, 10)
-    common.paint_windows(
+    paint_windows(
         lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, corners, sides, Statistics()
     )
     assert told == [(0.5, 4.0), (0.0, 0.5)]
@@ -211,18 +220,18 @@ def test_windows_are_told_where_they_stand():
 def test_pasting_puts_what_fits(top, left):
     pixels = np.arange(1, 21, dtype=np.uint8).reshape(4, 5)
     picture, wide = np.zeros((8, 9), np.uint8), np.zeros((40, 40), np.uint8)
-    common.paste(picture, pixels, top, left)
+    paste(picture, pixels, top, left)
     wide[10 + top : 14 + top, 10 + left : 15 + left] = pixels
     assert (picture == wide[10:18, 10:19]).all()
 
 
 def test_a_sheet_of_a_large_raster_shows_the_largest_edit():
     small, large = (700, 100, 90, 2), (40, 600, 30, 30)
-    assert common._view([small, large], (800, 700), most=100) == (5, 565, 100, 100)
-    assert common._view([(790, 0, 10, 10)], (800, 700), most=100) == (700, 0, 100, 100)
-    assert common._view([small], (800, 60), most=100) == (695, 0, 100, 60)
-    assert common._view([small], (90, 100), most=100) == (0, 0, 90, 100)
-    assert common._view([], (800, 700), most=100) == (0, 0, 100, 100)
+    assert _view([small, large], (800, 700), most=100) == (5, 565, 100, 100)
+    assert _view([(790, 0, 10, 10)], (800, 700), most=100) == (700, 0, 100, 100)
+    assert _view([small], (800, 60), most=100) == (695, 0, 100, 60)
+    assert _view([small], (90, 100), most=100) == (0, 0, 90, 100)
+    assert _view([], (800, 700), most=100) == (0, 0, 100, 100)
 
 
 def test_statistics_are_noted_all_over_a_raster():
@@ -248,9 +257,10 @@ def test_the_reach_of_the_command_line_counts(tmp_path, kind):
 
     for reach in (0.0, 3.0):
         cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), norm_reach=reach)
-        cfg = common.dataclasses.replace(cfg, out=str(tmp_path / f"{reach}"))
+        cfg = dataclasses.replace(cfg, out=str(tmp_path / f"{reach}"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "blended", spy)
+            patch.setattr(support.generate, "blended", spy)
+            patch.setattr(support.edits, "blended", spy)
             if kind == "edit":
                 common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
             else:
@@ -275,7 +285,7 @@ def test_labels_are_resized_by_nearest_alone(tmp_path):
     assert set(seen[0][:, 0].unique().tolist()) == {0, 2}
     assert set(seen[0][:, 1].unique().tolist()) == {0, 1}
     generate = {"generate": str(tmp_path / "lc" / "x.png"), "out": str(tmp_path / "two")}
-    common.translate_files(common.dataclasses.replace(cfg, **generate), paint, from_labels=True)
+    common.translate_files(dataclasses.replace(cfg, **generate), paint, from_labels=True)
     assert set(seen[-1].unique().tolist()) == {0, 2}
 
 
@@ -300,7 +310,7 @@ def test_georeferencing_nodata_and_bigness(tmp_path):
     pixels = np.moveaxis(noise(70, 90), 0, -1).copy()
     pixels[:10] = 7
     source = geotiff(tmp_path / "in" / "x.tif", pixels, nodata=7)
-    with Raster(source) as raster, common.writing(tmp_path / "out" / "x.tif", raster) as put:
+    with Raster(source) as raster, writing(tmp_path / "out" / "x.tif", raster) as put:
         for top in range(0, 70, 20):
             put(np.full((min(20, 70 - top), 90, 3), 7, np.uint8), top)
     with rasterio.open(tmp_path / "out" / "x.tif") as out:
@@ -327,7 +337,7 @@ def test_masks_stay_and_black_stays_black(tmp_path, kind):
             geotiff(source, pixels)
             with rasterio.open(source, "r+") as target:
                 target.write_mask(valid)
-    with Raster(source) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+    with Raster(source) as raster, writing(tmp_path / "y.tif", raster) as put:
         for top in (0, 25):
             put(raster.read(top, height=25), top)
     with rasterio.open(tmp_path / "y.tif") as out:
@@ -339,8 +349,8 @@ def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path):
     index = np.zeros((20, 30), np.int16)
     index[:7] = -9999
     source = geotiff(tmp_path / "x.tif", index, nodata=-9999)
-    table = common.ClassTable.load(common.json.dumps(TABLE))
-    with Raster(source, table) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+    table = ClassTable.load(json.dumps(TABLE))
+    with Raster(source, table) as raster, writing(tmp_path / "y.tif", raster) as put:
         assert (raster.read()[:7] == IGNORED).all()
         put(np.full((20, 30, 3), 9, np.uint8), 0)
     with rasterio.open(tmp_path / "y.tif") as out:
@@ -355,7 +365,7 @@ def test_what_is_painted_never_looks_like_no_data(tmp_path):
     source = geotiff(tmp_path / "x.tif", pixels, nodata=0)
     painted = np.tile(np.array([0, 200, 100], np.uint8), (20, 30, 1))
     painted[:, 15:] = 0
-    with Raster(source) as raster, common.writing(tmp_path / "y.tif", raster) as put:
+    with Raster(source) as raster, writing(tmp_path / "y.tif", raster) as put:
         put(painted, 0)
     with rasterio.open(tmp_path / "y.tif") as out:
         written = np.moveaxis(out.read(), 0, -1)
@@ -371,7 +381,7 @@ def test_ground_control_points_and_tags_are_kept(tmp_path):
     with rasterio.open(tmp_path / "x.tif", "w", gcps=gcps, crs="EPSG:25832", **about) as target:
         target.write(noise(20, 20))
         target.update_tags(season="spring", AREA_OR_POINT="Point")
-    with Raster(tmp_path / "x.tif") as raster, common.writing(tmp_path / "y.tif", raster) as put:
+    with Raster(tmp_path / "x.tif") as raster, writing(tmp_path / "y.tif", raster) as put:
         put(raster.read(), 0)
     with rasterio.open(tmp_path / "y.tif") as out:
         assert len(out.gcps[0]) == 3 and out.gcps[1] == "EPSG:25832"
@@ -379,17 +389,17 @@ def test_ground_control_points_and_tags_are_kept(tmp_path):
 
 
 def test_a_photograph_is_no_label_map(tmp_path):
-    table = common.ClassTable.load(common.json.dumps(TABLE))
+    table = ClassTable.load(json.dumps(TABLE))
     geotiff(tmp_path / "photo.tif", picture(np.random.default_rng(0), 80, 90))
     with pytest.raises(common.UserError, match="hardly a pixel has a colour of the class table"):
         Raster(tmp_path / "photo.tif", table)
 
 
 def test_classes_in_a_geotiff_keep_their_colours(tmp_path):
-    table = common.ClassTable.load(common.json.dumps(TABLE))
+    table = ClassTable.load(json.dumps(TABLE))
     source = geotiff(tmp_path / "x.tif", np.zeros((20, 30, 3), np.uint8), nodata=None)
     index = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
-    with Raster(source) as raster, common.writing(tmp_path / "y.tif", raster, table) as put:
+    with Raster(source) as raster, writing(tmp_path / "y.tif", raster, table) as put:
         put(index, 0)
     with rasterio.open(tmp_path / "y.tif") as out:
         assert out.colormap(1)[1][:3] == table.colors[1] and out.nodata == IGNORED
@@ -400,7 +410,7 @@ def test_classes_in_a_geotiff_keep_their_colours(tmp_path):
 
 def test_label_rasters_are_read_by_windows_as_as_a_whole(tmp_path):
     """Codes, palettes and colours; no data has no class."""
-    table = common.ClassTable.load(common.json.dumps(TABLE))
+    table = ClassTable.load(json.dumps(TABLE))
     index = np.random.default_rng(0).integers(0, 3, (40, 50), np.uint8)
     index[:12] = 0
     geotiff(tmp_path / "codes.tif", index.astype(np.uint16))
@@ -470,13 +480,13 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
     child = os.fork()
     if child == 0:
         raster = Raster(tmp_path / "in.tif")
-        with common.writing(tmp_path / "out" / name, raster) as put:
+        with writing(tmp_path / "out" / name, raster) as put:
             put(np.ones((32, 64, 3), np.uint8), 0)
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out" / name).exists()
     out, raster = tmp_path / "out2" / name, Raster(tmp_path / "in.tif")
-    with pytest.raises(ValueError, match="painting"), common.writing(out, raster):
+    with pytest.raises(ValueError, match="painting"), writing(out, raster):
         raise ValueError("painting failed")
     assert list((tmp_path / "out2").iterdir()) == []
 
@@ -509,7 +519,7 @@ def test_a_photograph_with_damaged_exif_is_turned_upright(tmp_path):
     tags = struct.pack("<HHIHH", 274, 3, 1, 6, 0), struct.pack("<HHI4s", 256, 2, 4, b"abc\0")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(tags) + bytes(4)
     Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
-    with common.Raster(tmp_path / "x.jpg") as raster:
+    with Raster(tmp_path / "x.jpg") as raster:
         assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
 
 
@@ -529,7 +539,7 @@ def test_bands_and_palettes_of_photographs(tmp_path):
 
 def test_a_mask_of_label_maps_is_no_class(tmp_path):
     table = {"nearest": True, "classes": TABLE[:3]}
-    table = common.ClassTable.load(common.json.dumps(table))
+    table = ClassTable.load(json.dumps(table))
     index = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
     colours = table.palette[index]
     colours[:5] = 0
@@ -543,7 +553,7 @@ def test_a_palette_of_other_colours_does_not_hide_indices(tmp_path):
     image = Image.fromarray(index)
     image.putpalette(bytes(range(7, 255, 3)) * 9)
     image.save(tmp_path / "x.tif")
-    table = common.ClassTable.load(common.json.dumps(TABLE))
+    table = ClassTable.load(json.dumps(TABLE))
     with Raster(tmp_path / "x.tif", table) as raster:
         assert (raster.read() == index).all() and (
             raster.read(3, 4, 5, 6) == index[3:8, 4:10]
@@ -553,7 +563,7 @@ def test_a_palette_of_other_colours_does_not_hide_indices(tmp_path):
 def test_positions_count_ignored_rows(tmp_path):
     """Where the table has no values, a code is the position of its row."""
     save(tmp_path / "x.png", np.array([[0, 1, 2, 3]], np.uint8))
-    table = common.ClassTable.load(common.json.dumps([TABLE[0], TABLE[3], TABLE[1], TABLE[2]]))
+    table = ClassTable.load(json.dumps([TABLE[0], TABLE[3], TABLE[1], TABLE[2]]))
     with Raster(tmp_path / "x.png", table) as raster:
         assert raster.read().tolist() == [[0, IGNORED, 1, 2]]
 
@@ -579,13 +589,13 @@ def test_a_tiff_that_was_not_written_whole_does_not_appear(tmp_path, monkeypatch
     monkeypatch.setattr(rasterio, "open", half)
     out = tmp_path / "out" / "x.tif"
     full = pytest.raises(common.UserError, match="is the disk full")
-    with full, common.writing(out, raster) as put:
+    with full, writing(out, raster) as put:
         put(noise(64, 64).transpose(1, 2, 0), 0)
     assert list(out.parent.iterdir()) == []
 
 
 def test_a_code_that_is_a_class_is_one_though_declared_no_data(tmp_path):
-    table = common.ClassTable.load(common.json.dumps(TABLE))
+    table = ClassTable.load(json.dumps(TABLE))
     geotiff(tmp_path / "x.tif", np.zeros((4, 4), np.uint8), nodata=0)
     with Raster(tmp_path / "x.tif", table) as raster:
         assert (raster.read() == 0).all()
@@ -611,7 +621,7 @@ def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
         for split in ("train", "val"):
             write(tmp_path / suffix / split / "rgb" / f"x{suffix}", image)
             write(tmp_path / suffix / split / "lc" / f"x{suffix}", index)
-        (tmp_path / suffix / "classes.json").write_text(common.json.dumps(TABLE))
+        (tmp_path / suffix / "classes.json").write_text(json.dumps(TABLE))
     stores, honest, rows = [], Raster.read, []
 
     def read(self, *window, **more):
@@ -622,7 +632,7 @@ def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
     monkeypatch.setattr(Raster, "read", read)
     for suffix in (".tif", ".png"):
         _, cfg = tiny("mixlc", data=str(tmp_path / suffix), patch=60, lc_classes="")
-        cfg = common.dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
+        cfg = dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
         stores.append(common.ImageStore(cfg, "train", 64))
     assert stores[0].records.shape == (6, 4, 64, 64) and max(rows) == 60
     assert (stores[0].records == stores[1].records).all()
@@ -683,7 +693,7 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
     elsewhere = from_origin(500_100, 5_800_000, 0.5, 0.5)
     geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
     with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
-        common.edit_of_files(cfg)
+        edit_of_files(cfg)
 
 
 @pytest.mark.parametrize("shape", [(300, 399), (299, 400)])
@@ -691,7 +701,7 @@ def test_land_cover_of_another_size_is_refused(tmp_path, shape):
     cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
     save(tmp_path / "labels" / "lc.png", np.zeros(shape, np.uint8))
     with pytest.raises(common.UserError, match="sizes must agree"):
-        common.edit_of_files(cfg)
+        edit_of_files(cfg)
 
 
 def test_what_a_killed_generation_left_is_removed(tmp_path):
@@ -737,12 +747,12 @@ def test_an_edit_is_feathered(tmp_path):
 def test_edits_close_together_are_painted_as_one(tmp_path):
     strokes = "water:100,50,20,20", "road:130,80,20,20", "road:10,250,5,5"
     cfg, _ = edit(tmp_path, paint=strokes)
-    regions = common.edit_of_files(cfg).regions()
+    regions = edit_of_files(cfg).regions()
     assert len(regions) == 2
     for (top, left, height, width), other in (regions, regions[::-1]):
         assert height >= 64 and width >= 64 and top >= 0 and left >= 0
         assert top + height <= 300 and left + width <= 400
-        assert not common.touch((top, left, height, width), other)
+        assert not touch((top, left, height, width), other)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -753,12 +763,12 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
         x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
         strokes.append(f"water:{x},{y},{width},{height}")
     cfg, photo = edit(tmp_path, paint=tuple(strokes))
-    files = common.edit_of_files(cfg)
+    files = edit_of_files(cfg)
     regions, left = files.regions(), files.changed(0, 0, 300, 400)
     assert left.any()
     for k, (y, x, height, width) in enumerate(regions):
         left[y : y + height, x : x + width] = False
-        assert not any(common.touch(regions[k], other) for other in regions[:k])
+        assert not any(touch(regions[k], other) for other in regions[:k])
     assert not left.any()
 
 
@@ -767,7 +777,7 @@ def test_an_edit_of_everything_and_one_of_nothing(tmp_path, capsys):
     common.edit_file(cfg, Painter())
     assert (np.asarray(Image.open(tmp_path / "out" / "photo.png"))[20:-20, 20:-20] == 140).all()
     cfg, photo = edit(tmp_path, paint=("land:0,0,400,300",))
-    cfg = common.dataclasses.replace(cfg, out=str(tmp_path / "none"))
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "none"))
     painter = Painter()
     common.edit_file(cfg, painter)
     assert "nothing changes" in capsys.readouterr().err and not painter.windows
@@ -779,9 +789,7 @@ def test_land_cover_before_and_after_as_files(tmp_path):
     after[100:120, 200:220] = 1
     save(tmp_path / "labels" / "after.png", after)
     cfg, photo = edit(tmp_path)
-    cfg = common.dataclasses.replace(
-        cfg, lc=str(tmp_path / "labels" / "after.png"), lc_before=cfg.lc
-    )
+    cfg = dataclasses.replace(cfg, lc=str(tmp_path / "labels" / "after.png"), lc_before=cfg.lc)
     painter = Painter()
     common.edit_file(cfg, painter, samples=2)
     assert len(painter.windows) == 2

@@ -15,7 +15,7 @@ import torch
 
 import cyclegan
 from conftest import SCRIPTS, land_cover, picture, save, side_by_side, vgg_file
-from pages import paint
+from support import serve
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results/README.md", *(f"{script}.py" for script in SCRIPTS))
@@ -90,7 +90,7 @@ def world(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(socketserver.BaseServer, "serve_forever", ctrl_c)
-    monkeypatch.setattr(paint, "ENDED", threading.Event())
+    monkeypatch.setattr(serve, "ENDED", threading.Event())
     return tmp_path
 
 

@@ -19,8 +19,13 @@ from PIL import Image
 
 import common
 import pix2pix
+import support.run
 from conftest import as_rank, batch_of, line_of, picture, same, save, state_of
 from pix2pix import Config, main
+from support.checkpoints import save_checkpoint, state_dict
+from support.demo import demo_world
+from support.options import parse
+from support.plots import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "64", "--width", "4", "--batch-size", "2", "--log-every", "2", "--device", "cpu"]
@@ -77,7 +82,7 @@ def test_run_folder(trained):
 
 
 def test_metrics(trained):
-    rows = common.read_metrics(trained / "metrics.csv")
+    rows = read_metrics(trained / "metrics.csv")
     assert list(rows[0]) == [
         *(
             "epoch",
@@ -103,7 +108,7 @@ def test_metrics(trained):
 
 
 def test_losses_png_has_a_panel_for_every_column(trained, plot_metrics, tmp_path):
-    plot_metrics(common.read_metrics(trained / "metrics.csv"), tmp_path / "losses.png")
+    plot_metrics(read_metrics(trained / "metrics.csv"), tmp_path / "losses.png")
     image = np.asarray(Image.open(tmp_path / "losses.png").convert("L"))
     assert image.shape == (3 * 234, 1170)  # nine columns, three a row
     for row in range(3):
@@ -114,7 +119,7 @@ def test_losses_png_has_a_panel_for_every_column(trained, plot_metrics, tmp_path
 
 def test_a_run_of_weeks_says_so_and_what_makes_it_hours(pairs, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 600))  # every look at the clock is ten minutes later
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     main(options(pairs, tmp_path / "run", "--epochs", "2"))
     assert "days" not in capsys.readouterr().err
     asked = iter([False] * 4 + [True])
@@ -149,7 +154,7 @@ def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
     main(options(pairs, tmp_path / "whole", *long))
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", log_till_the_power_goes)
-        patch.setattr(common.time, "monotonic", lambda: now[0])
+        patch.setattr(time, "monotonic", lambda: now[0])
         with pytest.raises((ConnectionError, SystemExit)):
             main(options(pairs, tmp_path / "run", *long))
     saved = state_of(tmp_path / "run/checkpoints/last.pt")
@@ -166,7 +171,7 @@ def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
     """Every ten steps: what one of them wants, all do."""
     as_rank(monkeypatch, 0)
     other = torch.tensor([15, 1])  # has had SIGTERM, and its clock is ahead
-    monkeypatch.setattr(common, "reduced", lambda tensor, how: torch.maximum(tensor, other))
+    monkeypatch.setattr(support.run, "reduced", lambda tensor, how: torch.maximum(tensor, other))
     run = object.__new__(common.Run)
     run.step, run.interrupted, run.saved = 19, 2, time.monotonic()
     assert not run.stopping() and not run.overdue and run.interrupted == 2
@@ -269,7 +274,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {"last.pt", "epoch_0004.pt"}
     assert state_of(tmp_path / "run" / "checkpoints" / "epoch_0004.pt")["epoch"] == 4
-    rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert {row["epoch"] for row in rows} == set("12345") and rows[-1]["val_psnr"]
 
 
@@ -287,7 +292,7 @@ def uninterrupted(pairs, tmp_path_factory):
 def wait_for_step(out, step, process):
     deadline = time.time() + 120
     while time.time() < deadline:
-        rows = common.read_metrics(out / "metrics.csv")
+        rows = read_metrics(out / "metrics.csv")
         if rows and int(rows[-1]["step"]) >= step:
             return
         assert process.poll() is None, process.stderr.read().decode()
@@ -375,14 +380,14 @@ def test_resume_finds_the_newest_default_run(pairs, tmp_path, monkeypatch):
 
 def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    common.save_checkpoint(path, {"a": 1})
+    save_checkpoint(path, {"a": 1})
 
     def breaks(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", breaks)
     with pytest.raises(common.UserError, match="No space left"):
-        common.save_checkpoint(path, {"a": 2})
+        save_checkpoint(path, {"a": 2})
     assert torch.load(path, weights_only=True) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -542,7 +547,7 @@ def test_moments_are_laid_out_like_their_parameters(tmp_path):
         net.to(memory_format=torch.channels_last)
     torch.manual_seed(0)
     pix2pix.train_step(state, batch, cfg)
-    torch.save({"state": common.state_dict(state)}, tmp_path / "x.pt")
+    torch.save({"state": state_dict(state)}, tmp_path / "x.pt")
     saved = torch.load(tmp_path / "x.pt")
     strides = [m["exp_avg"].stride() for m in saved["state"]["opt_G"]["state"].values()]
     restored = pix2pix.build(cfg, torch.device("cpu"))
@@ -659,12 +664,12 @@ def test_a_folder_of_other_files_is_no_run_folder(pairs, tmp_path, capsys):
 def test_resume_survives_a_damaged_metrics_file(pairs, tmp_path, capsys):
     out = tmp_path / "run"
     main(options(pairs, out, "--epochs", "1", "--schedule", "constant"))
-    rows = common.read_metrics(out / "metrics.csv")
+    rows = read_metrics(out / "metrics.csv")
     (out / "metrics.csv").write_bytes(
         (out / "metrics.csv").read_bytes() + b"\xff\xfenonsense,nonsense\n"
     )
     main(["--resume", "--out", str(out), "--epochs", "2"])
-    assert common.read_metrics(out / "metrics.csv")[: len(rows)] == rows
+    assert read_metrics(out / "metrics.csv")[: len(rows)] == rows
 
 
 def test_init_refuses_another_architecture(trained, tmp_path, capsys, pairs):
@@ -801,13 +806,13 @@ def test_help_shows_every_option_with_its_default(capsys):
 
 
 def test_quick_changes_defaults_but_not_what_is_typed():
-    cfg, given = common.parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", "5"])
+    cfg, given = parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", "5"])
     assert (cfg.size, cfg.width, cfg.epochs) == (64, 5, pix2pix.QUICK["epochs"])
     assert given == {"quick": True, "width": 5}
 
 
 def test_negative_flags_exist():
-    assert common.parse(Config, "x", {}, ["--no-graph"])[0].graph is False
+    assert parse(Config, "x", {}, ["--no-graph"])[0].graph is False
 
 
 @pytest.mark.slow
@@ -815,11 +820,11 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     """Without data: the demo world; L1 falls well below its start, and below the constant colours'
     level.
     """
-    common.demo_world(tmp_path / "cache", "maps", train=48, val=2, side=96)
+    demo_world(tmp_path / "cache", "maps", train=48, val=2, side=96)
     out = tmp_path / "run"
     shape = ["--size", "64", "--width", "12", "--batch-size", "4"]
     main([*shape, "--epochs", "8", "--log-every", "4", "--eval-norm", "running", "--out", str(out)])
-    rows = common.read_metrics(out / "metrics.csv")
+    rows = read_metrics(out / "metrics.csv")
     first, last = (np.mean([float(row["g_l1"]) for row in part]) for part in (rows[:2], rows[-4:]))
     assert last < 0.5 * first
     table = json.loads((out / "evaluation.json").read_text())["rows"]

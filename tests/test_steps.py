@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import common
+import support.vgg16
 from conftest import CPU, TABLE, batch_of, tiny
+from support.vgg16 import _random_weights
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
 LABELS = {"lc_classes": json.dumps(TABLE)}
@@ -62,7 +64,7 @@ def build(script, monkeypatch=None, **options):
     """(module, cfg, state): the state in float64; VGG16 with random weights where it is asked."""
     module, cfg = tiny(script, **options)
     if monkeypatch:
-        monkeypatch.setattr(common, "_vgg16_weights", lambda path, s: common._random_weights(s))
+        monkeypatch.setattr(support.vgg16, "_vgg16_weights", lambda path, s: _random_weights(s))
     return module, cfg, in_double(module.build(cfg, CPU))
 
 

@@ -1,9 +1,4 @@
-"""The page behind --serve: paint a label map, or a picture, and see what a model makes of it.
-
-The standard library's server, on this machine alone unless another address is asked for. A random
-token in the address keeps other pages of the browser out; nothing that is opened or painted stays
-on disk. What a script gives is what it gives to --generate: paint, and the network that it uses.
-"""
+"""The local server behind --serve: paint, and see what a model makes of it."""
 
 import base64
 import collections
@@ -28,8 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import common
-from common import UserError
+from support.batches import spread
+from support.canvases import Edit, Translation, around
+from support.classes import IGNORED, ClassTable
+from support.errors import UserError
+from support.pictures import as_array
+from support.processes import world_size
+from support.rasters import Raster
+from support.store import ImageStore
 
 MOST_BYTES = 2**26  # of a request
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
@@ -39,10 +40,10 @@ EXAMPLES = 12
 
 
 def translations(cfg, paint, net, from_labels, to_labels):
-    """--serve of a script that translates; the arguments are common.translate_files'."""
+    """--serve of a script that translates; the arguments are translate_files'."""
 
     def show(strip):
-        return cfg.classes.palette[strip.argmax(0)] if to_labels else common.as_array(strip[None])
+        return cfg.classes.palette[strip.argmax(0)] if to_labels else as_array(strip[None])
 
     paint = until_the_end(paint)
 
@@ -53,7 +54,7 @@ def translations(cfg, paint, net, from_labels, to_labels):
 
 
 def edits(cfg, paint, net):
-    """--serve of a script that edits photographs; the arguments are common.edit_file's."""
+    """--serve of a script that edits photographs; the arguments are edit_file's."""
     make = functools.partial(Edit, cfg, until_the_end(paint), net)
     Studio(cfg, cfg.classes, make, edits=True).serve()
 
@@ -72,131 +73,6 @@ def until_the_end(paint):
     return painting
 
 
-# ----------------------------------------------------------------------------------------- canvases
-
-
-class Painted(common.Raster):
-    """A picture (H, W, 3) uint8, or a label map (H, W), in memory; who holds it may change it."""
-
-    def __init__(self, pixels, table=None):
-        self.path, self.table, self.tiff, self._whole = Path("canvas"), table, None, pixels
-        self.height, self.width = pixels.shape[:2]
-
-
-class Translation:
-    """A label map or a picture, and what a model makes of it, window by window.
-
-    pixels   (H, W) class indices, or (H, W, 3) uint8: strokes change them
-    painted  after a change, the picture of the windows around it; at the first, of all
-
-    The windows, their weights and their noise are those of --generate, and so is the picture.
-    Shared statistics stay those of the canvas as it was opened.
-    """
-
-    def __init__(self, cfg, paint, net, pixels, table, show):
-        self.cfg, self.paint, self.pixels, self.show = cfg, paint, pixels, show
-        self.raster = Painted(pixels, table)
-        self.cut = functools.partial(common.network_input, self.raster, cfg.size)
-        size = self.raster.height, self.raster.width
-        window = common.window_of(cfg, self.raster)
-        self.sides = (window, window) if window else size
-        rows, columns = (common.tiles(*pair) for pair in zip(size, self.sides, strict=True))
-        self.corners = [(top, left) for top, _ in rows for left, _ in columns]
-        self.weights = [
-            torch.from_numpy(y[:, None] * x) for (_, y), (_, x) in itertools.product(rows, columns)
-        ]
-        self.fakes = {}  # (number of a window, sample): (C, height, width) float32
-        self.alone = len(self.corners) == 1
-        self.statistics = None if self.alone else common.shared_statistics(cfg, net)
-        if self.statistics:
-            windowed = functools.partial(paint, whole=False)
-            self.statistics.note_some(rows, columns, self.sides, self.cut, windowed)
-
-    def painted(self, box, sample):
-        """Paints anew what a box (top, left, height, width) touches: (its surroundings, pixels)."""
-        if (0, sample) not in self.fakes:
-            box = 0, 0, self.raster.height, self.raster.width
-        touched = self._touched(box)
-        torch.manual_seed(self.cfg.seed + sample - 1)
-        paint = functools.partial(self.paint, whole=self.alone)
-        for first in range(0, len(touched), 8):
-            numbers = touched[first : first + 8]
-            corners = [self.corners[k] for k in numbers]
-            fakes = common.paint_windows(self.cut, paint, corners, self.sides, self.statistics)
-            self.fakes |= {(k, sample): fake for k, fake in zip(numbers, fakes, strict=True)}
-        tops, lefts = zip(*(self.corners[k] for k in touched), strict=True)
-        bottom = min(max(tops) + self.sides[0], self.raster.height)
-        right = min(max(lefts) + self.sides[1], self.raster.width)
-        region = min(tops), min(lefts), bottom - min(tops), right - min(lefts)
-        return region, self.show(self._blended(region, sample))
-
-    def _touched(self, box):
-        """The numbers of the windows that have pixels in a box."""
-        return [
-            k for k, corner in enumerate(self.corners) if common.touch((*corner, *self.sides), box)
-        ]
-
-    def _blended(self, region, sample):
-        """The windows of a region, each with its weights: (C, height, width) float32."""
-        y, x, height, width = region
-        blend = torch.zeros(len(self.fakes[0, sample]), height, width)
-        for k in self._touched(region):
-            top, left = self.corners[k]
-            fake = self.fakes[k, sample] * self.weights[k]
-            target = blend[:, max(0, top - y) :, max(0, left - x) :]
-            fake = fake[:, max(0, y - top) :, max(0, x - left) :]
-            fake = fake[:, : target.shape[1], : target.shape[2]]
-            target[:, : fake.shape[1], : fake.shape[2]] += fake
-        return blend
-
-
-class Edit:
-    """A photograph, its land cover, which strokes change, and the photograph that follows.
-
-    pixels   (H, W) class indices: strokes change them
-    painted  after a change, the picture of the regions that it changed
-
-    The regions, their windows and how they are blended are those of --generate.
-    """
-
-    def __init__(self, cfg, paint, net, labels, photo):
-        self.paint, self.net, self.photo, self.pixels = paint, net, photo, labels
-        maps = Painted(labels, cfg.classes), Painted(labels.copy(), cfg.classes)
-        self.edit = common.PhotoEdit(cfg, Painted(photo), *maps)
-        self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
-
-    def painted(self, box, sample):
-        """Paints the regions that are new: (the box around all that changed, pixels)."""
-        known, found = self.answers[sample], {}
-        for region in self.edit.regions():
-            key = region, self.edit.after(*region).tobytes()
-            if key not in known:
-                known[key] = list(self.edit.painted(region, self.paint, self.net, sample))
-                box = around(box, region)
-            found[key] = known[key]
-        for region, _ in known.keys() - found.keys():  # what was erased, or became part of another
-            box = around(box, region)
-        self.answers[sample] = found
-        top, left, height, width = box
-        picture = self.photo[top : top + height, left : left + width].copy()
-        for pixels, y, x in itertools.chain(*found.values()):
-            common.paste(picture, pixels, y - top, x - left)
-        return box, picture
-
-
-def around(box, other):
-    """The box (top, left, height, width) around two."""
-    top, left = min(box[0], other[0]), min(box[1], other[1])
-    bottom, right = (
-        max(box[0] + box[2], other[0] + other[2]),
-        max(box[1] + box[3], other[1] + other[3]),
-    )
-    return top, left, bottom - top, right - left
-
-
-# ------------------------------------------------------------------------------------------- studio
-
-
 class Studio:
     """What the page asks for: canvases to open, strokes, files to take away.
 
@@ -205,7 +81,7 @@ class Studio:
 
     def __init__(self, cfg, classes, make, edits=False):
         self.cfg, self.classes, self.make, self.edits = cfg, classes, make, edits
-        if common.world_size() > 1:
+        if world_size() > 1:
             raise UserError("--serve: start it without torchrun, in one process")
         self.folder = Path(cfg.out)
         self.token = secrets.token_urlsafe(24)
@@ -216,14 +92,14 @@ class Studio:
     def _examples(self):
         """[(pixels, photograph or None)] of validation images, evenly spread, if there are any."""
         try:
-            store = common.ImageStore(self.cfg, "val", self.cfg.size)
+            store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):
             return []
         sides = (store.B, store.A)
         if not self.edits and self.cfg.direction == "AtoB":
             sides = (store.A, store.B)
         found = []
-        for k in common.spread(EXAMPLES, len(sides[0])):
+        for k in spread(EXAMPLES, len(sides[0])):
             pixels, other = (np.moveaxis(side[k % len(side)], 0, -1).copy() for side in sides)
             photo = other if store.paired and other.shape[2] == 3 else None
             found.append((pixels[..., 0] if self.classes else pixels, photo))
@@ -231,13 +107,13 @@ class Studio:
 
     def page(self):
         """The page, with what it needs to know of the model in it."""
-        table = self.classes or common.ClassTable.load("maps")
+        table = self.classes or ClassTable.load("maps")
         about = {
             "script": self.cfg.script,
             "edits": self.edits,
             "labels": bool(self.classes),
             "classes": list(zip(table.names, table.colors, strict=True)),
-            "unlabeled": table.palette[common.IGNORED].tolist(),
+            "unlabeled": table.palette[IGNORED].tolist(),
             "side": self.cfg.window or self.cfg.size,
             "most": MOST_ANSWERS,
             "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
@@ -267,7 +143,7 @@ class Studio:
             shape = whole(wanted, "height", 16, 4096), whole(wanted, "width", 16, 4096)
             pixels, photo = np.zeros(shape, np.uint8), None
             if not self.classes:
-                pixels = np.full((*shape, 3), common.ClassTable.load("maps").colors[0], np.uint8)
+                pixels = np.full((*shape, 3), ClassTable.load("maps").colors[0], np.uint8)
         # with the paintings, which change how the network normalises
         canvas = self.painter.submit(self.make, pixels.copy(), photo).result()
         canvas.start, canvas.latest, canvas.dirty, canvas.beside = pixels, 0, None, photo
@@ -297,7 +173,7 @@ class Studio:
                 path = Path(folder) / f"{what}{Path(name).suffix[:8]}"
                 path.write_bytes(base64.b64decode(content, validate=True))
                 try:
-                    with common.Raster(path, table) as raster:
+                    with Raster(path, table) as raster:
                         size = f"{raster.width}x{raster.height}"
                         if raster.height * raster.width > MOST_PIXELS:
                             raise UserError(f"{path}: {size} pixels are too many for this page")
@@ -335,7 +211,7 @@ class Studio:
         if len(content) != np.prod(shape):
             raise UserError(f"a stroke of {len(content)} bytes where {np.prod(shape)} belong")
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
-        if self.classes and (pixels[pixels != common.IGNORED] >= len(self.classes)).any():
+        if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
             raise UserError(f"a class outside the table, which has {len(self.classes)}")
         canvas.latest += 1
         return self.painter.submit(
@@ -413,9 +289,6 @@ def encoded(image):
 def png(pixels):
     """(H, W, 3) uint8 as a PNG in base64."""
     return base64.b64encode(encoded(Image.fromarray(np.ascontiguousarray(pixels)))).decode()
-
-
-# ------------------------------------------------------------------------------------------- server
 
 
 class Handler(BaseHTTPRequestHandler):

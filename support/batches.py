@@ -1,0 +1,93 @@
+"""Which images come in which step, and how they reach the device."""
+
+import collections
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from support.errors import UserError
+from support.processes import rank, world_size
+
+
+def turns(flip):
+    """How many ways a value of --flip leaves: (left to right, upside down), 1 or 2 each."""
+    return {"none": (1, 1), "horizontal": (2, 1), "both": (2, 2)}[flip]
+
+
+def load_size(cfg):
+    """The side at which training images are stored: --load-size, or 286/256 of --size."""
+    if cfg.load_size and not cfg.size <= cfg.load_size <= 4096:
+        raise UserError(f"--load-size {cfg.load_size}: must be --size {cfg.size} to 4096")
+    return cfg.load_size or round(cfg.size * 286 / 256)
+
+
+class Rows:
+    """Rows of a uint8 array (N, C, side, side), taken in batches onto the device.
+
+    On a GPU the array lives there when it fits in share of the free memory; otherwise a
+    background thread gathers the next batches into pinned memory. On the CPU rows are views into
+    the memory-mapped file: nothing is copied before its crop is known.
+    """
+
+    def __init__(self, array, device, share=0.4):
+        self.device = device
+        on_cpu = device.type == "cpu"
+        self.resident = on_cpu or array.size < share * torch.cuda.mem_get_info(device)[0]
+        rows = torch.from_numpy(array)
+        self.rows = rows.to(device) if self.resident else rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batches(self, index):
+        """index (steps, B) of rows -> yields lists of B images (C, side, side) on the device."""
+        if not self.resident:
+            yield from self._prefetched(index)
+            return
+        for rows in index.tolist():
+            yield [self.rows[row] for row in rows]
+
+    def _prefetched(self, index, ahead=4):
+        def gather(rows):
+            return self.rows[torch.from_numpy(rows)].pin_memory()
+
+        with ThreadPoolExecutor(1) as background:
+            jobs = collections.deque(background.submit(gather, rows) for rows in index[:ahead])
+            for k in range(len(index)):
+                batch = jobs.popleft().result()
+                if k + ahead < len(index):
+                    jobs.append(background.submit(gather, index[k + ahead]))
+                yield list(batch.to(self.device, non_blocking=True))
+
+
+def steps_in_epoch(count, batch_size):
+    """How many batches count images give in an epoch, the same in every process."""
+    world = world_size()
+    if count < batch_size * world:
+        what = f"--batch-size {batch_size} in {world} process(es) is more than"
+        raise UserError(f"{what} the {count} training images")
+    return count // (batch_size * world)
+
+
+def batches_of_rank(batch_size, first, *arrays):
+    """An epoch's arrays (N, ...), each as (steps, batch_size, ...) from step `first` on.
+
+    That is this process's share of every step; what does not fill a step is left out.
+    """
+    for array in arrays:
+        steps = steps_in_epoch(len(array), batch_size)
+        whole = array[: steps * batch_size * world_size()]
+        yield whole.reshape(steps, world_size(), batch_size, *array.shape[1:])[first:, rank()]
+
+
+def spread(count, total):
+    """`count` of `total` indices, evenly spread, in order; all of them for 0 or too many."""
+    if count == 0 or count >= total:
+        return np.arange(total)
+    return np.arange(count) * total // count
+
+
+def chunks(index, size=8):
+    """An array of indices in pieces of at most `size`."""
+    return np.split(index, range(size, len(index), size))

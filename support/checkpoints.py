@@ -1,0 +1,190 @@
+"""Checkpoints: saved whole, loaded with weights_only, restored in place."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from support.device import set_lr
+from support.errors import UserError
+from support.options import flag
+from support.processes import rank, world_size
+
+
+def save_checkpoint(path, content):
+    """Writes content (dicts, lists, numbers, tensors) aside, fsyncs and renames.
+
+    Whenever path is there it is whole, the old one or the new.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        remedy = "free some space; what was saved before is kept"
+        raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_weights(path):
+    """A file of tensors, read with weights_only=True onto the CPU."""
+    path = Path(path)
+    if path.is_dir():
+        example = path / "checkpoints" / "last.pt"
+        raise UserError(f"{path}: is a directory: name a file, such as {example}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        if damaged:  # torch.load checks no sums
+            raise ValueError(f"checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds on a damaged file
+        reason = (str(error).splitlines() or [repr(error)])[0][:90]
+        older = sorted(path.parent.glob("epoch_*.pt")) if path.name == "last.pt" else []
+        older = [other for other in older if not other.samefile(path)][-1:]
+        remedy = f": {older[0]} is an older one, to put in its place" if older else ""
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}){remedy}") from None
+
+
+def load_checkpoint(path, script):
+    """A checkpoint that script ("pix2pix", ...) wrote; refuses another script's."""
+    content = load_weights(path)
+    names = ("config", "state")
+    whole = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in names)
+    if not whole or "script" not in content:
+        hint = "published generator weights go with --init"
+        raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
+    if content["script"] != script:
+        theirs = content["script"]
+        raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
+    return content
+
+
+RANKS = "buffers of ranks"
+
+
+def buffers_of_ranks(state):
+    """What processes other than the first have of their own: [{module: {buffer: tensor}}, ...].
+
+    Rank 0 gets the list, for the checkpoint; weights and optimizers are the same in all.
+    """
+    own = {}
+    for name, module in vars(state).items():
+        if isinstance(module, nn.Module):
+            own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(own, gathered)
+    return gathered[1:] if rank() == 0 else []
+
+
+def state_dict(state):
+    """What a checkpoint holds of a State: modules and optimizers by their state_dict.
+
+    Tensors and numbers are kept as such; a module that has nothing to keep is left out.
+    """
+    kept = {}
+    for name, value in vars(state).items():
+        if hasattr(value, "state_dict"):
+            content = value.state_dict()
+            if content:
+                kept[name] = content
+        elif isinstance(value, (torch.Tensor, int, float)):
+            kept[name] = value
+    return kept
+
+
+def restore(state, checkpoint, path):
+    """Puts a checkpoint's state back into a State, in place.
+
+    What the State lacks (an optimizer, when one only generates) is passed over; what the
+    checkpoint lacks is refused. Processes other than the first take their own buffers from it.
+    """
+    saved = checkpoint["state"]
+    for name in state_dict(state):
+        if name not in saved:
+            raise UserError(f"{path}: holds no {name}: written by another version of this script")
+        value = getattr(state, name)
+        if hasattr(value, "state_dict"):
+            weights = [w for w in tensors_of(saved[name]) if w.is_floating_point()]
+            if not all(w.isfinite().all() for w in weights):
+                raise UserError(f"{path}: its {name} has weights that are not finite")
+            _load_state_dict(value, saved[name], f"{path}: its {name}")
+        elif isinstance(value, torch.Tensor):
+            value.copy_(saved[name])
+        else:
+            setattr(state, name, saved[name])
+    own = saved[RANKS][rank() - 1] if rank() and RANKS in saved else {}
+    for name, buffers in own.items():
+        getattr(state, name).load_state_dict(buffers, strict=False)
+
+
+def tensors_of(content):
+    """Every tensor in nested dicts."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from tensors_of(value)
+
+
+def _load_state_dict(value, saved, what):
+    """A module's or an optimizer's state, whose layout and switches stay this device's."""
+    groups = [dict(group) for group in getattr(value, "param_groups", [])]
+    try:
+        value.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} does not fit the options ({reason})") from None
+    for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
+        rate = float(group["lr"])
+        group.update({key: own[key] for key in ("lr", "fused", "capturable")})
+        set_lr(value, rate)
+        for parameter in group["params"]:  # fused Adam pairs elements by their place in memory
+            for key, moment in value.state[parameter].items():
+                if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                    value.state[parameter][key] = torch.empty_like(parameter).copy_(moment)
+
+
+def load_network(module, path, cfg, key, optional=False):
+    """Fills a network from a file: network `key` of our checkpoint, or a published generator.
+
+    A published generator's bare state dict is taken by position. Buffers of InstanceNorm layers
+    in old files are dropped. optional: a file that holds no such network changes nothing.
+    """
+    content = load_weights(path)
+    ours = isinstance(content, dict) and isinstance(content.get("state"), dict)
+    if optional and (not ours or key not in content["state"]):
+        return
+    if ours:
+        content = content["state"].get(key)
+    tensors = isinstance(content, dict) and all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    )
+    if not tensors or not content:
+        raise UserError(f"{path}: holds no network {key} and is no state dict")
+    ours = module.state_dict()
+    if not any("running_mean" in name for name in ours):
+        buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
+        content = {name: value for name, value in content.items() if not buffer.search(name)}
+    options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes")
+    remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
+    if len(ours) != len(content):
+        counts = f"{len(content)} tensors, but this {key} has {len(ours)}"
+        raise UserError(f"{path}: {counts}: {remedy}")
+    for (name, mine), (theirs, value) in zip(ours.items(), content.items(), strict=True):
+        if mine.shape != value.shape:
+            shapes = f"{theirs} is {tuple(value.shape)}, but our {name} is {tuple(mine.shape)}"
+            raise UserError(f"{path}: {shapes}: {remedy}")
+    module.load_state_dict(dict(zip(ours, content.values(), strict=True)))

@@ -1,0 +1,99 @@
+"""The demo world: procedural landscapes, written as a small dataset."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.files import write_image
+from support.processes import first_here, wait_for_others
+
+DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
+_DEMO_COLORS = "170,200,120 240,220,110 40,110,50 60,110,210 190,60,50 250,250,250"
+_DEMO_MAP = "233,229,222 186,210,186 203,223,172 177,208,254 222,218,212 254,254,252"
+_DEMO_GROUND = "104,122,76 140,132,84 46,72,44 34,62,88 160,128,112 132,130,126"
+
+
+def landscape(rng, side):
+    """A procedural landscape as (satellite, map, classes).
+
+    (side, side, 3) uint8 twice, and (side, side) uint8 indices of DEMO_CLASSES.
+    """
+    fx, fy = np.meshgrid(np.fft.rfftfreq(side), np.fft.fftfreq(side))
+    radius = np.maximum(np.hypot(fx, fy), 1 / side)
+
+    def noise(slope):  # spectrum 1 / f^slope, mean 0, deviation 1
+        spectrum = np.fft.rfft2(rng.normal(size=(side, side))) / radius**slope
+        field = np.fft.irfft2(spectrum, (side, side))
+        return (field - field.mean()) / field.std()
+
+    y, x = np.mgrid[:side, :side]
+    elevation, moisture, warp, trees = noise(2.2), noise(1.9), noise(2.5), noise(0.4)
+    angle = rng.uniform(0, np.pi)
+    u = x * np.cos(angle) + y * np.sin(angle)
+    v = y * np.cos(angle) - x * np.sin(angle)
+    parcel = (u // 32).astype(int) * 57 + (v // 22).astype(int) * 131
+    tint = rng.uniform(-1, 1, (4096, 3))[parcel % 4096]  # (side, side, 3), one colour a field
+
+    ground = np.zeros((side, side), np.uint8)
+    ground[(moisture < 0.2) & (np.abs(elevation) < 1.2)] = 1
+    ground[moisture > 0.5] = 2
+    ground[elevation < -0.8] = 3
+    block = side // 18
+    from_street = np.minimum(u % block, v % block) / block
+    street, house = from_street < 0.2, (from_street > 0.35) & (tint[..., 0] + warp < 1.5)
+    for _ in range(rng.integers(1, 4)):  # towns: a street grid, houses, and a road that leaves
+        cx, cy, reach = rng.uniform((0.1, 0.1, 0.1), (0.9, 0.9, 0.22)) * side
+        town = (np.hypot(x - cx, y - cy) + 0.15 * reach * warp < reach) & (ground != 3)
+        ground[town] = np.where(street, 5, np.where(house, 4, 0))[town]
+        across = (x - cx) * np.sin(angle) - (y - cy) * np.cos(angle)
+        across += side / 40 * (warp - warp[int(cy), int(cx)])
+        ground[np.abs(across) < side / 100] = 5
+
+    furrows = 5 * np.sin(u * 1.3)[..., None]
+    flat = np.zeros((1, 1, 1))
+    texture = [flat, 14 * tint + furrows, 12 * trees[..., None], flat, 30 * tint[..., :1], flat]
+    slope = np.roll(elevation, 2, 1) - np.roll(elevation, -2, 1)
+    shade = np.where(ground == 3, 4 * moisture, 9 * slope * side / 64)[..., None]
+    satellite = _colors(_DEMO_GROUND)[ground] + 6 * rng.normal(size=(side, side, 1)) + shade
+    satellite += np.choose(ground[..., None], texture)
+    drawn = _colors(_DEMO_MAP)[ground].astype(np.uint8)
+    return np.clip(satellite, 0, 255).astype(np.uint8), drawn, ground
+
+
+def _colors(text):
+    """ "1,2,3 4,5,6" as an array of colours, (n, 3)."""
+    return np.array([color.split(",") for color in text.split()]).astype(int)
+
+
+def demo_world(cache, kind, train=96, val=12, side=256):
+    """Writes a small dataset of landscapes under cache, once, and returns its directory.
+
+    kind  "maps": pairs side by side, satellite | map; "landcover": rgb and lc with classes.json
+    """
+    root = Path(cache) / f"demo-{kind}"
+    if first_here() and not root.exists():
+        aside = root.with_name(f".{root.name}.{os.getpid()}")  # whole or absent
+        for split, count, first in (("train", train, 0), ("val", val, 100_000)):
+            about = {"unit": "image", "leave": False, "disable": None}
+            for k in tqdm(range(count), f"demo world, {split}", **about):
+                satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
+                if kind == "landcover":
+                    write_image(aside / split / "rgb" / f"{k:03}.png", satellite)
+                    write_image(aside / split / "lc" / f"{k:03}.png", ground)
+                else:
+                    both = np.concatenate([satellite, drawn], 1)
+                    write_image(aside / split / f"{k:03}.png", both)
+        if kind == "landcover":
+            rows = zip(DEMO_CLASSES, _DEMO_COLORS.split(), strict=True)
+            table = [{"name": name, "color": color} for name, color in rows]
+            (aside / "classes.json").write_text(json.dumps(table))
+        try:
+            aside.rename(root)
+        except OSError:  # another process was faster, and its world is the same
+            shutil.rmtree(aside)
+    wait_for_others()
+    return str(root)

@@ -1,0 +1,93 @@
+"""A judge of generated photographs: the FCN score."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from support.batches import Rows
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.classes import IGNORED
+from support.errors import UserError
+from support.pictures import from_bytes
+from support.processes import average_gradients, rank
+from support.store import ImageStore
+
+
+class Judge(nn.Module):
+    """A small U-Net that classifies the pixels of photographs, whoever made them.
+
+    (B, 3, S, S) in [-1, 1] -> logits (B, classes, S, S). Trained on real photographs and their
+    land cover alone, it says of generated ones whether they show what was asked for: the FCN
+    score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = (width, 2 * width, 4 * width, 4 * width)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        channels = 3
+        for out in widths:
+            conv = nn.Conv2d(channels, out, 4, 2, 1)
+            self.downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+            channels = out
+        for out in (*widths[-2::-1], width):
+            conv = nn.ConvTranspose2d(channels, out, 4, 2, 1)
+            self.ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+            channels = 2 * out
+        self.last = nn.Conv2d(width + 3, classes, 3, 1, 1)
+
+    def forward(self, image):
+        skips = [image]
+        for down in self.downs:
+            skips.append(down(skips[-1]))  # (B, 32 .. 128, S/2 .. S/16, S/2 .. S/16)
+        x = skips.pop()
+        for up in self.ups:
+            x = torch.cat([up(x), skips.pop()], 1)
+        return self.last(x)
+
+    @torch.no_grad()
+    def classes_of(self, image):
+        """What it sees in photographs (B, 3, S, S): class indices (B, S, S)."""
+        return self.eval()(image).argmax(1)
+
+
+def find_judge(cfg, device):
+    """The judge in the run folder, or with --train-judge a new one, which is kept; else None."""
+    path = Path(cfg.out) / "judge.pt"
+    if not cfg.classes or not (path.is_file() or cfg.train_judge):
+        return None
+    torch.manual_seed(cfg.seed)
+    judge = Judge(len(cfg.classes)).to(device)
+    if path.is_file():
+        remedy = "without that file --train-judge trains another"
+        print(f"the judge is {path}; {remedy}")
+        try:
+            judge.load_state_dict(load_checkpoint(path, cfg.script)["state"]["judge"])
+        except (UserError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:90]
+            raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
+        return judge
+    rows = Rows(ImageStore(cfg, "train", cfg.size).records, device)
+    adam = torch.optim.Adam(judge.parameters(), 2e-3)
+    rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
+    for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):
+        order = rng.permutation(len(rows))[: len(rows) // batch * batch].reshape(-1, batch)
+        for images in rows.batches(order):
+            turned = torch.stack(images)
+            for axis in (2, 3):
+                turned = turned.flip(axis) if rng.random() < 0.5 else turned
+            turned = turned.transpose(2, 3) if rng.random() < 0.5 else turned
+            logits = judge(from_bytes(turned[:, :3]))
+            loss = F.cross_entropy(logits, turned[:, 3].long(), ignore_index=IGNORED)
+            adam.zero_grad()
+            loss.backward()
+            average_gradients(judge)
+            adam.step()
+    if rank() == 0:
+        content = {"script": cfg.script, "config": {}, "state": {"judge": judge.state_dict()}}
+        save_checkpoint(path, content)
+    return judge

@@ -1,0 +1,221 @@
+"""Measures of pictures, label maps and edits, and the baselines beside them."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from support.classes import IGNORED
+from support.files import write_text
+from support.pictures import to_bytes
+from support.plots import write_page
+from support.processes import rank
+
+
+def measure_images(fake, target, brief=False):
+    """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
+
+    psnr         10 log10(255^2 / MSE), in dB
+    mse          mean squared error, in squared levels 0-255; brief: these two alone
+    ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
+                 sigma 1.5, mean over channels and places, no padding
+    rmse_rgb     root of the squared error summed over channels, the mean over pixels, and
+    accuracy_5   share of pixels whose largest channel difference is less than 5 levels,
+    accuracy_10  or than 10: Fu et al. 2019 (arXiv:1809.05852)
+    """
+    fake, target = fake.double(), target.double()
+    error = (fake - target).abs()
+    mse = error.square().mean((1, 2, 3))
+    psnr = 10 * torch.log10(255**2 / mse.clamp_min(1e-10))
+    if brief:
+        return {"psnr": psnr, "mse": mse}
+    worst = error.amax(1)
+    return {
+        "psnr": psnr,
+        "ssim": structural_similarity(fake, target),
+        "mse": mse,
+        "rmse_rgb": (error.square().sum(1).mean((1, 2))).sqrt(),
+        "accuracy_5": (worst < 5).double().mean((1, 2)),
+        "accuracy_10": (worst < 10).double().mean((1, 2)),
+    }
+
+
+def structural_similarity(fake, target):
+    """SSIM, as measure_images says: (B, C, H, W) float64 levels twice -> (B,)."""
+    x = torch.arange(11, dtype=torch.float64, device=fake.device) - 5
+    window = torch.exp(-x.square() / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(images):
+        flat = images.reshape(-1, 1, *images.shape[2:])
+        return F.conv2d(F.conv2d(flat, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+
+    mean_f, mean_t = blur(fake), blur(target)
+    var_f, var_t = blur(fake * fake) - mean_f**2, blur(target * target) - mean_t**2
+    cov = blur(fake * target) - mean_f * mean_t
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_f * mean_t + c1) / (mean_f**2 + mean_t**2 + c1)
+    structure = (2 * cov + c2) / (var_f + var_t + c2)
+    return (luminance * structure).reshape(len(fake), -1).mean(1)
+
+
+def confusion_matrix(predicted, target, classes):
+    """Counts of pixels, (classes, classes) int64, rows the target's class; IGNORED is left out."""
+    seen = target != IGNORED
+    pairs = target[seen].long() * classes + predicted[seen].long()
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def measure_labels(confusion):
+    """Pixel accuracy, mean class accuracy and mean IoU, over the classes that the target has."""
+    confusion = confusion.double()
+    right, target, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = target > 0
+    return {
+        "pixel_accuracy": (right.sum() / confusion.sum()).item(),
+        "class_accuracy": (right / target)[occurs].mean().item(),
+        "mean_iou": (right / (target + predicted - right))[occurs].mean().item(),
+    }
+
+
+class Scores:
+    """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
+
+    brief       of pictures those alone that are logged after every epoch
+    confusions  {(row, by): confusion matrix} of what add_labels got
+    """
+
+    def __init__(self, brief=False):
+        self.brief, self.sums, self.confusions = brief, {}, {}  # {row: {name: (sum, count)}}
+
+    def _add(self, row, name, values, where=1.0):
+        """Adds values to a mean, each weighing as much as `where` says."""
+        cells = self.sums.setdefault(row, {})
+        weights = torch.ones_like(values) * where
+        amounts = torch.stack([(values * weights).sum(), weights.sum()]).cpu()
+        cells[name] = cells.get(name, 0) + amounts
+
+    def add_images(self, row, guess, target):
+        """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
+        for name, values in measure_images(to_bytes(guess), to_bytes(target), self.brief).items():
+            self._add(row, name, values)
+
+    def add_edit(self, row, guess, target, source, mask):
+        """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
+
+        L1 in levels 0-255 and PSNR in dB, inside and outside the edit; inside, L1 to the source.
+        """
+        guess, target, source = (to_bytes(x).double() for x in (guess, target, source))
+        for area, where in (("inside", mask.double()), ("outside", 1 - mask.double())):
+            self._add(row, f"l1_{area}", (guess - target).abs(), where)
+            self._add(row, f"psnr_{area}", (guess - target).square(), where)
+        self._add(row, "l1_to_input", (guess - source).abs(), mask.double())
+
+    def add_labels(self, row, predicted, target, classes, by=""):
+        """Class indices (B, S, S), by measure_labels: of all pixels; `by` says who predicted."""
+        self.sums.setdefault(row, {})
+        confusion = confusion_matrix(predicted, target, classes).cpu()
+        self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
+
+    def rows(self):
+        """{row: {measure: value}}."""
+        rows = {}
+        for row, cells in self.sums.items():
+            means = {name: (total / count).item() for name, (total, count) in cells.items()}
+            for name, mse in means.items():
+                if name.startswith("psnr_"):  # of the mean squared error in an area
+                    means[name] = 10 * math.log10(255**2 / max(mse, 1e-10))
+            if "mse" in means:
+                means = {("rmse" if k == "mse" else k): v for k, v in means.items()}
+                means["rmse"] = math.sqrt(means["rmse"])
+            rows[row] = means
+        for (row, by), confusion in self.confusions.items():
+            measures = measure_labels(confusion).items()
+            rows[row] |= {f"{by}_{name}" if by else name: value for name, value in measures}
+        return rows
+
+
+def constant_colors(histogram, classes=None, by_class=None):
+    """The baselines that see no input, or no more than its class: {name: colour in [-1, 1]}.
+
+    histogram  (3, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
+               colours; these also give the most frequent class (see ImageStore.histograms)
+    by_class   (K, 3, 256) of the pixels of each class: its colours are (256, 3), for each index
+               one, all pixels' where training showed none; all others are (3,)
+    """
+    counts, guesses = histogram.numpy(), {}
+    if len(counts) == 1:
+        guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
+        counts = np.stack([np.bincount(channel, counts[0], 256) for channel in classes.palette.T])
+    kinds = {"training colour": counts}
+    if by_class is not None:
+        kinds["colour of the class"] = of_index = np.repeat(counts[None], 256, 0)
+        seen = by_class.numpy().any(-1, keepdims=True)
+        of_index[: len(seen)] = np.where(seen, by_class.numpy(), counts)
+    for what, counts in kinds.items():
+        pixels = counts.sum(-1, keepdims=True)
+        guesses[f"mean {what}"] = (counts * np.arange(256) / pixels).sum(-1)
+        guesses[f"median {what}"] = (counts.cumsum(-1) * 2 >= pixels).argmax(-1)
+    return {name: torch.from_numpy(color / 127.5 - 1).float() for name, color in guesses.items()}
+
+
+def constant_guesses(colors, images, labels=None):
+    """constant_colors as images {name: a tensor like images (B, C, S, S)}, of labels (B, S, S)."""
+    guesses = {}
+    for name, color in colors.items():
+        color = color.to(images)
+        each = color[labels.long()].movedim(-1, 1) if color.ndim == 2 else color.view(1, -1, 1, 1)
+        guesses[name] = each.expand_as(images)
+    return guesses
+
+
+def copy_verdict(rows):
+    """Whether a generator of edits copies its input, in a sentence.
+
+    It does where what it paints inside the edit is nearer to its input than to its target, and
+    has not even gone half the way that lies between the two.
+    """
+    target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
+    copy = rows["copy of rgb_a"]["l1_inside"]
+    if to_input >= target:
+        verdict = "it does not copy its input"
+    elif to_input < copy / 2:
+        verdict = "it copies its input"
+    else:
+        verdict = "it neither copies its input nor hits the target"
+    return (
+        f"inside the edit the model is {target:.2f} levels from the target "
+        f"(a copy of rgb_a {copy:.2f}) and {to_input:.2f} from its input: {verdict}"
+    )
+
+
+def write_evaluation(cfg, rows, **about):
+    """Prints {row: {measure: value}} as a table; writes it with `about` to evaluation.json."""
+    if rank():
+        return
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    data = cfg.data or "demo world"
+    what = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint, **about, "rows": rows}
+    path = Path(cfg.out) / "evaluation.json"
+    write_text(path, json.dumps(what, indent=2))
+    if (path.parent / "config.json").is_file():
+        write_page(path.parent)
+    print_table(rows)
+    print(f"written to {path}")
+
+
+def print_table(rows):
+    """Prints {row: {measure: value}} as text, a column a measure."""
+    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+    widths = [max(len(name), 7) + 2 for name in columns]
+    titles = max(map(len, rows)) + 2
+    print(" " * titles + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
+    for title, row in rows.items():
+        cells = [f"{row[name]:.4f}" if name in row else "" for name in columns]
+        print(
+            f"{title:<{titles}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+        )

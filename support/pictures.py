@@ -1,0 +1,98 @@
+"""Pictures and label maps as tensors, as arrays, and as grids to look at."""
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from support.classes import IGNORED
+from support.files import write_image
+
+
+def to_bytes(images):
+    """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture."""
+    levels = (images.detach().float() + 1) * 127.5
+    return levels.round().clamp(0, 255).to(torch.uint8)
+
+
+def from_bytes(images):
+    """Pictures (B, 3, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes."""
+    levels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return levels.sub_(127.5).mul_(1 / 127.5)
+
+
+def one_hot(index, classes):
+    """Class indices (B, H, W) uint8 -> (B, classes, H, W) float32, all zeros where ignored."""
+    each = torch.arange(classes, dtype=torch.uint8, device=index.device).view(1, -1, 1, 1)
+    maps = torch.empty(len(index), classes, *index.shape[1:], device=index.device)
+    return torch.eq(index[:, None], each, out=maps)  # straight into floats: ten times as fast
+
+
+def class_index(maps):
+    """One-hot maps (B, classes, H, W) -> class indices (B, H, W); IGNORED where all are zero."""
+    return torch.where(maps.sum(1) > 0, maps.argmax(1), IGNORED)
+
+
+def draw(index, classes):
+    """Class indices (B, H, W) in the colours of a ClassTable: (B, 3, H, W) in [-1, 1]."""
+    flat = _palette_on(classes, index.device).index_select(1, index.flatten().int())
+    return flat.view(3, *index.shape).transpose(0, 1).contiguous()
+
+
+@functools.cache
+def _palette_on(classes, device):
+    """A ClassTable's palette as a tensor (3, 256) in [-1, 1]."""
+    return from_bytes(torch.from_numpy(classes.palette.T)).to(device)
+
+
+def as_tensor(image, device):
+    """An (H, W) or (H, W, 3) uint8 array -> (1, H, W) or (1, 3, H, W) uint8 on the device."""
+    planes = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+    return torch.from_numpy(np.ascontiguousarray(planes))[None].to(device)
+
+
+def as_array(images):
+    """The first of (B, 3, H, W) in [-1, 1] -> (H, W, 3) uint8 array."""
+    return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
+
+
+def resize(image, size, labels=False):
+    """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
+    how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
+    return np.array(Image.fromarray(image).resize(size, how))
+
+
+def mirrored(pixels, height, width):
+    """(H, W, ...) pixels at the top left of (height, width, ...), mirrored at bottom and right."""
+    missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+    return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
+
+
+def paste(picture, pixels, top, left=0):
+    """Puts what fits of pixels into a picture, at a place that may lie partly outside it."""
+    y, x = max(0, -top), max(0, -left)
+    bottom, right = max(0, top + pixels.shape[0]), max(0, left + pixels.shape[1])
+    inside = picture[top + y : bottom, left + x : right]
+    inside[...] = pixels[y : y + inside.shape[0], x : x + inside.shape[1]]
+
+
+def grid(columns):
+    """{title: (B, 3, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, with titles."""
+    pictures = [to_bytes(images).cpu().permute(0, 2, 3, 1).numpy() for images in columns.values()]
+    count, height, width = pictures[0].shape[:3]
+    gap, head = 4, 16
+    size = len(pictures) * (width + gap) + gap, head + count * (height + gap)
+    sheet = Image.new("RGB", size, "white")
+    text = ImageDraw.Draw(sheet)
+    for k, (title, column) in enumerate(zip(columns, pictures, strict=True)):
+        left = gap + k * (width + gap)
+        text.text((left, 2), title, fill="black")
+        for row, picture in enumerate(column):
+            sheet.paste(Image.fromarray(picture), (left, head + row * (height + gap)))
+    return np.asarray(sheet)
+
+
+def save_grid(path, columns):
+    """Writes grid(columns) as an image file."""
+    write_image(path, grid(columns))

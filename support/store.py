@@ -1,0 +1,256 @@
+"""A split's images, decoded just once, in a memory-mapped file."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from support.batches import spread
+from support.classes import IGNORED
+from support.demo import demo_world
+from support.errors import UserError
+from support.files import LOSSY
+from support.layouts import find_images
+from support.pictures import resize
+from support.processes import first_here, rank, wait_for_others
+from support.rasters import Raster
+
+
+def cache_folder(cfg):
+    """Where decoded images and demo worlds lie: --cache, or cache/ beside the run folder."""
+    return Path(cfg.cache) if cfg.cache else Path(cfg.out or "runs/run").parent / "cache"
+
+
+def source(cfg):
+    """The directory of the images: --data, or the demo world's."""
+    return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
+
+
+def sum_of(path, length, piece=2**24):
+    """A checksum of the first `length` bytes of a file: 4 bytes, from CRC-32s of its pieces.
+
+    In threads, outside the interpreter lock: some gigabytes a second.
+    """
+
+    def crc(first):
+        with open(path, "rb") as file:
+            file.seek(first)
+            return zlib.crc32(file.read(min(piece, length - first)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = list(pool.map(crc, range(0, length, piece)))
+    return zlib.crc32(np.array(sums, "<u4").tobytes()).to_bytes(4, "little")
+
+
+def check_sum(path):
+    """Raises a ValueError if a store's last four bytes are not the checksum of all before them."""
+    length = path.stat().st_size - 4
+    with open(path, "rb") as file:
+        file.seek(max(0, length))
+        written = file.read()
+    if length < 0 or written != sum_of(path, length):
+        raise ValueError("is damaged")
+
+
+class ImageStore:
+    """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
+
+    cfg       its data, demo, lc_classes, patch (0: whole images) and cache
+    split     "train", "val" or "test"
+    side      every image, or patch, is resized to side x side (bicubic; labels nearest)
+    smallest  images, or patches, of a smaller side than this are refused
+
+    A        (N, 3, side, side) uint8
+    B        (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
+    records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
+
+    The file's name is a hash of the list of files, their sizes and times, and every parameter.
+    It is written aside and renamed, so that it is whole or absent, and ends with a checksum.
+    """
+
+    def __init__(self, cfg, split, side, smallest=0):
+        self.cache = cache_folder(cfg)
+        self.split = find_images(source(cfg), split, cfg.lc_classes)
+        if split == "train" and cfg.max_images:
+            a, b = self.split.A, self.split.B
+            a, b = ([x[k] for k in spread(cfg.max_images, len(x))] for x in (a, b))
+            self.split = dataclasses.replace(self.split, A=a, B=b)
+        self.classes, self.paired = self.split.classes, self.split.paired
+        self.side, self.patch, self.smallest = side, cfg.patch, smallest
+        self.records = None
+        if self.paired:
+            self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
+            self.A, self.B = self.records[:, :3], self.records[:, 3:]
+        else:
+            self.A = self._open([(path, None) for path in self.split.A], "A")
+            self.B = self._open([(None, path) for path in self.split.B], "B")
+        if rank() == 0:
+            print(self._about(), file=sys.stderr)
+
+    def _about(self):
+        """What was found, on one line; refuses label maps without any class."""
+        split = self.split
+        text = f"{split.root}: {split.layout}, split {split.name}: {len(split.A)}"
+        text += " files" if self.paired else f" + {len(split.B)} files"
+        if self.patch:
+            text += f" cut into {len(self.A)} patches of {self.patch}"
+        if not self.classes:
+            return text
+        ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
+        if ignored == 1 and all((image == IGNORED).all() for image in self.B):
+            what = "no pixel has a class: check the class table"
+            raise UserError(f"{split.root}, split {split.name}: {what}")
+        text += f", B labels of {len(self.classes)} classes"
+        return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
+
+    def histograms(self, most=1000):
+        """How often each level, or class, occurs: {"A": (3, 256), "B": (3 or 1, 256)} int64.
+
+        Beside pairs' K classes also each level: "A of classes" (K, 3, 256). Of `most` images,
+        evenly spread, where there are more. All baselines follow from these.
+        """
+        counts = {}
+        for name, images in (("A", self.A), ("B", self.B)):
+            counts[name] = np.zeros((images.shape[1], 256), np.int64)
+            for row in spread(most, len(images)):
+                counts[name] += [np.bincount(x.ravel(), minlength=256) for x in images[row]]
+        if self.classes and self.paired:
+            by_class, channels = np.zeros(256 * 3 * 256, np.int64), np.arange(3)[:, None, None]
+            for row in spread(most, len(self.A)):
+                places = (self.B[row].astype(np.int64) * 3 + channels) * 256 + self.A[row]
+                by_class += np.bincount(places.ravel(), minlength=len(by_class))
+            counts["A of classes"] = by_class.reshape(256, 3, 256)[: len(self.classes)]
+        return {name: torch.from_numpy(count) for name, count in counts.items()}
+
+    def _open(self, pairs, what):
+        table = self.classes and (self.classes.rows, self.classes.nearest)
+        text = [f"{what} planar summed {self.side} {self.patch} {self.split.halves} {table}"]
+        for path in filter(None, itertools.chain(*pairs)):
+            stat = path.stat()
+            text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+        digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
+        path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
+        if first_here():
+            try:
+                check_sum(path)
+            except (FileNotFoundError, NotADirectoryError):
+                self._build(pairs, path)
+            except (OSError, ValueError) as error:
+                print(f"{path}: {error}: decoding again", file=sys.stderr)
+                self._build(pairs, path)
+        wait_for_others()
+        return np.load(path, mmap_mode="c")  # nothing writes; torch wants what it could write to
+
+    def _build(self, pairs, path):
+        pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            counts = list(pool.map(self._count, pairs))
+            if sum(counts) == 0:
+                raise UserError(
+                    f"--patch {self.patch}: no image of {self.split.root} is that large"
+                )
+            ends = np.cumsum(counts)
+            channels = 3 * (pairs[0][0] is not None)
+            channels += (1 if self.classes else 3) * (pairs[0][1] is not None)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            shape = int(ends[-1]), channels, self.side, self.side
+            store = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # Linux: a full disk says so here
+                with open(aside, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+
+            def work(k):
+                first = ends[k] - counts[k]
+                for row, record in enumerate(self._records(pairs[k]) if counts[k] else [], first):
+                    store[row] = record
+
+            jobs = pool.map(work, range(len(pairs)))
+            about = {"unit": "file", "leave": False, "disable": None}
+            for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
+                pass
+            store.flush()
+            with open(aside, "ab") as file:
+                file.write(sum_of(aside, aside.stat().st_size))
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+            pool.shutdown(cancel_futures=True)
+
+    def _sides(self, pair):
+        """The files of a pair that are there, each with the ClassTable that it needs."""
+        return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
+
+    def _count(self, pair):
+        """How many records a file gives; refuses sizes that do not fit together."""
+        sizes = []
+        for path, table in self._sides(pair):
+            with Raster(path, table) as raster:
+                sizes.append((raster.width, raster.height))
+        width, height = sizes[0]
+        if self.split.halves:
+            if width != 2 * height:
+                what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
+                raise UserError(f"{pair[0]}: {what}")
+            width = height
+        elif sizes[0] != sizes[-1]:
+            other = f"{pair[1]} is {sizes[1][0]}x{sizes[1][1]}"
+            raise UserError(f"{pair[0]} is {width}x{height} but {other}: sizes must agree")
+        if min(width, height, self.patch or width) < self.smallest:
+            cut = f" cut into patches of {self.patch}" if self.patch else ""
+            what = f"{width}x{height}{cut} is smaller than --size {self.smallest}"
+            raise UserError(f"{pair[0] or pair[1]}: {what}")
+        return (width // self.patch) * (height // self.patch) if self.patch else 1
+
+    def _records(self, pair):
+        """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
+        with contextlib.ExitStack() as stack:
+            rasters = []
+            for path, table in [(pair[0], None)] if self.split.halves else self._sides(pair):
+                rasters.append(stack.enter_context(Raster(path, table)))
+            step = self.patch or rasters[0].height
+            for top in range(0, rasters[0].height - step + 1, step):
+                strips = [raster.read(top, height=step) for raster in rasters]
+                if self.split.halves:
+                    a, b = np.split(strips[0], 2, axis=1)
+                    if self.classes:
+                        lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
+                        b = self.classes.from_colours(b, pair[0], lossy, not self.patch)
+                    strips = [a, b]
+                for patches in zip(*map(self._patches, strips), strict=True):
+                    yield np.concatenate(patches)
+
+    def _patches(self, strip):
+        """The patches of a strip (H, W, 3) or (H, W), resized: (3 or 1, side, side) each."""
+        labels = strip.ndim == 2
+        step = self.patch or strip.shape[1]
+        for left in range(0, strip.shape[1] - step + 1, step):
+            cut = np.ascontiguousarray(strip[:, left : left + step])
+            resized = resize(cut, (self.side, self.side), labels)
+            yield resized[None] if labels else resized.transpose(2, 0, 1)
+
+    def fingerprint(self):
+        """A hash of the names and sizes of the files: it stays when a data directory moves."""
+        files = [(path.name, path.stat().st_size) for path in self.split.A + self.split.B]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+    def window(self):
+        """How many source pixels an image's side had: --patch, or the median of 100 images."""
+        if self.patch:
+            return self.patch
+        sides = []
+        for k in spread(100, len(self.split.A)):
+            with Raster(self.split.A[k]) as raster:
+                sides.append(min(raster.height, raster.width))
+        return int(np.median(sides))

@@ -1,0 +1,107 @@
+"""Features of VGG16 for content and style losses."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support.checkpoints import load_weights
+from support.demo import landscape
+from support.errors import UserError
+from support.pictures import from_bytes
+
+
+class VGG16Features(nn.Module):
+    """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
+
+    (B, 3, S, S) in [-1, 1] -> a list of activations, in the order of depth.
+
+    layers   names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
+    weights  "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
+             torch.hub's cache or download; "random": He-initialised from a fixed seed, the same on
+             every machine (random features carry texture: He, Wang, Hopcroft 2016,
+             arXiv:1606.04801)
+
+    Each layer's activations are scaled so that its Gram matrices have norm 1 on four procedural
+    landscapes: a weight of a loss means the same with any layer, and with any weights.
+    """
+
+    depths = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each stage; a stage halves the side
+
+    def __init__(self, layers, weights, path):
+        super().__init__()
+        known = [(f"relu{s}_{k}", s, k) for s, n in self.depths.items() for k in range(1, n + 1)]
+        names = [name for name, _, _ in known]
+        wrong = [name for name in layers if name not in names]
+        if wrong or not layers:
+            what = f"no layer {wrong[:1]}; there are {', '.join(names)}"
+            raise UserError(f"--style-layers {','.join(layers)}: {what}")
+        deepest = max(names.index(name) for name in layers)
+        self.layers, self.steps, shapes = set(layers), known[: deepest + 1], {}
+        channels, position = 3, 0  # position: among torchvision's `features`
+        for name, stage, k in self.steps:
+            out = min(64 * 2 ** (stage - 1), 512)
+            position += k == 1 and stage > 1  # a pooling layer
+            shapes[name] = f"features.{position}", (out, channels, 3, 3)
+            channels, position = out, position + 2  # the convolution and its ReLU
+        found = _random_weights(shapes) if weights == "random" else _vgg16_weights(path, shapes)
+        for name, (weight, bias) in found.items():
+            self.register_buffer(f"{name}_weight", weight, persistent=False)
+            self.register_buffer(f"{name}_bias", bias, persistent=False)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.scales = [1.0] * len(self.layers)
+        images = [landscape(np.random.default_rng(k), 128)[0] for k in range(4)]
+        images = from_bytes(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        with torch.no_grad():
+            self.scales = [gram(x).norm(dim=(1, 2)).mean().item() ** -0.5 for x in self(images)]
+
+    def forward(self, images):
+        x, activations = ((images + 1) / 2 - self.mean) / self.std, []
+        for name, stage, k in self.steps:
+            if k == 1 and stage > 1:
+                x = F.max_pool2d(x, 2)
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+            x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            if name in self.layers:
+                activations.append(x * self.scales[len(activations)])
+        return activations
+
+
+def gram(features):
+    """Activations (B, C, H, W) -> Gram matrices (B, C, C) / (C H W): arXiv:1603.08155, eq. 3."""
+    flat = features.flatten(2)
+    return flat @ flat.transpose(1, 2) / flat[0].numel()
+
+
+def _random_weights(shapes):
+    """{layer: (weight, bias)}: normal with variance 2 / fan in (He et al. 2015), biases 0."""
+    seeded, found = torch.Generator().manual_seed(0), {}
+    for name, (_, shape) in shapes.items():
+        weight = torch.randn(shape, generator=seeded) * (2 / (9 * shape[1])) ** 0.5
+        found[name] = weight, torch.zeros(shape[0])
+    return found
+
+
+def _vgg16_weights(path, shapes):
+    """{layer: (weight, bias)} of ImageNet's VGG16, from a file or torch.hub (hash checked)."""
+    if path:
+        weights = load_weights(path)
+    else:
+        url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+        how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+        try:
+            weights = torch.hub.load_state_dict_from_url(url, **how)
+        except Exception as error:
+            remedy = f"fetch {url} and pass it with --vgg16 FILE"
+            raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
+    found = {}
+    for name, (key, shape) in shapes.items():
+        found[name] = []
+        for part, size in (("weight", shape), ("bias", shape[:1])):
+            tensor = weights.get(f"{key}.{part}") if isinstance(weights, dict) else None
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != size:
+                what = f"no {key}.{part} of shape {size} in it"
+                raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
+            found[name].append(tensor)
+    return found
