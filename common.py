@@ -13,11 +13,11 @@ from support.begin import begin
 
 # device: precision, memory format, random numbers, the step at full speed
 from support.device import adam, autocast, fast_step, full_precision, own_statistics
-from support.device import place, seed_step, set_mode
+from support.device import generating, seed_step, to_device
 from support.processes import average_gradients
 
 # data: images decoded once, and gathered in batches
-from support.batches import Rows, batches_of_rank, chunks, load_size, spread, turns
+from support.batches import Loader, batches_of_rank, chunks, load_size, spread, turns
 from support.store import ImageStore
 
 # runs: the run folder, checkpoints, sample grids

@@ -84,19 +84,19 @@ class Domains:
         self.store = common.ImageStore(cfg, split, side)
         self.paired, self.classes = self.store.paired, self.store.classes
         if self.paired:
-            self.rows_A = self.rows_B = common.Rows(self.store.records, device)
+            self.loader_A = self.loader_B = common.Loader(self.store.records, device)
         else:
-            self.rows_A = common.Rows(self.store.A, device)
-            self.rows_B = common.Rows(self.store.B, device)
+            self.loader_A = common.Loader(self.store.A, device)
+            self.loader_B = common.Loader(self.store.B, device)
 
     def __len__(self):
-        return max(len(self.rows_A), len(self.rows_B))
+        return max(len(self.loader_A), len(self.loader_B))
 
     def batches(self, epoch, first=0):
         """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng_A, rng_B = (np.random.default_rng([self.cfg.seed, epoch, k]) for k in (0, 1))
-        drawn_A = self.drawn(self.rows_A, rng_A, first)
-        drawn_B = self.drawn(self.rows_B, rng_B, first)
+        drawn_A = self.drawn(self.loader_A, rng_A, first)
+        drawn_B = self.drawn(self.loader_B, rng_B, first)
         for a, b in zip(drawn_A, drawn_B, strict=True):
             yield self.side_A(a), self.side_B(b)
 
@@ -116,8 +116,8 @@ class Domains:
     def in_order(self, images):
         """The images of these numbers, unjittered: batches (A, B); the smaller domain repeats."""
         for index in common.chunks(images):
-            a = next(self.rows_A.batches(index[None] % len(self.rows_A)))
-            b = next(self.rows_B.batches(index[None] % len(self.rows_B)))
+            a = next(self.loader_A.batches(index[None] % len(self.loader_A)))
+            b = next(self.loader_B.batches(index[None] % len(self.loader_B)))
             yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
 
     def side_A(self, records):
@@ -313,12 +313,12 @@ def build(cfg, device, training=True):
     blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
     G_AB = ResNetGenerator(3, channels_B, cfg.width, blocks, pictures=not cfg.classes)
     G_BA = ResNetGenerator(channels_B, 3, cfg.width, blocks, pictures=True)
-    G_AB, G_BA = (common.place(init_weights(G), device) for G in (G_AB, G_BA))
+    G_AB, G_BA = (common.to_device(init_weights(G), device) for G in (G_AB, G_BA))
     state = State(G_AB, G_BA)
     if not training:
         return state
     D_A, D_B = Discriminator(3, cfg.width), Discriminator(channels_B, cfg.width)
-    state.D_A, state.D_B = (common.place(init_weights(D), device) for D in (D_A, D_B))
+    state.D_A, state.D_B = (common.to_device(init_weights(D), device) for D in (D_A, D_B))
     state.opt_G = common.adam(nn.ModuleList([state.G_AB, state.G_BA]), cfg, device)
     state.opt_D = common.adam(nn.ModuleList([state.D_A, state.D_B]), cfg, device)
     dtype_B = torch.uint8 if cfg.classes else torch.float32
@@ -420,9 +420,8 @@ def main(argv=None):
         run.set_lr(learning_rate(cfg, epoch), state.opt_G, state.opt_D)
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))  # counts the batch, too
-            run.save_if_due(state)  # and stops after Ctrl-C
-        rows = evaluate(state, val, cfg, val_images).rows()
+            run.end_step(state, step(state, batch, cfg))
+        rows = evaluate(state, val, cfg, val_images).table()
         scores = {name: score(rows, name) for name in run.scores}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
@@ -539,9 +538,9 @@ def report(state, val, cfg, histograms):
         constants["B"] = {"most frequent class": torch.eye(len(cfg.classes))[frequent]}
     else:
         constants["B"] = common.constant_colors(histograms["B"])
-    judge = common.find_judge(cfg, val.rows_A.device) if val.paired else None
+    judge = common.find_judge(cfg, val.loader_A.device) if val.paired else None
     scores = evaluate(state, val, cfg, np.arange(len(val)), constants, judge)
-    common.write_evaluation(cfg, scores.rows(), images=len(val), split=val.store.split.name)
+    common.write_evaluation(cfg, scores.table(), images=len(val), split=val.store.split.name)
     confusion = scores.confusions.get(("A to B: model", ""))
     if confusion is not None:
         common.plot_confusion(confusion, cfg.classes.names, Path(cfg.out) / "confusion.png")
@@ -557,7 +556,7 @@ def generate(state, cfg, device):
     net = state.G_AB if to_B else state.G_BA
 
     @torch.no_grad()
-    def paint(windows, whole):
+    def predict(windows, whole):
         """Windows (B, 3 or 1, S, S) uint8 of one domain -> of the other, (B, C, S, S)."""
         windows = windows.to(device)
         if from_labels:
@@ -568,7 +567,7 @@ def generate(state, cfg, device):
             fakes = net(x)
         return fakes.float().softmax(1) if to_labels else fakes.float()
 
-    common.translate_files(cfg, paint, net, from_labels, to_labels)
+    common.translate_files(cfg, predict, net, from_labels, to_labels)
 
 
 def use(cfg, device, checkpoint):

@@ -56,9 +56,9 @@ class Config(common.EditOptions):
     )
     skips: str = option("lc", "of --fusion middle: encoders with skips", choices=("both", "lc"))
     local_d: bool = option(False, "a second discriminator that looks at the pasted window")
-    alpha: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
-    pix_lambda: float = option(10.0, "weight of the L1 loss", low=0.0)
-    local_pix_lambda: float = option(5.0, "weight of the L1 loss around the edit", low=0.0)
+    lambda_adv: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
+    lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
+    lambda_local: float = option(5.0, "weight of the L1 loss around the edit", low=0.0)
     lr: float = option(1e-3, "Adam's rate", low=0.0)
     batch_size: int = option(8, "edits a step, in each process", low=1)
     epochs: int = option(200, "passes over the images", low=1, high=10**6, may_change=True)
@@ -102,10 +102,10 @@ class Edits:
         if len(self.store.records) < 2:
             what = f"split {split} holds one image, and an edit takes two"
             raise UserError(f"--data {cfg.data}: {what}")
-        self.rows = common.Rows(self.store.records, device)
+        self.loader = common.Loader(self.store.records, device)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.loader)
 
     def choose(self, rng, order):
         """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
@@ -140,7 +140,7 @@ class Edits:
     def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
         """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
-        tiles_a, tiles_b = self.rows.batches(index_a), self.rows.batches(index_b)
+        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
             yield self.paste(a, b, box, use_ba)
@@ -416,11 +416,11 @@ def build(cfg, device, training=True):
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
     G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips)
-    state = State(common.place(init_weights(G), device))
+    state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
     D = Discriminator(cfg.size, cfg.width, cfg.local_d)
-    state.D = common.place(init_weights(D), device)
+    state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
     return state
@@ -434,8 +434,8 @@ def train_step(state, batch, cfg):
 
     fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
     L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(fake), 0)]
-    L_G = alpha * GAN(D(fake), 1) + pix_lambda * L1(fake, rgb_ab)
-          + local_pix_lambda * L1 in the window of the edit
+    L_G = lambda_adv * GAN(D(fake), 1) + lambda_l1 * L1(fake, rgb_ab)
+          + lambda_local * L1 in the window of the edit
     """
     edit = Edit(*batch)
     with common.autocast(cfg, edit.rgb_a.device):
@@ -456,7 +456,7 @@ def train_step(state, batch, cfg):
     g_adv = gan_loss(logits_fake, True)
     g_l1 = l1_loss(fake, edit.rgb_ab)
     g_local = local_l1_loss(fake, edit.rgb_ab, mask)
-    loss_g = cfg.alpha * g_adv + cfg.pix_lambda * g_l1 + cfg.local_pix_lambda * g_local
+    loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
@@ -496,9 +496,8 @@ def main(argv=None):
     for epoch in range(run.epoch, cfg.epochs):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))  # counts the batch, too
-            run.save_if_due(state)  # and stops after Ctrl-C
-        scores = evaluate(state, val, cfg, val_images).rows()["model"]
+            run.end_step(state, step(state, batch, cfg))
+        scores = evaluate(state, val, cfg, val_images).table()["model"]
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
@@ -514,13 +513,10 @@ def translate(state, inputs, cfg):
 
     BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
     """
-    own_statistics = common.own_statistics(cfg)
-    common.set_mode(state.G, own_statistics, track=not own_statistics)
     rgb, lc = inputs
-    size = 1 if own_statistics else len(rgb)
-    with common.autocast(cfg, rgb.device):
+    size = 1 if common.own_statistics(cfg) else len(rgb)
+    with common.generating(state.G, cfg), common.autocast(cfg, rgb.device):
         fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]
-    common.set_mode(state.G, True, track=True)
     return torch.cat(fakes).float()
 
 
@@ -598,7 +594,7 @@ def report(state, val, cfg, histograms):
     by_class = histograms.get("A of classes")
     colors = common.constant_colors(histograms["A"], by_class=by_class)
     judge = common.find_judge(cfg, val.device)
-    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
+    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     answer = common.copy_verdict(rows)
     split = val.store.split.name
     common.write_evaluation(cfg, rows, images=len(val), split=split, answer=answer)
@@ -608,15 +604,15 @@ def report(state, val, cfg, histograms):
 def generate(state, cfg, device):
     """Edits --generate's photograph as --lc and --paint say, into --out."""
 
-    def paint(windows, sample):
-        """Windows of a photograph, (B, 5, S, S) uint8, as painted: (B, 3, S, S) in [-1, 1]."""
+    def predict(windows, sample):
+        """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""
         windows = windows.to(device)
         rgb, lc, changed = common.from_bytes(windows[:, :3]), windows[:, 3], windows[:, 4:] > 0
         rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
         return translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg)
 
     net = state.G if common.own_statistics(cfg) else None
-    common.edit_file(cfg, paint, net)
+    common.edit_file(cfg, predict, net)
 
 
 def use(cfg, device, checkpoint):

@@ -50,11 +50,11 @@ class Config(common.EditOptions):
         0.5, "dropout of G, always on: it is the noise", group="model", low=0.0, high=0.9
     )
     d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
-    adv_lambda: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
-    pixel_lambda: float = option(0.5, "weight of the L1 loss", low=0.0)
-    style_lambda: float = option(0.45, "weight of the style loss", low=0.0)
-    class_lambda: float = option(0.05, "weight of the classifier's verdict on the fake", low=0.0)
-    id_lambda: float = option(0.1, "weight of the identity loss", low=0.0)
+    lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
+    lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)
+    lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
+    lambda_class: float = option(0.05, "weight of the classifier's verdict on the fake", low=0.0)
+    lambda_id: float = option(0.1, "weight of the identity loss", low=0.0)
     class_weights: bool = option(True, "weigh classes by their inverse frequency")
     style_features: str = option(
         "vgg16", "ImageNet's VGG16, or its layers with random weights", choices=("vgg16", "random")
@@ -108,10 +108,10 @@ class Edits:
         if len(self.store.records) < 2:
             what = f"split {split} holds one image, and an edit takes two"
             raise UserError(f"--data {cfg.data}: {what}")
-        self.rows = common.Rows(self.store.records, device)
+        self.loader = common.Loader(self.store.records, device)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.loader)
 
     def choose(self, rng, order):
         """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
@@ -146,7 +146,7 @@ class Edits:
     def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
         """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
-        tiles_a, tiles_b = self.rows.batches(index_a), self.rows.batches(index_b)
+        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
             yield self.paste(a, b, box, use_ba)
@@ -419,8 +419,8 @@ def build(cfg, device, training=True):
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need to know how many classes there are")
     classes = len(cfg.classes)
-    G = common.place(init_weights(Generator(classes, cfg.width, cfg.dropout)), device)
-    D = common.place(init_weights(Discriminator(classes, cfg.width, cfg.d_dropout)), device)
+    G = common.to_device(init_weights(Generator(classes, cfg.width, cfg.dropout)), device)
+    D = common.to_device(init_weights(Discriminator(classes, cfg.width, cfg.d_dropout)), device)
     state = State(G, D, torch.ones(classes, device=device))
     if not training:
         return state
@@ -428,7 +428,7 @@ def build(cfg, device, training=True):
     state.opt_D = common.adam(state.D, cfg, device)
     layers = [name for name in cfg.style_layers.split(",") if name]
     vgg = common.VGG16Features(layers, cfg.style_features, cfg.vgg16)
-    state.vgg = common.place(vgg, device)
+    state.vgg = common.to_device(vgg, device)
     return state
 
 
@@ -440,9 +440,9 @@ def train_step(state, batch, cfg):
 
     fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a), with --erase of an erased rgb_a
     L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(fake, lc_ab), 0)] + class loss of rgb_b
-    L_G = adv_lambda * GAN(D(fake, lc_ab), 1) + pixel_lambda * L1(fake, rgb_ab)
-          + style_lambda * style(fake, rgb_ab) + class_lambda * class loss of fake
-          + id_lambda * [L1 + style](same, rgb_a)
+    L_G = lambda_adv * GAN(D(fake, lc_ab), 1) + lambda_l1 * L1(fake, rgb_ab)
+          + lambda_style * style(fake, rgb_ab) + lambda_class * class loss of fake
+          + lambda_id * [L1 + style](same, rgb_a)
     """
     edit = Edit(*batch)
     rgb = visible(edit, cfg)
@@ -467,8 +467,8 @@ def train_step(state, batch, cfg):
     g_style = style_loss(state.vgg, fake, edit.rgb_ab)
     g_class = class_loss(classes_fake, edit.lc_ab, state.class_weights)
     g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
-    loss_g = cfg.adv_lambda * g_adv + cfg.pixel_lambda * g_pixel + cfg.style_lambda * g_style
-    loss_g = loss_g + cfg.class_lambda * g_class + cfg.id_lambda * g_id
+    loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
+    loss_g = loss_g + cfg.lambda_class * g_class + cfg.lambda_id * g_id
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
@@ -512,9 +512,8 @@ def main(argv=None):
     for epoch in range(run.epoch, cfg.epochs):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))  # counts the batch, too
-            run.save_if_due(state)  # and stops after Ctrl-C
-        scores = evaluate(state, val, cfg, val_images).rows()["model"]
+            run.end_step(state, step(state, batch, cfg))
+        scores = evaluate(state, val, cfg, val_images).table()["model"]
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
@@ -531,16 +530,10 @@ def translate(state, inputs, cfg):
     Dropout stays on: it is the noise, and two calls differ.
     BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
     """
-    own_statistics = common.own_statistics(cfg)
-    common.set_mode(state.G, own_statistics, track=not own_statistics)
-    for module in state.G.modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
     rgb, lc = inputs
-    size = 1 if own_statistics else len(rgb)
-    with common.autocast(cfg, rgb.device):
+    size = 1 if common.own_statistics(cfg) else len(rgb)
+    with common.generating(state.G, cfg, dropout=True), common.autocast(cfg, rgb.device):
         fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]
-    common.set_mode(state.G, True, track=True)
     return torch.cat(fakes).float()
 
 
@@ -621,7 +614,7 @@ def report(state, val, cfg, histograms):
     by_class = histograms.get("A of classes")
     colors = common.constant_colors(histograms["A"], by_class=by_class)
     judge = common.find_judge(cfg, val.device)
-    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
+    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     answer = common.copy_verdict(rows)
     split = val.store.split.name
     common.write_evaluation(cfg, rows, images=len(val), split=split, answer=answer)
@@ -631,8 +624,8 @@ def report(state, val, cfg, histograms):
 def generate(state, cfg, device):
     """Edits --generate's photograph as --lc and --paint say, --samples times, into --out."""
 
-    def paint(windows, sample):
-        """Windows of a photograph, (B, 5, S, S) uint8, as painted: (B, 3, S, S) in [-1, 1]."""
+    def predict(windows, sample):
+        """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""
         fakes = []
         for window in windows.to(device).split(1):
             common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
@@ -642,7 +635,7 @@ def generate(state, cfg, device):
         return torch.cat(fakes)
 
     net = state.G if common.own_statistics(cfg) else None
-    common.edit_file(cfg, paint, net, cfg.samples)
+    common.edit_file(cfg, predict, net, cfg.samples)
 
 
 def use(cfg, device, checkpoint):

@@ -108,10 +108,10 @@ class Pairs:
         if not self.store.paired:
             what = "trainA and trainB are not pairs: cyclegan.py learns without pairs"
             raise UserError(f"--data {cfg.data}: {what}")
-        self.rows = common.Rows(self.store.records, device)
+        self.loader = common.Loader(self.store.records, device)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.loader)
 
     def batches(self, epoch, first=0):
         """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
@@ -122,13 +122,13 @@ class Pairs:
         limits = room + 1, room + 1, *turns  # of top, left, flip, upside_down
         crops = rng.integers(0, limits, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
-        for images, crop in zip(self.rows.batches(order), crops, strict=True):
+        for images, crop in zip(self.loader.batches(order), crops, strict=True):
             yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
 
     def in_order(self, images):
         """The images of these numbers, without jitter: records (B, 3 + C, S, S) uint8."""
         for index in common.chunks(images):
-            yield torch.stack(next(self.rows.batches(index[None])))
+            yield torch.stack(next(self.loader.batches(index[None])))
 
     def sides(self, records):
         """Records (B, 3 + C, S, S) uint8 -> (input, target), each (B, 3, S, S) in [-1, 1]."""
@@ -333,19 +333,19 @@ def build(cfg, device, training=True):
     else:
         blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
         G = ResNetGenerator(3, 3, cfg.width, blocks, cfg.norm)
-    state = State(common.place(init_weights(G), device))
+    state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
     if cfg.patch_gan == 286 and cfg.size < 128:
         what = f"sees nothing of an image of --size {cfg.size}: it needs 128 or more"
         raise UserError(f"--patch-gan 286 {what}")
     D = Discriminator(cfg.width, cfg.norm, cfg.patch_gan)
-    state.D = common.place(init_weights(D), device)
+    state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
     if cfg.content == "vgg":
         vgg = common.VGG16Features(["relu3_3"], "vgg16", cfg.vgg16)
-        state.vgg = common.place(vgg, device)
+        state.vgg = common.to_device(vgg, device)
     return state
 
 
@@ -439,11 +439,10 @@ def main(argv=None):
         run.set_lr(learning_rate(state, cfg, epoch), state.opt_G, state.opt_D)
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
-            run.log(step(state, batch, cfg))  # counts the batch, too
-            run.save_if_due(state)  # and stops after Ctrl-C
+            run.end_step(state, step(state, batch, cfg))
         if cfg.schedule == "plateau":
             follow_plateau(state, run.epoch_mean("g_l1" if cfg.content == "l1" else "g_content"))
-        scores = evaluate(state, val, cfg, val_images).rows()["model"]
+        scores = evaluate(state, val, cfg, val_images).table()["model"]
         scores = {f"val_{name}": scores[name] for name in SCORES}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
@@ -461,13 +460,12 @@ def translate(state, inputs, cfg, noise=True):
     uses the statistics of the image itself. running: no dropout, running statistics.
     """
     own_statistics = common.own_statistics(cfg)
-    common.set_mode(state.G, own_statistics, track=not own_statistics)
-    for module in state.G.modules():
-        if isinstance(module, nn.Dropout):
-            module.train(own_statistics and noise)
-    with common.autocast(cfg, inputs.device):
-        fakes = [state.G(x) for x in inputs.split(1 if own_statistics else len(inputs))]
-    common.set_mode(state.G, True, track=True)
+    size = 1 if own_statistics else len(inputs)
+    with (
+        common.generating(state.G, cfg, dropout=own_statistics and noise),
+        common.autocast(cfg, inputs.device),
+    ):
+        fakes = [state.G(x) for x in inputs.split(size)]
     return torch.cat(fakes).float()
 
 
@@ -520,8 +518,8 @@ def report(state, val, cfg, histograms):
     histogram = histograms["B" if cfg.direction == "AtoB" else "A"]
     by_class = histograms.get("A of classes") if cfg.direction == "BtoA" else None
     colors = common.constant_colors(histogram, cfg.classes, by_class)
-    judge = common.find_judge(cfg, val.rows.device) if cfg.direction == "BtoA" else None
-    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).rows()
+    judge = common.find_judge(cfg, val.loader.device) if cfg.direction == "BtoA" else None
+    rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     common.write_evaluation(cfg, rows, images=len(val), split=val.store.split.name)
 
 
@@ -532,14 +530,14 @@ def generate(state, cfg, device):
     """
     classes = cfg.classes if cfg.direction == "BtoA" else None
 
-    def paint(windows, whole):
+    def predict(windows, whole):
         """Windows (B, 3 or 1, S, S) uint8 of the input -> (B, 3, S, S) in [-1, 1]."""
         windows = windows.to(device)
         x = common.draw(windows[:, 0], classes) if classes else common.from_bytes(windows)
         return translate(state, x, cfg, noise=whole)
 
     net = state.G if cfg.norm == "instance" or common.own_statistics(cfg) else None
-    common.translate_files(cfg, paint, net, from_labels=classes is not None)
+    common.translate_files(cfg, predict, net, from_labels=classes is not None)
 
 
 def use(cfg, device, checkpoint):

@@ -104,7 +104,7 @@ def mean_iou(records, val, classes, augment, seed, steps, batch=16):
     for images in val.split(32):
         seen = net.classes_of(common.from_bytes(images[:, :3]))
         scores.add_labels("net", seen, images[:, 3], classes)
-    return scores.rows()["net"]["mean_iou"]
+    return scores.table()["net"]["mean_iou"]
 
 
 @common.command

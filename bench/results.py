@@ -224,7 +224,7 @@ def controls(*runs, images=200, rows=4, side=104):
                 fake = script.translate(state, x, cfg)
                 scores.add_images("model", fake, y)
                 likeness.append(torch.stack([alike(fake), alike(y)], 1))
-            own = scores.rows()["model"]
+            own = scores.table()["model"]
             likeness = torch.cat(likeness).mean(0).tolist()
             title = f"{what or 'as it is'}, {'own' if norm == 'batch' else 'running'} statistics"
             kept[title] = {name: own[name] for name in ("rmse", "accuracy_5", "accuracy_10")}

@@ -22,8 +22,8 @@ def load_size(cfg):
     return cfg.load_size or round(cfg.size * 286 / 256)
 
 
-class Rows:
-    """Rows of a uint8 array (N, C, side, side), taken in batches onto the device.
+class Loader:
+    """Images of a uint8 array (N, C, side, side), taken in batches onto the device.
 
     On a GPU the array lives there when it fits in share of the free memory; otherwise a
     background thread gathers the next batches into pinned memory. On the CPU rows are views into
@@ -35,10 +35,10 @@ class Rows:
         on_cpu = device.type == "cpu"
         self.resident = on_cpu or array.size < share * torch.cuda.mem_get_info(device)[0]
         rows = torch.from_numpy(array)
-        self.rows = rows.to(device) if self.resident else rows
+        self.images = rows.to(device) if self.resident else rows
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.images)
 
     def batches(self, index):
         """index (steps, B) of rows -> yields lists of B images (C, side, side) on the device."""
@@ -46,11 +46,11 @@ class Rows:
             yield from self._prefetched(index)
             return
         for rows in index.tolist():
-            yield [self.rows[row] for row in rows]
+            yield [self.images[row] for row in rows]
 
     def _prefetched(self, index, ahead=4):
         def gather(rows):
-            return self.rows[torch.from_numpy(rows)].pin_memory()
+            return self.images[torch.from_numpy(rows)].pin_memory()
 
         with ThreadPoolExecutor(1) as background:
             jobs = collections.deque(background.submit(gather, rows) for rows in index[:ahead])

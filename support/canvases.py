@@ -10,10 +10,17 @@ import torch
 from support.edits import PhotoEdit
 from support.pictures import paste
 from support.rasters import Raster
-from support.windows import network_input, paint_windows, shared_statistics, tiles, touch, window_of
+from support.windows import (
+    network_input,
+    predict_windows,
+    shared_statistics,
+    tiles,
+    touch,
+    window_of,
+)
 
 
-class Painted(Raster):
+class MemoryRaster(Raster):
     """A picture (H, W, 3) uint8, or a label map (H, W), in memory; who holds it may change it."""
 
     def __init__(self, pixels, table=None):
@@ -21,19 +28,19 @@ class Painted(Raster):
         self.height, self.width = pixels.shape[:2]
 
 
-class Translation:
+class TranslationCanvas:
     """A label map or a picture, and what a model makes of it, window by window.
 
     pixels   (H, W) class indices, or (H, W, 3) uint8: strokes change them
-    painted  after a change, the picture of the windows around it; at the first, of all
+    generated  after a change, the picture of the windows around it; at the first, of all
 
     The windows, their weights and their noise are those of --generate, and so is the picture.
     Shared statistics stay those of the canvas as it was opened.
     """
 
-    def __init__(self, cfg, paint, net, pixels, table, show):
-        self.cfg, self.paint, self.pixels, self.show = cfg, paint, pixels, show
-        self.raster = Painted(pixels, table)
+    def __init__(self, cfg, predict, net, pixels, table, show):
+        self.cfg, self.predict, self.pixels, self.show = cfg, predict, pixels, show
+        self.raster = MemoryRaster(pixels, table)
         self.cut = functools.partial(network_input, self.raster, cfg.size)
         size = self.raster.height, self.raster.width
         window = window_of(cfg, self.raster)
@@ -47,20 +54,20 @@ class Translation:
         self.alone = len(self.corners) == 1
         self.statistics = None if self.alone else shared_statistics(cfg, net)
         if self.statistics:
-            windowed = functools.partial(paint, whole=False)
+            windowed = functools.partial(predict, whole=False)
             self.statistics.note_some(rows, columns, self.sides, self.cut, windowed)
 
-    def painted(self, box, sample):
+    def generated(self, box, sample):
         """Paints anew what a box (top, left, height, width) touches: (its surroundings, pixels)."""
         if (0, sample) not in self.fakes:
             box = 0, 0, self.raster.height, self.raster.width
         touched = self._touched(box)
         torch.manual_seed(self.cfg.seed + sample - 1)
-        paint = functools.partial(self.paint, whole=self.alone)
+        predict = functools.partial(self.predict, whole=self.alone)
         for first in range(0, len(touched), 8):
             numbers = touched[first : first + 8]
             corners = [self.corners[k] for k in numbers]
-            fakes = paint_windows(self.cut, paint, corners, self.sides, self.statistics)
+            fakes = predict_windows(self.cut, predict, corners, self.sides, self.statistics)
             self.fakes |= {(k, sample): fake for k, fake in zip(numbers, fakes, strict=True)}
         tops, lefts = zip(*(self.corners[k] for k in touched), strict=True)
         bottom = min(max(tops) + self.sides[0], self.raster.height)
@@ -86,28 +93,28 @@ class Translation:
         return blend
 
 
-class Edit:
+class EditCanvas:
     """A photograph, its land cover, which strokes change, and the photograph that follows.
 
     pixels   (H, W) class indices: strokes change them
-    painted  after a change, the picture of the regions that it changed
+    generated  after a change, the picture of the regions that it changed
 
     The regions, their windows and how they are blended are those of --generate.
     """
 
-    def __init__(self, cfg, paint, net, labels, photo):
-        self.paint, self.net, self.photo, self.pixels = paint, net, photo, labels
-        maps = Painted(labels, cfg.classes), Painted(labels.copy(), cfg.classes)
-        self.edit = PhotoEdit(cfg, Painted(photo), *maps)
+    def __init__(self, cfg, predict, net, labels, photo):
+        self.predict, self.net, self.photo, self.pixels = predict, net, photo, labels
+        maps = MemoryRaster(labels, cfg.classes), MemoryRaster(labels.copy(), cfg.classes)
+        self.edit = PhotoEdit(cfg, MemoryRaster(photo), *maps)
         self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
 
-    def painted(self, box, sample):
+    def generated(self, box, sample):
         """Paints the regions that are new: (the box around all that changed, pixels)."""
         known, found = self.answers[sample], {}
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
             if key not in known:
-                known[key] = list(self.edit.painted(region, self.paint, self.net, sample))
+                known[key] = list(self.edit.generated(region, self.predict, self.net, sample))
                 box = around(box, region)
             found[key] = known[key]
         for region, _ in known.keys() - found.keys():  # what was erased, or became part of another

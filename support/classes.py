@@ -49,14 +49,14 @@ class ClassTable:
 
     names    of the n classes
     colors   (r, g, b) of each
-    rows     (value, (r, g, b), index or IGNORED) of every row of the table, in its order
+    entries  (value, (r, g, b), index or IGNORED) of every row of the table, in its order
     nearest  colours are matched to the nearest (pictures that went through JPEG), not exactly
     text     the table as JSON: load(text) gives it back
     """
 
     names: tuple
     colors: tuple
-    rows: tuple
+    entries: tuple
     nearest: bool
     text: str
 
@@ -123,7 +123,7 @@ class ClassTable:
     def palette(self):
         """(256, 3) uint8: every index's colour; black for what has none."""
         palette = np.zeros((256, 3), np.uint8)
-        for _, color, index in reversed(self.rows):  # of what is ignored the first colour
+        for _, color, index in reversed(self.entries):  # of what is ignored the first colour
             palette[index] = color
         return palette
 
@@ -134,8 +134,8 @@ class ClassTable:
         mistaken for values: no number is a value of one class and the position of another.
         """
         present = np.unique(codes)
-        values = {value: index for value, _, index in self.rows}
-        positions = {position: index for position, (_, _, index) in enumerate(self.rows)}
+        values = {value: index for value, _, index in self.entries}
+        positions = {position: index for position, (_, _, index) in enumerate(self.entries)}
         if any(values.get(position, index) != index for position, index in positions.items()):
             positions = {}
         for table in ({IGNORED: IGNORED} | values, {IGNORED: IGNORED} | positions):
@@ -155,9 +155,9 @@ class ClassTable:
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
         present_rgb = (present[:, None] >> (16, 8, 0)) & 255  # (K, 3)
-        distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.rows]
+        distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.entries]
         distance = np.stack(distance)  # (rows, K)
-        index = np.array([row[2] for row in self.rows], np.uint8)[distance.argmin(0)]
+        index = np.array([row[2] for row in self.entries], np.uint8)[distance.argmin(0)]
         if not nearest:
             exact = distance.min(0) == 0
             if strict and counts[exact].sum() < 0.01 * counts.sum():
@@ -169,7 +169,7 @@ class ClassTable:
 
     def from_one_hot(self, array, path):
         """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; no class at all: IGNORED."""
-        indices = {len(self): range(len(self)), len(self.rows): [row[2] for row in self.rows]}
+        indices = {len(self): range(len(self)), len(self.entries): [row[2] for row in self.entries]}
         if array.shape[-1] not in indices and array.shape[0] in indices:
             array = np.moveaxis(array, 0, -1)
         if array.shape[-1] not in indices:

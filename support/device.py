@@ -1,6 +1,7 @@
 """Where and how a step runs: device, precision, memory format, Adam, CUDA graph."""
 
 import atexit
+import contextlib
 import ctypes
 import datetime
 import os
@@ -82,14 +83,29 @@ def own_statistics(cfg):
     return cfg.eval_norm == "batch" or (cfg.eval_norm == "auto" and cfg.batch_size == 1)
 
 
-def set_mode(net, training, track):
-    """net.train(training); without track, BatchNorm in training mode keeps its statistics."""
-    for module in net.train(training).modules():
+@contextlib.contextmanager
+def generating(net, cfg, dropout=False):
+    """Within it a network generates: BatchNorm as --eval-norm chooses, dropout on or off.
+
+    With an image's own statistics the running ones stay as they are. Afterwards the network
+    trains again.
+    """
+    own = own_statistics(cfg)
+    for module in net.eval().modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats = track
+            module.train(own)
+            module.track_running_stats = not own
+        elif isinstance(module, nn.Dropout):
+            module.train(dropout)
+    try:
+        yield
+    finally:
+        for module in net.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = True
 
 
-def place(net, device):
+def to_device(net, device):
     """A network on the device, in the memory format that is fastest there.
 
     That is channels_last on CUDA, but not with InstanceNorm, whose backward pass is wrong in

@@ -76,12 +76,12 @@ class PhotoEdit:
                 apart.append(span)
         return [self._around(span, window) for span in apart]
 
-    def painted(self, region, paint, net=None, sample=1):
+    def generated(self, region, predict, net=None, sample=1):
         """Paints a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
         (y, x), size = region[:2], region[2:]
         strips = blended(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
-            functools.partial(paint, sample=sample),
+            functools.partial(predict, sample=sample),
             size,
             self.window,
             shared_statistics(self.cfg, net),
@@ -90,23 +90,23 @@ class PhotoEdit:
         for top, strip in strips:
             yield self._feathered(as_array(strip[None]), y + top, x), y + top, x
 
-    def _cut(self, *place):
+    def _cut(self, *window):
         """A window as the network takes it, (5, S, S): photograph, land cover, what changes."""
         size = self.cfg.size, self.cfg.size
-        rgb = resize(self.photo.padded(*place), size)
-        lc = resize(self.after(*place), size, labels=True)
-        changed = resize(self.changed(*place).astype(np.uint8), size, labels=True)
+        rgb = resize(self.photo.padded(*window), size)
+        lc = resize(self.after(*window), size, labels=True)
+        changed = resize(self.changed(*window).astype(np.uint8), size, labels=True)
         return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
 
     def _feathered(self, pixels, top, left):
-        """Painted pixels in the photograph, which holds outside of what changed."""
+        """MemoryRaster pixels in the photograph, which holds outside of what changed."""
         height, width = pixels.shape[:2]
         if self.whole:
             return pixels
         border = self.border
         above, before = min(border, top), min(border, left)
-        place = top - above, left - before, height + above + border, width + before + border
-        mask = Image.fromarray(self.changed(*place).astype(np.uint8) * 255)
+        window = top - above, left - before, height + above + border, width + before + border
+        mask = Image.fromarray(self.changed(*window).astype(np.uint8) * 255)
         mask = mask.filter(ImageFilter.BoxBlur(border))
         mask = mask.crop((before, above, before + width, above + height))
         under = Image.fromarray(self.photo.read(top, left, height, width))

@@ -127,15 +127,15 @@ def _view(regions, size, most=1024):
     return *corner, min(most, size[0]), min(most, size[1])
 
 
-def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
+def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     """--generate of pictures or label maps, at the scale of training, into --out.
 
-    paint(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
+    predict(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
            of the classes (B, classes, S, S); whole: there is just one window
     net    the network, if it normalises by an image's own statistics
     """
     if cfg.serve:
-        translations(cfg, paint, net, from_labels, to_labels)
+        translations(cfg, predict, net, from_labels, to_labels)
         return
     files = inputs_of(cfg, labels=from_labels)
     claim_names(cfg, [name for path in files for name in results_of(path, to_labels)])
@@ -146,7 +146,7 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
             say_windows(cfg, raster, [(0, 0, raster.height, raster.width)], window)
             strips = blended(
                 functools.partial(network_input, raster, cfg.size),
-                functools.partial(paint, whole=not window),
+                functools.partial(predict, whole=not window),
                 (raster.height, raster.width),
                 window,
                 shared_statistics(cfg, net),
@@ -161,19 +161,19 @@ def translate_files(cfg, paint, net=None, from_labels=False, to_labels=False):
     print(f"{len(files)} image(s) written to {cfg.out}")
 
 
-def edit_file(cfg, paint, net=None, samples=1):
+def edit_file(cfg, predict, net=None, samples=1):
     """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
 
     Only windows around what changed are painted, and blended into the photograph over a border
     of 12 pixels in 256; elsewhere it stays as it is. With several samples also how they differ:
     their standard deviation, white at 32 levels.
 
-    paint(windows (B, 5, S, S) uint8, sample)  -> (B, 3, S, S) in [-1, 1]; a window is the
+    predict(windows (B, 5, S, S) uint8, sample)  -> (B, 3, S, S) in [-1, 1]; a window is the
            photograph, the land cover to be, and 1 where it changes
     net    the network, if it normalises by an image's own statistics
     """
     if cfg.serve:
-        edits(cfg, paint, net)
+        edits(cfg, predict, net)
         return
     edit = edit_of_files(cfg)
     photo, name, regions = edit.photo, edit.photo.path, edit.regions()
@@ -201,7 +201,7 @@ def edit_file(cfg, paint, net=None, samples=1):
             for first in range(0, edit.size[0], 256):
                 put(photo.read(first, 0, 256), first)
             for region in regions:
-                for pixels, y, x in edit.painted(region, paint, net, sample=k):
+                for pixels, y, x in edit.generated(region, predict, net, sample=k):
                     put(pixels, y, x)
                     paste(shown, pixels, y - top, x - left)
         pictures[f"after {k}" if samples > 1 else "after"] = shown

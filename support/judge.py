@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from support.batches import Rows
+from support.batches import Loader
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.classes import IGNORED
 from support.errors import UserError
@@ -71,7 +71,7 @@ def find_judge(cfg, device):
             reason = str(error).splitlines()[0][:90]
             raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
         return judge
-    rows = Rows(ImageStore(cfg, "train", cfg.size).records, device)
+    rows = Loader(ImageStore(cfg, "train", cfg.size).records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)
     rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
     for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):

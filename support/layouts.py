@@ -80,7 +80,7 @@ def find_images(data, split, lc_classes=""):
     if (root / "classes.json").is_file():
         found = str(root / "classes.json")
     table = ClassTable.load(lc_classes or found)
-    if table and found and (theirs := ClassTable.load(found)) and theirs.rows != table.rows:
+    if table and found and (theirs := ClassTable.load(found)) and theirs.entries != table.entries:
         say_once(f"{found}: is another class table than the one in use ({', '.join(table.names)})")
     names = {"val": ("val", "validation", "test", "train")}.get(split, (split,))
     for name in names:

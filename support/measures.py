@@ -121,7 +121,7 @@ class Scores:
         confusion = confusion_matrix(predicted, target, classes).cpu()
         self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
 
-    def rows(self):
+    def table(self):
         """{row: {measure: value}}."""
         rows = {}
         for row, cells in self.sums.items():

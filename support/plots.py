@@ -86,10 +86,10 @@ def write_page(folder):
     if folder.parent.name == "runs":
         found = sorted(path.parent for path in folder.parent.glob("*/config.json"))
         pages.append((folder.parent, "runs.html", [_page_data(run, 300) for run in found]))
-    for place, name, data in pages:
+    for folder, name, data in pages:
         text = json.dumps(data).replace("<", "\\u003c")  # whatever a folder is called
         page = (templates / name).read_text().replace("__DATA__", text)
-        write_text(place / "index.html", page)
+        write_text(folder / "index.html", page)
 
 
 def _page_data(folder, most):
@@ -110,8 +110,10 @@ def _page_data(folder, most):
         "columns": {k: [float(row[k]) if row[k] else None for row in rows] for k in names},
         "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
         "defaults": defaults,
-        "changed": {k: v for k, v in options.items() if v != defaults.get(k) and k not in _PLACES},
+        "changed": {
+            k: v for k, v in options.items() if v != defaults.get(k) and k not in _ELSEWHERE
+        },
     }
 
 
-_PLACES = ("out", "cache", "device", "lc_classes")  # say nothing about the model
+_ELSEWHERE = ("out", "cache", "device", "lc_classes")  # say nothing about the model

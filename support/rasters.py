@@ -62,7 +62,7 @@ class Raster:
             elif self.path.suffix.lower() in ARRAY_SUFFIXES:
                 sides = list(_load_array(path, mmap_mode="r").shape)
                 while len(sides) > 2:  # one-hot, or an axis of length 1
-                    sides.pop(-1 if sides[-1] in (1, len(table), len(table.rows)) else 0)
+                    sides.pop(-1 if sides[-1] in (1, len(table), len(table.entries)) else 0)
                 self.height, self.width = sides
             else:
                 with Image.open(path) as image:
@@ -167,7 +167,7 @@ class Raster:
             indices = self.table.from_colours(pixels, self.path, self._nearest, strict=False)
         else:
             codes, nothing = bands[0].astype(np.int64), self.tiff.nodata
-            if nothing is not None and nothing not in {value for value, _, _ in self.table.rows}:
+            if nothing is not None and nothing not in {value for value, _, _ in self.table.entries}:
                 codes[codes == nothing] = IGNORED
             indices = self.table.from_codes(codes, self.path)
         if self.masked and (len(bands) == 3 or self.tiff.nodata is None):
@@ -212,7 +212,7 @@ def _load_array(path, **how):
 def _palette_is_of(rgb, table):
     """Whether most of the colours that a palette image (H, W, 3) uses are the class table's."""
     used = np.unique(rgb.reshape(-1, 3), axis=0)
-    known = {color for _, color, _ in table.rows}
+    known = {color for _, color, _ in table.entries}
     return 2 * len(known & set(map(tuple, used.tolist()))) > len(used)
 
 

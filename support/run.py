@@ -146,8 +146,10 @@ class Run:
         for optimizer in optimizers:
             set_lr(optimizer, lr)
 
-    def log(self, losses):
-        """Takes a step's losses {name: 0-d tensor}; means are read every --log-every steps."""
+    def end_step(self, state, losses):
+        """Closes a step with losses {name: 0-d tensor}; their means are read every --log-every
+        steps. Saves where it is time to, and after a signal, which then ends the program.
+        """
         self.names = list(losses)
         values = torch.stack([value.detach().double() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
@@ -160,6 +162,7 @@ class Run:
             self._warn_of_weeks()
         if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
             self._flush({})  # an epoch's last row waits for its scores
+        self._save_if_due(state)
 
     def epoch_mean(self, name):
         """The mean of a loss over the epoch that ends, in all processes."""
@@ -257,7 +260,7 @@ class Run:
             about |= {name: getattr(self, name) for name in names}
             save_checkpoint(self.out / "checkpoints" / "last.pt", about)
 
-    def save_if_due(self, state):
+    def _save_if_due(self, state):
         """In the middle of an epoch: saves every quarter of an hour, and after a signal, which then
         ends the program with 128 + its number.
         """

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from support.batches import spread
-from support.canvases import Edit, Translation, around
+from support.canvases import EditCanvas, TranslationCanvas, around
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.pictures import as_array
@@ -39,44 +39,46 @@ KEPT = 2**25  # pixels of canvases; those used last stay
 EXAMPLES = 12
 
 
-def translations(cfg, paint, net, from_labels, to_labels):
+def translations(cfg, predict, net, from_labels, to_labels):
     """--serve of a script that translates; the arguments are translate_files'."""
 
     def show(strip):
         return cfg.classes.palette[strip.argmax(0)] if to_labels else as_array(strip[None])
 
-    paint = until_the_end(paint)
+    predict = until_the_end(predict)
 
     def make(inputs, _):
-        return Translation(cfg, paint, net, inputs, cfg.classes if from_labels else None, show)
+        return TranslationCanvas(
+            cfg, predict, net, inputs, cfg.classes if from_labels else None, show
+        )
 
     Studio(cfg, cfg.classes if from_labels else None, make).serve()
 
 
-def edits(cfg, paint, net):
+def edits(cfg, predict, net):
     """--serve of a script that edits photographs; the arguments are edit_file's."""
-    make = functools.partial(Edit, cfg, until_the_end(paint), net)
+    make = functools.partial(EditCanvas, cfg, until_the_end(predict), net)
     Studio(cfg, cfg.classes, make, edits=True).serve()
 
 
 ENDED = threading.Event()
 
 
-def until_the_end(paint):
-    """A paint that gives up once the server has ended, between two batches of windows."""
+def until_the_end(predict):
+    """A predict that gives up once the server has ended, between two batches of windows."""
 
-    def painting(*windows, **how):
+    def predicting(*windows, **how):
         if ENDED.is_set():
             raise Refused(503, "the server has ended")
-        return paint(*windows, **how)
+        return predict(*windows, **how)
 
-    return painting
+    return predicting
 
 
 class Studio:
     """What the page asks for: canvases to open, strokes, files to take away.
 
-    make(pixels, photograph)  -> a canvas, Translation or Edit
+    make(pixels, photograph)  -> a canvas, TranslationCanvas or EditCanvas
     """
 
     def __init__(self, cfg, classes, make, edits=False):
@@ -86,7 +88,7 @@ class Studio:
         self.folder = Path(cfg.out)
         self.token = secrets.token_urlsafe(24)
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
-        self.painter = concurrent.futures.ThreadPoolExecutor(1)  # one painting at a time
+        self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
         self.examples = self._examples()
 
     def _examples(self):
@@ -145,7 +147,7 @@ class Studio:
             if not self.classes:
                 pixels = np.full((*shape, 3), ClassTable.load("maps").colors[0], np.uint8)
         # with the paintings, which change how the network normalises
-        canvas = self.painter.submit(self.make, pixels.copy(), photo).result()
+        canvas = self.worker.submit(self.make, pixels.copy(), photo).result()
         canvas.start, canvas.latest, canvas.dirty, canvas.beside = pixels, 0, None, photo
         key = str(next(self.numbers))
         self.canvases[key] = canvas
@@ -214,11 +216,11 @@ class Studio:
         if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
             raise UserError(f"a class outside the table, which has {len(self.classes)}")
         canvas.latest += 1
-        return self.painter.submit(
-            self._paint, canvas, canvas.latest, box, pixels, answers
+        return self.worker.submit(
+            self._generate, canvas, canvas.latest, box, pixels, answers
         ).result()
 
-    def _paint(self, canvas, turn, box, pixels, answers):
+    def _generate(self, canvas, turn, box, pixels, answers):
         top, left, height, width = box
         canvas.pixels[top : top + height, left : left + width] = pixels
         canvas.dirty = around(canvas.dirty or box, box)
@@ -226,7 +228,7 @@ class Studio:
             return {"superseded": True}
         begin, pictures = time.perf_counter(), []
         for sample in range(1, answers + 1):
-            (y, x, *_), picture = canvas.painted(canvas.dirty, sample)
+            (y, x, *_), picture = canvas.generated(canvas.dirty, sample)
             pictures.append({"x": x, "y": y, "png": png(picture)})
         canvas.dirty = None
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
@@ -262,7 +264,7 @@ class Studio:
         with self.server() as server, contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
         ENDED.set()
-        self.painter.shutdown(wait=False, cancel_futures=True)
+        self.worker.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(OSError):  # there are results of --generate in it
             self.folder.rmdir()
         print("ended")

@@ -133,7 +133,7 @@ class ImageStore:
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
-        table = self.classes and (self.classes.rows, self.classes.nearest)
+        table = self.classes and (self.classes.entries, self.classes.nearest)
         text = [f"{what} planar summed {self.side} {self.patch} {self.split.halves} {table}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()

@@ -47,7 +47,7 @@ class SharedStatistics:
     def __init__(self, net, reach):
         kinds = nn.InstanceNorm2d, nn.BatchNorm2d
         self.layers = [module for module in net.modules() if isinstance(module, kinds)]
-        self.reach, self.places = reach, []
+        self.reach, self.positions = reach, []
         self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
@@ -56,8 +56,8 @@ class SharedStatistics:
         self.reach = max(self.reach, 0.75 * len(windows) / count)
         return [windows[k] for k in spread(count, len(windows))]
 
-    def note(self, place, paint, tile):
-        """Notes the statistics of a tile (C, S, S) at place (top, left), counted in windows."""
+    def note(self, position, predict, tile):
+        """Notes the statistics of a tile (C, S, S) at position (top, left), counted in windows."""
 
         def keep(layer, inputs):
             variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
@@ -65,24 +65,24 @@ class SharedStatistics:
 
         hooks = [layer.register_forward_pre_hook(keep) for layer in self.layers]
         try:
-            paint(tile[None])
+            predict(tile[None])
         finally:
             for hook in hooks:
                 hook.remove()
-        self.places.append(place)
+        self.positions.append(position)
 
-    def note_some(self, rows, columns, sides, cut, paint):
+    def note_some(self, rows, columns, sides, cut, predict):
         """Notes some of the windows that stand at these tiles of a raster."""
         noted = list(itertools.product(self.some(rows), self.some(columns)))
         bar = {"unit": "window", "leave": False, "disable": None}
         for (top, _), (left, _) in tqdm(noted, "statistics", **bar):
-            place = top / sides[0], left / sides[1]
-            self.note(place, paint, torch.from_numpy(cut(top, left, *sides)))
+            position = top / sides[0], left / sides[1]
+            self.note(position, predict, torch.from_numpy(cut(top, left, *sides)))
 
     @contextlib.contextmanager
-    def around(self, places):
-        """Within it the network takes windows at these places, in this order."""
-        apart = torch.tensor(places)[:, None] - torch.tensor(self.places)[None]  # (B, N, 2)
+    def around(self, positions):
+        """Within it the network takes windows at these positions, in this order."""
+        apart = torch.tensor(positions)[:, None] - torch.tensor(self.positions)[None]  # (B, N, 2)
         weights = torch.softmax(-apart.square().sum(-1) / (2 * self.reach**2), 1)
         try:
             for layer in self.layers:
@@ -112,22 +112,22 @@ class SharedStatistics:
         return forward
 
 
-def paint_windows(cut, paint, corners, sides, statistics=None):
+def predict_windows(cut, predict, corners, sides, statistics=None):
     """Paints windows at these corners (top, left): (B, C, *sides) float32, on the CPU."""
     windows = torch.from_numpy(np.stack([cut(*corner, *sides) for corner in corners]))
-    places = [(top / sides[0], left / sides[1]) for top, left in corners]
-    with statistics.around(places) if statistics else contextlib.nullcontext():
-        fakes = paint(windows).float().cpu()
+    positions = [(top / sides[0], left / sides[1]) for top, left in corners]
+    with statistics.around(positions) if statistics else contextlib.nullcontext():
+        fakes = predict(windows).float().cpu()
     if fakes.shape[2:] != sides:
         fakes = F.interpolate(fakes, sides, mode="bicubic", antialias=True)
     return fakes
 
 
-def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
+def blended(cut, predict, size, window, statistics=None, batch=8, about=""):
     """Paints a raster by windows: yields (top, pixels (C, rows, width) float32) from top to bottom.
 
     cut(top, left, height, width)  a window as the network takes it, (C', S, S) uint8
-    paint(windows (B, C', S, S))   -> (B, C, S', S')
+    predict(windows (B, C', S, S))   -> (B, C, S', S')
     size                           (height, width)
     window                         the side of a window; 0: the whole at once
     statistics                     SharedStatistics, where normalisation would tell windows apart
@@ -138,14 +138,14 @@ def blended(cut, paint, size, window, statistics=None, batch=8, about=""):
     rows, columns = (tiles(length, side) for length, side in zip(size, sides, strict=True))
     statistics = statistics if len(rows) * len(columns) > 1 else None
     if statistics:
-        statistics.note_some(rows, columns, sides, cut, paint)
+        statistics.note_some(rows, columns, sides, cut, predict)
     megapixels = size[0] * size[1] / 1e6
     bar = tqdm(total=megapixels, desc=about, unit="MP", leave=False, disable=None)
     band = None  # of the raster, from `top` on: sums of weighted windows
     for k, (top, weights_y) in enumerate(rows):
         for some in (columns[j : j + batch] for j in range(0, len(columns), batch)):
             corners = [(top, left) for left, _ in some]
-            fakes = paint_windows(cut, paint, corners, sides, statistics)
+            fakes = predict_windows(cut, predict, corners, sides, statistics)
             if band is None:
                 width = columns[-1][0] + sides[1]
                 band = torch.zeros(fakes.shape[1], sides[0], width)
@@ -186,9 +186,9 @@ def shared_statistics(cfg, net):
     return SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
 
 
-def network_input(raster, size, *place):
+def network_input(raster, size, *window):
     """A window (top, left, height, width) of a raster at a network's size: (3 or 1, S, S) uint8."""
-    small = resize(raster.padded(*place), (size, size), labels=bool(raster.table))
+    small = resize(raster.padded(*window), (size, size), labels=bool(raster.table))
     return small[None] if raster.table else np.moveaxis(small, -1, 0)
 
 

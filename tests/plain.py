@@ -415,8 +415,8 @@ class Mixlc:
         g_adv = bce_real(self.D(fake, edit.box))
         g_l1 = l1(fake, edit.rgb_ab)
         g_local = local_l1(fake, edit.rgb_ab, edit)
-        g_total = self.cfg.alpha * g_adv + self.cfg.pix_lambda * g_l1
-        g_total = g_total + self.cfg.local_pix_lambda * g_local
+        g_total = self.cfg.lambda_adv * g_adv + self.cfg.lambda_l1 * g_l1
+        g_total = g_total + self.cfg.lambda_local * g_local
         self.adam_G.minimise(g_total)
         return {
             "g_total": g_total,
@@ -521,11 +521,11 @@ class MixlcACGAN:
             "d_class": d_class,
         }
         self.adam_G.minimise(
-            cfg.adv_lambda * losses["g_adv"]
-            + cfg.pixel_lambda * losses["g_pixel"]
-            + cfg.style_lambda * losses["g_style"]
-            + cfg.class_lambda * losses["g_class"]
-            + cfg.id_lambda * losses["g_id"]
+            cfg.lambda_adv * losses["g_adv"]
+            + cfg.lambda_l1 * losses["g_pixel"]
+            + cfg.lambda_style * losses["g_style"]
+            + cfg.lambda_class * losses["g_class"]
+            + cfg.lambda_id * losses["g_id"]
         )
         return losses
 

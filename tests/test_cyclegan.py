@@ -335,12 +335,12 @@ def test_domains_are_drawn_independently(pairs, tmp_path):
 def test_every_image_once_an_epoch_and_the_smaller_domain_evenly(unaligned, tmp_path):
     seen = []
     data = domains(unaligned, tmp_path / "cache", dataclasses.replace(TINY, batch_size=1))
-    data.rows_A.batches = lambda index, honest=data.rows_A.batches: (
+    data.loader_A.batches = lambda index, honest=data.loader_A.batches: (
         seen.append(index.ravel().tolist()),
         honest(index),
     )[1]
     list(data.batches(0))
-    data.rows_B.batches = lambda index, honest=data.rows_B.batches: (
+    data.loader_B.batches = lambda index, honest=data.loader_B.batches: (
         seen.append(index.ravel().tolist()),
         honest(index),
     )[1]

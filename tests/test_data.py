@@ -435,7 +435,7 @@ def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
 def test_rows_gather(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path), "train", 32)
     index = np.array([[3, 1], [0, 5]])
-    batches = list(common.Rows(store.records, torch.device("cpu")).batches(index))
+    batches = list(common.Loader(store.records, torch.device("cpu")).batches(index))
     assert all(
         (np.stack(batch) == store.records[rows]).all()
         for batch, rows in zip(batches, index, strict=True)
@@ -445,7 +445,7 @@ def test_rows_gather(pairs, tmp_path):
 def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path, monkeypatch):
     """The background thread, with pinning (which needs a GPU) left out."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    rows = common.Rows(
+    rows = common.Loader(
         ImageStore(config(pairs, tmp_path), "train", 32).records, torch.device("cpu")
     )
     index = np.arange(6).repeat(4).reshape(12, 2)
@@ -521,7 +521,7 @@ def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
     guess = target + torch.tensor([2.0, 0.0, 4.0]).view(3, 1, 1, 1) / 127.5
     for part in (slice(0, 2), slice(2, 3)):
         scores.add_images("model", guess[part], target[part])
-    row = scores.rows()["model"]
+    row = scores.table()["model"]
     assert row["rmse"] == pytest.approx(np.sqrt((4 + 0 + 16) / 3))
     assert row["rmse_rgb"] == pytest.approx(np.sqrt(3) * (2 + 0 + 4) / 3)  # the mean over images
     assert row["accuracy_5"] == 1.0 and row["accuracy_10"] == 1.0
@@ -534,7 +534,7 @@ def test_scores_of_edits_by_hand():
     target, scores = common.from_bytes(torch.full((2, 3, 16, 16), 128)), common.Scores()
     guess = target + torch.where(mask, 10.0, 1.0) / 127.5
     scores.add_edit("model", guess, target, target + 4 / 127.5, mask)
-    row = scores.rows()["model"]
+    row = scores.table()["model"]
     assert (row["l1_inside"], row["l1_outside"], row["l1_to_input"]) == (10.0, 1.0, 6.0)
     assert row["psnr_inside"] == pytest.approx(10 * np.log10(255**2 / 100))
     assert row["psnr_outside"] == pytest.approx(10 * np.log10(255**2))

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import harness
+import numpy as np
 import pytest
 import roofline
-import numpy as np
 import torch
 
 import common

@@ -57,7 +57,7 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
     for records in val.in_order(np.arange(4)):
         seen = kept.classes_of(common.from_bytes(records[:, :3]))
         scores.add_labels("real", seen, records[:, 3], 3, by="judge")
-    assert scores.rows()["real"]["judge_mean_iou"] > 0.9
+    assert scores.table()["real"]["judge_mean_iou"] > 0.9
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):

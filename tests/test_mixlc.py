@@ -182,7 +182,7 @@ def test_what_the_generator_sees_of_an_erased_edit(monkeypatch):
     mask = edit_mask(batch.box, batch.inside, 64)
     train_step(state, batch, cfg)
     val = types.SimpleNamespace(in_order=lambda images: [batch], classes=cfg.classes)
-    rows = mixlc.evaluate(state, val, cfg, np.arange(2)).rows()
+    rows = mixlc.evaluate(state, val, cfg, np.arange(2)).table()
     columns = mixlc.sample(state, val, cfg, np.arange(2))
     assert len(seen) == 3 and (columns["input"].masked_select(mask) == 0).all()
     for image in seen:
@@ -399,7 +399,7 @@ def test_evaluation_by_hand(data, tmp_path, monkeypatch):
     """A generator that copies: the model's row is the copy's; outside the box it is perfect."""
     val = edits(data, tmp_path, "val", erase=False)
     monkeypatch.setattr(mixlc, "translate", lambda state, inputs, cfg: inputs[0])
-    rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).rows()
+    rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).table()
     assert rows["model"] == rows["copy of rgb_a"] and rows["model"]["l1_outside"] == 0
     edit, errors = next(val.in_order(np.arange(3))), []
     rgb_a, rgb_ab = to_bytes(edit.rgb_a).float(), to_bytes(edit.rgb_ab).float()
@@ -415,7 +415,7 @@ def test_the_verdict_on_copying(data, tmp_path, monkeypatch):
     guesses = {"darker copy": (edit.rgb_a + 1) * 0.8 - 1, "target": edit.rgb_ab}
     for name, guess in guesses.items():
         monkeypatch.setattr(mixlc, "translate", lambda state, x, cfg, guess=guess: guess)
-        rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).rows()
+        rows = mixlc.evaluate(None, val, val.cfg, np.arange(3)).table()
         answers[name] = common.copy_verdict(rows)
     assert answers["darker copy"].endswith("it copies its input")
     assert answers["target"].endswith("it does not copy its input")

@@ -253,7 +253,7 @@ def test_classifiers_are_scored_inside_the_edit_only(tmp_path):
         patch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: inputs[0])
         scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=net)
     assert scores.confusions["model", "judge"].sum().item() == 2 * 400
-    assert scores.rows()["model"]["judge_mean_iou"] == 1.0
+    assert scores.table()["model"]["judge_mean_iou"] == 1.0
 
 
 # --------------------------------------------------------------------------------------- whole runs

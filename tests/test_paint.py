@@ -75,13 +75,15 @@ def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touche
     cfg = configured("pix2pix", tmp_path, window=64)
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     painter = Painter()
-    canvas = page.Translation(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
-    region, shown = canvas.painted((0, 0, 1, 1), 1)
+    canvas = page.TranslationCanvas(
+        cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None])
+    )
+    region, shown = canvas.generated((0, 0, 1, 1), 1)
     assert region == (0, 0, 200, 150) and painter.windows == 4 * 3
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
     pixels[60:70, 100:110] = 1
     painter.windows = 0
-    (top, left, height, width), part = canvas.painted((60, 100, 10, 10), 1)
+    (top, left, height, width), part = canvas.generated((60, 100, 10, 10), 1)
     assert painter.windows == 2 * 2 and top + height < 200
     shown[top : top + height, left : left + width] = part
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
@@ -102,8 +104,8 @@ def test_windows_of_a_canvas_share_their_statistics(tmp_path):
     cfg, net = configured("pix2pix", tmp_path, window=64), Norm()
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     pixels[:100] = 1
-    canvas = page.Translation(cfg, net, net, pixels, CLASSES, lambda x: as_array(x[None]))
-    _, shown = canvas.painted((0, 0, 1, 1), 1)
+    canvas = page.TranslationCanvas(cfg, net, net, pixels, CLASSES, lambda x: as_array(x[None]))
+    _, shown = canvas.generated((0, 0, 1, 1), 1)
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels, net))
 
 
@@ -111,13 +113,13 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
     cfg = configured("mixlc", tmp_path, window=64)
     photo = picture(np.random.default_rng(0), 300, 400).copy()
     labels, painter = np.zeros((300, 400), np.uint8), Painter()
-    canvas, shown = page.Edit(cfg, painter, None, labels.copy(), photo), photo.copy()
+    canvas, shown = page.EditCanvas(cfg, painter, None, labels.copy(), photo), photo.copy()
     strokes = {"water:100,50,20,20": 1, "road:300,200,90,30": 3, "water:310,210,10,5": 3}
     for count, (stroke, windows) in enumerate(strokes.items(), 1):
         index, top, left, bottom, right = _stroke(stroke, CLASSES, 300, 400)
         canvas.pixels[top:bottom, left:right] = index
         painter.windows = 0
-        box, part = canvas.painted((top, left, bottom - top, right - left), 1)
+        box, part = canvas.generated((top, left, bottom - top, right - left), 1)
         assert painter.windows == windows
         shown[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = part
         save(tmp_path / "photo.png", photo)
@@ -128,7 +130,7 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
         assert np.array_equal(shown, np.asarray(Image.open(tmp_path / f"out{count}/photo.png")))
     canvas.pixels[:] = 0  # all of it erased
     painter.windows = 0
-    box, part = canvas.painted((210, 310, 5, 10), 1)
+    box, part = canvas.generated((210, 310, 5, 10), 1)
     shown[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = part
     assert np.array_equal(shown, photo) and painter.windows == 0
 
@@ -159,7 +161,7 @@ def serving(cfg, make, edits=False):
     finally:
         server.shutdown()
         server.server_close()
-        studio.painter.shutdown()
+        studio.worker.shutdown()
 
 
 @pytest.fixture
@@ -168,10 +170,12 @@ def server(tmp_path, landcover):
     painter = Painter()
 
     def make(pixels, _):
-        return page.Translation(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
+        return page.TranslationCanvas(
+            cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None])
+        )
 
     with serving(cfg, make) as (studio, request):
-        studio.painting = painter
+        studio.predicting = painter
         yield studio, request
 
 
@@ -304,7 +308,7 @@ def test_files_are_opened_and_do_not_stay(server, tmp_path):
 
 def test_an_edit_needs_two_files_of_one_size(tmp_path):
     cfg = configured("mixlc", tmp_path, data=str(tmp_path / "none"), window=64)
-    make = lambda labels, photo: page.Edit(cfg, Painter(), None, labels, photo)  # noqa: E731
+    make = lambda labels, photo: page.EditCanvas(cfg, Painter(), None, labels, photo)  # noqa: E731
     labels, photo = np.zeros((70, 90), np.uint8), np.zeros((70, 90, 3), np.uint8)
     with serving(cfg, make, edits=True) as (studio, request):
         assert not studio.examples
@@ -320,16 +324,16 @@ def test_an_edit_needs_two_files_of_one_size(tmp_path):
 def test_of_strokes_that_wait_the_newest_is_painted_and_none_is_lost(server):
     studio, request = server
     canvas = opened(request)
-    begun, go, paint = threading.Event(), threading.Event(), studio.canvases[canvas].painted
+    begun, go, paint = threading.Event(), threading.Event(), studio.canvases[canvas].generated
     boxes = []
 
-    def painted(box, sample):
+    def slow(box, sample):
         boxes.append(box)
         begun.set()
         go.wait(20)
         return paint(box, sample)
 
-    studio.canvases[canvas].painted = painted
+    studio.canvases[canvas].generated = slow
     answers = [None] * 4
 
     def ask(k):
@@ -363,12 +367,14 @@ def test_only_so_many_pixels_are_kept_those_used_last(server, monkeypatch):
 
 
 def test_a_canvas_is_opened_between_paintings(server):
-    """A painting has the network normalise by statistics of its own meanwhile."""
+    """A predicting has the network normalise by statistics of its own meanwhile."""
     studio, request = server
     canvas, threads = opened(request), []
-    make, paint = studio.make, studio.canvases[canvas].painted
+    make, paint = studio.make, studio.canvases[canvas].generated
     studio.make = lambda *content: threads.append(threading.get_ident()) or make(*content)
-    studio.canvases[canvas].painted = lambda *a: threads.append(threading.get_ident()) or paint(*a)
+    studio.canvases[canvas].generated = lambda *a: (
+        threads.append(threading.get_ident()) or paint(*a)
+    )
     opened(request)
     stroke(request, canvas, 0, 0, 5, 5)
     assert len(threads) == 2 and len(set(threads)) == 1

@@ -220,8 +220,8 @@ def test_cuda_rows_resident_and_prefetched_agree():
         np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8),
         np.arange(10).reshape(5, 2),
     )
-    resident = list(common.Rows(array, torch.device("cuda")).batches(index))
-    prefetched = list(common.Rows(array, torch.device("cuda"), share=0.0).batches(index))
+    resident = list(common.Loader(array, torch.device("cuda")).batches(index))
+    prefetched = list(common.Loader(array, torch.device("cuda"), share=0.0).batches(index))
     assert all(
         torch.equal(torch.stack(a), torch.stack(b))
         for a, b in zip(resident, prefetched, strict=True)
@@ -318,7 +318,7 @@ def test_label_maps_are_drawn_in_their_class_colours(landcover, tmp_path):
     }
     val = Pairs(cfg, "val", CPU)
     cfg = dataclasses.replace(cfg, direction="AtoB", lc_classes=val.store.classes.text)
-    rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2)).rows()
+    rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2)).table()
     assert set(rows["model"]) >= {"psnr", "pixel_accuracy", "mean_iou"}
 
 
@@ -440,7 +440,7 @@ def test_judge_scores_photographs_of_label_maps(landcover, tmp_path):
             calls.append(image)
             return truth if len(calls) == 1 else (truth + 1) % 3
 
-    rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2), judge=Judge()).rows()
+    rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2), judge=Judge()).table()
     assert rows["model"]["judge_pixel_accuracy"] == rows["model"]["judge_mean_iou"] == 1
     names = ("pixel_accuracy", "class_accuracy", "mean_iou")
     assert rows["real photograph"] == {f"judge_{name}": 0 for name in names}

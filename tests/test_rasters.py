@@ -25,7 +25,7 @@ from support.classes import ClassTable
 from support.generate import _view, edit_of_files
 from support.pictures import paste, resize
 from support.rasters import Raster, writing
-from support.windows import SharedStatistics, blended, paint_windows, tiles, touch
+from support.windows import SharedStatistics, blended, predict_windows, tiles, touch
 
 PLACE = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_800_000, 0.5, 0.5)}
 
@@ -40,7 +40,7 @@ def geotiff(path, pixels, **profile):
     return path
 
 
-def painted(image, paint, window, size=16, **options):
+def generated(image, paint, window, size=16, **options):
     """(C, H, W) float32 bytes through blended, with windows at a scale of window / size."""
 
     def cut(top, left, height, width):
@@ -80,7 +80,7 @@ def test_weights_sum_to_one_and_windows_overlap(length, window):
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (16, 16), (17, 90), (64, 64), (41, 133)])
 def test_windows_equal_the_whole_for_a_pointwise_network(size):
     image = noise(*size)
-    whole = painted(image, lambda x: x.float() * 0.5 - 3, 16)
+    whole = generated(image, lambda x: x.float() * 0.5 - 3, 16)
     assert whole.shape == (3, *size)
     assert torch.allclose(whole, torch.from_numpy(image).float() * 0.5 - 3, atol=1e-4)
 
@@ -91,7 +91,7 @@ def test_windows_equal_the_whole_for_a_convolution(size):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1))
     image = noise(*size)
     with torch.no_grad():
-        tiled = painted(image, lambda x: net(x.float() / 255), 32, size=32, batch=3)
+        tiled = generated(image, lambda x: net(x.float() / 255), 32, size=32, batch=3)
         whole = net(torch.from_numpy(image)[None].float() / 255)[0]
     assert torch.allclose(tiled, whole, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_windows_are_resized_to_the_network_and_back():
         seen.append(tuple(windows.shape))
         return windows.float()
 
-    back = painted(smooth, paint, 64, size=16)
+    back = generated(smooth, paint, 64, size=16)
     assert {shape[1:] for shape in seen} == {(1, 16, 16)}
     assert back.shape == smooth.shape
     assert (back - torch.from_numpy(smooth).float()).abs().mean() < 3
@@ -168,8 +168,8 @@ def test_shared_statistics_are_the_rasters():
     paint = lambda x: net(x.float())  # noqa: E731
     shared = SharedStatistics(net, float("inf"))
     with torch.no_grad():
-        tiled = painted(image, paint, 16, statistics=shared)
-        own = painted(image, paint, 16)
+        tiled = generated(image, paint, 16, statistics=shared)
+        own = generated(image, paint, 16)
         whole = net(torch.from_numpy(image)[None].float())[0]
     # windows overlap, so that the middle counts twice in the statistics
     assert (tiled - whole).abs().max() < 0.1 < (own - whole).abs().max()
@@ -209,7 +209,7 @@ def test_windows_are_told_where_they_stand():
             return contextlib.nullcontext()
 
     corners, sides = [(10, 40), (0, 5)], (20, 10)
-    paint_windows(
+    predict_windows(
         lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, corners, sides, Statistics()
     )
     assert told == [(0.5, 4.0), (0.0, 0.5)]
@@ -239,9 +239,9 @@ def test_statistics_are_noted_all_over_a_raster():
     net = nn.InstanceNorm2d(3)
     shared = SharedStatistics(net, 0.5)
     shared.most = 4
-    painted(noise(4 * 12 + 16, 11 * 12 + 16), lambda x: net(x.float()), 16, statistics=shared)
-    rows, columns = ({place[k] for place in shared.places} for k in (0, 1))
-    assert len(shared.places) == 16 and len(rows) == len(columns) == 4
+    generated(noise(4 * 12 + 16, 11 * 12 + 16), lambda x: net(x.float()), 16, statistics=shared)
+    rows, columns = ({position[k] for position in shared.positions} for k in (0, 1))
+    assert len(shared.positions) == 16 and len(rows) == len(columns) == 4
     assert max(rows) == 3 * 0.75 and max(columns) == 9 * 0.75
     assert shared.reach == 0.75 * 12 / 4
 
@@ -486,8 +486,8 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out" / name).exists()
     out, raster = tmp_path / "out2" / name, Raster(tmp_path / "in.tif")
-    with pytest.raises(ValueError, match="painting"), writing(out, raster):
-        raise ValueError("painting failed")
+    with pytest.raises(ValueError, match="predicting"), writing(out, raster):
+        raise ValueError("predicting failed")
     assert list((tmp_path / "out2").iterdir()) == []
 
 

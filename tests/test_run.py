@@ -142,18 +142,18 @@ def test_evaluation_needs_no_training_images(pairs, trained, tmp_path):
 
 def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
     """What kills a process in its first epoch costs what came after the last quarter of an hour."""
-    log, now = common.Run.log, [0.0]
+    end_step, now = common.Run.end_step, [0.0]
 
-    def log_till_the_power_goes(run, losses):
+    def train_till_the_power_goes(run, state, losses):
         now[0] += 400.0  # seconds a step: due before the third
         if run.step == 3:
             raise ConnectionError("the power is gone")
-        log(run, losses)
+        end_step(run, state, losses)
 
     long = "--epochs", "2", "--save-every", "1", "--batch-size", "1"
     main(options(pairs, tmp_path / "whole", *long))
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", log_till_the_power_goes)
+        patch.setattr(common.Run, "end_step", train_till_the_power_goes)
         patch.setattr(time, "monotonic", lambda: now[0])
         with pytest.raises((ConnectionError, SystemExit)):
             main(options(pairs, tmp_path / "run", *long))
@@ -260,7 +260,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
 ):
     """After the first and the last epoch, at --save-every, and when minutes have passed."""
     monkeypatch.setattr(common.Run, "seconds", seconds)
-    monkeypatch.setattr(common.Run, "save_if_due", lambda run, state: None)  # that is tested above
+    monkeypatch.setattr(common.Run, "_save_if_due", lambda run, state: None)  # that is tested above
     saved, honest = [], common.Run.save
 
     def save(run, state):

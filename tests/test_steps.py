@@ -32,7 +32,7 @@ CASES = {
     "cyclegan labels": LABELS | {"pool_size": 3},
     "mixlc": {},
     "mixlc late": {"fusion": "late"},
-    "mixlc early": {"fusion": "early", "alpha": 0.25, "pix_lambda": 3.0, "local_pix_lambda": 2.0},
+    "mixlc early": {"fusion": "early", "lambda_adv": 0.25, "lambda_l1": 3.0, "lambda_local": 2.0},
     "mixlc dilated": {"fusion": "dilated"},
     "mixlc both skips": {"fusion": "middle", "skips": "both"},
     "mixlc no erase": {"erase": False, "use_ba": True},
@@ -40,8 +40,8 @@ CASES = {
     "mixlc_acgan": {},
     "mixlc_acgan no erase": {"erase": False, "use_ba": True},
     "mixlc_acgan weights": {
-        **{"adv_lambda": 0.3, "pixel_lambda": 2.0, "style_lambda": 30.0, "class_lambda": 0.7},
-        **{"id_lambda": 0.4, "style_layers": "relu1_2,relu2_1,relu2_2", "use_ba": True},
+        **{"lambda_adv": 0.3, "lambda_l1": 2.0, "lambda_style": 30.0, "lambda_class": 0.7},
+        **{"lambda_id": 0.4, "style_layers": "relu1_2,relu2_1,relu2_2", "use_ba": True},
     },
 }
 
