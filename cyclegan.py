@@ -1,5 +1,9 @@
 """CycleGAN: translate between two domains without pairs, such as maps and satellite images.
 
+Two generators translate in opposite directions. One discriminator for each domain learns to tell
+translated images from real ones. There and back again must give the same image (the cycle loss):
+this ties a translation to its input, since no pair does.
+
     python cyclegan.py --data maps/                             both directions, 200 epochs
     python cyclegan.py --data horse2zebra/                      trainA/ and trainB/, no pairs at all
     python cyclegan.py --data denmark/ --lc-classes s2glc       A photographs, B land cover
@@ -10,17 +14,13 @@
 Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using Cycle-Consistent
 Adversarial Networks, arXiv:1703.10593.
 
-Differences from the paper: all four layers of the discriminator have stride 2, as its appendix
-writes (16x16 logits at 256, receptive field 94; the authors' code has 70); the identity loss,
-which the paper uses for paintings, is on for maps, too. Where B is land cover, it is categorical:
-generators and discriminator see exact one-hot maps, made from logits with a straight-through
-gradient, and the cycle loss is the cross-entropy of the logits. Pixels without a class are holes,
-all zeros; D_B sees fake maps with a real map's holes.
-
-Measured: without ever seeing a pair, satellite -> map at 128 pixels, 3 epochs, RMSE 21.8 levels,
-a constant colour 19.3; map -> satellite 48.5, a constant 43.7 (README: commands, cost, pictures).
---quick, 36 s on two cores of a CPU: A after its cycle 17.4, B 15.5, satellite -> map 23.5 (23.4),
-map -> satellite 44.2 (34.8).
+Differences from the paper:
+- All four layers of the discriminator have stride 2, as its appendix writes: 16x16 logits at 256,
+  each with a receptive field of 94 pixels (the authors' code has 70).
+- The identity loss, which the paper uses for paintings, is on for all pictures.
+- Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
+  with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
+  without a class are holes, all zeros; fake maps get a real map's holes before D_B judges them.
 """
 
 import dataclasses
@@ -42,26 +42,36 @@ from common import UserError, option
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
     """
 
     script = "cyclegan"
 
-    blocks: int = option(0, "residual blocks; 0: 9, or 6 below size 256", group="model", low=0)
+    blocks: int = option(0, "residual blocks; 0: 9, or 6 below 256", group="model", low=0)
     lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)
     lambda_identity: float = option(
-        0.5, "weight of the identity losses, times lambda_cycle; pictures only", low=0.0
+        0.5, "weight of the identity losses, times --lambda-cycle; pictures only", low=0.0
     )
-    pool_size: int = option(50, "fakes in each domain's image pool; 0: none", low=0, high=10**4)
-    load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
-    lr: float = option(2e-4, "Adam's rate", low=0.0)
-    batch_size: int = option(1, "images per domain, step and process", low=1)
+    pool_size: int = option(50, "fakes in the image pool of a domain; 0: none", low=0, high=10**4)
+    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(1, "images of each domain in a step of one process", low=1)
     epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
-    epochs_decay: int = option(-1, "the last of these, in which the rate falls; -1: half", low=-1)
-    init_AB: str = option("", "weights of G_AB (ours: of D_B, too)", file=True, weights=True)
-    init_BA: str = option("", "weights of G_BA (ours: of D_A, too)", file=True, weights=True)
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
+    init_AB: str = option(
+        "",
+        "start from these weights of G_AB (a checkpoint: of D_B as well)",
+        file=True,
+        weights=True,
+    )
+    init_BA: str = option(
+        "",
+        "start from these weights of G_BA (a checkpoint: of D_A as well)",
+        file=True,
+        weights=True,
+    )
     direction: str = option(
-        "AtoB", "which way --generate translates", group="use", choices=("AtoB", "BtoA")
+        "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
     )
 
 
@@ -232,10 +242,19 @@ def straight_through(logits):
 class ImagePool(nn.Module):
     """`size` earlier fakes of a domain (Shrivastava et al. 2017, arXiv:1612.07828, section 2.3).
 
-    A call takes fakes (B, C, S, S) one after the other. While there is room each is kept and
-    returned; then each is returned as it is, or, half of the time, takes the place of a random old
-    one, which is returned. No branch depends on a tensor's value, so that a CUDA graph can capture
-    it; the images are buffers, so that a checkpoint holds them.
+    For each fake (C, S, S) of a batch, in plain Python:
+
+        if len(images) < size:  # there is room: keep it
+            images.append(fake)
+            return fake
+        if random() < 0.5:
+            return fake
+        slot = randrange(size)  # an old one is returned, and this one takes its slot
+        old, images[slot] = images[slot], fake
+        return old
+
+    The code below does the same without a branch on a tensor's value, so that a CUDA graph can
+    capture it. The images are buffers, so that a checkpoint keeps them.
     """
 
     def __init__(self, size, channels, side, dtype):
@@ -342,19 +361,19 @@ def train_step(state, batch, cfg):
     real_A, real_B = batch
     with_identity = cfg.lambda_identity > 0 and not cfg.classes
     with common.autocast(cfg, real_A.device):
-        if with_identity:  # InstanceNorm keeps images apart: one batch gives what two would
-            fake_B, same_B = state.G_AB(torch.cat([real_A, real_B])).chunk(2)
-            fake_A, same_A = state.G_BA(torch.cat([real_B, real_A])).chunk(2)
-        else:
-            fake_B = state.G_AB(real_A)
-            fake_A = state.G_BA(real_B)
+        fake_B = state.G_AB(real_A)
+        fake_A = state.G_BA(real_B)
         if cfg.classes:
             fake_B = straight_through(fake_B)
         cycled_A = state.G_BA(fake_B)
         cycled_B = state.G_AB(fake_A)
+        if with_identity:
+            same_A = state.G_BA(real_A)
+            same_B = state.G_AB(real_B)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(1, keepdim=True)  # fakes without holes would be known
-        logits_A, logits_B = state.D_A(fake_A), state.D_B(fake_B)
+            fake_B = fake_B * real_B.sum(1, keepdim=True)  # D would know fakes without holes
+        logits_A = state.D_A(fake_A)
+        logits_B = state.D_B(fake_B)
     losses = {
         "adv_AB": gan_loss(logits_B, True),
         "adv_BA": gan_loss(logits_A, True),
@@ -377,10 +396,10 @@ def train_step(state, batch, cfg):
     fake_A = state.pool_A(fake_A.detach())  # the D step must not reach G
     fake_B = state.pool_B(fake_B.detach())
     with common.autocast(cfg, real_A.device):
-        real_logits_A, fake_logits_A = state.D_A(torch.cat([real_A, fake_A])).chunk(2)
-        real_logits_B, fake_logits_B = state.D_B(torch.cat([real_B, fake_B])).chunk(2)
-    losses["d_A"] = 0.5 * (gan_loss(real_logits_A, True) + gan_loss(fake_logits_A, False))
-    losses["d_B"] = 0.5 * (gan_loss(real_logits_B, True) + gan_loss(fake_logits_B, False))
+        logits_real_A, logits_fake_A = state.D_A(real_A), state.D_A(fake_A)
+        logits_real_B, logits_fake_B = state.D_B(real_B), state.D_B(fake_B)
+    losses["d_A"] = 0.5 * (gan_loss(logits_real_A, True) + gan_loss(logits_fake_A, False))
+    losses["d_B"] = 0.5 * (gan_loss(logits_real_B, True) + gan_loss(logits_fake_B, False))
     state.opt_D.zero_grad()
     (losses["d_A"] + losses["d_B"]).backward()
     common.average_gradients(nn.ModuleList([state.D_A, state.D_B]))
@@ -412,7 +431,8 @@ def main(argv=None):
         common.restore(state, checkpoint, cfg.out)
     else:
         load_generators(state, cfg)
-    run = common.Run(cfg, checkpoint, train, scores=score_names(cfg, val.paired))
+    cells = score_cells(cfg, val.paired)
+    run = common.Run(cfg, checkpoint, train, scores=list(cells))
     step = common.fast_step(train_step, cfg, device)
     sample_images = common.spread(cfg.sample_rows, len(val))
     val_images = common.spread(cfg.val_images, len(val))
@@ -421,8 +441,8 @@ def main(argv=None):
         for batch in train.batches(epoch, run.batch):
             common.seed_step(cfg.seed, epoch, run.batch)
             run.end_step(state, step(state, batch, cfg))
-        rows = evaluate(state, val, cfg, val_images).table()
-        scores = {name: score(rows, name) for name in run.scores}
+        table = evaluate(state, val, cfg, val_images).table()
+        scores = {name: table[row][measure] for name, (row, measure) in cells.items()}
         run.end_epoch(state, scores, sample(state, val, cfg, sample_images))
     run.close()
     report(state, val, cfg, run.histograms)
@@ -435,8 +455,8 @@ def main(argv=None):
 def translate(state, inputs, cfg, direction=None):
     """Inputs (B, C, S, S) of one domain -> images of the other, float32.
 
-    Pictures are in [-1, 1]; land cover is one-hot, in and out. InstanceNorm knows no batch and no
-    mode. direction: "AtoB" or "BtoA"; None: --direction.
+    Pictures are in [-1, 1]; land cover is one-hot, in and out. direction: "AtoB" or "BtoA"; None:
+    --direction.
     """
     to_B = (direction or cfg.direction) == "AtoB"
     with common.autocast(cfg, inputs.device):
@@ -469,15 +489,14 @@ def sample(state, val, cfg, images):
 
 
 def evaluate(state, val, cfg, images, constants=None, judge=None):
-    """The Scores of these validation images.
+    """The Scores of these validation images: each domain after its cycle and, where A and B are
+    pairs, each translation against its partner.
 
-    How well each domain survives its cycle and, where A and B are pairs, each translation against
-    its partner. `constants`, common.constant_colors' of {"A": .., "B": ..}, add the baselines: a
-    colour everywhere, or for each class, and the input copied. A judge says whether photographs
-    show the land cover that was asked for: real ones are its ceiling, of other places its floor.
+    constants  {"A": .., "B": ..}, common.constant_colors' of each domain: adds the baselines, which
+               are a colour everywhere, or for each class, and the input copied
+    judge      measures whether generated photographs show the land cover that was asked for
     """
     scores = common.Scores(brief=constants is None)
-    elsewhere = val.in_order(np.roll(images, len(images) // 2))
     for real_A, real_B in val.in_order(images):
         labels = common.class_index(real_B) if cfg.classes else None
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
@@ -486,12 +505,9 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
             guesses_B["A to B: model"] = fake_B
             guesses_A["B to A: model"] = fake_A
         if val.paired and constants:
-            guesses_A["B to A: copy of the input"] = val.picture(real_B)
-            if not cfg.classes:
-                guesses_B["A to B: copy of the input"] = real_A
-            for name, guess in common.constant_guesses(constants["A"], real_A, labels).items():
+            for name, guess in baselines_of_A(val, real_A, real_B, constants["A"]).items():
                 guesses_A[f"B to A: {name}"] = guess
-            for name, guess in common.constant_guesses(constants["B"], real_B).items():
+            for name, guess in baselines_of_B(val, real_A, real_B, constants["B"]).items():
                 guesses_B[f"A to B: {name}"] = guess
         guesses_A["A to B to A: model"] = cycled_A
         guesses_B["B to A to B: model"] = cycled_B
@@ -504,29 +520,47 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
                 scores.add_images(row, guess, real_B)
         if judge:
             photographs = {"B to A: model": fake_A, "real photograph": real_A}
-            photographs["real, of another place"] = next(elsewhere)[0]
             for row, photograph in photographs.items():
                 seen = judge.classes_of(photograph)
                 scores.add_labels(row, seen, labels, len(cfg.classes), by="judge")
+    if judge:
+        add_floor(scores, judge, val, images)
     return scores
 
 
-def score_names(cfg, paired):
-    """The columns that close an epoch's row of metrics.csv."""
-    if not paired:
-        return ("val_cycle_A",)
-    return ("val_cycle_A", "val_accuracy_AB" if cfg.classes else "val_rmse_AB", "val_rmse_BA")
+def baselines_of_A(val, real_A, real_B, colors):
+    """The guesses at A that cost nothing: B itself, a colour everywhere, or for each class."""
+    labels = common.class_index(real_B) if val.classes else None
+    guesses = {"copy of the input": val.picture(real_B)}
+    return guesses | common.constant_guesses(colors, real_A, labels)
 
 
-def score(rows, name):
-    """One of these columns, from evaluate's rows."""
-    row, measure = {
-        "val_cycle_A": ("A to B to A: model", "rmse"),
-        "val_accuracy_AB": ("A to B: model", "pixel_accuracy"),
-        "val_rmse_AB": ("A to B: model", "rmse"),
-        "val_rmse_BA": ("B to A: model", "rmse"),
-    }[name]
-    return rows[row][measure]
+def baselines_of_B(val, real_A, real_B, constants):
+    """The guesses at B that cost nothing: A itself, a colour or a class everywhere."""
+    guesses = {} if val.classes else {"copy of the input": real_A}
+    return guesses | common.constant_guesses(constants, real_B)
+
+
+def add_floor(scores, judge, val, images):
+    """The judge's floor: real photographs against the land cover of other images."""
+    others = np.roll(images, len(images) // 2)
+    for (_, real_B), (photograph, _) in zip(
+        val.in_order(images), val.in_order(others), strict=True
+    ):
+        seen, labels = judge.classes_of(photograph), common.class_index(real_B)
+        scores.add_labels("real, of another place", seen, labels, len(val.classes), by="judge")
+
+
+def score_cells(cfg, paired):
+    """{column of metrics.csv: (row, measure) of evaluate's table}, for the end of an epoch."""
+    cells = {"val_cycle_A": ("A to B to A: model", "rmse")}
+    if paired and cfg.classes:
+        cells["val_accuracy_AB"] = ("A to B: model", "pixel_accuracy")
+    elif paired:
+        cells["val_rmse_AB"] = ("A to B: model", "rmse")
+    if paired:
+        cells["val_rmse_BA"] = ("B to A: model", "rmse")
+    return cells
 
 
 def report(state, val, cfg, histograms):

@@ -1,5 +1,9 @@
 """mixlc: edit a satellite image through its land cover: paste other land cover, paint what follows.
 
+A box of tile b is pasted into tile a, in the photograph and in the land cover. The generator gets
+photograph a, blanked inside the box, and the pasted land cover, and learns to give the pasted
+photograph. A discriminator tells its output from untouched photographs.
+
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
     python mixlc.py --quick                                     no data, a minute: a demo world
@@ -11,15 +15,14 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-The system that this follows, which has no paper, asks whether such a generator merely copies its
-input; evaluation.json answers with a number. Its generator (--fusion late --no-erase) does. Ours
-has what it names as next ideas, since they measure better (README): two encoders joined at the
-bottleneck, skips from the land cover alone, and the edit blanked in the photograph. Its
-discriminator took collages for real, whose seams give them away, ours an untouched photograph;
-cross-entropies take logits; the networks' depth follows --size.
-
-Measured: inside the edit, at 128 pixels, 45.3 levels from the target, a copy of the input 65.2, a
-colour for each class 34.5 (README). --quick, 40 s on two cores of a CPU: 13.2, a copy 35.6.
+Differences from the original system, which has no paper (its own: --fusion late --no-erase):
+- The original asks whether its generator copies its input. It does; evaluation.json answers with a
+  number. This one follows its authors' own suggestions, which score better: two encoders joined at
+  the bottleneck, and skips from the land cover alone.
+- The edit is blanked in the photograph that the generator gets, so there is nothing to copy.
+- Real images of the discriminator are untouched photographs. The original used collages, whose
+  seams give them away.
+- Losses take logits, and the networks' depth follows --size.
 """
 
 import dataclasses
@@ -42,26 +45,26 @@ from common import UserError, option
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
     """
 
     script = "mixlc"
 
     fusion: str = option(
         "middle",
-        "a U-Net each for photograph and land cover | one | joined at the bottleneck | dilated "
-        "convolutions for the land cover",
+        "a U-Net each for photograph and land cover | one for both | two encoders, one decoder | "
+        "dilated convolutions for the land cover",
         group="model",
         choices=("late", "early", "middle", "dilated"),
     )
-    skips: str = option("lc", "of --fusion middle: encoders with skips", choices=("both", "lc"))
-    local_d: bool = option(False, "a second discriminator that looks at the pasted window")
+    skips: str = option("lc", "encoders with skips in --fusion middle", choices=("both", "lc"))
+    local_d: bool = option(False, "second trunk of D for the surroundings of the box")
     lambda_adv: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
-    lambda_local: float = option(5.0, "weight of the L1 loss around the edit", low=0.0)
-    lr: float = option(1e-3, "Adam's rate", low=0.0)
-    batch_size: int = option(8, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the images", low=1, high=10**6, may_change=True)
+    lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
+    lr: float = option(1e-3, "learning rate of Adam", low=0.0)
+    batch_size: int = option(8, "edits in a step of one process", low=1)
+    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
 
 
 QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}
@@ -108,7 +111,7 @@ class Edits:
         return len(self.loader)
 
     def choose(self, rng, order):
-        """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
+        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
         if self.cfg.box == "center":
@@ -138,7 +141,7 @@ class Edits:
             yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
 
     def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
-        """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
+        """Batches of edits, from image numbers (steps, B), boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
@@ -177,9 +180,9 @@ def edit_mask(box, inside, size):
 
 
 def visible(edit, cfg):
-    """What the generator sees of rgb_a: all, or with --erase grey inside the edit.
+    """The part of rgb_a that the generator gets: all of it, or with --erase grey inside the edit.
 
-    There is nothing to copy then, as in the image completion of Iizuka et al. 2017.
+    Then there is nothing to copy, as in the image completion of Iizuka et al. 2017.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
@@ -262,9 +265,9 @@ class MiddleUNet(nn.Module):
 
 
 class DilatedNet(nn.Module):
-    """Sees far, not deep (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2).
+    """Dilated convolutions (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2).
 
-    Dilations grow with S: a place sees S/2 pixels and more, so the whole centre box.
+    Dilations grow with S: the receptive field is at least S/2, which covers the centre box.
     """
 
     def __init__(self, channels_in, size, width):
@@ -315,13 +318,13 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Is the photograph (B, 3, S, S) untouched? (Iizuka et al. 2017, section 3.3) -> (B, 1) logits.
 
-    With local_d a second trunk looks at a window of half the side around the box; the last layer
-    joins the two.
+    With local_d a second trunk gets a crop of half the side around the box; the last layer joins
+    the two.
     """
 
     def __init__(self, size, width, local_d):
         super().__init__()
-        self.window = size // 2
+        self.side = size // 2  # of the local trunk's crop
         self.global_trunk = self.trunk(size, width)
         self.local_trunk = self.trunk(size // 2, width) if local_d else None
         self.head = nn.Linear(2048 if local_d else 1024, 1)
@@ -341,13 +344,13 @@ class Discriminator(nn.Module):
     def forward(self, image, box):
         features = self.global_trunk(image)  # (B, 1024)
         if self.local_trunk is not None:
-            window = crop_window(image, box, self.window)
-            features = torch.cat([features, self.local_trunk(window)], 1)  # (B, 2048)
+            crop = crop_around(image, box, self.side)
+            features = torch.cat([features, self.local_trunk(crop)], 1)  # (B, 2048)
         return self.head(features)
 
 
-def crop_window(images, box, side):
-    """The side x side windows of images (B, C, S, S) around box (B, 4), moved to lie within."""
+def crop_around(images, box, side):
+    """Crops (B, C, side, side) of images (B, C, S, S) around box (B, 4), moved to lie within."""
     corner = (box[:, :2] + (box[:, 2:] - side) // 2).clamp(0, images.shape[-1] - side)
     along = torch.arange(side, device=box.device)
     y = corner[:, 0, None, None] + along[:, None]  # (B, side, 1)
@@ -386,16 +389,16 @@ def l1_loss(fake, target):
 
 
 def local_l1_loss(fake, target, mask):
-    """Mean absolute difference in the window of each edit, the mean over the batch: a scalar.
+    """Mean absolute difference in and around each edit, the mean over the batch: a scalar.
 
-    The window is the mask (B, 1, S, S) and a border around it, 12 pixels at 256, cut off at the
-    image's edge.
+    That is within the mask (B, 1, S, S) and a border around it, 12 pixels at 256.
     """
     border = round(12 * mask.shape[-1] / 256)
-    window = F.max_pool2d(common.full_precision(mask.to(fake.dtype)), 2 * border + 1, 1, border)
+    mask = common.full_precision(mask.to(fake.dtype))
+    near = F.max_pool2d(mask, 2 * border + 1, 1, border)  # the mask, grown by the border
     difference = (common.full_precision(fake) - common.full_precision(target)).abs()
-    total = (difference * window).sum((1, 2, 3))  # (B,)
-    return (total / (fake.shape[1] * window.sum((1, 2, 3)))).mean()
+    total = (difference * near).sum((1, 2, 3))  # (B,)
+    return (total / (fake.shape[1] * near.sum((1, 2, 3)))).mean()
 
 
 # -------------------------------------------------------------------------------------------- build
@@ -435,7 +438,7 @@ def train_step(state, batch, cfg):
     fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
     L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(fake), 0)]
     L_G = lambda_adv * GAN(D(fake), 1) + lambda_l1 * L1(fake, rgb_ab)
-          + lambda_local * L1 in the window of the edit
+          + lambda_local * L1 in and around the edit
     """
     edit = Edit(*batch)
     with common.autocast(cfg, edit.rgb_a.device):
@@ -511,7 +514,7 @@ def main(argv=None):
 def translate(state, inputs, cfg):
     """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
 
-    BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
+    BatchNorm uses the image's own statistics or running averages: see --eval-norm.
     """
     rgb, lc = inputs
     size = 1 if common.own_statistics(cfg) else len(rgb)
@@ -538,10 +541,10 @@ def joined(edits):
 
 
 def evaluate(state, val, cfg, images, colors=None, judge=None):
-    """The Scores of these validation edits: the model's and the copy of rgb_a's.
+    """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    With `colors`, common.constant_colors', also those of a colour everywhere, or for each class;
-    judge_ is what a judge says, which only ever saw photographs.
+    colors  common.constant_colors': adds a colour everywhere, or for each class
+    judge   measures whether the edits show the land cover that was asked for
     """
     scores = common.Scores()
     for edit in val.in_order(images):
@@ -553,20 +556,23 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
         for row, guess in guesses.items():
             scores.add_edit(row, guess, edit.rgb_ab, edit.rgb_a, mask)
         if judge:
-            add_judged(scores, judge, edit, mask, {"model": fake, "copy of rgb_a": edit.rgb_a})
+            add_judged(scores, judge, edit, mask, fake, by="judge")
     return scores
 
 
-def add_judged(scores, judge, edit, mask, guesses):
-    """Whether the judge sees the land cover that was asked for inside the edits.
+def add_judged(scores, judge, edit, mask, fake, by):
+    """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The copy of rgb_a is the floor, and the photograph b, whose land cover that is, the ceiling.
+    The copy of rgb_a is the floor. The ceiling is photograph b, whose land cover was asked for.
     """
-    asked = {name: (guess, edit.lc_ab) for name, guess in guesses.items()}
-    asked["photograph b"] = edit.rgb_b, edit.lc_b
-    for row, (image, lc) in asked.items():
+    judged = {
+        "model": (fake, edit.lc_ab),
+        "copy of rgb_a": (edit.rgb_a, edit.lc_ab),
+        "photograph b": (edit.rgb_b, edit.lc_b),
+    }
+    for row, (image, lc) in judged.items():
         target = torch.where(mask[:, 0], common.class_index(lc), common.IGNORED)
-        scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by="judge")
+        scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by)
 
 
 def show_samples(train, cfg):
@@ -589,7 +595,7 @@ def show_samples(train, cfg):
 def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json.
 
-    With the question whether the generator copies its input, answered.
+    One line answers whether the generator copies its input.
     """
     by_class = histograms.get("A of classes")
     colors = common.constant_colors(histograms["A"], by_class=by_class)
@@ -602,7 +608,7 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say, into --out."""
+    """Edits --generate's photograph by --lc and --paint, into --out."""
 
     def predict(windows, sample):
         """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""

@@ -1,5 +1,9 @@
 """mixlc_acgan: the edit of mixlc, with a discriminator that also classifies, and a style loss.
 
+A second head of the discriminator learns to classify every pixel of real photographs. It teaches
+the generator, whose edits must show the classes that were asked for. A style loss compares textures
+through Gram matrices of VGG16 features, and dropout in the generator is noise: two edits differ.
+
     python mixlc_acgan.py --data denmark/ --lc-classes s2glc    rgb/ and lc/ folders, 14 classes
     python mixlc_acgan.py --data maps/ --lc-classes maps        the map half becomes land cover
     python mixlc_acgan.py --quick                               no data, a minute: a demo world
@@ -11,14 +15,13 @@ Papers: Odena, Olah, Shlens 2017, Conditional Image Synthesis With Auxiliary Cla
 arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution, arXiv:1603.08155.
 
-Differences from the system that this follows, which has no paper: the edit is blanked in the
-photograph that the generator sees (--no-erase: all of it); its classifier saw the land cover that
-it was to find, here land cover enters the adversarial head only. The classifier's verdict on fakes
-teaches the generator, as in Odena et al.; it learns itself from real photographs alone, theirs
-(equation 3) from fakes, too: what a fake shows is not yet what was asked for.
-
-Measured: inside the edit, at 128 pixels, 46.6 levels from the target, a copy of the input 65.2, a
-colour for each class 34.5 (README). --quick, 42 s on two cores of a CPU: 20.5, a copy 35.6.
+Differences from the original system, which has no paper:
+- The edit is blanked in the photograph that the generator gets (--no-erase: it gets all of it).
+- The original classifier was given its own target as input. Here land cover enters the
+  adversarial head only.
+- The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
+  learns from real photographs alone. In the paper (equation 3) it learns from fakes as well, but a
+  fake does not yet show the classes that were asked for.
 """
 
 import dataclasses
@@ -41,7 +44,7 @@ from common import UserError, option
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
     """
 
     script = "mixlc_acgan"
@@ -53,20 +56,22 @@ class Config(common.EditOptions):
     lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
     lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)
     lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
-    lambda_class: float = option(0.05, "weight of the classifier's verdict on the fake", low=0.0)
+    lambda_class: float = option(0.05, "weight of the class loss of the fake", low=0.0)
     lambda_id: float = option(0.1, "weight of the identity loss", low=0.0)
-    class_weights: bool = option(True, "weigh classes by their inverse frequency")
+    class_weights: bool = option(True, "weights of the class losses by inverse frequency")
     style_features: str = option(
-        "vgg16", "ImageNet's VGG16, or its layers with random weights", choices=("vgg16", "random")
+        "vgg16", "VGG16 of the style loss: ImageNet's | random weights", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
     vgg16: str = option(
-        "", "VGG16's file; none: torch.hub's", file=True, needs="style_features=vgg16"
+        "", "VGG16's weights; none: from torch.hub", file=True, needs="style_features=vgg16"
     )
-    lr: float = option(2e-4, "Adam's rate", low=0.0)
-    batch_size: int = option(16, "edits a step, in each process", low=1)
-    epochs: int = option(200, "passes over the images", low=1, high=10**6, may_change=True)
-    samples: int = option(1, "variants of an edit", group="use", low=1, high=64, needs="generate")
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(16, "edits in a step of one process", low=1)
+    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
+    samples: int = option(
+        1, "number of variants of an edit", group="use", low=1, high=64, needs="generate"
+    )
 
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
@@ -114,7 +119,7 @@ class Edits:
         return len(self.loader)
 
     def choose(self, rng, order):
-        """For every row a of `order` a partner b, which is never a, and a box: (N,), (N, 4)."""
+        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
         if self.cfg.box == "center":
@@ -144,7 +149,7 @@ class Edits:
             yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
 
     def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
-        """Batches of edits, from arrays (steps, B) of rows, boxes and flips (steps, B, 4)."""
+        """Batches of edits, from image numbers (steps, B), boxes and flips (steps, B, 4)."""
         boxes = torch.from_numpy(boxes).to(self.device)
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
         for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
@@ -183,9 +188,9 @@ def edit_mask(box, inside, size):
 
 
 def visible(edit, cfg):
-    """What the generator sees of rgb_a: all, or with --erase grey inside the edit.
+    """The part of rgb_a that the generator gets: all of it, or with --erase grey inside the edit.
 
-    There is nothing to copy then, as in the image completion of Iizuka et al. 2017.
+    Then there is nothing to copy, as in the image completion of Iizuka et al. 2017.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
@@ -527,8 +532,8 @@ def main(argv=None):
 def translate(state, inputs, cfg):
     """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
 
-    Dropout stays on: it is the noise, and two calls differ.
-    BatchNorm uses the image's own statistics, or running ones, as --eval-norm says.
+    Dropout stays on: it is the noise, and two calls differ. BatchNorm uses the image's own
+    statistics or running averages: see --eval-norm.
     """
     rgb, lc = inputs
     size = 1 if common.own_statistics(cfg) else len(rgb)
@@ -555,10 +560,11 @@ def joined(edits):
 
 
 def evaluate(state, val, cfg, images, colors=None, judge=None):
-    """The Scores of these validation edits: the model's and the copy of rgb_a's.
+    """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    With `colors`, common.constant_colors', also those of a colour everywhere, or for each class;
-    own_ is what D's classifier says, judge_ what a judge says, which only ever saw photographs.
+    colors  common.constant_colors': adds a colour everywhere, or for each class
+    judge   measures whether the edits show the land cover that was asked for, as D's own classifier
+            does (own_)
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores()
@@ -570,21 +576,23 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
         guesses |= common.constant_guesses(colors or {}, fake, asked)
         for row, guess in guesses.items():
             scores.add_edit(row, guess, edit.rgb_ab, edit.rgb_a, mask)
-        for judging in filter(None, (state.D, judge)):
-            guesses = {"model": fake, "copy of rgb_a": edit.rgb_a}
-            add_judged(scores, judging, edit, mask, guesses)
+        add_judged(scores, state.D, edit, mask, fake, by="own")
+        if judge:
+            add_judged(scores, judge, edit, mask, fake, by="judge")
     return scores
 
 
-def add_judged(scores, judge, edit, mask, guesses):
-    """Whether a judge, or D's classifier, sees the land cover that was asked for inside the edits.
+def add_judged(scores, judge, edit, mask, fake, by):
+    """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The copy of rgb_a is the floor, and the photograph b, whose land cover that is, the ceiling.
+    The copy of rgb_a is the floor. The ceiling is photograph b, whose land cover was asked for.
     """
-    by = "own" if isinstance(judge, Discriminator) else "judge"
-    asked = {name: (guess, edit.lc_ab) for name, guess in guesses.items()}
-    asked["photograph b"] = edit.rgb_b, edit.lc_b
-    for row, (image, lc) in asked.items():
+    judged = {
+        "model": (fake, edit.lc_ab),
+        "copy of rgb_a": (edit.rgb_a, edit.lc_ab),
+        "photograph b": (edit.rgb_b, edit.lc_b),
+    }
+    for row, (image, lc) in judged.items():
         target = torch.where(mask[:, 0], common.class_index(lc), common.IGNORED)
         scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by)
 
@@ -609,7 +617,7 @@ def show_samples(train, cfg):
 def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json.
 
-    With the question whether the generator copies its input, answered.
+    One line answers whether the generator copies its input.
     """
     by_class = histograms.get("A of classes")
     colors = common.constant_colors(histograms["A"], by_class=by_class)
@@ -622,7 +630,7 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph as --lc and --paint say, --samples times, into --out."""
+    """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
 
     def predict(windows, sample):
         """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""

@@ -1,5 +1,9 @@
 """pix2pix: translate an image into its paired other half, such as a map into a satellite image.
 
+A generator G learns from pairs (x, y) to turn x into y. A discriminator D gets x together with y
+or with G(x) and learns to tell which of the two it got, patch by patch; G learns to fool it. An L1
+loss keeps G(x) near y, and D adds the texture that L1 alone would blur.
+
     python pix2pix.py --data maps/                              map -> satellite, 200 epochs
     python pix2pix.py --data maps/ --direction AtoB             satellite -> map
     python pix2pix.py --data AerialImageDataset/ --patch 1000 --generator resnet --norm instance
@@ -10,15 +14,13 @@
 Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional Adversarial
 Networks, arXiv:1611.07004.
 
-Differences from the paper: the U-Net's depth follows --size, down to a bottleneck of 1x1, which
-has no norm; dropout stands where the published code has it, the paper has it one block nearer the
-bottleneck; the rate falls linearly in the second half, as in that code. --generator resnet (which
-has no skips over its bottleneck), --norm instance (of G and D together), --gan lsgan and --content
-vgg are experiments beside it, --schedule constant and --d-weight 1.0 those of other systems.
-
-Measured: satellite -> map at 128 pixels, 10 epochs, RMSE 16.4 levels, a constant colour 19.3;
-land cover -> satellite 54.1, a colour for each class 48.0 (README: commands, cost, pictures).
---quick, 33 s on two cores of a CPU: 14.3, a constant 34.8, the input 124.3.
+Differences from the paper:
+- The U-Net's depth follows --size, down to a bottleneck of 1x1, which has no norm.
+- Dropout is where the published code has it; the paper has it one block nearer the bottleneck.
+- The learning rate falls linearly in the second half, as in that code.
+- --generator resnet (which has no skips over its bottleneck), --norm instance (in G and D), --gan
+  lsgan and --content vgg are experiments; --schedule constant and --d-weight 1.0 are the choices
+  of other systems.
 """
 
 import dataclasses
@@ -38,51 +40,60 @@ from common import UserError, option
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    A group holds for the options that follow, too; a checkpoint fixes the group "model".
+    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
     """
 
     script = "pix2pix"
 
     direction: str = option(
-        "BtoA", "which way to translate", group="model", choices=("AtoB", "BtoA")
+        "BtoA", "direction of translation", group="model", choices=("AtoB", "BtoA")
     )
-    generator: str = option("unet", "generator", choices=("unet", "resnet"))
+    generator: str = option(
+        "unet", "U-Net with skips | residual blocks", choices=("unet", "resnet")
+    )
     blocks: int = option(
-        0, "residual blocks; 0: 9, or 6 below size 256", low=0, needs="generator=resnet"
+        0, "residual blocks; 0: 9, or 6 below 256", low=0, needs="generator=resnet"
     )
-    norm: str = option("batch", "normalisation", choices=("batch", "instance"))
+    norm: str = option("batch", "normalisation layers of G and D", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
-    dropout: float = option(0.5, "of inner up blocks", low=0.0, high=0.9, needs="generator=unet")
-    gan: str = option("bce", "adversarial loss", group="training", choices=("bce", "lsgan"))
-    d_weight: float = option(0.5, "weight of D's loss; 1.0: the sum without the half", low=0.0)
-    content: str = option("l1", "content loss: L1, or of VGG16 features", choices=("l1", "vgg"))
+    dropout: float = option(
+        0.5, "dropout in the decoder", low=0.0, high=0.9, needs="generator=unet"
+    )
+    gan: str = option(
+        "bce",
+        "adversarial loss: cross-entropy | least squares",
+        group="training",
+        choices=("bce", "lsgan"),
+    )
+    d_weight: float = option(0.5, "weight of D's loss; the paper halves the sum", low=0.0)
+    content: str = option("l1", "content loss: L1 | of VGG16 features", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0, needs="content=l1")
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0, needs="content=vgg")
-    vgg16: str = option(
-        "", "VGG16 weights; none: torch.hub's cache or download", file=True, needs="content=vgg"
-    )
-    load_size: int = option(0, "crop training images from this side; 0: size * 286/256", low=0)
-    lr: float = option(2e-4, "Adam's rate", low=0.0)
-    batch_size: int = option(1, "images a step, in each process", low=1)
+    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True, needs="content=vgg")
+    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(1, "images in a step of one process", low=1)
     epochs: int = option(
         200,
-        "passes over data",
+        "passes over the training images",
         low=1,
         high=10**6,
         may_change=lambda run: run["schedule"] != "linear",
     )
     epochs_decay: int = option(
-        -1, "the last of these, in which the rate falls; -1: half", low=-1, needs="schedule=linear"
+        -1, "last epochs, in which the rate falls; -1: half of all", low=-1, needs="schedule=linear"
     )
     schedule: str = option(
         "linear",
-        "rate: falls at the end | constant | halves when the content loss stalls",
+        "learning rate: falls in the last epochs | constant | halves when the content loss stalls",
         choices=("linear", "constant", "plateau"),
     )
-    init: str = option("", "weights of G (ours: of D, too) to begin with", file=True, weights=True)
+    init: str = option(
+        "", "start from these weights of G (a checkpoint: of D as well)", file=True, weights=True
+    )
     eval_norm: str = option(
         "auto",
-        "generating with the image's own statistics | running ones | own at batch size 1",
+        "BatchNorm's statistics when generating: the image's own | running | own at batch size 1",
         choices=("batch", "running", "auto"),
     )
 
@@ -243,24 +254,25 @@ class ResNetGenerator(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (paper, section 3.2.2): input and image, (B, 3, S, S) each -> logits (B, 1, P, P).
 
-    patch_gan is the receptive field of a logit in pixels: 16, 70, 286 (1, 3, 5 strided layers) or
-    1 (1x1 convolutions).
+    patch_gan is the receptive field of one logit in pixels. 1 has 1x1 convolutions only.
     """
 
     def __init__(self, width, norm, patch_gan):
         super().__init__()
-        bias = norm == "instance"
+        bias = norm == "instance"  # BatchNorm brings its own shift
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
-        strided = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
+        # normalised layers between the first and the last: all but the last of them are strided
+        depth = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
         layers = [nn.Conv2d(6, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
         channels = width
-        for level in range(1, strided + 1):  # at 70: 128 at S/4, 256 at S/8, 512 at S/8 - 1
+        for level in range(1, depth + 1):  # at 70: 128 at S/4, 256 at S/8, 512 at S/8 - 1
             out = width * min(2**level, 8)
-            step = stride if level < strided else 1
+            step = stride if level < depth else 1
             layers += [nn.Conv2d(channels, out, kernel, step, pad, bias=bias)]
             layers += [norm_layer(norm, out), nn.LeakyReLU(0.2)]
             channels = out
-        layers += [nn.Conv2d(channels, 1, kernel, 1, pad, bias=bias or patch_gan != 1)]
+        last_bias = bias if patch_gan == 1 else True  # as published
+        layers += [nn.Conv2d(channels, 1, kernel, 1, pad, bias=last_bias)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x, image):
@@ -476,16 +488,16 @@ def sample(state, val, cfg, images):
 
 
 def evaluate(state, val, cfg, images, colors=None, judge=None):
-    """The Scores of these validation images: the model's.
+    """The Scores of these validation images.
 
-    With `colors`, common.constant_colors', also its baselines': the input copied, and a colour
-    everywhere, or for each class. Where the target is a label map, its classes count, too; where
-    the input is one, a judge says whether photographs show it: real ones are its ceiling, of other
-    places its floor.
+    colors  common.constant_colors': adds the baselines, which are the input copied and a colour
+            everywhere, or for each class
+    judge   measures whether photographs that were generated from label maps show their classes
+
+    Where the target is a label map, the classes of nearest colour are measured, too.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores(brief=colors is None)
-    elsewhere = val.in_order(np.roll(images, len(images) // 2))
     for records in val.in_order(images):
         x, y = val.sides(records)
         guesses = {"model": translate(state, x, cfg)}
@@ -497,13 +509,23 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
             if cfg.classes and cfg.direction == "AtoB":
                 labels = nearest_class(guess, cfg.classes)
                 scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
-        if judge and cfg.direction == "BtoA":
+        if judge:
             photographs = {"model": guesses["model"], "real photograph": y}
-            photographs["real, of another place"] = val.sides(next(elsewhere))[1]
             for row, photograph in photographs.items():
                 seen = judge.classes_of(photograph)
                 scores.add_labels(row, seen, records[:, 3], len(cfg.classes), by="judge")
+    if judge:
+        add_floor(scores, judge, val, images)
     return scores
+
+
+def add_floor(scores, judge, val, images):
+    """The judge's floor: real photographs against the land cover of other images."""
+    others = np.roll(images, len(images) // 2)
+    for records, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
+        _, photograph = val.sides(elsewhere)
+        seen, labels = judge.classes_of(photograph), records[:, 3]
+        scores.add_labels("real, of another place", seen, labels, len(val.store.classes), "judge")
 
 
 def nearest_class(images, classes):

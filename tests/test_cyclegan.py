@@ -136,7 +136,7 @@ def test_discriminator_and_return_generator_see_exact_one_hots(monkeypatch):
             lambda _, x, inputs=inputs: inputs.append(x[0].detach().clone())
         )
     train_step(state, (pictures(), maps()), LABELS)
-    assert len(seen["D_B"]) == 2 and len(seen["G_BA"]) == 2
+    assert len(seen["D_B"]) == 3 and len(seen["G_BA"]) == 2
     for images in (*seen["D_B"], *seen["G_BA"]):
         assert set(images.unique().tolist()) == {0.0, 1.0} and (images.sum(1) == 1).all()
 

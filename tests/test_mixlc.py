@@ -294,7 +294,7 @@ def test_window_lies_around_the_box_and_within_the_image():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     images = torch.stack([y, x]).expand(3, 2, 64, 64)
     box = torch.tensor([[20, 20, 24, 24], [0, 0, 8, 8], [50, 56, 14, 8]])
-    window = mixlc.crop_window(images, box, 32)
+    window = mixlc.crop_around(images, box, 32)
     assert window.shape == (3, 2, 32, 32)
     assert window[:, :, 0, 0].tolist() == [[16, 16], [0, 0], [32, 32]]
     assert window[0, 1, 0].tolist() == list(range(16, 48))

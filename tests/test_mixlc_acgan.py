@@ -248,12 +248,13 @@ def test_classifiers_are_scored_inside_the_edit_only(tmp_path):
     box, inside = torch.tensor([[8, 8, 20, 20]] * 2), torch.ones(2, dtype=torch.bool)
     edit = mixlc_acgan.Edit(pictures(), lc, pictures(), box, inside, lc, pictures(), lc)
     val = types.SimpleNamespace(in_order=lambda images: [edit])
-    state = types.SimpleNamespace(D=None, G=nn.Identity())
+    state = types.SimpleNamespace(D=net, G=nn.Identity())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: inputs[0])
         scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=net)
-    assert scores.confusions["model", "judge"].sum().item() == 2 * 400
-    assert scores.table()["model"]["judge_mean_iou"] == 1.0
+    for by in ("judge", "own"):
+        assert scores.confusions["model", by].sum().item() == 2 * 400
+        assert scores.table()["model"][f"{by}_mean_iou"] == 1.0
 
 
 # --------------------------------------------------------------------------------------- whole runs
