@@ -85,7 +85,7 @@ class Domains:
 
     Training images are stored at 286/256 of the size, cropped at random and mirrored half of the
     time, with land cover also turned upside down. An epoch is as long as the larger domain.
-    Paired data is treated as unpaired: the order of B says nothing about A's.
+    Paired data is treated as unpaired: B is shuffled apart from A.
     """
 
     def __init__(self, cfg, split, device):
@@ -302,8 +302,8 @@ def l1_loss(fake, target):
 def label_loss(logits, target):
     """Cross-entropy of logits (B, classes, S, S) against one-hot maps: a scalar.
 
-    The cycle loss of land cover, over the pixels that have a class. It takes logits: given
-    probabilities, it could not fall below 1.755 for 14 classes.
+    The cycle loss of land cover, over the pixels that have a class. Its input is logits: with
+    probabilities it could not fall below 1.755 for 14 classes.
     """
     log_likelihood = (common.full_precision(logits).log_softmax(1) * target).sum()
     return -log_likelihood / target.sum().clamp_min(1.0)
@@ -314,7 +314,7 @@ def label_loss(logits, target):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint holds."""
+    """Everything that training changes and a checkpoint keeps."""
 
     G_AB: nn.Module
     G_BA: nn.Module
@@ -371,7 +371,9 @@ def train_step(state, batch, cfg):
             same_A = state.G_BA(real_A)
             same_B = state.G_AB(real_B)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(1, keepdim=True)  # D would know fakes without holes
+            fake_B = fake_B * real_B.sum(
+                1, keepdim=True
+            )  # the holes of real maps, in fakes as well
         logits_A = state.D_A(fake_A)
         logits_B = state.D_B(fake_B)
     losses = {

@@ -103,7 +103,7 @@ class Edits:
             remedy = "pass --lc-classes (maps for the maps data)"
             raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
-            what = f"split {split} holds one image, and an edit takes two"
+            what = f"split {split} has one image, and an edit needs two"
             raise UserError(f"--data {cfg.data}: {what}")
         self.loader = common.Loader(self.store.records, device)
 
@@ -406,7 +406,7 @@ def local_l1_loss(fake, target, mask):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint holds."""
+    """Everything that training changes and a checkpoint keeps."""
 
     G: nn.Module
     D: nn.Module | None = None
@@ -417,7 +417,7 @@ class State:
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
-        raise UserError("--lc-classes: the networks need to know how many classes there are")
+        raise UserError("--lc-classes: the networks need a class table")
     G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips)
     state = State(common.to_device(init_weights(G), device))
     if not training:

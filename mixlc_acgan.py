@@ -111,7 +111,7 @@ class Edits:
             remedy = "pass --lc-classes (maps for the maps data)"
             raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
-            what = f"split {split} holds one image, and an edit takes two"
+            what = f"split {split} has one image, and an edit needs two"
             raise UserError(f"--data {cfg.data}: {what}")
         self.loader = common.Loader(self.store.records, device)
 
@@ -280,10 +280,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Two heads on one trunk that sees the photograph alone (Odena et al. 2017, section 3).
+    """Two heads on one trunk, whose input is the photograph alone (Odena et al. 2017, section 3).
 
-    forward: real or fake? Logits (B, 1, S/32, S/32) of a photograph (B, 3, S, S), given how much of
-    each place every class of its land cover (B, classes, S, S) takes.
+    forward: real or fake? Logits (B, 1, S/32, S/32) of a photograph (B, 3, S, S), given the
+    share of every class of its land cover (B, classes, S, S) at each logit.
     classify: class logits of every pixel, (B, classes, S, S), from the photograph alone: a
     classifier that saw land cover would copy it, and teach nothing.
     """
@@ -406,7 +406,7 @@ def inverse_frequency(counts):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint holds; vgg is frozen and not kept."""
+    """Everything that training changes and a checkpoint keeps; vgg is frozen and not kept."""
 
     G: nn.Module
     D: nn.Module
@@ -417,12 +417,12 @@ class State:
 
 
 def build(cfg, device, training=True):
-    """Networks, class weights (1 until the training data say more) and optimisers on the device.
+    """Networks, class weights (1 until main counts the classes) and optimisers on the device.
 
     Without `training` neither optimisers nor VGG16.
     """
     if not cfg.classes:
-        raise UserError("--lc-classes: the networks need to know how many classes there are")
+        raise UserError("--lc-classes: the networks need a class table")
     classes = len(cfg.classes)
     G = common.to_device(init_weights(Generator(classes, cfg.width, cfg.dropout)), device)
     D = common.to_device(init_weights(Discriminator(classes, cfg.width, cfg.d_dropout)), device)

@@ -326,7 +326,7 @@ def vgg_loss(vgg, fake, target):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint holds; vgg is frozen and not kept."""
+    """Everything that training changes and a checkpoint keeps; vgg is frozen and not kept."""
 
     G: nn.Module
     D: nn.Module | None = None
@@ -349,7 +349,7 @@ def build(cfg, device, training=True):
     if not training:
         return state
     if cfg.patch_gan == 286 and cfg.size < 128:
-        what = f"sees nothing of an image of --size {cfg.size}: it needs 128 or more"
+        what = f"has no logit on an image of --size {cfg.size}: it needs 128 or more"
         raise UserError(f"--patch-gan 286 {what}")
     D = Discriminator(cfg.width, cfg.norm, cfg.patch_gan)
     state.D = common.to_device(init_weights(D), device)

@@ -609,7 +609,7 @@ def test_data_that_does_not_do(tmp_path, capsys):
         main, options(small, tmp_path / "run"), capsys
     )
     lone = land_cover(tmp_path / "lone", train=1)
-    assert "an edit takes two" in line_of(main, options(lone, tmp_path / "run"), capsys)
+    assert "an edit needs two" in line_of(main, options(lone, tmp_path / "run"), capsys)
 
 
 def test_every_layout_works_through_lc_classes(tmp_path):
