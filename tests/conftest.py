@@ -1,5 +1,6 @@
-"""Tiny datasets in every layout, made by the tests themselves."""
+"""Tiny datasets, networks and runs of every script, made by the tests themselves."""
 
+import functools
 import importlib
 import json
 
@@ -15,6 +16,16 @@ CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
 CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
+DATA = {"pix2pix": "Pairs", "cyclegan": "Domains", "mixlc": "Edits", "mixlc_acgan": "Edits"}
+# the options of each script's smallest networks, beside --size 64 --width 4
+SMALLEST = {
+    "pix2pix": "",
+    "cyclegan": "--blocks 1",
+    "mixlc": "",
+    "mixlc_acgan": "--style-features random --style-layers relu1_1",
+}
+JUDGED = "--train-judge --judge-epochs 1"
+RUNS = dict.fromkeys(SCRIPTS, "--epochs 2") | {"mixlc_acgan": f"--epochs 2 {JUDGED}"}
 
 TABLE = [
     {"name": "land", "color": "#8429f6"},
@@ -22,6 +33,7 @@ TABLE = [
     {"name": "road", "color": "#6ec1e4"},
     {"name": "unlabeled", "color": "#9b9b9b", "ignore": True},
 ]
+LABELS = {"lc_classes": json.dumps(TABLE)}
 
 
 @pytest.fixture(autouse=True)
@@ -80,17 +92,59 @@ def landcover(tmp_path_factory):
     return land_cover(tmp_path_factory.mktemp("landcover"))
 
 
+@pytest.fixture(scope="session")
+def data(pairs, landcover):
+    """Each script's dataset."""
+    return {script: landcover if "mixlc" in script else pairs for script in SCRIPTS}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """trained(script): the folder of a tiny run of two epochs, which no test may change."""
+
+    @functools.cache
+    def run(script):
+        out = tmp_path_factory.mktemp(script) / "run"
+        importlib.import_module(script).main(tiny_run(script, data[script], out, RUNS[script]))
+        return out
+
+    return run
+
+
+def tiny_run(script, data, out, more=""):
+    """The command line of a run of a script's smallest networks; `more` is split at blanks."""
+    line = f"--data {data} --out {out} --cache {out.parent}/cache {more}"
+    line += " --size 64 --width 4 --batch-size 2 --log-every 2 --device cpu"
+    return f"{line} {SMALLEST[script]}".split()
+
+
+def use(run, action, more=""):
+    """The command line that uses a run's last checkpoint, as in use(run, "--generate x.png")."""
+    return f"{action} --checkpoint {run}/checkpoints/last.pt {more}".split()
+
+
 def tiny(script, **options):
     """A script's module and a Config of its smallest networks; the edits know TABLE's classes."""
     more = {"size": 64, "width": 4, "batch_size": 2, "precision": "fp32"}
     if script == "cyclegan":
         more |= {"blocks": 1, "pool_size": 0}
     if "mixlc" in script:
-        more |= {"lc_classes": json.dumps(TABLE)}
+        more |= LABELS
     if script == "mixlc_acgan":
-        more |= {"style_features": "random", "style_layers": "relu1_2"}
+        more |= {"style_features": "random", "style_layers": "relu1_1"}
     module = importlib.import_module(script)
     return module, module.Config(**more | options)
+
+
+def open_data(script, root, cache, split="train", **options):
+    """A script's data on the CPU; the edits find their classes in the data."""
+    module, cfg = tiny(script, lc_classes="", **options, data=str(root), cache=str(cache))
+    return getattr(module, DATA[script])(cfg, split, CPU)
 
 
 def pictures(seed=0, count=2, size=64):
@@ -129,6 +183,30 @@ def as_rank(monkeypatch, rank, world=2):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
 
 
+def calls_of(monkeypatch, module, name):
+    """The arguments of every call of module.name from now on; it still does its work."""
+    honest, calls = getattr(module, name), []
+
+    def call(*arguments):
+        calls.append(arguments)
+        return honest(*arguments)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def inputs_of(net):
+    """Copies of the first argument of every call of a network from now on."""
+    inputs = []
+    net.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().clone()))
+    return inputs
+
+
+def stop_after(monkeypatch, steps):
+    """Has a run stop after some steps, as Ctrl-C does."""
+    monkeypatch.setattr(common.Run, "stopping", lambda run: run.step == steps)
+
+
 def parameters(kind, *arguments, **options):
     """How many weights a module of that kind has; made without values, which takes no time."""
     with torch.device("meta"):
@@ -138,6 +216,16 @@ def parameters(kind, *arguments, **options):
 def state_of(path):
     """A checkpoint's content."""
     return torch.load(path, weights_only=True)
+
+
+def last(run):
+    """The content of a run's last checkpoint."""
+    return state_of(run / "checkpoints" / "last.pt")
+
+
+def rows_of(run):
+    """The rows of a run's evaluation.json."""
+    return json.loads((run / "evaluation.json").read_text())["rows"]
 
 
 def same(a, b):

@@ -4,8 +4,12 @@ Networks are functions of their stored tensors, taken one after the other; losse
 Adam is its update rule. Nothing here calls the scripts. Everything is in float64.
 """
 
+from collections import namedtuple
+
 import torch
 import torch.nn.functional as F
+
+Edit = namedtuple("Edit", "rgb_a lc_ab rgb_ab box inside lc_a rgb_b lc_b")
 
 
 class Net:
@@ -261,10 +265,8 @@ class CycleGAN:
     def __init__(self, state, cfg):
         self.cfg, self.labels = cfg, cfg.lc_classes != ""
         to_B = resnet(cfg.blocks, "instance", (lambda x: x) if self.labels else torch.tanh)
-        self.G_AB, self.G_BA = (
-            Net(state.G_AB, to_B),
-            Net(state.G_BA, resnet(cfg.blocks, "instance")),
-        )
+        to_A = resnet(cfg.blocks, "instance")
+        self.G_AB, self.G_BA = Net(state.G_AB, to_B), Net(state.G_BA, to_A)
         self.D_A, self.D_B = Net(state.D_A, patchgan_alone), Net(state.D_B, patchgan_alone)
         self.adam_G = Adam([self.G_AB, self.G_BA], cfg.lr)
         self.adam_D = Adam([self.D_A, self.D_B], cfg.lr)
@@ -307,11 +309,15 @@ class CycleGAN:
 # -------------------------------------------------------------------------------------------- mixlc
 
 
-def edit_unet(net, x, depth):
-    skips = [leaky(net.conv(reflect(x, 1), 4, 2, 0))]
+def edit_encoder(net, x, depth):
+    levels = [leaky(net.conv(reflect(x, 1), 4, 2, 0))]
     for _ in range(depth - 2):
-        skips.append(leaky(net.batch_norm(net.conv(skips[-1], 4, 2, 1))))
-    x = relu(net.conv(skips[-1], 4, 2, 1))
+        levels.append(leaky(net.batch_norm(net.conv(levels[-1], 4, 2, 1))))
+    return levels, relu(net.conv(levels[-1], 4, 2, 1))
+
+
+def edit_unet(net, x, depth):
+    skips, x = edit_encoder(net, x, depth)
     while skips:
         x = torch.cat([skips.pop(), relu(net.batch_norm(net.up(x, 4)))], 1)
     return x
@@ -325,15 +331,11 @@ def dilated_net(net, x):
 
 
 def middle_unet(net, rgb, lc, depth, both):
-    skips = []
-    for x in (rgb, lc):
-        levels = [leaky(net.conv(reflect(x, 1), 4, 2, 0))]
-        for _ in range(depth - 2):
-            levels.append(leaky(net.batch_norm(net.conv(levels[-1], 4, 2, 1))))
-        skips.append([*levels, relu(net.conv(levels[-1], 4, 2, 1))])
-    x = torch.cat([skips[0].pop(), skips[1].pop()], 1)
-    while skips[1]:
-        of_rgb, of_lc, x = skips[0].pop(), skips[1].pop(), relu(net.batch_norm(net.up(x, 4)))
+    skips_rgb, x_rgb = edit_encoder(net, rgb, depth)
+    skips_lc, x_lc = edit_encoder(net, lc, depth)
+    x = torch.cat([x_rgb, x_lc], 1)
+    while skips_lc:
+        of_rgb, of_lc, x = skips_rgb.pop(), skips_lc.pop(), relu(net.batch_norm(net.up(x, 4)))
         x = torch.cat([of_rgb, of_lc, x] if both else [of_lc, x], 1)
     return x
 
@@ -374,28 +376,30 @@ def edit_discriminator(depth, local):
     return forward
 
 
+def edited(edit):
+    """Where each edit is: the box, or all but the box, (B, S, S)."""
+    masks = torch.zeros(edit.rgb_a[:, 0].shape, dtype=torch.bool)
+    for mask, (top, left, height, width) in zip(masks, edit.box.tolist(), strict=True):
+        mask[top : top + height, left : left + width] = True
+    return torch.stack([m if inside else ~m for m, inside in zip(masks, edit.inside, strict=True)])
+
+
 def local_l1(fake, target, edit):
-    """In the window of the edit: the box, or all but the box, and 3 pixels around it at 64."""
-    border, side = round(12 * fake.shape[-1] / 256), fake.shape[-1]
-    window = torch.zeros(len(fake), side, side, dtype=torch.bool)
-    for k, (top, left, height, width) in enumerate(edit.box.tolist()):
-        box = torch.zeros(side, side, dtype=torch.bool)
-        box[top : top + height, left : left + width] = True
-        where = (box if edit.inside[k] else ~box).nonzero().tolist()
-        for y, x in where:
-            window[k, max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = 1
-    errors = (fake - target).abs().mean(1)
-    return sum(error[where].mean() for error, where in zip(errors, window, strict=True)) / len(fake)
+    """In the window of the edit and 3 pixels around it at 64."""
+    border = round(12 * fake.shape[-1] / 256)
+    errors = []
+    for mask, error in zip(edited(edit), (fake - target).abs().mean(1), strict=True):
+        window = torch.zeros_like(mask)
+        for y, x in mask.nonzero().tolist():
+            window[max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = True
+        errors.append(error[window].mean())
+    return torch.stack(errors).mean()
 
 
-def blanked(edit):
-    """rgb_a, grey where the edit is."""
-    pictures = []
-    for k, (top, left, height, width) in enumerate(edit.box.tolist()):
-        box = torch.zeros(edit.rgb_a.shape[-2:], dtype=torch.bool)
-        box[top : top + height, left : left + width] = True
-        pictures.append(torch.where(box if edit.inside[k] else ~box, 0.0, edit.rgb_a[k]))
-    return torch.stack(pictures)
+def visible(edit, cfg):
+    """rgb_a; with --erase grey where the edit is."""
+    grey = edited(edit)[:, None] if cfg.erase else torch.tensor(False)
+    return torch.where(grey, 0.0, edit.rgb_a)
 
 
 class Mixlc:
@@ -406,8 +410,8 @@ class Mixlc:
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
     def step(self, *edit_fields):
-        edit = Fields(edit_fields)
-        fake = self.G(blanked(edit) if self.cfg.erase else edit.rgb_a, edit.lc_ab)
+        edit = Edit(*edit_fields)
+        fake = self.G(visible(edit, self.cfg), edit.lc_ab)
         d_fake = bce_fake(self.D(fake.detach(), edit.box))
         d_real = bce_real(self.D(edit.rgb_b, edit.box))
         d_total = d_real / 2 + d_fake / 2
@@ -418,24 +422,8 @@ class Mixlc:
         g_total = self.cfg.lambda_adv * g_adv + self.cfg.lambda_l1 * g_l1
         g_total = g_total + self.cfg.lambda_local * g_local
         self.adam_G.minimise(g_total)
-        return {
-            "g_total": g_total,
-            "g_adv": g_adv,
-            "g_l1": g_l1,
-            "g_local": g_local,
-            "d_total": d_total,
-            "d_real": d_real,
-            "d_fake": d_fake,
-        }
-
-
-class Fields:
-    """The fields of a batch of edits by name."""
-
-    def __init__(self, fields):
-        names = ("rgb_a", "lc_ab", "rgb_ab", "box", "inside", "lc_a", "rgb_b", "lc_b")
-        for name, value in zip(names, fields, strict=True):
-            setattr(self, name, value)
+        g = {"g_total": g_total, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
+        return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake}
 
 
 # -------------------------------------------------------------------------------------- mixlc_acgan
@@ -486,8 +474,8 @@ def class_loss(logits, lc, weights):
 class MixlcACGAN:
     def __init__(self, state, cfg):
         self.cfg, self.vgg, self.weights = cfg, state.vgg, state.class_weights.clone()
-        self.layers = {"relu1_2": 1, "relu2_1": 2, "relu2_2": 3}
-        self.layers = [self.layers[name] for name in cfg.style_layers.split(",")]
+        numbers = {"relu1_1": 0, "relu1_2": 1}
+        self.layers = [numbers[name] for name in cfg.style_layers.split(",")]
         self.G, self.D = Net(state.G, acgan_generator), Net(state.D, acgan_discriminator)
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
@@ -501,8 +489,8 @@ class MixlcACGAN:
         return loss
 
     def step(self, *edit_fields):
-        edit, cfg = Fields(edit_fields), self.cfg
-        rgb = blanked(edit) if cfg.erase else edit.rgb_a
+        edit, cfg = Edit(*edit_fields), self.cfg
+        rgb = visible(edit, cfg)
         fake = self.G(rgb, edit.lc_ab)
         d_fake = bce_fake(self.D(fake.detach(), edit.lc_ab, "adversarial")[0])
         logits, classes = self.D(edit.rgb_b, edit.lc_b)
@@ -510,24 +498,14 @@ class MixlcACGAN:
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
         logits, classes = self.D(fake, edit.lc_ab)
         same = self.G(rgb, edit.lc_a)
-        losses = {
-            "g_adv": bce_real(logits),
-            "g_pixel": l1(fake, edit.rgb_ab),
-            "g_style": self.style(fake, edit.rgb_ab),
-            "g_class": class_loss(classes, edit.lc_ab, self.weights),
-            "g_id": l1(same, edit.rgb_a) + self.style(same, edit.rgb_a),
-            "d_real": d_real,
-            "d_fake": d_fake,
-            "d_class": d_class,
-        }
-        self.adam_G.minimise(
-            cfg.lambda_adv * losses["g_adv"]
-            + cfg.lambda_l1 * losses["g_pixel"]
-            + cfg.lambda_style * losses["g_style"]
-            + cfg.lambda_class * losses["g_class"]
-            + cfg.lambda_id * losses["g_id"]
-        )
-        return losses
+        g_adv, g_pixel = bce_real(logits), l1(fake, edit.rgb_ab)
+        g_style = self.style(fake, edit.rgb_ab)
+        g_class = class_loss(classes, edit.lc_ab, self.weights)
+        g_id = l1(same, edit.rgb_a) + self.style(same, edit.rgb_a)
+        g_total = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
+        self.adam_G.minimise(g_total + cfg.lambda_class * g_class + cfg.lambda_id * g_id)
+        g = {"g_adv": g_adv, "g_pixel": g_pixel, "g_style": g_style, "g_class": g_class}
+        return g | {"g_id": g_id, "d_real": d_real, "d_fake": d_fake, "d_class": d_class}
 
 
 TWINS = {"pix2pix": Pix2pix, "cyclegan": CycleGAN, "mixlc": Mixlc, "mixlc_acgan": MixlcACGAN}

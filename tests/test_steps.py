@@ -1,30 +1,30 @@
-"""Every script's training step: against its plain twin, and what holds for all of them."""
+"""Every script's training step and losses: against its plain twin, by hand, and the same for all."""
 
 import contextlib
 import copy
 import dataclasses
 import importlib
-import json
+import math
 
 import plain
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 import support.vgg16
-from conftest import CPU, TABLE, batch_of, tiny
+from conftest import CPU, LABELS, SCRIPTS, batch_of, inputs_of, maps, tiny
 from support.vgg16 import _random_weights
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
-LABELS = {"lc_classes": json.dumps(TABLE)}
 CASES = {
     "pix2pix": {},
     "pix2pix lsgan": {"gan": "lsgan", "d_weight": 1.0, "lambda_l1": 7.0},
     "pix2pix instance": {"norm": "instance", "patch_gan": 16},
     "pix2pix resnet": {"generator": "resnet", "blocks": 1, "patch_gan": 1},
     "pix2pix resnet instance": {"generator": "resnet", "blocks": 1, "norm": "instance"},
-    "pix2pix 286": {"patch_gan": 286, "size": 128, "width": 2},
+    "pix2pix 286": {"patch_gan": 286, "size": 128},
     "pix2pix vgg": {"content": "vgg", "lambda_vgg": 3.0},
     "cyclegan": {"pool_size": 0},
     "cyclegan pool": {"pool_size": 3, "lambda_cycle": 7.0, "lambda_identity": 0.3},
@@ -41,9 +41,22 @@ CASES = {
     "mixlc_acgan no erase": {"erase": False, "use_ba": True},
     "mixlc_acgan weights": {
         **{"lambda_adv": 0.3, "lambda_l1": 2.0, "lambda_style": 30.0, "lambda_class": 0.7},
-        **{"lambda_id": 0.4, "style_layers": "relu1_2,relu2_1,relu2_2", "use_ba": True},
+        **{"lambda_id": 0.4, "style_layers": "relu1_1,relu1_2", "use_ba": True},
     },
 }
+# what holds for every step is tested with these
+ALL = {
+    "pix2pix": {},
+    "pix2pix lsgan": {"gan": "lsgan", "generator": "resnet", "norm": "instance", "blocks": 1},
+    "cyclegan": {"pool_size": 3},
+    "cyclegan labels": LABELS | {"pool_size": 3},
+    "mixlc": {"local_d": True, "fusion": "dilated"},
+    "mixlc_acgan": {},
+}
+every = pytest.mark.parametrize("case", ALL)
+on_both_devices = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+)
 
 
 def in_double(state):
@@ -56,30 +69,38 @@ def in_double(state):
     return state
 
 
-def double(batch):
+def double_batch(script, cfg, seed=0, device="cpu"):
+    """A random batch in float64."""
+    batch = (x.to(device) for x in batch_of(script, cfg, seed))
     return tuple(x.double() if x.dtype == torch.float32 else x for x in batch)
 
 
-def build(script, monkeypatch=None, **options):
-    """(module, cfg, state): the state in float64; VGG16 with random weights where it is asked."""
-    module, cfg = tiny(script, **options)
-    if monkeypatch:
-        monkeypatch.setattr(support.vgg16, "_vgg16_weights", lambda path, s: _random_weights(s))
-    return module, cfg, in_double(module.build(cfg, CPU))
+def prepared(case, device="cpu", **options):
+    """(module, cfg, state, batch) of a case of ALL in float64."""
+    script = case.split()[0]
+    module, cfg = tiny(script, **{"width": 2, **ALL[case], **options})
+    state = in_double(module.build(cfg, torch.device(device)))
+    return module, cfg, state, double_batch(script, cfg, device=device)
+
+
+def without_dropout(case):
+    return {"dropout": 0.0} if case.split()[0] in ("pix2pix", "mixlc_acgan") else {}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_step_equals_its_plain_twin(case, monkeypatch):
     """Three steps in float64: every loss, every weight and every running statistic."""
     script = case.split()[0]
-    options = {"dropout": 0.0} if script in ("pix2pix", "mixlc_acgan") else {}
+    monkeypatch.setattr(support.vgg16, "_vgg16_weights", lambda path, s: _random_weights(s))
+    options = {"width": 2} | without_dropout(case) | CASES[case]
     options["lr"] = 1e-7  # Adam blows rounding up where a gradient is zero, at most to this
-    module, cfg, state = build(script, monkeypatch, **options, **CASES[case])
+    module, cfg = tiny(script, **options)
+    state = in_double(module.build(cfg, CPU))
     if script == "mixlc_acgan":
         state.class_weights[:] = torch.tensor([0.5, 2.0, 1.25])
     twin = plain.TWINS[script](state, cfg)
     for k in range(3):
-        batch = double(batch_of(script, cfg, seed=k))
+        batch = double_batch(script, cfg, seed=k)
         torch.manual_seed(k)
         want = twin.step(*batch)
         torch.manual_seed(k)
@@ -96,16 +117,6 @@ def test_step_equals_its_plain_twin(case, monkeypatch):
 
 # ------------------------------------------------------------------------------- what holds for all
 
-ALL = {
-    "pix2pix": {},
-    "pix2pix lsgan": {"gan": "lsgan", "generator": "resnet", "norm": "instance", "blocks": 1},
-    "cyclegan": {"pool_size": 3},
-    "cyclegan labels": LABELS | {"pool_size": 3},
-    "mixlc": {"local_d": True, "fusion": "dilated"},
-    "mixlc_acgan": {},
-}
-every = pytest.mark.parametrize("case", ALL)
-
 
 def sides(state):
     """The generators and the discriminators of a state."""
@@ -114,9 +125,14 @@ def sides(state):
     return {"G": G, "D": nn.ModuleList(net for name, net in nets.items() if name.startswith("D"))}
 
 
+def gradients(state):
+    """Copies of the gradients of every weight."""
+    return [p.grad.clone() for net in sides(state).values() for p in net.parameters()]
+
+
 @every
 def test_each_update_leaves_the_other_networks_gradients_untouched(case):
-    module, cfg, state = build(case.split()[0], **ALL[case])
+    module, cfg, state, batch = prepared(case)
     nets, seen = sides(state), {}
 
     def watch(name):
@@ -127,7 +143,7 @@ def test_each_update_leaves_the_other_networks_gradients_untouched(case):
         return step
 
     state.opt_D.step, state.opt_G.step = watch("D"), watch("G")
-    module.train_step(state, double(batch_of(case.split()[0], cfg)), cfg)
+    module.train_step(state, batch, cfg)
     first, second = seen  # pix2pix and the edits update D first, cyclegan G
     assert all(grad is None for grad in seen[first][second])
     assert all(grad is not None for grad in seen[first][first] + seen[second][second])
@@ -137,16 +153,15 @@ def test_each_update_leaves_the_other_networks_gradients_untouched(case):
 
 @every
 def test_gradients_do_not_add_up_over_steps(case):
-    module, cfg, state = build(case.split()[0], **ALL[case])
+    module, cfg, state, batch = prepared(case)
     if hasattr(state, "pool_A"):  # what it returns differs from step to step
         state.pool_A.size = state.pool_B.size = 0
     state.opt_D.step = state.opt_G.step = lambda: None
-    batch, seen = double(batch_of(case.split()[0], cfg)), []
+    seen = []
     for _ in range(2):
         torch.manual_seed(0)
         module.train_step(state, batch, cfg)
-        nets = sides(state).values()
-        seen.append([p.grad.clone() for net in nets for p in net.parameters()])
+        seen.append(gradients(state))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*seen, strict=True))
 
 
@@ -156,42 +171,24 @@ def test_step_reads_no_value_on_the_host(case, monkeypatch):
     nothing = contextlib.nullcontext()  # there is no autocast for meta
     monkeypatch.setattr(common, "autocast", lambda cfg, device: nothing)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nothing)
-    module, cfg, state = build(case.split()[0], **ALL[case])
+    module, cfg, state, batch = prepared(case)
     for name, value in vars(state).items():
         if isinstance(value, (nn.Module, torch.Tensor)):
             setattr(state, name, value.to("meta"))
     for name, net in sides(state).items():
         setattr(state, f"opt_{name}", torch.optim.SGD(net.parameters(), lr=0.1))
-    batch = tuple(x.to("meta") for x in double(batch_of(case.split()[0], cfg)))
-    losses = module.train_step(state, batch, cfg)
+    losses = module.train_step(state, tuple(x.to("meta") for x in batch), cfg)
     assert all(loss.shape == () for loss in losses.values())
 
 
 @every
 def test_step_changes_every_weight(case):
-    module, cfg, state = build(case.split()[0], **ALL[case])
+    module, cfg, state, batch = prepared(case)
     before = copy.deepcopy(sides(state))
-    module.train_step(state, double(batch_of(case.split()[0], cfg)), cfg)
+    module.train_step(state, batch, cfg)
     for name, net in sides(state).items():
         pairs = zip(before[name].parameters(), net.parameters(), strict=True)
         assert all(not torch.equal(old, new) for old, new in pairs)
-
-
-@every
-def test_initial_weights(case):
-    """Convolutions N(0, 0.02), norm scales N(1, 0.02), every bias 0."""
-    script = case.split()[0]
-    module, cfg = tiny(script, **ALL[case] | {"width": 32 if script != "mixlc_acgan" else 16})
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-    for net in sides(module.build(cfg, CPU)).values():
-        modules = list(net.modules())
-        weights = torch.cat([m.weight.flatten() for m in modules if isinstance(m, kinds)])
-        assert abs(weights.mean()) < 1e-3 and abs(weights.std() - 0.02) < 5e-4
-        scales = [m.weight for m in modules if isinstance(m, nn.BatchNorm2d)]
-        if scales:
-            scales = torch.cat(scales)
-            assert abs(scales.mean() - 1) < 5e-3 and abs(scales.std() - 0.02) < 5e-3
-        assert all((m.bias == 0).all() for m in modules if getattr(m, "bias", None) is not None)
 
 
 @every
@@ -209,46 +206,142 @@ def test_losses_of_a_bf16_step_are_float32_and_near_those_of_fp32(case):
         assert got[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.05), name
 
 
-@pytest.mark.parametrize(("given", "result"), [("bfloat16", "float32"), ("float64", "float64")])
-@pytest.mark.parametrize("script", ["pix2pix", "cyclegan", "mixlc", "mixlc_acgan"])
-def test_losses_are_in_at_least_float32(script, given, result):
-    module = importlib.import_module(script)
-    x = torch.zeros(1, 3, 64, 64, dtype=getattr(torch, given))
-    losses = [module.l1_loss(x, x), module.gan_loss(x, True, *["bce"] * (script == "pix2pix"))]
-    if script == "cyclegan":
-        losses.append(module.label_loss(x, x))
-    if script == "mixlc":
-        losses.append(module.local_l1_loss(x, x, torch.ones(1, 1, 64, 64, dtype=torch.bool)))
-    if script == "mixlc_acgan":
-        losses.append(module.class_loss(x, x, torch.ones(3)))
-    assert all(loss.dtype == getattr(torch, result) for loss in losses)
-
-
-def plain_adam(state, cfg):
-    """The same networks with Adam as it comes, NCHW."""
-    for net in sides(state).values():
-        net.to(memory_format=torch.contiguous_format)
-    for name, net in sides(state).items():
-        adam = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, 0.999))
-        setattr(state, f"opt_{name}", adam)
-    return state
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@on_both_devices
 @every
 def test_fast_path_trains_like_the_plain_one(case, device):
-    """Ten steps in float64, without dropout; on CUDA in a graph."""
-    script = case.split()[0]
-    options = {"dropout": 0.0} if script in ("pix2pix", "mixlc_acgan") else {}
-    module, cfg = tiny(script, **ALL[case], **options)
-    fast = in_double(module.build(cfg, torch.device(device)))
-    slow = plain_adam(copy.deepcopy(fast), cfg)
+    """In float64, without dropout; on CUDA in a graph. The plain one: NCHW, Adam as it comes."""
+    module, cfg, fast, _ = prepared(case, device, **without_dropout(case))
+    slow = copy.deepcopy(fast)
+    for name, net in sides(slow).items():
+        net.to(memory_format=torch.contiguous_format)
+        adam = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, 0.999))
+        setattr(slow, f"opt_{name}", adam)
     step = common.fast_step(module.train_step, cfg, torch.device(device))
-    for k in range(10):
-        batch = tuple(x.to(device) for x in double(batch_of(script, cfg, seed=k)))
+    for k in range(3 if device == "cpu" else 10):
+        batch = double_batch(case.split()[0], cfg, k, device)
         common.seed_step(0, 0, k)
         want = {name: loss.item() for name, loss in module.train_step(slow, batch, cfg).items()}
         common.seed_step(0, 0, k)
         got = {name: loss.item() for name, loss in step(fast, batch, cfg).items()}
         assert got == pytest.approx(want, rel=1e-6, abs=1e-8), k
     assert device == "cpu" or step.graph is not None
+
+
+@on_both_devices
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", ["pix2pix", "pix2pix lsgan", "cyclegan"])
+def test_gradients_of_a_batch_are_the_mean_of_those_of_its_images(case, layout, device):
+    """With InstanceNorm, two processes with one image each must equal one with two."""
+    options = {"norm": "instance", "dropout": 0.0} if case.startswith("pix2pix") else {}
+    module, cfg, state, batch = prepared(case, device, **options)
+    if hasattr(state, "pool_A"):
+        state.pool_A.size = state.pool_B.size = 0
+    state.opt_G.step = state.opt_D.step = lambda: None
+    seen = []
+    for part in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        module.train_step(state, tuple(x[part].to(memory_format=layout) for x in batch), cfg)
+        seen.append(gradients(state))
+    for whole, one, other in zip(*seen, strict=True):
+        assert torch.allclose(whole, (one + other) / 2, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
+def test_real_is_an_untouched_photograph_and_never_a_collage(script):
+    module, cfg, state, batch = prepared(script)
+    edit = module.Edit(*batch)
+    shown = inputs_of(state.D.global_trunk if script == "mixlc" else state.D.trunk)
+    module.train_step(state, batch, cfg)
+    fake, real, again = shown
+    assert torch.equal(real, edit.rgb_b) and torch.equal(fake, again)
+    assert not torch.equal(fake, edit.rgb_ab)
+
+
+@pytest.mark.cuda
+@every
+def test_cuda_step_never_synchronises(case):
+    device, script = torch.device("cuda"), case.split()[0]
+    module, cfg = tiny(script, **{**ALL[case], "precision": "bf16"})
+    state, batch = module.build(cfg, device), [x.to(device) for x in batch_of(script, cfg)]
+    module.train_step(state, batch, cfg)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.train_step(state, batch, cfg)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --------------------------------------------------------------------------------- losses, by hand
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [("pix2pix", "bce"), ("pix2pix", "lsgan"), ("cyclegan", "lsgan")]
+    + [("mixlc", "bce"), ("mixlc_acgan", "bce")],
+)
+def test_gan_loss_by_hand(script, kind):
+    """The mean is over the losses of the patches, not over their logits."""
+    loss, options = importlib.import_module(script).gan_loss, [kind] * (script == "pix2pix")
+    logits = torch.tensor([[[[-4.0, 3.0]]]])
+    real = {"bce": (softplus(4) + softplus(-3)) / 2, "lsgan": (5**2 + 2**2) / 2}[kind]
+    fake = {"bce": (softplus(-4) + softplus(3)) / 2, "lsgan": (4**2 + 3**2) / 2}[kind]
+    assert loss(logits, True, *options).item() == pytest.approx(real)
+    assert loss(logits, False, *options).item() == pytest.approx(fake)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_l1_loss_by_hand(script):
+    loss, fake = importlib.import_module(script).l1_loss, torch.tensor([1.0, -1.0])
+    assert loss(fake, torch.tensor([0.5, 1.0])).item() == pytest.approx(1.25)
+
+
+def class_loss(script, logits, target, weights=(1.0, 1.0)):
+    """cyclegan's loss of one-hot maps has no weights."""
+    module = importlib.import_module(script)
+    if script == "cyclegan":
+        return module.label_loss(logits, target).item()
+    return module.class_loss(logits, target, torch.tensor(weights)).item()
+
+
+@pytest.mark.parametrize(
+    ("script", "weights"),
+    [("cyclegan", (1.0, 1.0)), ("mixlc_acgan", (1.0, 1.0)), ("mixlc_acgan", (1.0, 3.0))],
+)
+def test_loss_of_classes_by_hand_leaves_out_ignored_pixels(script, weights):
+    logits, target = torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3)
+    logits[0, 0, 0, 0] = math.log(3.0)  # 3/4 for class 0
+    target[0, 0, 0, 0] = target[0, 1, 0, 1] = 1
+    logits[0, 0, 0, 2] = 100.0  # ignored
+    want = -(weights[0] * math.log(3 / 4) + weights[1] * math.log(1 / 2)) / sum(weights)
+    assert class_loss(script, logits, target, weights) == pytest.approx(want)
+    index, weight = torch.tensor([[[0, 1, 255]]]), torch.tensor(weights)
+    reference = F.cross_entropy(logits, index, weight=weight, ignore_index=255)
+    assert want == pytest.approx(reference.item())
+    assert class_loss(script, logits, target * 0, weights) == 0  # not NaN
+
+
+@pytest.mark.parametrize("script", ["cyclegan", "mixlc_acgan"])
+def test_loss_of_classes_takes_logits(script):
+    """After a softmax it could not fall below 1.755 for 14 classes."""
+    target = maps(classes=14)
+    assert class_loss(script, target * 40, target, [1.0] * 14) < 1e-6
+    probabilities = (target * 40).softmax(1)
+    assert class_loss(script, probabilities, target, [1.0] * 14) == pytest.approx(1.755, abs=1e-3)
+
+
+@pytest.mark.parametrize(("given", "result"), [("bfloat16", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_are_in_at_least_float32(script, given, result):
+    module = importlib.import_module(script)
+    x, mask = torch.zeros(1, 3, 64, 64, dtype=getattr(torch, given)), torch.ones(1, 1, 64, 64) > 0
+    losses = [module.l1_loss(x, x), module.gan_loss(x, True, *["bce"] * (script == "pix2pix"))]
+    if script == "cyclegan":
+        losses.append(module.label_loss(x, x))
+    if script == "mixlc":
+        losses.append(module.local_l1_loss(x, x, mask))
+    if script == "mixlc_acgan":
+        losses.append(module.class_loss(x, x, torch.ones(3)))
+    assert all(loss.dtype == getattr(torch, result) for loss in losses)

@@ -1,0 +1,151 @@
+"""The networks of every script: shapes, sizes as published, receptive fields, initial weights."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import common
+from conftest import CPU, LABELS, maps, parameters, pictures, tiny
+
+GENERATORS = {
+    "pix2pix": {},
+    "pix2pix instance": {"norm": "instance"},
+    "pix2pix resnet": {"generator": "resnet", "blocks": 1},
+    "pix2pix resnet instance": {"generator": "resnet", "blocks": 1, "norm": "instance"},
+    "cyclegan": {},
+    "cyclegan labels": LABELS,
+    "mixlc late": {"fusion": "late"},
+    "mixlc early": {"fusion": "early"},
+    "mixlc middle": {"fusion": "middle"},
+    "mixlc both skips": {"fusion": "middle", "skips": "both"},
+    "mixlc dilated": {"fusion": "dilated"},
+    "mixlc_acgan": {},
+}
+# script, network, its arguments, how many weights it has
+PARAMETERS = [
+    ("pix2pix", "UNetGenerator", (64, 64, "batch", 0.5), 29_244_035),
+    ("pix2pix", "UNetGenerator", (128, 64, "batch", 0.5), 41_828_995),
+    ("pix2pix", "UNetGenerator", (256, 64, "batch", 0.5), 54_413_955),
+    ("pix2pix", "UNetGenerator", (512, 64, "batch", 0.5), 66_998_915),
+    ("pix2pix", "UNetGenerator", (256, 64, "instance", 0.5), 54_409_603),
+    ("pix2pix", "ResNetGenerator", (3, 3, 64, 9, "instance"), 11_378_179),
+    ("pix2pix", "ResNetGenerator", (3, 3, 64, 9, "batch"), 11_383_427),
+    ("pix2pix", "Discriminator", (64, "batch", 1), 9_024),
+    ("pix2pix", "Discriminator", (64, "batch", 16), 139_585),
+    ("pix2pix", "Discriminator", (64, "batch", 70), 2_768_705),
+    ("pix2pix", "Discriminator", (64, "batch", 286), 11_159_361),
+    ("pix2pix", "Discriminator", (64, "instance", 70), 2_767_809),
+    ("cyclegan", "ResNetGenerator", (3, 3, 64, 9, True), 11_378_179),
+    ("cyclegan", "ResNetGenerator", (14, 3, 64, 9, True), 11_412_675),
+    ("cyclegan", "ResNetGenerator", (3, 14, 64, 9, False), 11_412_686),
+    ("cyclegan", "Discriminator", (3, 64), 2_764_737),
+    ("cyclegan", "Discriminator", (14, 64), 2_776_001),
+    ("mixlc", "Generator", (14, 256, 64, "late", "lc"), 108_978_627),
+    ("mixlc", "Generator", (14, 256, 64, "early", "lc"), 54_499_587),
+    ("mixlc", "Generator", (14, 256, 64, "dilated", "lc"), 55_326_339),
+    ("mixlc", "Generator", (14, 256, 64, "middle", "lc"), 78_229_059),
+    ("mixlc", "Generator", (14, 256, 64, "middle", "both"), 93_601_347),
+    ("mixlc", "Discriminator", (256, 64, False), 25_807_425),
+    ("mixlc", "Discriminator", (256, 64, True), 45_060_225),
+    ("mixlc_acgan", "Generator", (14, 64, 0.5), 88_220_547),
+    ("mixlc_acgan", "Discriminator", (14, 64), 43_642_575),
+]
+
+
+def made(case, **options):
+    """A State of the networks of a case of GENERATORS."""
+    module, cfg = tiny(case.split()[0], **{"width": 2, **GENERATORS[case], **options})
+    return module.build(cfg, CPU)
+
+
+def nets_of(state):
+    return {name: net for name, net in vars(state).items() if name[0] in "GD"}
+
+
+def convolutions(net):
+    return [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+@pytest.mark.parametrize(("script", "network", "arguments", "count"), PARAMETERS)
+def test_parameters(script, network, arguments, count):
+    assert parameters(getattr(importlib.import_module(script), network), *arguments) == count
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+@pytest.mark.parametrize("case", GENERATORS)
+def test_shapes_and_ranges(case, size):
+    nets, image, lc = nets_of(made(case, size=size)), pictures(0, 2, size), maps(0, 2, size)
+    box = torch.tensor([[0, size // 2, 8, 8]] * 2)
+    place = {"pix2pix": image, "mixlc": box, "mixlc_acgan": lc}.get(case.split()[0])
+    for name, net in nets.items():
+        inputs = [lc if case == "cyclegan labels" and name in ("G_BA", "D_B") else image]
+        if name == "G" and "mixlc" in case:
+            inputs.append(lc)
+        elif name == "D":
+            inputs.append(place)
+        with torch.no_grad():
+            out = net(*inputs)
+        if name[0] == "G":
+            assert out.shape == image.shape
+            assert out.abs().max() <= 1 or (case, name) == ("cyclegan labels", "G_AB")
+        elif case.startswith("pix2pix"):
+            assert out.shape == (2, 1, size // 8 - 2, size // 8 - 2)
+        elif case.startswith("cyclegan"):
+            assert out.shape == (2, 1, size // 16, size // 16)
+        else:
+            assert out.shape == ((2, 1, size // 32, size // 32) if "acgan" in case else (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "field"),
+    [
+        *[("pix2pix", (4, "batch", field), field) for field in (1, 16, 70, 286)],
+        ("cyclegan", (3, 4), 94),
+    ],
+)
+def test_receptive_field(script, arguments, field):
+    """One logit sees kernel + (seen - 1) * stride pixels of the layer before, from last to first."""
+    seen = 1
+    for layer in reversed(convolutions(importlib.import_module(script).Discriminator(*arguments))):
+        seen = layer.kernel_size[0] + (seen - 1) * layer.stride[0]
+    assert seen == field
+
+
+def test_patch_gan_286_refuses_what_it_cannot_see():
+    with pytest.raises(common.UserError, match="--patch-gan 286"):
+        made("pix2pix", patch_gan=286)
+    made("pix2pix", patch_gan=286, size=128)
+
+
+@pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
+def test_blocks_follow_the_size(script):
+    for size, blocks in ((128, 6), (256, 9)):
+        options = {"generator": "resnet"} if script == "pix2pix" else {}
+        module, cfg = tiny(script, **options, blocks=0, size=size)
+        G = next(iter(nets_of(module.build(cfg, CPU, training=False)).values()))
+        assert sum(isinstance(m, module.ResidualBlock) for m in G.modules()) == blocks
+
+
+@pytest.mark.parametrize(
+    ("script", "size", "count"),
+    [*[("pix2pix", 2**n, n - 5) for n in (6, 7, 8, 9)], ("mixlc_acgan", 64, 12)],
+)
+def test_dropout_layers(script, size, count):
+    G = made(script, size=size).G
+    assert sum(isinstance(m, nn.Dropout) for m in G.modules()) == count
+
+
+@pytest.mark.parametrize("case", ["pix2pix", "cyclegan", "mixlc dilated", "mixlc_acgan"])
+def test_initial_weights(case):
+    """Convolutions N(0, 0.02), norm scales N(1, 0.02), every bias 0."""
+    for net in nets_of(made(case, width=16)).values():
+        linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+        weights = torch.cat([m.weight.flatten() for m in convolutions(net) + linear])
+        assert abs(weights.mean()) < 1e-3 and abs(weights.std() - 0.02) < 5e-4
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        if norms:
+            scales = torch.cat([m.weight for m in norms])
+            assert abs(scales.mean() - 1) < 5e-3 and abs(scales.std() - 0.02) < 5e-3
+        assert all((p == 0).all() for name, p in net.named_parameters() if name.endswith("bias"))
