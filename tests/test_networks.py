@@ -106,7 +106,7 @@ def test_shapes_and_ranges(case, size):
     ],
 )
 def test_receptive_field(script, arguments, field):
-    """One logit sees kernel + (seen - 1) * stride pixels of the layer before, from last to first."""
+    """A logit sees kernel + (seen - 1) * stride pixels of the layer before, last to first."""
     seen = 1
     for layer in reversed(convolutions(importlib.import_module(script).Discriminator(*arguments))):
         seen = layer.kernel_size[0] + (seen - 1) * layer.stride[0]

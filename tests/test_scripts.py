@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import report
 
+from conftest import SCRIPTS
+
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["pix2pix", "cyclegan", "mixlc", "mixlc_acgan"]
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
 # Lines down to the end of main, which is what a reader reads. Lower them when a file shrinks.

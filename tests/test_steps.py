@@ -1,4 +1,4 @@
-"""Every script's training step and losses: against its plain twin, by hand, and the same for all."""
+"""Every script's step and losses: against plain twins, by hand, and what holds for all."""
 
 import contextlib
 import copy

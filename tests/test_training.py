@@ -1,0 +1,255 @@
+"""What every script does around its steps: batches, crops, flips, runs, resuming, using."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from conftest import (
+    RUNS,
+    SCRIPTS,
+    as_rank,
+    calls_of,
+    last,
+    open_data,
+    rows_of,
+    same,
+    stop_after,
+    tiny_run,
+    use,
+)
+from support.pictures import to_bytes
+
+each_script = pytest.mark.parametrize("script", SCRIPTS)
+LEFT_RIGHT = {(0, 0), (1, 0)}
+ALL_TURNS = {(0, 0), (1, 0), (0, 1), (1, 1)}
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def train(script, data, cache):
+    """A script's training data."""
+    return open_data(script, data[script], cache)
+
+
+@each_script
+def test_batches_follow_from_seed_epoch_and_number(script, train, data, cache):
+    first, other_seed = list(train.batches(3)), open_data(script, data[script], cache, seed=1)
+    assert len(first) == len(train) // 2
+    assert same(list(train.batches(3)), first)
+    assert same(list(train.batches(3, first=1)), first[1:])
+    assert not same(list(train.batches(4)), first)
+    assert not same(list(other_seed.batches(3)), first)
+
+
+@each_script
+def test_ranks_share_an_epoch_without_sharing_an_image(script, train, data, cache, monkeypatch):
+    """Two processes with one image each get the two images of one process's batch."""
+    single, seen = open_data(script, data[script], cache, batch_size=1), []
+    whole = list(train.batches(0))
+    for rank in (0, 1):
+        as_rank(monkeypatch, rank)
+        seen.append(list(single.batches(0)))
+    for batch, one, other in zip(whole, *seen, strict=True):
+        for field, of_one, of_other in zip(batch, one, other, strict=True):
+            assert torch.equal(field, torch.cat([of_one, of_other]))
+
+
+@pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
+def test_crops_reach_both_ends(script, train, monkeypatch):
+    calls = calls_of(monkeypatch, importlib.import_module(script), "jitter")
+    for epoch in range(20):
+        list(train.batches(epoch))
+    crops = [crop for _, crops, _ in calls for crop in crops]
+    top, left, _, _ = zip(*crops, strict=True)
+    assert set(top) == set(left) == set(range(9))  # 72 - 64 = 8
+    assert len(set(zip(top, left, strict=True))) > 40
+
+
+@pytest.mark.parametrize(
+    ("script", "flip", "turns"),
+    [
+        *[("pix2pix", flip, LEFT_RIGHT) for flip in ("auto", "horizontal")],
+        ("pix2pix", "none", {(0, 0)}),
+        ("pix2pix", "both", ALL_TURNS),
+        ("cyclegan", "auto", LEFT_RIGHT),
+        ("cyclegan", "none", {(0, 0)}),
+        ("cyclegan labels", "auto", ALL_TURNS),
+        ("mixlc", "auto", ALL_TURNS),
+        ("mixlc", "horizontal", LEFT_RIGHT),
+        ("mixlc_acgan", "auto", ALL_TURNS),
+    ],
+)
+def test_flips(script, flip, turns, pairs, landcover, cache, monkeypatch):
+    """Domains, and the tiles a and b of an edit, are flipped independently of each other."""
+    labels, script = "mixlc" in script or "labels" in script, script.split()[0]
+    train = open_data(script, landcover if labels else pairs, cache, flip=flip)
+    name = "mirror" if "mixlc" in script else "jitter"
+    calls = calls_of(monkeypatch, importlib.import_module(script), name)
+    for epoch in range(30):
+        list(train.batches(epoch))
+    drawn = [[tuple(crop[-2:]) for crop in crops] for _, crops, *_ in calls]
+    assert {turn for batch in drawn for turn in batch} == turns
+    if script != "pix2pix":  # the calls come in pairs: A and B, or a and b
+        of_a, of_b = sum(drawn[::2], []), sum(drawn[1::2], [])
+        assert set(zip(of_a, of_b, strict=True)) == {(a, b) for a in turns for b in turns}
+
+
+@each_script
+def test_crops_and_flips_are_the_same_for_all_channels_of_an_image(script):
+    """An image's channels are its rows, its columns, and both again for its partner."""
+    y, x = np.mgrid[:72, :72].astype(np.uint8)
+    images = torch.from_numpy(np.stack([y, x, y, x])[None].repeat(32, 0))
+    plan = np.random.default_rng(0).integers(0, (9, 9, 2, 2), (32, 4)).tolist()
+    module = importlib.import_module(script)
+    if "mixlc" in script:
+        plan = [[0, 0, flip, upside_down] for _, _, flip, upside_down in plan]
+        out, side = module.mirror(images, [crop[2:] for crop in plan]), 72
+    else:
+        out, side = module.jitter(images, plan, 64), 64
+    assert torch.equal(out[:, :2], out[:, 2:])
+    for image, (top, left, flip, upside_down) in zip(out.numpy(), plan, strict=True):
+        y, x = np.mgrid[top : top + side, left : left + side]
+        y, x = (y[::-1] if upside_down else y), (x[:, ::-1] if flip else x)
+        assert (image[0] == y).all() and (image[1] == x).all()
+
+
+@each_script
+def test_validation_images_are_whole_unflipped_and_always_the_same(script, data, cache):
+    options = {"box": "random"} if "mixlc" in script else {}
+    one = open_data(script, data[script], cache, "val", **options)
+    other = open_data(script, data[script], cache, "val", **options, seed=5)
+    (batch,) = one.in_order(np.arange(len(one)))
+    (again,) = other.in_order(np.arange(len(other)))
+    (some,) = other.in_order(np.arange(2))
+    assert one.store.side == 64 and same(batch, again)
+    if script == "pix2pix":
+        assert (batch.numpy() == one.store.records).all() and torch.equal(some, batch[:2])
+    else:
+        assert same(list(some), [field[:2] for field in batch])
+        assert (to_bytes(batch[0]).numpy() == one.store.records[:, :3]).all()
+
+
+@pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
+def test_load_size_and_max_images(script, pairs, cache):
+    data = open_data(script, pairs, cache, load_size=80, max_images=4)
+    assert data.store.side == 80 and len(data) == 4
+    assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
+    assert next(data.batches(0))[0].shape[-1] == 64
+    with pytest.raises(common.UserError, match="--load-size 63: must be --size 64"):
+        open_data(script, pairs, cache, load_size=63)
+
+
+@pytest.mark.cuda
+def test_cuda_rows_resident_and_prefetched_agree():
+    array = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+    index, device = np.arange(10).reshape(5, 2), torch.device("cuda")
+    resident = list(common.Loader(array, device).batches(index))
+    assert same(resident, list(common.Loader(array, device, share=0.0).batches(index)))
+
+
+# --------------------------------------------------------------------------------------------- rate
+
+
+@pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
+def test_rate_is_constant_then_falls_to_zero(script):
+    module = importlib.import_module(script)
+
+    def rates(**options):
+        cfg = module.Config(lr=1.0, **options)
+        given = [module.State(None)] if script == "pix2pix" else []
+        return [module.learning_rate(*given, cfg, epoch) for epoch in range(cfg.epochs)]
+
+    half = rates(epochs=200)
+    assert half[:100] == [1.0] * 100
+    assert half[100] == pytest.approx(100 / 101) and half[199] == pytest.approx(1 / 101)
+    late = rates(epochs=10, epochs_decay=2)
+    assert late == pytest.approx([1.0] * 8 + [2 / 3, 1 / 3])
+    assert rates(epochs=10, epochs_decay=0) == [1.0] * 10
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+EDITED = {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input"}
+JUDGED_BY = {
+    f"{by}_{measure}"
+    for by in ("own", "judge")
+    for measure in ("pixel_accuracy", "class_accuracy", "mean_iou")
+}
+# the losses and scores in metrics.csv; rows that evaluation.json holds at least
+COLUMNS = {
+    "pix2pix": "g_total,g_adv,g_l1,d_total,d_real,d_fake,val_psnr,val_rmse",
+    "cyclegan": "adv_AB,adv_BA,cycle_A,cycle_B,identity_A,identity_B,d_A,d_B,"
+    "val_cycle_A,val_rmse_AB,val_rmse_BA",
+    "mixlc": "g_total,g_adv,g_l1,g_local,d_total,d_real,d_fake,val_l1_inside,val_l1_outside",
+    "mixlc_acgan": "g_adv,g_pixel,g_style,g_class,g_id,d_real,d_fake,d_class,"
+    "val_l1_inside,val_l1_outside,val_own_mean_iou",
+}
+ROWS = {
+    "pix2pix": {"model", "copy of the input"},
+    "cyclegan": {"A to B: model", "B to A: model", "A to B: copy of the input"}
+    | {"A to B to A: model", "B to A to B: model"},
+    "mixlc": {"model", "copy of rgb_a"},
+    "mixlc_acgan": {"model", "copy of rgb_a", "photograph b"},
+}
+
+
+@each_script
+def test_run_folder(script, trained):
+    rows, out = rows_of(trained(script)), trained(script)
+    assert (out / "metrics.csv").read_text().splitlines()[0] == f"epoch,step,lr,{COLUMNS[script]}"
+    assert set(rows) >= ROWS[script]
+    if "mixlc" in script:
+        measures = EDITED | JUDGED_BY if script == "mixlc_acgan" else EDITED
+        assert set(rows["model"]) == set(rows["copy of rgb_a"]) == measures
+        assert "its input" in json.loads((out / "evaluation.json").read_text())["answer"]
+    if script == "mixlc_acgan":
+        assert set(rows["photograph b"]) == JUDGED_BY and (out / "judge.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("script", "steps", "batch"),
+    [
+        ("pix2pix", 4, 1),
+        ("cyclegan", 4, 1),
+        ("mixlc", 2, 2),
+        ("mixlc", 3, 1),
+        ("mixlc_acgan", 3, 1),
+    ],
+)
+def test_resume_is_exact(script, steps, batch, data, trained, tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch, or (mixlc) at the last step of the first."""
+    main, out = importlib.import_module(script).main, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(SystemExit):
+            main(tiny_run(script, data[script], out, RUNS[script]))
+    assert last(out)["batch"] == batch
+    main(f"--resume --out {out}".split())
+    assert same(last(out)["state"], last(trained(script))["state"])
+    whole = trained(script) / "metrics.csv"
+    assert (out / "metrics.csv").read_text() == whole.read_text()
+
+
+@each_script
+def test_evaluation_repeats_with_the_kept_judge(script, trained):
+    first = rows_of(trained(script))
+    importlib.import_module(script).main(use(trained(script), "--evaluate"))
+    assert rows_of(trained(script)) == first
+
+
+@pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
+def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path):
+    main = importlib.import_module(script).main
+    main(tiny_run(script, landcover, tmp_path / "show", "--show-samples 3"))
+    assert [path.name for path in (tmp_path / "show").iterdir()] == ["samples.png"]
+    sheet = np.asarray(Image.open(tmp_path / "show" / "samples.png"))
+    assert sheet.shape == (16 + 3 * 68, 4 + 6 * 68, 3)
+    target = sheet[16 : 16 + 64, 4 + 5 * 68 : 4 + 5 * 68 + 64]
+    assert (target[19, 19:45] == 255).all()  # the frame of the box at 20..43
+    assert (target[18, 18] != 255).any()
