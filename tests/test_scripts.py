@@ -32,19 +32,21 @@ FLOORS = [
 ]
 HOUSE = [f"support/{name}" for floor in FLOORS for name in floor.split()]
 
+EACH, EDITS = [[script] for script in SCRIPTS], [["mixlc", "mixlc_acgan"]]
+
 # Definitions of one name: which scripts hold the same copy, and what makes the groups differ.
 COPIES = {
-    "Config": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "its own options"),
-    "QUICK": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "smallest useful size"),
+    "Config": (EACH, "its own options"),
+    "QUICK": (EACH, "smallest useful size"),
     "SCORES": ([["pix2pix"], ["mixlc"], ["mixlc_acgan"]], "other measures"),
-    "State": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "other networks"),
-    "build": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "other networks"),
-    "train_step": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "the model"),
-    "main": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "data, networks and scores"),
+    "State": (EACH, "other networks"),
+    "build": (EACH, "other networks"),
+    "train_step": (EACH, "the model"),
+    "main": (EACH, "data, networks and scores"),
     "jitter": ([["pix2pix", "cyclegan"]], ""),
     "ResidualBlock": ([["pix2pix"], ["cyclegan"], ["mixlc_acgan"]], "norm, padding"),
     "ResNetGenerator": ([["pix2pix"], ["cyclegan"]], "either norm; logits for land cover"),
-    "Discriminator": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "another paper's"),
+    "Discriminator": (EACH, "another paper's"),
     "UNet": ([["mixlc"], ["mixlc_acgan"]], "down to 1x1, or to 1/32 with dropout"),
     "Generator": ([["mixlc"], ["mixlc_acgan"]], "fusions; a residual block at full size"),
     "init_weights": (
@@ -55,23 +57,23 @@ COPIES = {
     "l1_loss": ([["pix2pix", "cyclegan", "mixlc", "mixlc_acgan"]], ""),
     "learning_rate": ([["pix2pix"], ["cyclegan"]], "pix2pix has three schedules"),
     "translate": (
-        [["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]],
+        EACH,
         "one input or two, one generator or two, noise",
     ),
     "sample": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "what a grid shows"),
-    "evaluate": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "what is measured"),
+    "evaluate": (EACH, "what is measured"),
     "report": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "as evaluate"),
-    "generate": ([["pix2pix"], ["cyclegan"], ["mixlc"], ["mixlc_acgan"]], "what is written"),
+    "generate": (EACH, "what is written"),
     "use": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "one --init, two or none"),
-    "add_judged": ([["mixlc", "mixlc_acgan"]], ""),
+    "add_judged": (EDITS, ""),
     "add_floor": ([["pix2pix"], ["cyclegan"]], "other batches"),
-    "visible": ([["mixlc", "mixlc_acgan"]], ""),
-    "Edit": ([["mixlc", "mixlc_acgan"]], ""),
-    "Edits": ([["mixlc", "mixlc_acgan"]], ""),
-    "mirror": ([["mixlc", "mixlc_acgan"]], ""),
-    "edit_mask": ([["mixlc", "mixlc_acgan"]], ""),
-    "joined": ([["mixlc", "mixlc_acgan"]], ""),
-    "show_samples": ([["mixlc", "mixlc_acgan"]], ""),
+    "visible": (EDITS, ""),
+    "Edit": (EDITS, ""),
+    "Edits": (EDITS, ""),
+    "mirror": (EDITS, ""),
+    "edit_mask": (EDITS, ""),
+    "joined": (EDITS, ""),
+    "show_samples": (EDITS, ""),
 }
 
 
@@ -182,13 +184,6 @@ def test_options_that_scripts_share_mean_the_same(name):
                 for bound in ("choices", "low", "high"):
                     theirs = field.metadata[bound]
                     assert ours[field.name].metadata[bound] == theirs, field.name
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_train_step_never_reads_a_value(name):
-    step = next(node for node in tree(name).body if getattr(node, "name", "") == "train_step")
-    called = {node.attr for node in ast.walk(step) if isinstance(node, ast.Attribute)}
-    assert not called & {"item", "tolist", "cpu", "numpy"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
