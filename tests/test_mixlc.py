@@ -1,6 +1,7 @@
 """mixlc alone: pasted edits, the networks' crops, the local loss, edits of photographs."""
 
 import dataclasses
+import importlib
 import json
 import types
 
@@ -15,6 +16,7 @@ import mixlc
 from conftest import (
     CPU,
     batch_of,
+    calls_of,
     inputs_of,
     land_cover,
     line_of,
@@ -27,7 +29,7 @@ from conftest import (
     tiny_run,
     use,
 )
-from mixlc import build, edit_mask, local_l1_loss, main, train_step, translate
+from mixlc import build, edit_mask, local_l1_loss, main, translate
 from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
@@ -35,6 +37,14 @@ from support.pictures import to_bytes
 from support.plots import read_metrics
 
 TINY = tiny("mixlc")[1]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Options of an edit of photo.png, all of it land."""
+    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 100, 140))
+    save(tmp_path / "lc.png", np.zeros((100, 140), np.uint8))
+    return f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png"
 
 
 def choices(data, count):
@@ -114,20 +124,35 @@ def test_use_ba_adds_the_complement(landcover, cache):
     assert all(edit.inside.all() for edit in val.in_order(np.arange(2)))
 
 
-def test_an_edit_is_blanked_in_training_sampling_and_evaluation(monkeypatch):
+each_edit_script = pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
+
+
+@each_edit_script
+def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
     """And nothing else is; in evaluation the copy of rgb_a stays whole."""
-    state, batch = build(TINY, CPU), mixlc.Edit(*batch_of("mixlc", TINY))
+    module, cfg = tiny(script)
+    state, batch = module.build(cfg, CPU), module.Edit(*batch_of(script, cfg))
     shown, mask = inputs_of(state.G), edit_mask(batch.box, batch.inside, 64)
-    blank = mixlc.visible(batch, TINY)
-    assert mixlc.visible(batch, dataclasses.replace(TINY, erase=False)) is batch.rgb_a
+    blank = module.visible(batch, cfg)
+    assert module.visible(batch, dataclasses.replace(cfg, erase=False)) is batch.rgb_a
     assert (blank.masked_select(mask) == 0).all()
     assert torch.equal(blank.masked_select(~mask), batch.rgb_a.masked_select(~mask))
-    train_step(state, batch, TINY)
-    val = types.SimpleNamespace(in_order=lambda images: [batch], classes=TINY.classes)
-    rows = mixlc.evaluate(state, val, TINY, np.arange(2)).table()
-    columns = mixlc.sample(state, val, TINY, np.arange(2))
-    assert len(shown) == 3 and all(torch.equal(image, blank) for image in shown)
+    module.train_step(state, batch, cfg)
+    val = types.SimpleNamespace(in_order=lambda images: [batch], classes=cfg.classes)
+    rows = module.evaluate(state, val, cfg, np.arange(2)).table()
+    columns = module.sample(state, val, cfg, np.arange(2))
+    assert len(shown) >= 3 and all(torch.equal(image, blank) for image in shown)
     assert torch.equal(columns["input"], blank) and rows["copy of rgb_a"]["l1_to_input"] == 0
+
+
+@each_edit_script
+def test_an_edit_is_blanked_in_a_users_photograph(script, trained, photo, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    calls = calls_of(monkeypatch, module, "translate")
+    module.main(use(trained(script), photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
+    grey = torch.cat([(rgb == 0).all(1) for _, (rgb, lc), _ in calls])
+    water = torch.cat([lc[:, 1] == 1 for _, (rgb, lc), _ in calls])
+    assert water.any() and torch.equal(grey, water)
 
 
 def test_ignored_pixels_have_no_class(landcover, cache):
@@ -233,14 +258,6 @@ def test_the_verdict_on_copying(landcover, cache, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- use
-
-
-@pytest.fixture
-def photo(tmp_path):
-    """Options of an edit of photo.png, all of it land."""
-    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 100, 140))
-    save(tmp_path / "lc.png", np.zeros((100, 140), np.uint8))
-    return f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png"
 
 
 def pixels(path):

@@ -70,6 +70,13 @@ def test_the_class_head_never_sees_land_cover():
     assert torch.autograd.grad(D.both(image, lc)[1].sum(), lc, allow_unused=True)[0] is None
 
 
+def test_as_a_judge_the_classifier_uses_running_statistics_and_keeps_them():
+    D, image = Discriminator(3, 4, 0.5), pictures()
+    classes, before = D.classes_of(image), {k: v.clone() for k, v in D.state_dict().items()}
+    assert torch.equal(D.classes_of(image[:1]), classes[:1]) and D.training
+    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------- losses
 
 

@@ -137,6 +137,11 @@ def test_dropout_layers(script, size, count):
     assert sum(isinstance(m, nn.Dropout) for m in G.modules()) == count
 
 
+def test_dropout_of_the_acgans_discriminator():
+    D = made("mixlc_acgan", d_dropout=0.3).D
+    assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.3] * 5
+
+
 @pytest.mark.parametrize("case", ["pix2pix", "cyclegan", "mixlc dilated", "mixlc_acgan"])
 def test_initial_weights(case):
     """Convolutions N(0, 0.02), norm scales N(1, 0.02), every bias 0."""

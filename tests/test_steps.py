@@ -14,7 +14,7 @@ from torch import nn
 
 import common
 import support.vgg16
-from conftest import CPU, LABELS, SCRIPTS, batch_of, inputs_of, maps, tiny
+from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, inputs_of, maps, tiny
 from support.vgg16 import _random_weights
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
@@ -131,8 +131,10 @@ def gradients(state):
 
 
 @every
-def test_each_update_leaves_the_other_networks_gradients_untouched(case):
+def test_each_update_leaves_the_other_networks_gradients_untouched(case, monkeypatch):
+    """And averages its own over the processes."""
     module, cfg, state, batch = prepared(case)
+    averaged = calls_of(monkeypatch, common, "average_gradients")
     nets, seen = sides(state), {}
 
     def watch(name):
@@ -149,6 +151,9 @@ def test_each_update_leaves_the_other_networks_gradients_untouched(case):
     assert all(grad is not None for grad in seen[first][first] + seen[second][second])
     pairs = zip(seen[first][first], seen[second][first], strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
+    ours = [p for net in nets.values() for p in net.parameters()]
+    theirs = [p for (net,) in averaged for p in net.parameters()]
+    assert set(map(id, theirs)) == set(map(id, ours)) and len(theirs) == len(ours)
 
 
 @every

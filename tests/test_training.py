@@ -19,6 +19,7 @@ from conftest import (
     rows_of,
     same,
     stop_after,
+    tiny,
     tiny_run,
     use,
 )
@@ -208,6 +209,8 @@ def test_run_folder(script, trained):
         measures = EDITED | JUDGED_BY if script == "mixlc_acgan" else EDITED
         assert set(rows["model"]) == set(rows["copy of rgb_a"]) == measures
         assert "its input" in json.loads((out / "evaluation.json").read_text())["answer"]
+    rate = last(out)["state"]["opt_G"]["param_groups"][0]["lr"]
+    assert rate == tiny(script)[1].lr * (1 if "mixlc" in script else 0.5)  # in the second epoch
     if script == "mixlc_acgan":
         assert set(rows["photograph b"]) == JUDGED_BY and (out / "judge.pt").is_file()
 
