@@ -147,9 +147,9 @@ def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
 
 @each_edit_script
 def test_an_edit_is_blanked_in_a_users_photograph(script, trained, photo, tmp_path, monkeypatch):
-    module = importlib.import_module(script)
+    module, run = importlib.import_module(script), trained(script)
     calls = calls_of(monkeypatch, module, "translate")
-    module.main(use(trained(script), photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
+    module.main(use(run, photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
     grey = torch.cat([(rgb == 0).all(1) for _, (rgb, lc), _ in calls])
     water = torch.cat([lc[:, 1] == 1 for _, (rgb, lc), _ in calls])
     assert water.any() and torch.equal(grey, water)
