@@ -10,11 +10,11 @@ from PIL import Image
 
 import common
 import support.run
+from harness import SCRIPTS  # noqa: F401  the one list of their names, handed on
 
 CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
 CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
-SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 
 TABLE = [
     {"name": "land", "color": "#8429f6"},

@@ -13,7 +13,7 @@ from torch import nn
 
 import common
 import support.vgg16
-from conftest import CPU, TABLE, batch_of, tiny
+from conftest import CPU, SCRIPTS, TABLE, batch_of, tiny
 from support.vgg16 import _random_weights
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
@@ -210,7 +210,7 @@ def test_losses_of_a_bf16_step_are_float32_and_near_those_of_fp32(case):
 
 
 @pytest.mark.parametrize(("given", "result"), [("bfloat16", "float32"), ("float64", "float64")])
-@pytest.mark.parametrize("script", ["pix2pix", "cyclegan", "mixlc", "mixlc_acgan"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_losses_are_in_at_least_float32(script, given, result):
     module = importlib.import_module(script)
     x = torch.zeros(1, 3, 64, 64, dtype=getattr(torch, given))
