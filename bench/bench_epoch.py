@@ -7,13 +7,13 @@ An epoch over real files is timed against as many steps on one batch that never 
 missing there is the loading. Pairs are JPEGs of 600x1200 pixels, served from the store.
 """
 
-import harness
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
+import harness
 from support.demo import landscape
 
 RUNS = [("cpu", 64, 1, 16), ("cpu", 64, 4, 16), ("cuda", 256, 1, 64), ("cuda", 256, 16, 64)]

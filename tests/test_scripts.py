@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import report
+
+from conftest import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["pix2pix", "cyclegan", "mixlc", "mixlc_acgan"]
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
 # Lines down to the end of main, which is what a reader reads. Lower them when a file shrinks.
@@ -199,12 +199,6 @@ def test_docstrings(name):
     for node in module.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
             assert ast.get_docstring(node), node.name
-
-
-def test_the_reading_guide_is_that_of_the_scripts():
-    """README's table of the lines by which sections differ: python bench/report.py writes it."""
-    assert report.write(text := (ROOT / "README.md").read_text(), report.load()) == text
-    assert report.sections("mixlc", "mixlc_acgan")["data"] == 0
 
 
 def test_importing_has_no_side_effect(tmp_path):
