@@ -88,15 +88,12 @@ def reading():
 
 
 def tree():
-    """A line a file: the first line of its docstring."""
-    files = [ROOT / f"{name}.py" for name in (*SCRIPTS, "common")]
-    files += sorted((ROOT / "support").glob("*.py"))
+    """A line a file beside the scripts: the first line of its docstring."""
+    files = [ROOT / "common.py", *sorted((ROOT / "support").glob("*.py"))]
     lines = []
     for path in files:
         name = path.relative_to(ROOT).as_posix()
         text = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
-        if path.stem in SCRIPTS:
-            text = text.split(": ", 1)[1].capitalize()
         lines.append(f"{name:<24}{text}")
     lines += [f"{name:<24}{text}" for name, text in FOLDERS.items()]
     return "\n".join(["```", *lines, "```"])
