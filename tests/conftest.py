@@ -115,7 +115,7 @@ def batch_of(script, cfg, seed=0):
     lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, size, holes=7 + k) for k in range(3))
     if script == "cyclegan" and cfg.classes:
         return a, lc_b
-    if script in ("pix2pix", "cyclegan"):
+    if "mixlc" not in script:
         return a, b
     box = torch.tensor([[20, 20, 24, 24], [0, 40, 16, 16]])
     inside = torch.tensor([True, not cfg.use_ba])
