@@ -7,13 +7,13 @@ An epoch over real files is timed against as many steps on one batch that never 
 missing there is the loading. Pairs are JPEGs of 600x1200 pixels, served from the store.
 """
 
-import harness
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
+import harness
 from support.demo import landscape
 
 RUNS = [("cpu", 64, 1, 16), ("cpu", 64, 4, 16), ("cuda", 256, 1, 64), ("cuda", 256, 16, 64)]
@@ -42,8 +42,8 @@ def files(tmp_path_factory, request):
     return root
 
 
-def dataset(script, module, cfg, device):
-    name = {"pix2pix": "Pairs", "cyclegan": "Domains"}.get(script, "Edits")
+def dataset(module, cfg, device):
+    (name,) = {"Pairs", "Domains", "Edits"} & vars(module).keys()
     return getattr(module, name)(cfg, "train", torch.device(device))
 
 
@@ -57,7 +57,7 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
     options |= {"width": 16 if device == "cpu" else 64} if timed else {"width": 4}
     options |= {"lc_classes": "maps"} if "mixlc" in script else {}
     state, cfg, step = harness.prepare(script, harness.FAST, device, **options)
-    train = dataset(script, harness.config(script)[0], cfg, device)
+    train = dataset(harness.config(script)[0], cfg, device)
     steps = (count if timed else 4) // batch_size or 1
     batch = next(train.batches(0))
 

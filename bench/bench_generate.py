@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import harness
 import numpy as np
 import pytest
 import torch
 
 import common
+import harness
 import pix2pix
 from support import serve as page
 from support.checkpoints import state_dict

@@ -13,13 +13,13 @@ grows
 import os
 import shutil
 
-import harness
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import cyclegan
+import harness
 import pix2pix
 from support.demo import landscape
 

@@ -8,10 +8,11 @@ plain is what one would write first: eager, float32, NCHW, Adam as it comes. The
 the result: the two take turns.
 """
 
-import harness
 import numpy as np
 import pytest
 import torch
+
+import harness
 
 CPU_VARIANTS = ("channels_last", "bf16", "fused", "keep_memory", "vgg_bf16", "fast")
 RUNS = [  # device, size, batch size, variants, rounds

@@ -1,11 +1,11 @@
 """Where the time of a training step on the CPU goes, and what is left to gain.
 
     python bench/roofline.py [SCRIPT ...]         at 256 pixels, batch size 1; default: all
-    python bench/roofline.py cyclegan --keep      also into docs/roofline.json, for bench/README.md
+    python bench/roofline.py cyclegan --keep      also into bench/roofline.json, for bench/README.md
 
-Every convolution of a step is timed alone, forward and backward, in float32; beside them stands
-the whole step. Below what the convolutions take the step cannot go without another library; what
-each reaches beside the best says which shapes that library is slow at.
+Every convolution of a step is timed alone, forward and backward, in float32, beside the whole step.
+The sum of these times is a floor: a faster step needs a faster library of convolutions. The rate of
+each one shows the shapes that this library is slow at.
 """
 
 import collections
@@ -19,13 +19,13 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import harness
 import torch
 import torch.nn.functional as F
 
+import harness
 from support.device import keep_memory
 
-KEPT = Path(__file__).parent.parent / "docs" / "roofline.json"
+KEPT = Path(__file__).parent / "roofline.json"
 SIZE, ROUNDS = 256, 5
 
 
@@ -86,12 +86,10 @@ def gflop(call):
 
 def time_of(call):
     """(seconds of a forward pass, of a backward pass) of one convolution."""
-    x, weight = (torch.randn(shape) for shape in (call.input, call.weight))
-    wanted = [
-        tensor.requires_grad_()
-        for tensor, asked in zip((x, weight), call.gradients, strict=True)
-        if asked
-    ]
+    x, weight = torch.randn(call.input), torch.randn(call.weight)
+    wanted = []
+    for tensor, asked in zip((x, weight), call.gradients, strict=True):
+        wanted += [tensor.requires_grad_()] if asked else []
 
     def run():
         return getattr(F, call.name)(x, weight, None, *call.arguments)
@@ -110,41 +108,33 @@ def measure(script):
     batch = harness.random_batch(script, cfg, "cpu")
     given_back = best(lambda: step(state, batch, cfg))
     keep_memory()
-    found = convolutions(lambda: step(state, batch, cfg))
-    whole = best(lambda: step(state, batch, cfg))
     layers = []
-    for call, (forwards, backwards) in found.items():
+    for call, (forwards, backwards) in convolutions(lambda: step(state, batch, cfg)).items():
         forward, backward = time_of(call)
         work = gflop(call) * (forwards + sum(call.gradients) * backwards)
-        seconds = forwards * forward + backwards * backward
-        shapes = {"layer": call.name, "input": call.input, "weight": call.weight}
-        layers.append(
-            {**shapes, "passes": [forwards, backwards], "gflop": work, "seconds": seconds}
-        )
-    layers.sort(key=lambda layer: -layer["seconds"])
-    rate = harness.matrix_rate("cpu", torch.float32) / 1e9
-    totals = {"step": whole, "step_memory_given_back": given_back}
-    totals |= {f"convolutions_{part}": sum(layer[part] for layer in layers)
-               for part in ("seconds", "gflop")}  # fmt: skip
-    return {**totals, "matrix_rate": rate, "layers": layers, **harness.about("cpu")}
+        layers.append((forwards * forward + backwards * backward, work, call))
+    layers.sort(reverse=True)
+    return layers, {
+        "step": best(lambda: step(state, batch, cfg)),
+        "step_memory_given_back": given_back,
+        "matrix_rate": harness.matrix_rate("cpu", torch.float32) / 1e9,
+        "convolutions_seconds": sum(seconds for seconds, _, _ in layers),
+        "convolutions_gflop": sum(work for _, work, _ in layers),
+        **harness.about("cpu"),
+    }
 
 
 def main(argv):
     scripts = [word for word in argv if not word.startswith("-")] or harness.SCRIPTS
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    kept = json.loads(KEPT.read_text())
     for script in scripts:
-        fresh = multiprocessing.get_context("spawn").Pool(1)  # keep_memory holds for a process
-        kept[script] = measured = fresh.apply(measure, (script,))
+        fresh = multiprocessing.get_context("spawn").Pool(1)  # keep_memory lasts for a process
+        layers, kept[script] = fresh.apply(measure, (script,))
         fresh.close()
-        layers = measured.pop("layers")
-        seconds = measured["convolutions_seconds"]
-        rate = measured["convolutions_gflop"] / seconds
-        print(f"{script}: a step {measured['step']:.2f} s, its convolutions alone {seconds:.2f} s,")
-        print(f"{rate:.0f} GFLOP/s; matrix products reach {measured['matrix_rate']:.0f}")
-        for layer in layers[:12]:
-            rate = layer["gflop"] / layer["seconds"]
-            shapes = f"{layer['layer']} {layer['input']}, {layer['weight']}"
-            print(f"  {layer['seconds']:.3f} s {layer['passes']} {shapes}: {rate:.0f} GFLOP/s")
+        print(script, kept[script])
+        for seconds, work, call in layers[:12]:
+            shapes = f"{call.name} {call.input}, {call.weight}"
+            print(f"  {seconds:.3f} s, {work / seconds:.0f} GFLOP/s: {shapes}")
     if "--keep" in argv:
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 

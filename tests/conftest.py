@@ -11,11 +11,11 @@ from PIL import Image
 
 import common
 import support.run
+from harness import SCRIPTS  # noqa: F401  the one list of their names, handed on
 
 CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
 CONVOLUTIONS = ((0, 64), (2, 64), (5, 128), (7, 128), (10, 256), (12, 256), (14, 256), (17, 512))
-SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 DATA = {"pix2pix": "Pairs", "cyclegan": "Domains", "mixlc": "Edits", "mixlc_acgan": "Edits"}
 # the options of each script's smallest networks, beside --size 64 --width 4
 SMALLEST = {
@@ -169,7 +169,7 @@ def batch_of(script, cfg, seed=0):
     lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, size, holes=7 + k) for k in range(3))
     if script == "cyclegan" and cfg.classes:
         return a, lc_b
-    if script in ("pix2pix", "cyclegan"):
+    if "mixlc" not in script:
         return a, b
     box = torch.tensor([[20, 20, 24, 24], [0, 40, 16, 16]])
     inside = torch.tensor([True, not cfg.use_ba])

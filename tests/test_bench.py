@@ -1,14 +1,15 @@
-"""The programs under bench/ that answer a question once: forged masks, seams, kept results."""
+"""The tools in docs/tools that answer a question once: forged masks, seams, controls."""
 
-import json
+import itertools
 
+import draw_controls
+import draw_raster
 import forged_masks
+import keep_run
 import numpy as np
 import pytest
-import results
 import seams
 import torch
-from PIL import Image
 
 import common
 import pix2pix
@@ -88,100 +89,92 @@ def test_the_painter_learns_photographs_from_land_cover():
     assert redness[labels == 0].mean() > 20 and redness[labels == 1].mean() < -20
 
 
-def test_what_the_segmenter_is_given(tmp_path, monkeypatch, capsys):
-    """n real tiles always, forged ones beside them; held-out tiles are the validation split's.
-    What is painted comes from these n tiles alone.
-    """
-    given, learnt, masks = [], [], []
-    learn, forge = forged_masks.learn_to_paint, forged_masks.forge
-    monkeypatch.setattr(forged_masks, "mean_iou", lambda *words: given.append(words) or 0.5)
-    monkeypatch.setattr(
-        forged_masks, "learn_to_paint", lambda *words: learnt.append(words[0]) or learn(*words)
-    )
-    monkeypatch.setattr(
-        forged_masks, "forge", lambda *words: masks.append(words[0]) or forge(*words)
-    )
+def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, monkeypatch, capsys):
+    """n real tiles always, forged ones beside them; held-out tiles are the validation split's."""
+    calls = {"mean_iou": [], "learn_to_paint": [], "forge": []}
+    for name, noted in calls.items():
+        function = getattr(forged_masks, name)
+
+        def spy(*words, noted=noted, function=function):
+            noted.append(words)
+            return function(*words)
+
+        monkeypatch.setattr(forged_masks, name, spy)
     data = land_cover(tmp_path / "data", train=4, val=2)
-    size = ["--patch", "80", "--size", "64", "--width", "2", "--cache", str(tmp_path / "cache")]
-    steps = ["--tiles", "3", "--seeds", "2", "--paint-steps", "1", "--forged", "1", "2"]
-    forged_masks.main(["--data", str(data), *size, *steps])
-    assert "3 tiles, seed 1, real + 2 x forged, augmented: 0.5" in capsys.readouterr().out
-    cfg = pix2pix.Config(data=str(data), patch=80, size=64, cache=str(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
+    words = "--patch 80 --size 64 --width 2 --tiles 3 --seeds 2 --forged 1 2 --paint-steps 1"
+    words = [*words.split(), "--steps", "1", "--data", str(data), "--cache", cache]
+    forged_masks.main(words)
+    assert "3 tiles, seed 1, real + 2 x forged, augmented: 0." in capsys.readouterr().out
+    cfg = pix2pix.Config(data=str(data), patch=80, size=64, cache=cache)
     train, held = (forged_masks.tiles_of(cfg, split) for split in ("train", "val"))
-    assert [(len(words[0]), words[3], words[4]) for words in given] == [
-        (count, augment, seed)
-        for seed in (0, 1)
-        for count in (3, 6, 9)
-        for augment in (False, True)
+    given = calls["mean_iou"]
+    cases = [(len(records), augment, seed) for records, _, _, augment, seed, _ in given]
+    assert cases == [*itertools.product((3, 6, 9), (False, True), (0,))] + [
+        *itertools.product((3, 6, 9), (False, True), (1,))
     ]
-    for words in given:
-        assert torch.equal(words[1], held)
-        known = [any(torch.equal(tile, real) for real in train) for tile in words[0]]
-        assert known == [True] * 3 + [False] * (len(words[0]) - 3)
-    for k, (records, labels) in enumerate(zip(learnt, masks, strict=True)):
-        assert torch.equal(records, given[6 * k][0]) and torch.equal(labels, records[:, 3])
+    for records, val, *_ in given:
+        assert torch.equal(val, held)
+        known = [any(torch.equal(tile, real) for real in train) for tile in records]
+        assert known == [True] * 3 + [False] * (len(records) - 3)
+    for k in range(2):
+        learnt, masks = calls["learn_to_paint"][k][0], calls["forge"][k][0]
+        assert torch.equal(learnt, given[6 * k][0]) and torch.equal(masks, learnt[:, 3])
     assert not torch.equal(given[0][0], given[6][0]), "another seed takes other tiles"
 
 
-def test_forged_masks_of_a_directory(tmp_path, capsys):
-    data = land_cover(tmp_path / "data", train=4, val=2)
-    size = ["--patch", "80", "--size", "64", "--width", "2", "--cache", str(tmp_path / "cache")]
-    steps = ["--tiles", "2", "--seeds", "2", "--paint-steps", "2", "--steps", "2", "--forged", "3"]
-    forged_masks.main(["--data", str(data), *size, *steps])
-    said = capsys.readouterr().out
-    for kind in ("real", "real, augmented", "real + 3 x forged", "real + 3 x forged, augmented"):
-        assert f"2 tiles, seed 0, {kind}: 0." in said
+FORGE = "--data landcover --patch 80 --tiles"
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "says"),
+    ("main", "words", "says"),
     [
-        (forged_masks.main, ["--data", "pairs"], "land cover"),
-        (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "5"], "4 training"),
-        (forged_masks.main, ["--data", "landcover", "--patch", "80", "--tiles", "1"], "from 2"),
-        (forged_masks.main, ["--data", "landcover", "--tiles", "2", "--forged", "0"], "--forged"),
-        (seams.main, ["nosuch.pt", "scene.tif"], "nosuch.pt"),
-        (seams.main, ["weights", "scene.tif"], "no checkpoint"),
-        (results.main, ["keep", "nosuch", "kept"], "evaluation.json"),
+        (forged_masks.main, "--data pairs", "land cover"),
+        (forged_masks.main, f"{FORGE} 5", "from 2 to 4"),
+        (forged_masks.main, f"{FORGE} 1", "from 2 to 4"),
+        (forged_masks.main, f"{FORGE} 2 --forged 0", "--forged"),
+        (forged_masks.main, f"{FORGE} 2 --seeds 1", "--seeds"),
+        (seams.main, "nosuch.pt scene.tif", "nosuch.pt"),
+        (seams.main, "weights scene.tif", "no checkpoint"),
+        (keep_run.main, "nosuch kept 60", "evaluation.json"),
     ],
 )
-def test_a_mistake_gets_one_line(main, arguments, says, pairs, landcover, tmp_path, capsys):
+def test_a_mistake_gets_one_line(main, words, says, pairs, landcover, tmp_path, capsys):
     known = {"pairs": str(pairs), "landcover": str(landcover), "kept": str(tmp_path / "kept")}
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
     known["weights"] = str(tmp_path / "weights.pt")
-    arguments = [known.get(word, word) for word in arguments]
+    words = [known.get(word, word) for word in words.split()]
     if main is forged_masks.main:
-        arguments += ["--cache", str(tmp_path / "cache")]
-    assert says in line_of(main, arguments, capsys)
+        words += ["--cache", str(tmp_path / "cache")]
+    assert says in line_of(main, words, capsys)
     assert not (tmp_path / "kept").exists()
 
 
-def test_controls_and_raster_are_drawn(tmp_path, monkeypatch):
-    """What differs between runs is their title; a raster is painted in three ways."""
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+def test_controls_and_raster_are_drawn(tmp_path):
+    """The title of a run is its difference from the first; a raster is translated in three ways."""
     data = land_cover(tmp_path / "data", train=2, val=2, side=160)
-    words = ["--data", str(data), "--patch", "80", "--size", "64", "--width", "2", "--epochs", "1"]
-    for name, more in (("a", []), ("b", ["--lambda-l1", "7"])):
-        pix2pix.main([*words, "--out", str(tmp_path / name), *more])
-    results.main(["controls", str(tmp_path / "a"), str(tmp_path / "b")])
-    kept = json.loads((tmp_path / "docs" / "controls.json").read_text())
+    words = f"--data {data} --patch 80 --size 64 --width 2 --epochs 1".split()
+    runs = [tmp_path / "a", tmp_path / "b"]
+    pix2pix.main([*words, "--out", str(runs[0])])
+    pix2pix.main([*words, "--out", str(runs[1]), "--lambda-l1", "7"])
+    kept, drawn = draw_controls.controls(runs)
     assert [*kept] == [
-        f"{what}, {whose} statistics"
-        for what in ("as it is", "--lambda-l1 7")
-        for whose in ("own", "running")
+        "as it is, own statistics",
+        "as it is, running statistics",
+        "--lambda-l1 7, own statistics",
+        "--lambda-l1 7, running statistics",
     ]
     assert all(0 < row["rmse"] < 255 and -1 <= row["alike"] <= 1 for row in kept.values())
-    results.main(["raster", str(tmp_path / "a/checkpoints/last.pt"), str(data / "val/lc/0.png")])
-    for name in ("controls", "raster"):
-        assert np.asarray(Image.open(tmp_path / "docs" / f"{name}.jpg")).std() > 10
+    checkpoint = str(runs[0] / "checkpoints" / "last.pt")
+    for sheet in (drawn, draw_raster.raster(checkpoint, str(data / "val/lc/0.png"))):
+        assert np.asarray(sheet).std() > 10
 
 
 def test_pictures_of_one_pattern_are_alike():
     rng = torch.Generator().manual_seed(0)
     pattern, other = torch.randn(2, 1, 3, 64, 64, generator=rng)
-    assert results.alike(pattern.repeat(3, 1, 1, 1)).tolist() == pytest.approx([1, 1, 1])
-    assert results.alike(torch.cat([pattern, other])).abs().max() < 0.1
+    assert draw_controls.alike(pattern.repeat(3, 1, 1, 1)).tolist() == pytest.approx([1, 1, 1])
+    assert draw_controls.alike(torch.cat([pattern, other])).abs().max() < 0.1
 
 
 def test_seams_of_stripes_and_of_noise():

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import numpy as np
 import pytest
 import roofline
 import torch
 
 import common
+import harness
 import mixlc_acgan
 import support.device
 from conftest import as_rank, pictures, tiny

@@ -1,5 +1,5 @@
-"""Every command that README.md, docs/results/README.md and the scripts' docstrings print runs as it
-is printed, on tiny data; small options follow the printed ones and win.
+"""Every command in the pages and in the scripts' docstrings runs as it is printed, on tiny data;
+small options follow the printed ones and win.
 """
 
 import importlib
@@ -18,7 +18,11 @@ from conftest import SCRIPTS, land_cover, picture, save, side_by_side, vgg_file
 from support import serve
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results/README.md", *(f"{script}.py" for script in SCRIPTS))
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "use", "inria", "results/README")),
+    *(f"{script}.py" for script in SCRIPTS),
+]
 SMALL = {
     "--size": "64", "--load-size": "68", "--patch": "64", "--batch-size": "2", "--epochs": "1",
     "--width": "2", "--blocks": "1", "--window": "64",
@@ -75,7 +79,15 @@ def world(tmp_path, monkeypatch):
         mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
         save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))
         save(tmp_path / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
-    for name in ("photo.png", "photo.jpg", "a.png", "folder/1.jpg", "folder/2.png", "scene.tif"):
+    for name in (
+        "photo.png",
+        "photo.jpg",
+        "a.png",
+        "map.png",
+        "folder/1.jpg",
+        "folder/2.png",
+        "scene.tif",
+    ):
         save(tmp_path / name, picture(rng, 120, 140))
     labels = np.ones((120, 140), np.uint8)
     for name in ("landcover.png", "a_lc.png", "labels/1.png"):
@@ -99,14 +111,24 @@ def world(tmp_path, monkeypatch):
 def test_commands_run_as_printed(page, world, demo):
     found = commands(page)
     assert found
+    if page == "docs/use.md":  # its commands use the models that the README's train
+        uses = {"--checkpoint", "--quick", "--generate"}
+        trained = [words for words in commands("README.md") if not uses & {*words[1]}]
+        found = trained + found
     for script, words in found:
         print("$ python", script, *words)
         words = shrunk(script, words) + ["--cache", str(demo)] * ("--quick" in words)
         importlib.import_module(script).main(words)
 
 
-def test_the_python_in_the_readme_runs(capsys):
-    text = (ROOT / "README.md").read_text()
+def test_no_page_with_commands_is_left_out():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = {page.relative_to(ROOT).as_posix() for page in pages if commands(page)}
+    assert found <= set(PAGES)
+
+
+def test_the_python_in_the_pages_runs(capsys):
+    text = (ROOT / "docs/use.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     found = {}
     exec(code, found)  # noqa: S102

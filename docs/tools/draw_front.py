@@ -1,0 +1,22 @@
+"""Draw docs/front.jpg: the first five validation images of a kept run, and their translations.
+
+python docs/tools/draw_front.py
+"""
+
+from paths import DOCS
+from sheet import kept_picture, sheet
+
+RUN, COUNT, SIDE = "pix2pix-satellite-to-map-256", 5, 256
+INPUT, FAKE = 0, 1  # columns of the grid
+
+
+def front():
+    """Photographs above, the maps that the network made of them below."""
+    columns = []
+    for row in range(COUNT):
+        columns.append(("", [kept_picture(RUN, column, row) for column in (INPUT, FAKE)]))
+    return sheet(columns, SIDE, head=0)
+
+
+if __name__ == "__main__":
+    front().save(DOCS / "front.jpg", quality=82)

@@ -1,0 +1,102 @@
+"""Tables of the scripts themselves. python docs/tools/report.py writes them."""
+
+import ast
+import difflib
+import itertools
+import re
+
+from paths import ROOT
+from tables import table
+
+from harness import SCRIPTS
+
+# The one new idea of each script, where it has been put into words.
+NEW = {
+    "pix2pix": "a learnt loss on pairs: D sees input and output together",
+    "cyclegan": "no pairs: there and back again must give the same picture",
+    "mixlc": "edits: a collage of two places is the target; the edit is blanked in the input",
+    "mixlc_acgan": "D also classifies each pixel, and G must please it; style; noise",
+}
+# The sections of a script, and what makes them differ.
+SECTIONS = {
+    "Config": "each model's own options",
+    "data": "pairs; two domains drawn apart; edits pasted from two tiles (in both edits alike)",
+    "networks": "a U-Net; a ResNet and an image pool; two U-Nets joined; two heads on one trunk",
+    "losses": "adversarial and L1; cycles and labels; a local window; classes and style",
+    "build": "which networks there are",
+    "train_step": "the model",
+    "main": "which scores close an epoch, a schedule or none",
+    "use": "one direction or two, noise, what is measured and written",
+}
+# What the tree shows beside Python files.
+FOLDERS = {
+    "support/*.html": "The page to paint on; the page of a run; the page of all runs",
+    "tests/plain.py": "Every training step once more, as a textbook writes it",
+    "tests/": "Tests of everything above, and of these pages",
+    "bench/": "Benchmarks, and their results",
+    "docs/": "More to read, results; docs/tools/ makes their tables and pictures",
+}
+
+
+def scripts():
+    """Task, paper, lines down to the end of main, the one new idea."""
+    lines = []
+    for name in SCRIPTS:
+        text = (ROOT / f"{name}.py").read_text()
+        task = text.split("\n")[0].split(": ", 1)[1].rstrip(".")
+        count = len(re.split(r"\n# -+ use\n", text)[0].splitlines())
+        number = re.search(r"arXiv:(\d{4}\.\d{5})", text)[1]
+        paper = f"[{number}](https://arxiv.org/abs/{number})"
+        lines.append([f"`{name}.py`", task, paper, count, NEW.get(name, "")])
+    return table(["script", "task", "builds on", "lines to read", "the one new idea"], lines)
+
+
+def code_of(script):
+    """{section: its lines} of a script, without docstrings, comments and empty lines."""
+    text = (ROOT / f"{script}.py").read_text()
+    hidden = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            hidden |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    found, lines = {}, []
+    for number, line in enumerate(text.splitlines(), 1):
+        if banner := re.match(r"# -{20,} (\w+)$", line):
+            lines = found.setdefault(banner[1], [])
+        elif number not in hidden and line.strip() and not line.lstrip().startswith("#"):
+            lines.append(re.sub(r"\s+# .*", "", line))
+    return found
+
+
+def sections(one, other):
+    """{section: number of lines added and removed} between two scripts."""
+    ours, theirs = code_of(one), code_of(other)
+    changed = {}
+    for section in SECTIONS:
+        lines = difflib.ndiff(ours[section], theirs[section])
+        changed[section] = sum(line[0] in "+-" for line in lines)
+    return changed
+
+
+def reading():
+    """The lines by which each section differs between each two scripts, and why."""
+    pairs = list(itertools.combinations(SCRIPTS, 2))
+    changed = [sections(*pair) for pair in pairs]
+    lines = []
+    for name, why in SECTIONS.items():
+        lines.append([name, *(counts[name] for counts in changed), why])
+    return table(["section", *(f"{a} – {b}" for a, b in pairs), "what makes it differ"], lines)
+
+
+def tree():
+    """A line a file beside the scripts: the first line of its docstring."""
+    files = [ROOT / "common.py", *sorted((ROOT / "support").glob("*.py"))]
+    lines = []
+    for path in files:
+        name = path.relative_to(ROOT).as_posix()
+        text = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
+        lines.append(f"{name:<24}{text}")
+    lines += [f"{name:<24}{text}" for name, text in FOLDERS.items()]
+    return "\n".join(["```", *lines, "```"])
+
+
+TABLES = {"scripts": scripts, "reading": reading, "tree": tree}
