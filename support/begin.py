@@ -51,7 +51,7 @@ def command(main):
             message = f"{where}: {error.strerror}; choose another place with --out or --cache"
         finally:
             while LOCKS:
-                os.close(LOCKS.pop())
+                LOCKS.pop().release()
         for bar in list(getattr(tqdm, "_instances", [])):  # the message gets a line of its own
             bar.leave = False
             bar.close()
@@ -226,7 +226,7 @@ def _check_folder(cfg):
         return
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file, not a folder")
-    if any(folder.glob("checkpoints/*.pt")):
+    if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     text = about.read_text(errors="replace") if about.is_file() else ""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")

@@ -11,30 +11,24 @@ from torch import nn
 
 from support.device import set_lr
 from support.errors import UserError
+from support.files import whole_or_absent
 from support.options import flag
 from support.processes import rank, world_size
 
 
 def save_checkpoint(path, content):
-    """Writes content (dicts, lists, numbers, tensors) aside, fsyncs and renames.
-
-    Whenever path is there it is whole, the old one or the new.
-    """
+    """Writes content (dicts, lists, numbers, tensors) to a file that is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "wb") as file:
+        with whole_or_absent(path) as aside, open(aside, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         remedy = "free some space; what was saved before is kept"
         raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_weights(path):

@@ -3,12 +3,10 @@
 import contextlib
 import csv
 import dataclasses
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +24,7 @@ from support.batches import steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict, tensors_of
 from support.device import set_lr
 from support.errors import UserError
-from support.files import write_text
+from support.files import UNFINISHED, write_text
 from support.pictures import grid, save_grid
 from support.plots import plot_metrics, read_metrics, write_page
 from support.processes import of_rank_0, rank, reduced, world_size
@@ -92,9 +90,8 @@ class Run:
 
     def _tidy(self):
         """After a process that was killed: drops its temporary files, links what it had saved."""
-        ours = r"\.\d+-.+\.(json|png|html)|\..+\.pt\.\d+"
-        for path in itertools.chain(self.out.glob(".*"), self.out.glob("*/.*")):
-            if path.parent.name != "generated" and re.fullmatch(ours, path.name):
+        for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
+            for path in folder.glob(f"{UNFINISHED}*"):
                 path.unlink()
         folder, every = self.out / "checkpoints", self.cfg.save_every
         last, kept = folder / "last.pt", folder / f"epoch_{self.epoch:04}.pt"

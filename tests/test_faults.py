@@ -348,21 +348,22 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     lock(tmp_path / "run")  # free again
-    os.close(LOCKS.pop())
+    LOCKS.pop().release()
 
 
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     """Folders and temporary files are all that it left."""
     for folder in ("checkpoints", "samples"):
         (tmp_path / "run" / folder).mkdir(parents=True)
-    (tmp_path / "run" / ".123-config.json").write_text("{")
-    (tmp_path / "run" / "checkpoints" / ".last.pt.123").write_text("")
+    (tmp_path / "run" / ".unfinished-0123456789abcdef.json").write_text("{")
+    (tmp_path / "run" / "checkpoints" / ".unfinished-00ff.pt").write_text("")
     run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
     pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     assert (tmp_path / "run" / "evaluation.json").is_file()
-    assert not list((tmp_path / "run").rglob(".*"))
-    others = [tmp_path / "run" / name for name in (".notes.2024", "generated/.123-x.png")]
-    for path in others:  # a user's, and those of a generation that goes on
+    assert not list((tmp_path / "run").rglob(".unfinished*"))
+    names = ".2024-plan.json", "generated/.unfinished-77.png"
+    others = [tmp_path / "run" / name for name in names]
+    for path in others:  # a user's, and that of a generation that goes on
         path.parent.mkdir(exist_ok=True)
         path.touch()
     pix2pix.main(["--resume", "--out", str(tmp_path / "run")])

@@ -66,6 +66,7 @@ def trained(pairs, tmp_path_factory):
 def test_run_folder(trained):
     names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert names == {
+        ".lock",
         "config.json",
         "metrics.csv",
         "index.html",
