@@ -59,7 +59,7 @@ CASES = {
     "a number of 400 digits": ("pix2pix", f"--epochs {'9' * 400}", "must be at most 1000000"),
     "a pool of petabytes": ("cyclegan", "--pool-size 1000000000000000", "must be at most 10000"),
     "weights that are not numbers": ("pix2pix", "--lambda-l1 nan", "--lambda-l1 nan: must be at"),
-    "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be finite"),
+    "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be at most"),
     "crops of a wall": ("pix2pix", "--load-size 99999999", "must be --size 64 to 4096"),
     "a cache under a file": ("pix2pix", "--cache model.pt/c", "Not a directory; choose another"),
     "no such data": ("pix2pix", "--data nope", "--data nope: no such directory"),
@@ -114,7 +114,6 @@ CASES = {
         "check --generator",
     ),
     "a batch of more than all": ("pix2pix", "--batch-size 7", "more than the 6 training images"),
-    "a window of nothing": ("pix2pix", "--window 50", "--window goes with --generate"),
     "a raster of 16 bits": (
         *("pix2pix", "--generate deep.tif --checkpoint model.pt --out o"),
         "gdal_translate -ot Byte -scale LOW HIGH 0 255 deep.tif deep_8bit.tif",
@@ -198,26 +197,17 @@ def files_of(folder):
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-HAND_MADE = {
-    "a text for a number": {"config": {"size": "big"}},
-    "a size that is none": {"config": {"size": 99}},
-    "a negative width": {"config": {"width": -4}},
-    "a truth value for a number": {"config": {"width": True}},
-    "a list for a text": {"config": {"norm": ["batch"]}},
-    "an epoch in words": {"epoch": "three"},
-    "an epoch before the first": {"epoch": -4},
-    "no step": {"step": None},
-    "weights that are texts": {"state": {"G": {"downs.0.0.weight": "x"}}},
-    "no optimizer": {"state": {"opt_G": {}}},
-    "no generator": {"state": {"G": None}},
+MISSHAPEN = {
+    "weights that are texts": {"G": {"downs.0.0.weight": "x"}},
+    "no optimizer": {"opt_G": {}},
+    "no generator": {"G": None},
 }
 
 
-@pytest.mark.parametrize("case", HAND_MADE)
-def test_a_checkpoint_that_was_made_by_hand_is_refused_in_a_line(case, world, tmp_path, capsys):
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_a_misshapen_checkpoint_is_refused_in_a_line(case, world, tmp_path, capsys):
     content = state_of(world / "model.pt")
-    for name, change in HAND_MADE[case].items():
-        content[name] = content[name] | change if isinstance(change, dict) else change
+    content["state"] |= MISSHAPEN[case]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
     line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
@@ -379,16 +369,6 @@ def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
     assert same(state_of(kept)["state"], state_of(kept.with_name("last.pt"))["state"])
 
 
-def test_a_damaged_checkpoint_is_not_advised_in_its_own_place(world, tmp_path, capsys):
-    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--save-every", "1"])
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
-    with open(last, "r+b") as file:
-        file.truncate(1000)
-    line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
-    assert "a damaged one" in line and "epoch_0001.pt" not in line
-
-
 def test_a_resume_with_other_images_says_so_and_begins_its_epoch_anew(tmp_path, capsys):
     root = side_by_side(tmp_path / "data", train=6)
     run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--schedule", "constant"]
@@ -402,5 +382,5 @@ def test_a_resume_with_other_images_says_so_and_begins_its_epoch_anew(tmp_path, 
     capsys.readouterr()
     pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
-    assert "the images are not those of before: epoch 1 begins anew" in said
+    assert "the training images are not those of before" in said and "epoch 1 begins anew" in said
     assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3 + 5
