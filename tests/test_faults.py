@@ -6,6 +6,7 @@ Each case of CASES is a command line; the rest are machines that fail in the mid
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -26,13 +27,15 @@ import cyclegan
 import mixlc
 import mixlc_acgan
 import pix2pix
+import support.run
 from conftest import TABLE, land_cover, line_of, picture, same, save, side_by_side, state_of
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.errors import say_once
-from support.files import LOCKS, lock
+from support.errors import Patient, say_once
+from support.files import LOCKS, lock, whole_or_absent
 from support.layouts import find_images
 from support.rasters import Raster
+from support.store import cache_folder
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
@@ -57,6 +60,27 @@ CASES = {
     ),
     "no effect: epochs of no judge": ("pix2pix", "--judge-epochs 3", "goes with --train-judge"),
     "a number of 400 digits": ("pix2pix", f"--epochs {'9' * 400}", "must be at most 1000000"),
+    "a window of 400 digits": (
+        *("pix2pix", f"--generate pairs/val --checkpoint model.pt --window {'9' * 400}"),
+        "must be at most 2147483647",
+    ),
+    "a reach that vanishes when squared": (
+        *("pix2pix", "--generate pairs/val --checkpoint model.pt --norm-reach 1e-320"),
+        "--norm-reach 1e-320: must be 0, or at least 1e-09",
+    ),
+    "an unset variable of a shell": ("pix2pix", "--data=", "--data is empty: pass a value"),
+    "options of another version": (
+        *("pix2pix", "--resume --checkpoint-of renamed"),
+        "last.pt: this version has no option adv_lambda, alpha: go on with the version",
+    ),
+    "another program's results": (
+        *("pix2pix", "--evaluate --checkpoint model.pt --out stranger"),
+        "stranger/evaluation.json: is another program's: choose another --out",
+    ),
+    "a judge for a checkpoint": (
+        *("pix2pix", "--evaluate --checkpoint judge_alone.pt"),
+        "judge_alone.pt: not a checkpoint of pix2pix.py",
+    ),
     "a pool of petabytes": ("cyclegan", "--pool-size 1000000000000000", "must be at most 10000"),
     "weights that are not numbers": ("pix2pix", "--lambda-l1 nan", "--lambda-l1 nan: must be at"),
     "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be at most"),
@@ -154,10 +178,14 @@ def world(tmp_path_factory):
     (root / "utf16" / "classes.json").write_text(json.dumps(TABLE), encoding="utf-16")
     content = state_of(root / "model.pt")
     options = content["config"] | {"schedule": "constant", "epochs": 2}
-    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2})):
+    renamed = {"config": options | {"alpha": 1.0, "adv_lambda": 1.0}}
+    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2}), ("renamed", renamed)):
         (root / name / "checkpoints").mkdir(parents=True)
         changed = content | {"config": options} | change
         torch.save(changed, root / name / "checkpoints" / "last.pt")
+    (root / "stranger").mkdir()
+    (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
+    torch.save({"script": "pix2pix", "config": {}, "state": {"judge": {}}}, root / "judge_alone.pt")
     (root / "judged").mkdir()
     changed = content | {"config": options | {"lc_classes": json.dumps(TABLE)}}
     changed["config"]["data"] = str(root / "landcover")
@@ -369,18 +397,170 @@ def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
     assert same(state_of(kept)["state"], state_of(kept.with_name("last.pt"))["state"])
 
 
-def test_a_resume_with_other_images_says_so_and_begins_its_epoch_anew(tmp_path, capsys):
-    root = side_by_side(tmp_path / "data", train=6)
+def other_pictures(root, split, names):
+    rng = np.random.default_rng(5)
+    for name in names:
+        save(root / split / f"{name}.bmp", np.concatenate([picture(rng, 80, 80)] * 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("split", "names", "said", "steps"),
+    [
+        ("train", range(6, 10), ("training", "epoch 1 begins anew"), 3 + 5),
+        ("train", range(6), ("training", "epoch 1 begins anew"), 3 + 3),  # of the same sizes
+        ("val", range(3, 9), ("validation",), 3 + 1),
+    ],
+)
+def test_a_resume_with_other_images_says_so(split, names, said, steps, tmp_path, capsys):
+    """With other training images its epoch begins anew."""
+    root = side_by_side(tmp_path / "data", suffix=".bmp")
     run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--schedule", "constant"]
     pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     content = state_of(tmp_path / "run" / "checkpoints" / "last.pt")
     content |= {"epoch": 0, "batch": 2}  # stopped in the middle
     torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
-    rng = np.random.default_rng(5)
-    for k in range(6, 10):
-        save(root / "train" / f"{k}.png", np.concatenate([picture(rng, 80, 80)] * 2, 1))
+    other_pictures(root, split, names)
     capsys.readouterr()
     pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert f"the {said[0]} images are not those of before" in err
+    assert ("begins anew" in err) == (split == "train") and all(text in err for text in said)
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == steps
+
+
+# ------------------------------------------------------------------------------ nowhere to print to
+
+
+def stream(kind):
+    """A stream to which nothing can be written."""
+    if kind == "closed":
+        return None
+    if kind == "full":
+        return open("/dev/full", "w")
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "terminal", "pipe"])
+def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, monkeypatch):
+    honest = pix2pix.train_step
+
+    def step(state, batch, cfg):
+        os.kill(os.getpid(), signal.SIGINT)
+        return honest(state, batch, cfg)
+
+    monkeypatch.setattr(pix2pix, "train_step", step)
+    monkeypatch.setattr(sys, "stdout", stream(kind))
+    monkeypatch.setattr(sys, "stderr", stream(kind))
+    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
+    with pytest.raises(SystemExit) as stopped:
+        pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_pipe_saves(world, tmp_path):
+    """The reader gets the signal, too, and is gone before the message is written."""
+    words = ["--data", world / "pairs", "--cache", tmp_path, "--out", tmp_path / "run", *SMALL]
+    command = shlex.join(map(str, [sys.executable, ROOT / "pix2pix.py", *words]))
+    shell = f"{command} --epochs 1000 2>&1 | tee {tmp_path}/log"
+    group = subprocess.Popen(["bash", "-c", shell], start_new_session=True)
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").is_file():
+        assert group.poll() is None
+        time.sleep(0.05)
+    before = state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    time.sleep(1)  # many steps
+    os.killpg(group.pid, signal.SIGINT)
+    group.wait(60)
+    deadline = time.monotonic() + 60
+    while state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_text_that_a_stream_cannot_encode_is_escaped():
+    """As with LC_ALL=C, and for file names that are no UTF-8."""
+    written = io.BytesIO()
+    ascii_alone = io.TextIOWrapper(written, encoding="ascii")
+    Patient(ascii_alone).write("z\xfcrich \udcff")
+    assert written.getvalue() == b"z\\xfcrich \\udcff"
+
+
+# ------------------------------------------------------------------------------- what costs nothing
+
+
+def test_other_programs_in_runs_cost_nothing(world, tmp_path, monkeypatch, capsys):
+    """Half-written files, other tools' files, and a page that cannot be drawn: saved first."""
+    for name, text in (("tool", '{"a": 1}'), ("half", "{"), ("list", "[]")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(text)
+    shutil.copytree(world / "run", tmp_path / "runs" / "notes")
+    (tmp_path / "runs" / "notes" / "metrics.csv").write_text("my notes\n1,2,3\n")
+    out = tmp_path / "runs" / "mine"
+    run = ["--data", str(world / "pairs"), "--out", str(out), *SMALL]
+
+    def draw(rows, path):
+        assert (out / "checkpoints" / "last.pt").is_file()
+        raise OSError("no room for a picture")
+
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    text = (tmp_path / "runs" / "index.html").read_text()
+    assert '"name": "mine"' in text and '"name": "tool"' not in text and "notes" not in text
+    monkeypatch.setattr(support.run, "plot_metrics", draw)
+    (out / "checkpoints" / "last.pt").unlink()
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     said = capsys.readouterr().err
-    assert "the training images are not those of before" in said and "epoch 1 begins anew" in said
-    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3 + 5
+    assert f"{out}: cannot be drawn (OSError: no room for a picture)" in said
+
+
+def test_a_damaged_config_costs_an_evaluation_its_page(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    pix2pix.main(["--evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
+    assert "index.html: cannot be drawn (JSONDecodeError" in capsys.readouterr().err
+    assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+EDITED = {
+    "as it was": lambda text: text,
+    "a note on top": lambda text: b"my best run\n" + text,
+    "semicolons": lambda text: text.replace(b",", b";"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_a_resume_cuts_its_own_metrics_alone(case, world, tmp_path):
+    """Not those that somebody edited, nor those of a backup by hard links."""
+    shutil.copytree(world / "done", tmp_path / "run")
+    path, backup = tmp_path / "run" / "metrics.csv", tmp_path / "backup.csv"
+    saved = (world / "run" / "metrics.csv").read_bytes()
+    written = EDITED[case](saved + b"1,4,0.1,written,after,the,save\r\n")
+    path.write_bytes(written)
+    os.link(path, backup)
+    pix2pix.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "3"])
+    now = path.read_bytes()
+    assert now.startswith(written if case != "as it was" else saved) and b"\n3," in now
+    assert (b"after" in now) == (case != "as it was")
+    if case == "as it was":
+        assert backup.read_bytes() == written
+
+
+def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
+    path = tmp_path / ("x" * 249 + ".png")
+    with whole_or_absent(path) as aside:
+        aside.write_text("whole")
+    assert path.read_text() == "whole"
+    with pytest.raises(OSError) as error, whole_or_absent(path):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(path) and path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cache_folder(pix2pix.Config(out=".")) == tmp_path / "cache"

@@ -759,13 +759,20 @@ def test_vgg16_that_cannot_be_fetched_says_what_to_do(pairs, tmp_path, capsys, m
     assert "vgg16-397923af.pth" in text and "--vgg16 FILE" in text
 
 
-def test_out_of_memory_names_the_options_that_lower_it(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_the_options_that_lower_it(error, capsys):
     def greedy(argv):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(SystemExit):
-        common.command(greedy)()
-    assert "--batch-size" in capsys.readouterr().err
+    assert "out of memory: lower --batch-size" in line_of(common.command(greedy), None, capsys)
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
