@@ -15,7 +15,7 @@ from tqdm import tqdm
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.device import start
-from support.errors import UserError
+from support.errors import Patient, UserError
 from support.files import LOCKS, lock
 from support.layouts import find_images
 from support.options import flag, grouped_fields, parse
@@ -28,51 +28,53 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            message = str(error)
-            if not first_here():  # its machine's first process has found the same
+        with (
+            contextlib.redirect_stdout(Patient(sys.stdout)),
+            contextlib.redirect_stderr(Patient(sys.stderr)),
+        ):
+            try:
+                return main(argv)
+            except KeyboardInterrupt:
+                print("stopped", file=sys.stderr)
+                sys.exit(130)
+            except Exception as error:
+                message = _explain(error)
+                if not message:
+                    raise
+                if first_here() or not isinstance(error, UserError):  # all processes find those
+                    _print_error(message)
                 sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(130)
-        except (MemoryError, RuntimeError) as error:
-            message = _explain(error)
-            if not message:
-                raise
-        except BrokenPipeError:  # whoever read our output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            where = error.filename or "writing"
-            message = f"{where}: {error.strerror}; choose another place with --out or --cache"
-        finally:
-            while LOCKS:
-                os.close(LOCKS.pop())
-        for bar in list(getattr(tqdm, "_instances", [])):  # the message gets a line of its own
-            bar.leave = False
-            bar.close()
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+            finally:
+                while LOCKS:
+                    LOCKS.pop().release()
 
     return wrapper
 
 
+def _print_error(message):
+    """Prints an error on a line of its own, after the progress bars have been closed."""
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.leave = False
+        bar.close()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+
+
 def _explain(error):
-    """What to tell the user of an error that PyTorch raised; "" if it is a bug of ours."""
-    text, cause = str(error), error
-    while cause:  # running out of memory inside a graph's capture raises a second error on its way
-        memory = isinstance(cause, (MemoryError, torch.OutOfMemoryError))
-        if memory or "can't allocate memory" in str(cause):
-            break
+    """The message for the user; "" for a bug of ours, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = error.filename or "writing"
+        return f"{where}: {error.strerror}; choose another place with --out or --cache"
+    cause = error
+    while cause:  # out of memory while a graph is captured: a second error comes of it
+        text = re.search("can't allocate memory|could not create a primitive", str(cause))
+        if text or isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+            return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
         cause = cause.__context__
-    if cause:
-        return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
-    if world_size() > 1 and re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
-        return "another process of this run has ended: fix what it says, then go on with --resume"
+    network = re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)
+    if network and world_size() > 1 and isinstance(error, RuntimeError):
+        return "another process of this run has ended: see its message, then --resume"
     return ""
 
 
@@ -84,139 +86,141 @@ def begin(config, doc, quick, argv=None):
     --generate those of the group "model"; one that was typed and contradicts them is refused.
     """
     cfg, given = parse(config, doc, quick, argv)
-    _check_options(cfg, given)
-    fields, checkpoint = dataclasses.fields(cfg), None
-    weights = any(getattr(cfg, f.name) for f in fields if f.metadata.get("weights"))
-    if cfg.checkpoint or cfg.resume:
-        cfg, checkpoint = _adopt(cfg, given)
-    elif cfg.evaluate or (cfg.using and not weights):
-        what = "--generate" if cfg.generate else "--serve" if cfg.serve else "--evaluate"
-        raise UserError(f"{what} needs --checkpoint FILE, a model to use")
-    device = start(cfg)
-    cfg = dataclasses.replace(cfg, device=device.type)  # which a resumed run keeps
-    if cfg.using and not checkpoint:
+    _check_modes(cfg)
+    checkpoint = None
+    if cfg.resume:
+        cfg, checkpoint = _resume(cfg, given)
+    elif cfg.checkpoint:
+        cfg, checkpoint = _use(cfg, given)
+    elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
-    elif not checkpoint:
-        _check_folder(cfg)
-        classes = find_images(source(cfg), "train", cfg.lc_classes).classes
-        text = classes.text if classes else "pictures"
-        cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        lock(cfg.out)
-        _check_folder(cfg)  # another run may have come and gone meanwhile
+    _check_effects(cfg, given)
+    if cfg.evaluate:
+        _check_results(Path(cfg.out))
+    device = start(cfg)
+    cfg = dataclasses.replace(cfg, device=device.type)  # a resumed run stays on it
+    if not cfg.using and not checkpoint:
+        cfg = _new_run(cfg)
     return cfg, device, checkpoint
 
 
-def _check_options(cfg, given):
-    """Refuses options that do not go together, and files that are not there."""
-    for field in dataclasses.fields(cfg):
-        name, about, value = field.name, field.metadata, getattr(cfg, field.name)
-        needed, _, wanted = about.get("needs", "").partition("=")
-        others = needed.split(" or ") if needed else []
-        values = [getattr(cfg, other) for other in others]
-        if wanted and not cfg.resume and not cfg.checkpoint:  # else a file says what it has
-            missing = wanted not in values
-        else:
-            missing = others and not wanted and not any(values)
-        if about.get("file") and value and not Path(value).is_file():
-            raise UserError(f"{flag(name)} {value}: no such file")
-        if name in given and missing:
-            flags = " or ".join(map(flag, others))
-            raise UserError(f"{flag(name)} goes with {flags} {wanted}".rstrip())
+def _check_modes(cfg):
+    """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
         remedy = "to go on training: --resume"
         raise UserError(f"--checkpoint goes with --generate, --evaluate or --serve ({remedy})")
     if cfg.serve and (cfg.generate or cfg.evaluate):
         raise UserError("--serve goes without --generate and --evaluate: one after the other")
     if cfg.resume and cfg.using:
-        remedy = "name the model to evaluate or to generate with by --checkpoint"
-        raise UserError(f"--resume goes on training: {remedy}")
+        raise UserError("--resume goes on training: name a model to use by --checkpoint")
+    fields = dataclasses.fields(cfg)
+    weights = any(getattr(cfg, field.name) for field in fields if field.metadata.get("weights"))
+    if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
+        what = "--generate" if cfg.generate else "--serve" if cfg.serve else "--evaluate"
+        raise UserError(f"{what} needs --checkpoint FILE, a model to use")
 
 
-def _adopt(cfg, given):
-    """(cfg, checkpoint): the options that --resume or --checkpoint finds, with those typed."""
-    if cfg.resume:
-        run = _newest_run(cfg)
-        lock(run)
-        path = run / "checkpoints" / "last.pt"
-    else:
-        path = Path(cfg.checkpoint)
-        inside = path.parent.name == "checkpoints"
-        run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
+def _check_effects(cfg, given):
+    """Refuses an option that was typed, but has no effect beside the others."""
+    for name in given:
+        needs = cfg.__dataclass_fields__[name].metadata.get("needs", "")
+        other, _, wanted = needs.partition("=")
+        value = getattr(cfg, other) if other else True
+        if (wanted and value != wanted) or not value:
+            raise UserError(f"{flag(name)} goes with {flag(other)} {wanted}".rstrip())
+
+
+def _check_results(folder):
+    """Refuses to replace an evaluation.json that no script wrote."""
+    path = folder / "evaluation.json"
+    if path.is_file() and '"rows": {' not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path}: is another program's: choose another --out")
+
+
+def _resume(cfg, given):
+    """(cfg, checkpoint) of the run that --resume continues, whose folder is reserved."""
+    run = _newest_run(cfg)
+    lock(run)
+    path = run / "checkpoints" / "last.pt"
     checkpoint = load_checkpoint(path, cfg.script)
-    saved, world = _saved_options(cfg, checkpoint, path), int(os.environ.get("WORLD_SIZE", "1"))
+    saved, fields = checkpoint["config"], cfg.__dataclass_fields__
+    unknown = ", ".join(sorted(saved.keys() - fields.keys()))
+    if unknown:
+        remedy = "go on with the version that began the run"
+        raise UserError(f"{path}: this version has no option {unknown}: {remedy}")
+    world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != here:
+        remedy = f"torchrun --nproc-per-node {world} {cfg.script}.py --resume"
+        raise UserError(f"{path}: a run of {world} processes cannot go on with {here}: {remedy}")
+    fixed = set()
+    for name, field in fields.items():
+        may_change = field.metadata.get("may_change", False)
+        if not (may_change(saved) if callable(may_change) else may_change):
+            fixed.add(name)
+    cfg = _merged(cfg, given, saved, fixed, path)
+    if cfg.epochs < checkpoint["epoch"]:
+        done = f"the run has done {checkpoint['epoch']} already"
+        raise UserError(f"--epochs {cfg.epochs}: {done}: leave it out, or pass more")
+    return dataclasses.replace(cfg, resume=True, out=str(run)), checkpoint
+
+
+def _use(cfg, given):
+    """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
+    path = Path(cfg.checkpoint)
+    inside = path.parent.name == "checkpoints"
+    run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
+    checkpoint = load_checkpoint(path, cfg.script)
     if cfg.evaluate and "histograms" not in checkpoint:
         raise UserError(f"{path}: written by an older version: it has nothing to compare with")
-    if cfg.resume and checkpoint.get("world", 1) != world:
-        what = f"a run of {checkpoint['world']} processes cannot go on with {world}"
-        remedy = f"torchrun --nproc-per-node {checkpoint['world']} {cfg.script}.py --resume"
-        raise UserError(f"{path}: {what}: {remedy}")
-    held = {
-        field.name for group, field in grouped_fields(type(cfg)) if _held(cfg, group, field, saved)
-    }
-    for name in sorted(held & set(given) & set(saved)):
-        same = given[name] == saved[name]
-        if name == "lc_classes" and given[name] and saved[name]:
-            same = ClassTable.load(given[name]) == ClassTable.load(saved[name])
-        if not same:
-            value = str(saved[name])[:60]
-            raise UserError(
-                f"{flag(name)} {given[name]} contradicts {path} ({value}): leave it out"
-            )
-    known = {field.name for field in dataclasses.fields(cfg)}
-    adopted = {name: value for name, value in saved.items() if name in known}
-    adopted |= {name: value for name, value in given.items() if name not in held}
-    groups = [(group, field.name) for group, field in grouped_fields(type(cfg))]
-    mine = [name for group, name in groups if cfg.using and (group == "use" or name == "device")]
-    adopted |= {name: getattr(cfg, name) for name in ["resume", *mine]}
-    if cfg.using:
-        adopted["window"] = cfg.window or checkpoint.get("window", saved["patch"])
-    if cfg.resume and adopted["epochs"] < checkpoint["epoch"]:
-        done = f"the run has done {checkpoint['epoch']} already"
-        raise UserError(f"--epochs {adopted['epochs']}: {done}: leave it out, or pass more")
-    keep = cfg.resume or (cfg.evaluate and not cfg.out)
-    adopted["out"] = str(run if keep else cfg.out or run / "generated")
-    return type(cfg)(**adopted), checkpoint
+    groups = {field.name: group for group, field in grouped_fields(type(cfg))}
+    fixed = {name for name, group in groups.items() if group == "model"}
+    typed = {name: getattr(cfg, name) for name in groups if groups[name] == "use"}
+    typed |= {"device": cfg.device, "resume": False}
+    new = _merged(cfg, given, checkpoint["config"], fixed, path)
+    window = cfg.window or checkpoint.get("window", new.patch)
+    out = cfg.out or (run if cfg.evaluate else run / "generated")
+    return dataclasses.replace(new, **typed | {"window": window, "out": str(out)}), checkpoint
 
 
-def _saved_options(cfg, checkpoint, path):
-    """A checkpoint's options, all of them; refuses what no run has, as after editing by hand."""
-    saved = dict(checkpoint["config"])
-    for field in dataclasses.fields(cfg):
-        kind, about = type(field.default), field.metadata
-        value = saved.setdefault(field.name, field.default)
-        kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-        fits = fits and (not about["choices"] or value in about["choices"])
-        fits = fits and (about["low"] is None or value >= about["low"])
-        if not fits:
-            raise UserError(f"{path}: holds {flag(field.name)} {str(value)[:60]}, as no run does")
-    for name in ("epoch", "batch", "step") if cfg.resume else ():
-        if type(checkpoint.get(name)) is not int or checkpoint[name] < 0:
-            raise UserError(f"{path}: holds the {name} {checkpoint.get(name)}, as no run does")
-    return saved
-
-
-def _held(cfg, group, field, saved):
-    """Whether a checkpoint's value of an option is kept, whatever is typed."""
-    if not cfg.resume:
-        return group == "model"
-    may_change = field.metadata.get("may_change", False)
-    return not (may_change(saved) if callable(may_change) else may_change)
+def _merged(cfg, given, saved, fixed, path):
+    """A checkpoint's options, changed by those typed; refuses to change the `fixed` ones."""
+    defaults = dataclasses.asdict(type(cfg)())
+    saved = defaults | {name: value for name, value in saved.items() if name in defaults}
+    for name, value in given.items():
+        same = value == saved[name]
+        if name == "lc_classes" and saved[name]:
+            same = ClassTable.load(value) == ClassTable.load(saved[name])
+        if name in fixed and not same:
+            theirs = str(saved[name])[:60]
+            raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): leave it out")
+    changes = {name: value for name, value in given.items() if name not in fixed}
+    return type(cfg)(**saved | changes)
 
 
 def _newest_run(cfg):
     """The run folder that --resume means: --out, or the newest of runs/script, runs/script-2..."""
-    runs = [Path(cfg.out)]
-    if not cfg.out:
-        name = re.compile(rf"{cfg.script}(-\d+)?")
-        runs = [run for run in Path("runs").glob(f"{cfg.script}*") if name.fullmatch(run.name)]
-    saved = {run: run / "checkpoints" / "last.pt" for run in runs}
-    times = {run: path.stat().st_mtime for run, path in saved.items() if path.is_file()}
-    if not times:
+    runs = Path("runs")
+    folders = [*runs.glob(cfg.script), *runs.glob(f"{cfg.script}-[0-9]*")]
+    if cfg.out:
+        folders = [Path(cfg.out)]
+    saved = [folder / "checkpoints" / "last.pt" for folder in folders]
+    saved = [path for path in saved if path.is_file()]
+    if not saved:
         where = cfg.out or f"runs/{cfg.script}"
         raise UserError(f"--resume: no checkpoints/last.pt in {where}: start without --resume")
-    return max(times, key=times.get)
+    return max(saved, key=lambda path: path.stat().st_mtime).parent.parent
+
+
+def _new_run(cfg):
+    """cfg of a run that begins: with its class table, and a folder that it has to itself."""
+    _check_folder(cfg)
+    classes = find_images(source(cfg), "train", cfg.lc_classes).classes
+    text = classes.text if classes else "pictures"
+    cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    lock(cfg.out)
+    _check_folder(cfg)  # another run may have come and gone meanwhile
+    return cfg
 
 
 def _check_folder(cfg):
@@ -226,7 +230,7 @@ def _check_folder(cfg):
         return
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file, not a folder")
-    if any(folder.glob("checkpoints/*.pt")):
+    if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     text = about.read_text(errors="replace") if about.is_file() else ""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")

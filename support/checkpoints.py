@@ -11,30 +11,24 @@ from torch import nn
 
 from support.device import set_lr
 from support.errors import UserError
+from support.files import whole_or_absent
 from support.options import flag
 from support.processes import rank, world_size
 
 
 def save_checkpoint(path, content):
-    """Writes content (dicts, lists, numbers, tensors) aside, fsyncs and renames.
-
-    Whenever path is there it is whole, the old one or the new.
-    """
+    """Writes content (dicts, lists, numbers, tensors) to a file that is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "wb") as file:
+        with whole_or_absent(path) as aside, open(aside, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         remedy = "free some space; what was saved before is kept"
         raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_weights(path):
@@ -52,23 +46,22 @@ def load_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         reason = (str(error).splitlines() or [repr(error)])[0][:90]
-        older = sorted(path.parent.glob("epoch_*.pt")) if path.name == "last.pt" else []
-        older = [other for other in older if not other.samefile(path)][-1:]
-        remedy = f": {older[0]} is an older one, to put in its place" if older else ""
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}){remedy}") from None
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
 
 
 def load_checkpoint(path, script):
     """A checkpoint that script ("pix2pix", ...) wrote; refuses another script's."""
     content = load_weights(path)
-    names = ("config", "state")
-    whole = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in names)
-    if not whole or "script" not in content:
+    theirs = content.get("script", script) if isinstance(content, dict) else script
+    if theirs != script:
+        raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
+    try:
+        whole = content["config"].keys() and content["state"].keys()
+    except (TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
         hint = "published generator weights go with --init"
         raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
-    if content["script"] != script:
-        theirs = content["script"]
-        raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
     return content
 
 
@@ -76,7 +69,7 @@ RANKS = "buffers of ranks"
 
 
 def buffers_of_ranks(state):
-    """What processes other than the first have of their own: [{module: {buffer: tensor}}, ...].
+    """The buffers of the processes other than the first: [{module: {buffer: tensor}}, ...].
 
     Rank 0 gets the list, for the checkpoint; weights and optimizers are the same in all.
     """
@@ -90,9 +83,9 @@ def buffers_of_ranks(state):
 
 
 def state_dict(state):
-    """What a checkpoint holds of a State: modules and optimizers by their state_dict.
+    """A State as a checkpoint has it: modules and optimizers by their state_dict.
 
-    Tensors and numbers are kept as such; a module that has nothing to keep is left out.
+    Tensors and numbers stay as they are; a module without any is left out.
     """
     kept = {}
     for name, value in vars(state).items():
@@ -108,8 +101,8 @@ def state_dict(state):
 def restore(state, checkpoint, path):
     """Puts a checkpoint's state back into a State, in place.
 
-    What the State lacks (an optimizer, when one only generates) is passed over; what the
-    checkpoint lacks is refused. Processes other than the first take their own buffers from it.
+    Parts that the State lacks (an optimizer, when one only generates) are passed over; a part
+    that the checkpoint lacks is refused. Each process gets its own buffers.
     """
     saved = checkpoint["state"]
     for name in state_dict(state):
@@ -160,31 +153,29 @@ def _load_state_dict(value, saved, what):
 def load_network(module, path, cfg, key, optional=False):
     """Fills a network from a file: network `key` of our checkpoint, or a published generator.
 
-    A published generator's bare state dict is taken by position. Buffers of InstanceNorm layers
-    in old files are dropped. optional: a file that holds no such network changes nothing.
+    Tensors of a published generator's bare state dict are assigned by position. Buffers of
+    InstanceNorm layers in old files are dropped. optional: a file without the network changes
+    nothing.
     """
     content = load_weights(path)
     ours = isinstance(content, dict) and isinstance(content.get("state"), dict)
-    if optional and (not ours or key not in content["state"]):
-        return
     if ours:
         content = content["state"].get(key)
-    tensors = isinstance(content, dict) and all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    )
-    if not tensors or not content:
-        raise UserError(f"{path}: holds no network {key} and is no state dict")
-    ours = module.state_dict()
-    if not any("running_mean" in name for name in ours):
+    if optional and (not ours or content is None):
+        return
+    if not isinstance(content, dict) or len(list(tensors_of(content))) != len(content):
+        raise UserError(f"{path}: no network {key} in it, and no state dict")
+    own = module.state_dict()
+    if not any("running_mean" in name for name in own):
         buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
         content = {name: value for name, value in content.items() if not buffer.search(name)}
     options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes")
     remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
-    if len(ours) != len(content):
-        counts = f"{len(content)} tensors, but this {key} has {len(ours)}"
+    if len(own) != len(content):
+        counts = f"{len(content)} tensors, but this {key} has {len(own)}"
         raise UserError(f"{path}: {counts}: {remedy}")
-    for (name, mine), (theirs, value) in zip(ours.items(), content.items(), strict=True):
+    for (name, mine), (theirs, value) in zip(own.items(), content.items(), strict=True):
         if mine.shape != value.shape:
             shapes = f"{theirs} is {tuple(value.shape)}, but our {name} is {tuple(mine.shape)}"
             raise UserError(f"{path}: {shapes}: {remedy}")
-    module.load_state_dict(dict(zip(ours, content.values(), strict=True)))
+    module.load_state_dict(dict(zip(own, content.values(), strict=True)))

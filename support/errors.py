@@ -1,6 +1,8 @@
-"""What the user is told: a mistake, on one line, and remarks that are made once."""
+"""Messages to the user: mistakes, remarks and warnings, and printing that never fails."""
 
+import contextlib
 import functools
+import os
 import sys
 
 
@@ -8,6 +10,39 @@ class UserError(Exception):
     """A user's mistake: its text names the file or the option and the remedy, on one line."""
 
 
+class Patient:
+    """Stands for sys.stdout or sys.stderr, and drops what cannot be written there.
+
+    The reader of a pipe may have gone, a disk be full, a terminal be closed: saving goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (none: 2>&- in a shell)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except RuntimeError:  # a signal's message in the middle of another one
+            pass
+        except OSError:  # from now on nowhere: Python itself flushes the stream once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @functools.cache
 def say_once(text):
     print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def or_a_warning(what):
+    """Turns any error within into one line on stderr: for pages and plots, which no run needs."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{what}: cannot be drawn ({reason[:200]})", file=sys.stderr)

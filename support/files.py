@@ -1,9 +1,11 @@
-"""Writing files: whole or absent, and a run folder that one process holds."""
+"""Writing files: whole or absent, and a run folder in which one process trains."""
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from support.errors import UserError
@@ -12,51 +14,51 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
-LOCKS = []  # run folders that this process holds, as open files
+UNFINISHED = ".unfinished-"  # begins the name of each file that is being written
+LOCKS = []  # of the run folders in which this process trains
 
 
 def lock(folder):
-    """Holds a run folder till the program ends, however it does; refuses one that is held."""
-    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun holds it for all
+    """Reserves a run folder for this process until it ends; refuses one that is reserved."""
+    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun reserves it for all
         return
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        LOCKS.append(FileLock(Path(folder) / ".lock").acquire(timeout=0).lock)
+    except Timeout:
         what = "another process is training in it: wait, stop it, or choose another --out"
         raise UserError(f"--out {folder}: {what}") from None
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return
-    LOCKS.append(handle)
 
 
 @contextlib.contextmanager
 def whole_or_absent(path):
-    """Yields a name to write to, which becomes path at the end, or goes if that is not reached."""
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    """Yields a name to write to: a new file, which replaces path in the end, or is removed.
+
+    The name has path's ending and a random part: two processes never share it, and nobody else
+    gives a file such a name. An OSError names path.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename in (None, str(aside)):
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Writes a text file aside, and renames: whole or absent."""
+    """Writes a text file, whole or absent."""
     with whole_or_absent(path) as aside:
-        aside.write_text(text + "\n")
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
 def write_image(path, image):
-    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, aside, and renames: whole or absent.
+    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, whole or absent.
 
-    By the ending of path: JPEG at quality 95, else lossless; an unknown ending becomes .png.
+    The ending of path decides: JPEG at quality 95, else lossless; an unknown ending becomes .png.
     """
     path = Path(path)
     suffix = path.suffix.lower()

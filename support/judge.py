@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from support.batches import Loader
-from support.checkpoints import load_checkpoint, save_checkpoint
+from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
 from support.errors import UserError
 from support.pictures import from_bytes
@@ -18,11 +18,11 @@ from support.store import ImageStore
 
 
 class Judge(nn.Module):
-    """A small U-Net that classifies the pixels of photographs, whoever made them.
+    """A small U-Net that segments photographs, real or generated.
 
-    (B, 3, S, S) in [-1, 1] -> logits (B, classes, S, S). Trained on real photographs and their
-    land cover alone, it says of generated ones whether they show what was asked for: the FCN
-    score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
+    (B, 3, S, S) in [-1, 1] -> logits (B, classes, S, S). It is trained on real photographs and
+    their land cover alone, and measures whether generated ones show the land cover asked for: the
+    FCN score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
     """
 
     def __init__(self, classes, width=32):
@@ -51,7 +51,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def classes_of(self, image):
-        """What it sees in photographs (B, 3, S, S): class indices (B, S, S)."""
+        """Photographs (B, 3, S, S) -> class indices (B, S, S)."""
         return self.eval()(image).argmax(1)
 
 
@@ -62,15 +62,23 @@ def find_judge(cfg, device):
         return None
     torch.manual_seed(cfg.seed)
     judge = Judge(len(cfg.classes)).to(device)
-    if path.is_file():
-        remedy = "without that file --train-judge trains another"
-        print(f"the judge is {path}; {remedy}")
-        try:
-            judge.load_state_dict(load_checkpoint(path, cfg.script)["state"]["judge"])
-        except (UserError, KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:90]
-            raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
+    if not path.is_file():
+        train_judge(judge, cfg, device)
+        if rank() == 0:
+            save_checkpoint(path, {"state": {"judge": judge.state_dict()}})
         return judge
+    remedy = "without that file --train-judge trains another"
+    print(f"the judge is {path}; {remedy}")
+    try:
+        judge.load_state_dict(load_weights(path)["state"]["judge"])
+    except (UserError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:90]
+        raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
+    return judge
+
+
+def train_judge(judge, cfg, device):
+    """Trains a Judge on the training images, turned at random, for --judge-epochs."""
     rows = Loader(ImageStore(cfg, "train", cfg.size).records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)
     rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
@@ -87,7 +95,3 @@ def find_judge(cfg, device):
             loss.backward()
             average_gradients(judge)
             adam.step()
-    if rank() == 0:
-        content = {"script": cfg.script, "config": {}, "state": {"judge": judge.state_dict()}}
-        save_checkpoint(path, content)
-    return judge

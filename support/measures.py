@@ -1,6 +1,5 @@
 """Measures of pictures, label maps and edits, and the baselines beside them."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from support.classes import IGNORED
+from support.errors import or_a_warning
 from support.files import write_text
 from support.pictures import to_bytes
 from support.plots import write_page
@@ -125,17 +125,17 @@ class Scores:
         """{row: {measure: value}}."""
         rows = {}
         for row, cells in self.sums.items():
-            means = {name: (total / count).item() for name, (total, count) in cells.items()}
-            for name, mse in means.items():
-                if name.startswith("psnr_"):  # of the mean squared error in an area
-                    means[name] = 10 * math.log10(255**2 / max(mse, 1e-10))
-            if "mse" in means:
-                means = {("rmse" if k == "mse" else k): v for k, v in means.items()}
-                means["rmse"] = math.sqrt(means["rmse"])
-            rows[row] = means
+            rows[row] = {}
+            for name, (total, count) in cells.items():
+                mean = (total / count).item()
+                if name == "mse":
+                    name, mean = "rmse", math.sqrt(mean)
+                elif name.startswith("psnr_"):  # so far the mean squared error in an area
+                    mean = 10 * math.log10(255**2 / max(mean, 1e-10))
+                rows[row][name] = mean
         for (row, by), confusion in self.confusions.items():
-            measures = measure_labels(confusion).items()
-            rows[row] |= {f"{by}_{name}" if by else name: value for name, value in measures}
+            for name, value in measure_labels(confusion).items():
+                rows[row][f"{by}_{name}" if by else name] = value
         return rows
 
 
@@ -153,13 +153,14 @@ def constant_colors(histogram, classes=None, by_class=None):
         counts = np.stack([np.bincount(channel, counts[0], 256) for channel in classes.palette.T])
     kinds = {"training colour": counts}
     if by_class is not None:
-        kinds["colour of the class"] = of_index = np.repeat(counts[None], 256, 0)
+        of_index = np.repeat(counts[None], 256, 0)
         seen = by_class.numpy().any(-1, keepdims=True)
         of_index[: len(seen)] = np.where(seen, by_class.numpy(), counts)
-    for what, counts in kinds.items():
+        kinds["colour of the class"] = of_index
+    for kind, counts in kinds.items():
         pixels = counts.sum(-1, keepdims=True)
-        guesses[f"mean {what}"] = (counts * np.arange(256) / pixels).sum(-1)
-        guesses[f"median {what}"] = (counts.cumsum(-1) * 2 >= pixels).argmax(-1)
+        guesses[f"mean {kind}"] = (counts * np.arange(256) / pixels).sum(-1)
+        guesses[f"median {kind}"] = (counts.cumsum(-1) * 2 >= pixels).argmax(-1)
     return {name: torch.from_numpy(color / 127.5 - 1).float() for name, color in guesses.items()}
 
 
@@ -176,8 +177,8 @@ def constant_guesses(colors, images, labels=None):
 def copy_verdict(rows):
     """Whether a generator of edits copies its input, in a sentence.
 
-    It does where what it paints inside the edit is nearer to its input than to its target, and
-    has not even gone half the way that lies between the two.
+    It does where its output inside the edit is nearer to its input than to its target, and has
+    not even gone half the way that lies between the two.
     """
     target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
     copy = rows["copy of rgb_a"]["l1_inside"]
@@ -194,28 +195,31 @@ def copy_verdict(rows):
 
 
 def write_evaluation(cfg, rows, **about):
-    """Prints {row: {measure: value}} as a table; writes it with `about` to evaluation.json."""
+    """Writes {row: {measure: value}} with `about` to evaluation.json, and prints it as a table."""
     if rank():
         return
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    data = cfg.data or "demo world"
-    what = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint, **about, "rows": rows}
     path = Path(cfg.out) / "evaluation.json"
-    write_text(path, json.dumps(what, indent=2))
-    if (path.parent / "config.json").is_file():
-        write_page(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = cfg.data or "demo world"
+    about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
+    write_text(path, json.dumps(about | {"rows": rows}, indent=2))
     print_table(rows)
     print(f"written to {path}")
+    if (path.parent / "config.json").is_file():
+        with or_a_warning(path.parent / "index.html"):
+            write_page(path.parent)
 
 
 def print_table(rows):
     """Prints {row: {measure: value}} as text, a column a measure."""
-    columns = list(dict.fromkeys(itertools.chain(*rows.values())))
-    widths = [max(len(name), 7) + 2 for name in columns]
+    widths = {}
+    for row in rows.values():
+        widths |= {name: max(len(name), 7) + 2 for name in row}
     titles = max(map(len, rows)) + 2
-    print(" " * titles + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
+    print(" " * titles + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for title, row in rows.items():
-        cells = [f"{row[name]:.4f}" if name in row else "" for name in columns]
-        print(
-            f"{title:<{titles}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
-        )
+        line = f"{title:<{titles}}"
+        for name, width in widths.items():
+            cell = f"{row[name]:.4f}" if name in row else ""
+            line += f"{cell:>{width}}"
+        print(line)

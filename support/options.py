@@ -4,9 +4,13 @@ import argparse
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 from support.classes import ClassTable
 from support.errors import UserError
+
+LARGEST = {int: 2**31 - 1, float: 1e30}  # where an option states no bound of its own
+SMALLEST = 1e-9  # but for 0: smaller numbers vanish when they are squared
 
 
 def option(default, help, *, group=None, choices=None, low=None, high=None, **meaning):
@@ -16,11 +20,10 @@ def option(default, help, *, group=None, choices=None, low=None, high=None, **me
                 fixes the group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
-    needs       the option without which this one has no effect, such as "generate", one of two,
-                "generate or serve", or the value that an option must have, such as "content=vgg"
-    endless     infinity is one of its values
+    needs       the option without which this one has no effect, such as "generate", or the value
+                that an option must have, such as "content=vgg"
     file        it names a file, which must exist
-    weights     generator weights, which --generate takes in place of --checkpoint
+    weights     generator weights, which --generate accepts in place of --checkpoint
     """
     about = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=about | meaning)
@@ -37,54 +40,76 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option("", "directory of images; none: a demo world", group="data", may_change=True)
-    patch: int = option(0, "cut images into N x N patches first; 0: whole images", low=0)
-    max_images: int = option(0, "train on N images, evenly spread; 0: all", low=0)
+    data: str = option("", "image directory; none: a demo world", group="data", may_change=True)
+    patch: int = option(0, "cut images into N x N patches first; 0: keep them whole", low=0)
+    max_images: int = option(0, "train on N images, evenly spread over all; 0: on all", low=0)
     flip: str = option(
         "auto",
-        "turn training images; auto: horizontal, and with land cover both ways",
+        "mirrored training images: none, horizontal (left to right), both (also upside down), "
+        "auto (horizontal; both with land cover)",
         choices=("auto", "none", "horizontal", "both"),
     )
-    cache: str = option("", "folder of the decoded images; none: beside the run", may_change=True)
-    val_images: int = option(100, "validation images measured after an epoch; 0: all", low=0)
-    size: int = option(256, "side that networks see", group="model", choices=(64, 128, 256, 512))
+    cache: str = option("", "folder of decoded images; none: beside the run", may_change=True)
+    val_images: int = option(100, "validation images to measure after an epoch; 0: all", low=0)
+    size: int = option(
+        256, "side of the networks' images, in pixels", group="model", choices=(64, 128, 256, 512)
+    )
     width: int = option(64, "channels of the first layer", low=1, high=1024)
-    lc_classes: str = option("", "classes of B: s2glc, maps, binary, a classes.json, or pictures")
+    lc_classes: str = option(
+        "", "classes of B: s2glc, maps, binary, a classes.json, or pictures (no classes)"
+    )
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
-    seed: int = option(0, "of weights, order, augmentation and noise", low=0, high=2**32 - 1)
-    quick: bool = option(False, "small networks, images and epochs: a minute", group="run")
-    out: str = option("", "run folder, or folder of results; none: runs/<script>", may_change=True)
+    seed: int = option(
+        0, "random seed of weights, data order, augmentation and noise", low=0, high=2**32 - 1
+    )
+    quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
+    out: str = option("", "run folder, or results; none: runs/<script>", may_change=True)
     resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
     log_every: int = option(50, "steps between rows of metrics.csv", low=1)
-    save_every: int = option(10, "epochs between checkpoints that stay", low=0, may_change=True)
+    save_every: int = option(10, "keep a checkpoint every N epochs", low=0, may_change=True)
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
-    track: str = option("", "also log to", choices=("", "tensorboard", "wandb"), may_change=True)
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"), may_change=True)
-    precision: str = option("auto", "auto: bf16 on CUDA", choices=("auto", "fp32", "bf16"))
-    graph: bool = option(True, "capture the training step in a CUDA graph")
-    checkpoint: str = option("", "model to evaluate or to generate with", group="use")
-    evaluate: bool = option(False, "measure --checkpoint on the validation split")
-    split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
-    train_judge: bool = option(False, "train a judge of what is generated", may_change=True)
-    judge_epochs: int = option(20, "its epochs", low=1, needs="train_judge", may_change=True)
-    generate: str = option("", "image or folder to translate, or photograph to edit")
-    serve: bool = option(False, "a page to paint on, in the browser")
-    address: str = option("127.0.0.1", "where it listens: on this machine alone", needs="serve")
-    port: int = option(8000, "its port; 0: any that is free", low=0, high=65535, needs="serve")
-    window: int = option(
-        0, "source pixels that --size spans; 0: as in training", low=0, needs="generate or serve"
+    track: str = option(
+        "",
+        "also log to tensorboard (TensorBoard) or wandb (Weights & Biases)",
+        choices=("tensorboard", "wandb"),
+        may_change=True,
     )
+    device: str = option(
+        "auto",
+        "cpu, cuda (a GPU), auto (cuda where there is a GPU)",
+        choices=("auto", "cpu", "cuda"),
+        may_change=True,
+    )
+    precision: str = option(
+        "auto",
+        "numbers in the networks: fp32, bf16, auto (bf16 on CUDA, else fp32)",
+        choices=("auto", "fp32", "bf16"),
+    )
+    graph: bool = option(True, "capture the training step in a CUDA graph")
+    checkpoint: str = option("", "the trained model, a .pt file", group="use")
+    evaluate: bool = option(False, "measure --checkpoint on a split of the data")
+    split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
+    train_judge: bool = option(
+        False, "train a judge, which segments generated photographs", may_change=True
+    )
+    judge_epochs: int = option(
+        20, "epochs of the judge's training", low=1, needs="train_judge", may_change=True
+    )
+    generate: str = option("", "image or folder to translate, or photograph to edit")
+    serve: bool = option(False, "open a local page in the browser, to paint on")
+    address: str = option("127.0.0.1", "network address of the page", needs="serve")
+    port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535, needs="serve")
+    window: int = option(0, "source pixels that --size spans; 0: as in training", low=0)
     norm_reach: float = option(
         2.0,
-        "windows around that share a raster's normalisation; 0: none",
+        "radius, in windows, over which normalisation statistics are shared; 0: not shared",
         low=0.0,
-        endless=True,
-        needs="generate or serve",
+        high=math.inf,
     )
 
     @functools.cached_property
     def classes(self):
-        """The ClassTable that --lc-classes names; None where B holds pictures."""
+        """The ClassTable that --lc-classes names; None where B has pictures."""
         return ClassTable.load(self.lc_classes)
 
     @property
@@ -101,21 +126,24 @@ class EditOptions(Options):
 
     box: str = option(
         "center",
-        "the pasted piece: 3/8 of the side in the middle, or 1/8 to 1/2 of it anywhere",
+        "the pasted piece: center (3/8 of the side, in the middle), random (1/8 to 1/2, anywhere)",
         group="data",
         choices=("center", "random"),
     )
-    use_ba: bool = option(False, "also learn the complement: all but the box is pasted")
-    erase: bool = option(True, "blank the edit in G's photograph", group="model")
+    use_ba: bool = option(False, "also train on the complement: all but the box is pasted")
+    erase: bool = option(True, "blank the edit in the generator's photograph", group="model")
     eval_norm: str = option(
         "auto",
-        "generating with the image's own statistics | running ones | own at batch size 1",
+        "BatchNorm in generation: batch (the image's own statistics), running (those of "
+        "training), auto (batch where --batch-size is 1, else running)",
         choices=("batch", "running", "auto"),
     )
-    show_samples: int = option(0, "draw N training edits, then stop", group="run", low=0)
-    lc: str = option("", "land cover, edited or for --paint to edit", group="use", needs="generate")
-    lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
-    paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
+    show_samples: int = option(0, "draw N training edits, then stop; 0: train", group="run", low=0)
+    lc: str = option(
+        "", "land cover after the edit, or to --paint on", group="use", needs="generate"
+    )
+    lc_before: str = option("", "land cover before the edit", needs="generate")
+    paint: tuple = option((), "rectangle to paint: class:x,y,width,height", needs="generate")
     keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
 
 
@@ -156,30 +184,44 @@ def parse(config, doc, quick, argv=None):
             groups[group] = parser.add_argument_group(title)
         groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
     given = vars(parser.parse_args(argv))
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     for name, value in given.items():
-        about = config.__dataclass_fields__[name].metadata
-        if value == math.inf and not about.get("endless"):
-            raise UserError(f"{flag(name)} {value}: must be finite")
-        if about["low"] is not None and not value >= about["low"]:  # NaN, too
-            raise UserError(f"{flag(name)} {value}: must be at least {about['low']}")
-        if about["high"] is not None and not value <= about["high"]:
-            raise UserError(f"{flag(name)} {value}: must be at most {about['high']}")
+        _check_value(flag(name), value, config.__dataclass_fields__[name].metadata)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     defaults = quick if given.get("quick") else {}
     return config(**{**defaults, **given}), given
 
 
 def _argument(field):
-    """What argparse needs to know of a field."""
-    shown = "none" if field.default in ("", ()) else field.default
-    if isinstance(field.default, bool):
-        shown = "on" if field.default else "off"
-    kwargs = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} [{shown}]"}
-    kind = type(field.default)
-    if kind is bool:
-        return kwargs | {"action": argparse.BooleanOptionalAction}
-    if kind is tuple:
-        return kwargs | {"action": "append", "metavar": "TEXT"}
-    if field.metadata["choices"]:
-        return kwargs | {"type": kind, "choices": field.metadata["choices"]}
-    return kwargs | {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    """The arguments of argparse's add_argument for a field."""
+    default, choices = field.default, field.metadata["choices"]
+    shown = "none" if default in ("", ()) else default
+    kwargs = {"default": argparse.SUPPRESS}
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+        kwargs["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    elif isinstance(default, tuple):
+        kwargs |= {"action": "append", "metavar": "TEXT"}
+    elif choices:
+        kwargs |= {"type": type(default), "choices": choices}
+    else:
+        kind = type(default)
+        kwargs |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    return kwargs | {"help": f"{field.metadata['help']} [{shown}]"}
+
+
+def _check_value(name, value, about):
+    """Refuses a value that was typed but is empty, out of bounds, or no file."""
+    if value == "":
+        raise UserError(f"{name} is empty: pass a value, or leave it out")
+    if about.get("file") and not Path(value).is_file():
+        raise UserError(f"{name} {value}: no such file")
+    if type(value) not in LARGEST:
+        return
+    low = -math.inf if about["low"] is None else about["low"]
+    high = LARGEST[type(value)] if about["high"] is None else about["high"]
+    if not value >= low:  # NaN, too
+        raise UserError(f"{name} {value}: must be at least {low}")
+    if not value <= high:
+        raise UserError(f"{name} {str(value)[:20]}: must be at most {high}")
+    if 0 < abs(value) < SMALLEST:
+        raise UserError(f"{name} {value}: must be 0, or at least {SMALLEST}")

@@ -1,8 +1,12 @@
 """Curves, confusion matrices, and the pages of runs."""
 
+import contextlib
 import csv
 import json
+import os
+import shlex
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ def read_metrics(path):
     """The rows of a metrics.csv as dicts of text; [] where there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -78,42 +82,58 @@ def plot_confusion(confusion, names, path):
 def write_page(folder):
     """index.html of a run folder, and of the folder around it if that is called runs.
 
-    They are pages/run.html and pages/runs.html with the data in them, and open from disk.
+    They are run.html and runs.html with the data in them, and open from disk. Other folders in
+    runs that are no whole run are left out.
     """
-    templates = Path(__file__).parent
     folder = folder.resolve()
-    pages = [(folder, "run.html", _page_data(folder, 2000))]
-    if folder.parent.name == "runs":
-        found = sorted(path.parent for path in folder.parent.glob("*/config.json"))
-        pages.append((folder.parent, "runs.html", [_page_data(run, 300) for run in found]))
-    for folder, name, data in pages:
-        text = json.dumps(data).replace("<", "\\u003c")  # whatever a folder is called
-        page = (templates / name).read_text().replace("__DATA__", text)
-        write_text(folder / "index.html", page)
+    _fill("run.html", _page_data(folder, 2000), folder)
+    if folder.parent.name != "runs":
+        return
+    runs = []
+    for path in sorted(folder.parent.glob("*/config.json")):
+        with contextlib.suppress(Exception):  # another program's, half-written, not ours to read
+            runs.append(_page_data(path.parent, 300))
+    _fill("runs.html", runs, folder.parent)
+
+
+def _fill(template, data, folder):
+    """Writes a page with its data as JSON, in which no name can end the script element."""
+    text = json.dumps(data).replace("<", "\\u003c")
+    page = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    write_text(folder / "index.html", page.replace("__DATA__", text))
 
 
 def _page_data(folder, most):
-    """What a page shows of a run folder; of metrics.csv at most so many rows, evenly spread."""
-    about = json.loads((folder / "config.json").read_text())
+    """The contents of a run's page; of metrics.csv at most so many rows, evenly spread."""
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = read_metrics(folder / "metrics.csv")
     epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # its last row has the scores
     rows = [rows[k] for k in sorted({*spread(most, len(rows)).tolist(), *epochs.values()})]
-    names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
+    columns = {}
+    for name in rows[0] if rows else ():
+        columns[name] = [float(row[name]) if row[name] else None for row in rows]
+    changed = {}
+    for name, value in about["options"].items():
+        if value != about["defaults"].get(name) and name not in _ELSEWHERE:
+            changed[name] = value
     evaluation = folder / "evaluation.json"
-    options, defaults = about["options"], about.get("defaults", {})
     return about | {
         "name": folder.name,
+        "folder": _link(folder),
+        "out": shlex.quote(about["options"]["out"]),  # in commands to copy into a shell
         "epoch": int(rows[-1]["epoch"]) if rows else 0,
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),
-        "steps": [int(row["step"]) for row in rows],
-        "columns": {k: [float(row[k]) if row[k] else None for row in rows] for k in names},
+        "samples": sorted(map(_link, (folder / "samples").glob("epoch_*.png"))),
+        "steps": columns.pop("step", []),
+        "columns": {name: columns[name] for name in columns if name != "epoch"},
         "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
-        "defaults": defaults,
-        "changed": {
-            k: v for k, v in options.items() if v != defaults.get(k) and k not in _ELSEWHERE
-        },
+        "changed": changed,
     }
 
 
-_ELSEWHERE = ("out", "cache", "device", "lc_classes")  # say nothing about the model
+def _link(path):
+    """A path's name as part of a link: whatever characters it has, or bytes that are no text."""
+    return urllib.parse.quote(os.fsencode(path.name))
+
+
+_ELSEWHERE = ("out", "cache", "device", "lc_classes")  # they tell nothing about the model

@@ -3,12 +3,11 @@
 import contextlib
 import csv
 import dataclasses
-import itertools
+import hashlib
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -22,11 +21,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.batches import steps_in_epoch
+from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict, tensors_of
 from support.device import set_lr
-from support.errors import UserError
-from support.files import write_text
+from support.errors import UserError, or_a_warning
+from support.files import UNFINISHED, whole_or_absent, write_text
+from support.layouts import find_images
 from support.pictures import grid, save_grid
 from support.plots import plot_metrics, read_metrics, write_page
 from support.processes import of_rank_0, rank, reduced, world_size
@@ -35,6 +35,29 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     SIGNALS.append(signal.SIGHUP)  # nohup ignores it
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
+
+
+class Means:
+    """Running means of the losses, which stay on the device until they are read."""
+
+    def __init__(self, saved=None):
+        self.names, self.sums, self.count = saved or ([], 0, 0)
+
+    def add(self, losses):
+        """Adds losses {name: 0-d tensor} of a step."""
+        values = torch.stack([loss.detach().double() for loss in losses.values()])
+        self.names, self.count = list(losses), self.count + 1
+        self.sums = values + torch.as_tensor(self.sums, device=values.device)
+
+    def read(self):
+        """{name: mean}, over all processes."""
+        means = reduced(self.sums / self.count) / world_size()
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def saved(self):
+        """For a checkpoint: names, sums and count, the same for all processes to go on with."""
+        sums = reduced(self.sums) / world_size() if self.count else 0
+        return self.names, sums, self.count
 
 
 class Run:
@@ -46,99 +69,82 @@ class Run:
 
     epoch, batch, step  where training stands: epochs done, batches done in this one, steps in all
     histograms          of the training images, which evaluations compare with
-    interrupted         the number of a signal (one of SIGNALS) that asked to stop, else 0
     """
 
     seconds = 180  # between what is written after epochs; within one, five times as long
 
     def __init__(self, cfg, checkpoint, data, scores=()):
         saved = checkpoint or {}
-        self.cfg, self.scores, self.out = cfg, scores, Path(cfg.out)
+        self.cfg, self.scores, self.out, self.lr = cfg, scores, Path(cfg.out), 0.0
         self.steps_per_epoch = steps_in_epoch(len(data), cfg.batch_size)
         self.images_per_step = cfg.batch_size * world_size()
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
-        self.names, self.sums = saved.get("names", []), saved.get("sums")
-        self.count, self.means, self.lr = saved.get("count", 0), {}, 0.0
-        self.epoch_sums = saved.get("epoch_sums")
+        self.of_row, self.of_epoch = Means(saved.get("of_row")), Means(saved.get("of_epoch"))
         self.histograms = saved.get("histograms") or data.store.histograms()
         self.window = saved.get("window") or data.store.window()
-        self.images = data.store.fingerprint()
-        changed = saved.get("images", self.images) != self.images
-        if changed:  # the same place in the schedule, with the epoch from its beginning
-            self.batch, self.sums, self.count, self.epoch_sums = 0, None, 0, None
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
-        self.clock, self.first_step, self.written = None, self.step, -math.inf
-        self.interrupted, self.overdue, self.saved = 0, False, time.monotonic()
+        self.images = fingerprints(data.store, cfg.lc_classes)
+        self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
-        if rank():
-            self.bar = tqdm(disable=True)
-            return
-        for folder in ("checkpoints", "samples"):
-            (self.out / folder).mkdir(parents=True, exist_ok=True)
-        self._tidy()
-        self._write_config()
-        self.metrics = self.out / "metrics.csv"
-        self.metrics.touch()
-        size = self.metrics.stat().st_size
-        os.truncate(self.metrics, min(saved.get("metrics_bytes", size), size) if saved else 0)
-        self.tracker = _tracker(cfg, self.id) if cfg.track else None
         total = cfg.epochs * self.steps_per_epoch * self.images_per_step
         done = self.step * self.images_per_step
-        self.bar = tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, smoothing=0.05)
-        self.say(f"run folder {self.out}")
-        if changed:
-            self.say(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
+        about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
+        self.bar = tqdm(total=total, initial=done, **about)
+        self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
+        self.tracker = None
+        if rank() == 0:
+            self._prepare_folder(saved)
+        self._compare_images(saved.get("images", {}))
 
-    def _tidy(self):
-        """After a process that was killed: drops its temporary files, links what it had saved."""
-        ours = r"\.\d+-.+\.(json|png|html)|\..+\.pt\.\d+"
-        for path in itertools.chain(self.out.glob(".*"), self.out.glob("*/.*")):
-            if path.parent.name != "generated" and re.fullmatch(ours, path.name):
+    def _prepare_folder(self, saved):
+        """Makes the folders, removes what a killed process left, and cuts metrics.csv."""
+        for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f"{UNFINISHED}*"):
                 path.unlink()
-        folder, every = self.out / "checkpoints", self.cfg.save_every
-        last, kept = folder / "last.pt", folder / f"epoch_{self.epoch:04}.pt"
-        due = every and self.epoch and self.epoch % every == 0 and self.batch == 0
-        if due and last.is_file() and not kept.is_file():
-            _link(last, kept)
+        write_config(self.cfg)
+        if saved:
+            cut_metrics(self.metrics, saved["metrics_bytes"])
+            self._keep()
+        if self.cfg.track:
+            self.tracker = _tracker(self.cfg, self.id)
+        self.say(f"run folder {self.out}")
+
+    def _compare_images(self, before):
+        """Reports images that were exchanged; of other training images an epoch begins anew."""
+        for kind in before:
+            if before[kind] == self.images[kind]:
+                continue
+            self.say(f"the {kind} images are not those of before")
+            if kind == "training":
+                self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
+                self.say(f"epoch {self.epoch + 1} begins anew")
 
     def say(self, text):
         """A line on stderr, above the progress bar."""
         if rank() == 0:
             self.bar.write(text, file=sys.stderr)
 
-    def _write_config(self):
-        cuda = self.cfg.device == "cuda"
-        packages = {package.__name__: package.__version__ for package in (torch, np)}
-        about = {
-            "script": self.cfg.script,
-            "options": dataclasses.asdict(self.cfg),
-            "versions": {"python": platform.python_version()} | packages,
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-            "processes": world_size(),
-            "git_commit": _git_commit(),
-            "defaults": dataclasses.asdict(type(self.cfg)()),
-        }
-        write_text(self.out / "config.json", json.dumps(about, indent=2))
-
     def _interrupt(self, number, frame):
         self.interrupted = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         if rank() == 0:
-            os.write(2, b"\nstopping: this step is finished and saved first\n")
+            print("\nstopping: this step is finished and saved first", file=sys.stderr)
+
+    def _agreed(self, value):
+        """The largest of all processes' values, every ten steps; between them 0."""
+        if world_size() == 1:
+            return value
+        return 0 if self.step % 10 else reduced(torch.tensor(value), dist.ReduceOp.MAX).item()
 
     def stopping(self):
-        """Whether to save and stop; notes whether to save. Several processes agree on both, every
-        ten steps.
-        """
-        overdue, self.overdue = time.monotonic() - self.saved > 5 * self.seconds, False
-        if world_size() > 1:
-            if self.step % 10:
-                return False
-            asked = torch.tensor([self.interrupted, int(overdue)])
-            self.interrupted, overdue = reduced(asked, dist.ReduceOp.MAX).tolist()
-        self.overdue = bool(overdue)
-        return self.interrupted != 0
+        """The number of a signal that asked to stop, else 0."""
+        return self._agreed(self.interrupted)
+
+    def overdue(self):
+        """Whether too much work would be lost, were the process killed now."""
+        return self._agreed(int(time.monotonic() - self.saved_at > 5 * self.seconds))
 
     def set_lr(self, lr, *optimizers):
         """Gives optimizers the rate lr, which is logged."""
@@ -148,133 +154,120 @@ class Run:
 
     def end_step(self, state, losses):
         """Closes a step with losses {name: 0-d tensor}; their means are read every --log-every
-        steps. Saves where it is time to, and after a signal, which then ends the program.
+        steps. Saves every quarter of an hour, and after a signal, which then ends the program with
+        128 + its number.
         """
-        self.names = list(losses)
-        values = torch.stack([value.detach().double() for value in losses.values()])
-        self.sums = values if self.sums is None else self.sums.to(values.device) + values
-        if self.batch == 0 or self.epoch_sums is None:
-            self.epoch_sums = torch.zeros_like(values)
-        self.epoch_sums = self.epoch_sums.to(values.device) + values
-        self.count, self.step, self.batch = self.count + 1, self.step + 1, self.batch + 1
+        self.of_row.add(losses)
+        self.of_epoch.add(losses)
+        self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
-        if self.step - self.first_step in (1, 4):
-            self._warn_of_weeks()
         if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
-            self._flush({})  # an epoch's last row waits for its scores
-        self._save_if_due(state)
+            self._write_row({})  # an epoch's last row waits for its scores
+        overdue, number = self.overdue(), self.stopping()
+        if not number and not overdue:
+            return
+        self.save(state)
+        self._draw({})
+        if number:
+            self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
+            self.bar.close()
+            sys.exit(128 + number)
 
     def epoch_mean(self, name):
         """The mean of a loss over the epoch that ends, in all processes."""
-        mean = reduced(self.epoch_sums) / world_size() / self.batch
-        return mean[self.names.index(name)].item()
+        return self.of_epoch.read()[name]
 
-    def _warn_of_weeks(self):
-        """After a few steps: how long the run takes, if that is more than two days."""
-        if self.clock is None:
-            self.clock = time.monotonic()
-            return
-        seconds = (time.monotonic() - self.clock) / 3
-        left = self.cfg.epochs * self.steps_per_epoch - self.step
-        days = seconds * left / 86400
-        if days > 2:
-            remedy = "--size 128 --width 32 --epochs 20 --max-images 400 would make it hours"
-            self.say(f"{seconds:.2g} s a step: this run takes {days:.0f} days here; {remedy}")
-
-    def _flush(self, scores):
-        means = reduced(self.sums / self.count) / world_size()
-        self.means = dict(zip(self.names, means.tolist(), strict=True))
-        values = self.means | scores
+    def _write_row(self, scores):
+        """Writes a row of metrics.csv: the means since the last one, and scores {name: value}."""
+        means = self.of_row.read()
+        values = means | scores
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             self._refuse(", ".join(bad))
-        if rank() == 0:
-            header = ["epoch", "step", "lr", *self.means, *self.scores]
-            numbers = [*self.means.values(), *(scores.get(name) for name in self.scores)]
-            row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
-            row += ["" if number is None else f"{number:.8g}" for number in numbers]
-            with open(self.metrics, "a", newline="") as file:
-                csv.writer(file).writerows([row] if file.tell() else [header, row])
-            if self.tracker:
-                self.tracker(values | {"lr": self.lr}, {}, self.step)
-            shown = {name: f"{value:.3g}" for name, value in self.means.items()}
-            self.bar.set_postfix(shown, refresh=False)
-        self.sums, self.count = None, 0
+        self.of_row = Means()
+        if rank():
+            return values
+        header = ["epoch", "step", "lr", *means, *self.scores]
+        numbers = [*means.values(), *(scores.get(name) for name in self.scores)]
+        row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
+        row += ["" if number is None else f"{number:.8g}" for number in numbers]
+        with open(self.metrics, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([row] if file.tell() else [header, row])
+        if self.tracker:
+            self.tracker(values | {"lr": self.lr}, {}, self.step)
+        shown = {name: f"{value:.3g}" for name, value in means.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        return values
 
     def _refuse(self, what):
-        last = self.out / "checkpoints" / "last.pt"
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint yet"
+        kept = f"{self.last} is as it was saved last"
         raise UserError(f"{what} not finite by step {self.step}: stopped; {kept}; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
         """Closes an epoch: its last row with scores {name: value}, and what is written on a clock.
 
-        That is grid, plot and checkpoint: every few minutes, as an epoch may take a second, after
-        the first and the last epoch, and where --save-every says so.
+        That is checkpoint, grid, plot and page: every few minutes, as an epoch may take a second,
+        after the first and the last epoch, and where --save-every asks for it.
 
         columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
         """
-        self._flush(scores)
-        self.epoch, self.batch = self.epoch + 1, 0
-        values = (self.means | scores).items()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values)
+        values = self._write_row(scores)
+        self.epoch, self.batch, self.of_epoch = self.epoch + 1, 0, Means()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
-        keep = self.cfg.save_every > 0 and self.epoch % self.cfg.save_every == 0
-        waited = time.monotonic() - self.written > self.seconds
-        if not of_rank_0(waited or keep or self.epoch == self.cfg.epochs):
+        waited = time.monotonic() - self.drawn_at > self.seconds
+        if not of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
             return
-        if rank() == 0:
-            save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
-            plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
-            write_page(self.out)
-            if self.tracker:
-                self.tracker({}, columns, self.step)
         self.save(state)
-        if rank() == 0 and keep:
-            kept = self.out / "checkpoints" / f"epoch_{self.epoch:04}.pt"
-            _link(self.out / "checkpoints" / "last.pt", kept)
-        self.written = time.monotonic()
+        if rank() == 0:
+            self._keep()
+            self._draw(columns)
+        self.drawn_at = time.monotonic()
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
-        self.saved, content = time.monotonic(), state_dict(state)
+        self.saved_at, content = time.monotonic(), state_dict(state)
         tensors = [t for t in tensors_of(content) if t.is_floating_point() and t.numel()]
         finite = torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors])
         if not finite.all():
             self._refuse("weights")
         if world_size() > 1:
             content[RANKS] = buffers_of_ranks(state)
-        if self.sums is not None:  # of all processes, for all of them to go on with
-            self.sums = reduced(self.sums) / world_size()
-        self.epoch_sums = reduced(self.epoch_sums) / world_size()
-        if rank() == 0:
-            about = {
-                "script": self.cfg.script,
-                "config": dataclasses.asdict(self.cfg),
-                "world": world_size(),
-                "metrics_bytes": self.metrics.stat().st_size,
-                "state": content,
-            }
-            names = ("epoch", "batch", "step", "names", "sums", "count", "epoch_sums")
-            names += ("histograms", "window", "images", "id")
-            about |= {name: getattr(self, name) for name in names}
-            save_checkpoint(self.out / "checkpoints" / "last.pt", about)
+        about = {"of_row": self.of_row.saved(), "of_epoch": self.of_epoch.saved()}
+        if rank():
+            return
+        for name in ("epoch", "batch", "step", "histograms", "window", "images", "id"):
+            about[name] = getattr(self, name)
+        about["script"], about["config"] = self.cfg.script, dataclasses.asdict(self.cfg)
+        about["world"], about["state"] = world_size(), content
+        about["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        save_checkpoint(self.last, about)
 
-    def _save_if_due(self, state):
-        """In the middle of an epoch: saves every quarter of an hour, and after a signal, which then
-        ends the program with 128 + its number.
-        """
-        stopping = self.stopping()
-        if not stopping and not self.overdue:
+    def _is_kept(self):
+        """Whether --save-every keeps the checkpoint of this epoch."""
+        return self.cfg.save_every > 0 and self.epoch % self.cfg.save_every == 0
+
+    def _keep(self):
+        """Gives last.pt, just written after an epoch, a second name where --save-every asks so."""
+        if self.batch or not self.epoch or not self._is_kept():
             return
-        self.save(state)
-        if rank() == 0:
+        with whole_or_absent(self.last.with_name(f"epoch_{self.epoch:04}.pt")) as aside:
+            try:
+                os.link(self.last, aside)  # last.pt is only ever replaced, never changed
+            except OSError:  # a file system without hard links
+                shutil.copy(self.last, aside)
+
+    def _draw(self, columns):
+        """Draws the sample grid, losses.png and index.html: last, as no run needs them."""
+        if rank():
+            return
+        with or_a_warning(self.out):
+            if columns:
+                save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
+            if columns and self.tracker:
+                self.tracker({}, columns, self.step)
             plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
-        if not stopping:
-            return
-        self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
-        self.bar.close()
-        sys.exit(128 + self.interrupted)
+            write_page(self.out)
 
     def close(self):
         """Ends the run: the signals are given back; an evaluation may follow."""
@@ -284,13 +277,46 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _link(source, target):
-    """A second name for a file that will only ever be replaced, never changed."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy(source, target)
+def fingerprints(store, lc_classes):
+    """{"training": hash, "validation": hash} of the images: it stays when a data directory moves.
+
+    Of the names of all files, and of the pixels of some training images.
+    """
+    found = {}
+    val = find_images(store.split.root, "val", lc_classes)
+    for kind, split in (("training", store.split), ("validation", val)):
+        names = [path.name for path in split.A + split.B]
+        found[kind] = hashlib.sha256(repr(names).encode())
+    for images in (store.A, store.B):
+        found["training"].update(images[spread(100, len(images))].tobytes())
+    return {kind: hashed.hexdigest()[:16] for kind, hashed in found.items()}
+
+
+def cut_metrics(path, length):
+    """Drops the rows that were written after a save, in a new file: a backup may share the old one.
+
+    A file with another beginning, which somebody edited, stays as it is.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    if content.startswith(b"epoch,step,"):
+        with whole_or_absent(path) as aside:
+            aside.write_bytes(content[:length])
+
+
+def write_config(cfg):
+    """Writes config.json: the options, their defaults, versions, device and commit."""
+    cuda = cfg.device == "cuda"
+    packages = {package.__name__: package.__version__ for package in (torch, np)}
+    about = {
+        "script": cfg.script,
+        "options": dataclasses.asdict(cfg),
+        "versions": {"python": platform.python_version()} | packages,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "processes": world_size(),
+        "git_commit": _git_commit(),
+        "defaults": dataclasses.asdict(type(cfg)()),
+    }
+    write_text(Path(cfg.out) / "config.json", json.dumps(about, indent=2))
 
 
 def _git_commit():

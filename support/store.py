@@ -28,7 +28,8 @@ from support.rasters import Raster
 
 def cache_folder(cfg):
     """Where decoded images and demo worlds lie: --cache, or cache/ beside the run folder."""
-    return Path(cfg.cache) if cfg.cache else Path(cfg.out or "runs/run").parent / "cache"
+    beside = Path(os.path.abspath(cfg.out or "runs/run")).parent  # also of --out .
+    return Path(cfg.cache or beside / "cache")
 
 
 def source(cfg):
@@ -239,11 +240,6 @@ class ImageStore:
             cut = np.ascontiguousarray(strip[:, left : left + step])
             resized = resize(cut, (self.side, self.side), labels)
             yield resized[None] if labels else resized.transpose(2, 0, 1)
-
-    def fingerprint(self):
-        """A hash of the names and sizes of the files: it stays when a data directory moves."""
-        files = [(path.name, path.stat().st_size) for path in self.split.A + self.split.B]
-        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def window(self):
         """How many source pixels an image's side had: --patch, or the median of 100 images."""

@@ -18,9 +18,9 @@ class VGG16Features(nn.Module):
 
     layers   names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
     weights  "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
-             torch.hub's cache or download; "random": He-initialised from a fixed seed, the same on
-             every machine (random features carry texture: He, Wang, Hopcroft 2016,
-             arXiv:1606.04801)
+             torch.hub's cache or download; "random": normal with variance 2 / fan in (He et al.
+             2015) from a fixed seed, the same on every machine (random features carry texture:
+             He, Wang, Hopcroft 2016, arXiv:1606.04801)
 
     Each layer's activations are scaled so that its Gram matrices have norm 1 on four procedural
     landscapes: a weight of a loss means the same with any layer, and with any weights.
@@ -37,17 +37,23 @@ class VGG16Features(nn.Module):
             what = f"no layer {wrong[:1]}; there are {', '.join(names)}"
             raise UserError(f"--style-layers {','.join(layers)}: {what}")
         deepest = max(names.index(name) for name in layers)
-        self.layers, self.steps, shapes = set(layers), known[: deepest + 1], {}
+        self.layers, self.steps = set(layers), known[: deepest + 1]
+        given = None if weights == "random" else _imagenet(path)
+        seeded = torch.Generator().manual_seed(0)
         channels, position = 3, 0  # position: among torchvision's `features`
         for name, stage, k in self.steps:
             out = min(64 * 2 ** (stage - 1), 512)
             position += k == 1 and stage > 1  # a pooling layer
-            shapes[name] = f"features.{position}", (out, channels, 3, 3)
-            channels, position = out, position + 2  # the convolution and its ReLU
-        found = _random_weights(shapes) if weights == "random" else _vgg16_weights(path, shapes)
-        for name, (weight, bias) in found.items():
+            shape = (out, channels, 3, 3)
+            if given is None:
+                weight = torch.randn(shape, generator=seeded) * (2 / (9 * channels)) ** 0.5
+                bias = torch.zeros(out)
+            else:
+                weight = _part(given, f"features.{position}.weight", shape, path)
+                bias = _part(given, f"features.{position}.bias", (out,), path)
             self.register_buffer(f"{name}_weight", weight, persistent=False)
             self.register_buffer(f"{name}_bias", bias, persistent=False)
+            channels, position = out, position + 2  # the convolution and its ReLU
         for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.scales = [1.0] * len(self.layers)
@@ -74,34 +80,23 @@ def gram(features):
     return flat @ flat.transpose(1, 2) / flat[0].numel()
 
 
-def _random_weights(shapes):
-    """{layer: (weight, bias)}: normal with variance 2 / fan in (He et al. 2015), biases 0."""
-    seeded, found = torch.Generator().manual_seed(0), {}
-    for name, (_, shape) in shapes.items():
-        weight = torch.randn(shape, generator=seeded) * (2 / (9 * shape[1])) ** 0.5
-        found[name] = weight, torch.zeros(shape[0])
-    return found
-
-
-def _vgg16_weights(path, shapes):
-    """{layer: (weight, bias)} of ImageNet's VGG16, from a file or torch.hub (hash checked)."""
+def _imagenet(path):
+    """VGG16's state dict, trained on ImageNet: from a file, or by torch.hub, which checks it."""
     if path:
-        weights = load_weights(path)
-    else:
-        url = "https://download.pytorch.org/models/vgg16-397923af.pth"
-        how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
-        try:
-            weights = torch.hub.load_state_dict_from_url(url, **how)
-        except Exception as error:
-            remedy = f"fetch {url} and pass it with --vgg16 FILE"
-            raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
-    found = {}
-    for name, (key, shape) in shapes.items():
-        found[name] = []
-        for part, size in (("weight", shape), ("bias", shape[:1])):
-            tensor = weights.get(f"{key}.{part}") if isinstance(weights, dict) else None
-            if not isinstance(tensor, torch.Tensor) or tensor.shape != size:
-                what = f"no {key}.{part} of shape {size} in it"
-                raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
-            found[name].append(tensor)
-    return found
+        return load_weights(path)
+    url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+    how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+    try:
+        return torch.hub.load_state_dict_from_url(url, **how)
+    except Exception as error:
+        remedy = f"fetch {url} and pass it with --vgg16 FILE"
+        raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
+
+
+def _part(weights, key, shape, path):
+    """A tensor of a state dict; refuses a file without it."""
+    tensor = weights.get(key) if isinstance(weights, dict) else None
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+        what = f"no {key} of shape {shape} in it"
+        raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
+    return tensor

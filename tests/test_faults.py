@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -25,13 +26,15 @@ from PIL import Image
 import common
 import mixlc
 import pix2pix
+import support.run
 from conftest import TABLE, land_cover, line_of, picture, same, save, side_by_side, state_of
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.errors import say_once
-from support.files import LOCKS, lock
+from support.errors import Patient, say_once
+from support.files import LOCKS, lock, whole_or_absent
 from support.layouts import find_images
 from support.rasters import Raster
+from support.store import cache_folder
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
@@ -55,9 +58,30 @@ CASES = {
     ),
     "no effect: epochs of no judge": ("pix2pix", "--judge-epochs 3", "goes with --train-judge"),
     "a number of 400 digits": ("pix2pix", f"--epochs {'9' * 400}", "must be at most 1000000"),
+    "a window of 400 digits": (
+        *("pix2pix", f"--generate pairs/val --checkpoint model.pt --window {'9' * 400}"),
+        "must be at most 2147483647",
+    ),
+    "a reach that vanishes when squared": (
+        *("pix2pix", "--generate pairs/val --checkpoint model.pt --norm-reach 1e-320"),
+        "--norm-reach 1e-320: must be 0, or at least 1e-09",
+    ),
+    "an unset variable of a shell": ("pix2pix", "--data=", "--data is empty: pass a value"),
+    "options of another version": (
+        *("pix2pix", "--resume --checkpoint-of renamed"),
+        "last.pt: this version has no option adv_lambda, alpha: go on with the version",
+    ),
+    "another program's results": (
+        *("pix2pix", "--evaluate --checkpoint model.pt --out stranger"),
+        "stranger/evaluation.json: is another program's: choose another --out",
+    ),
+    "a judge for a checkpoint": (
+        *("pix2pix", "--evaluate --checkpoint judge_alone.pt"),
+        "judge_alone.pt: not a checkpoint of pix2pix.py",
+    ),
     "a pool of petabytes": ("cyclegan", "--pool-size 1000000000000000", "must be at most 10000"),
     "weights that are not numbers": ("pix2pix", "--lambda-l1 nan", "--lambda-l1 nan: must be at"),
-    "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be finite"),
+    "a weight without end": ("pix2pix", "--lambda-l1 inf", "--lambda-l1 inf: must be at most"),
     "crops of a wall": ("pix2pix", "--load-size 99999999", "must be --size 64 to 4096"),
     "a cache under a file": ("pix2pix", "--cache model.pt/c", "Not a directory; choose another"),
     "no such data": ("pix2pix", "--data nope", "--data nope: no such directory"),
@@ -112,7 +136,6 @@ CASES = {
         "check --generator",
     ),
     "a batch of more than all": ("pix2pix", "--batch-size 7", "more than the 6 training images"),
-    "a window of nothing": ("pix2pix", "--window 50", "--window goes with --generate"),
     "a raster of 16 bits": (
         *("pix2pix", "--generate deep.tif --checkpoint model.pt --out o"),
         "gdal_translate -ot Byte -scale LOW HIGH 0 255 deep.tif deep_8bit.tif",
@@ -153,10 +176,14 @@ def world(tmp_path_factory):
     (root / "utf16" / "classes.json").write_text(json.dumps(TABLE), encoding="utf-16")
     content = state_of(root / "model.pt")
     options = content["config"] | {"schedule": "constant", "epochs": 2}
-    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2})):
+    renamed = {"config": options | {"alpha": 1.0, "adv_lambda": 1.0}}
+    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2}), ("renamed", renamed)):
         (root / name / "checkpoints").mkdir(parents=True)
         changed = content | {"config": options} | change
         torch.save(changed, root / name / "checkpoints" / "last.pt")
+    (root / "stranger").mkdir()
+    (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
+    torch.save({"script": "pix2pix", "config": {}, "state": {"judge": {}}}, root / "judge_alone.pt")
     (root / "judged").mkdir()
     changed = content | {"config": options | {"lc_classes": json.dumps(TABLE)}}
     changed["config"]["data"] = str(root / "landcover")
@@ -196,26 +223,17 @@ def files_of(folder):
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-HAND_MADE = {
-    "a text for a number": {"config": {"size": "big"}},
-    "a size that is none": {"config": {"size": 99}},
-    "a negative width": {"config": {"width": -4}},
-    "a truth value for a number": {"config": {"width": True}},
-    "a list for a text": {"config": {"norm": ["batch"]}},
-    "an epoch in words": {"epoch": "three"},
-    "an epoch before the first": {"epoch": -4},
-    "no step": {"step": None},
-    "weights that are texts": {"state": {"G": {"downs.0.0.weight": "x"}}},
-    "no optimizer": {"state": {"opt_G": {}}},
-    "no generator": {"state": {"G": None}},
+MISSHAPEN = {
+    "weights that are texts": {"G": {"downs.0.0.weight": "x"}},
+    "no optimizer": {"opt_G": {}},
+    "no generator": {"G": None},
 }
 
 
-@pytest.mark.parametrize("case", HAND_MADE)
-def test_a_checkpoint_that_was_made_by_hand_is_refused_in_a_line(case, world, tmp_path, capsys):
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_a_misshapen_checkpoint_is_refused_in_a_line(case, world, tmp_path, capsys):
     content = state_of(world / "model.pt")
-    for name, change in HAND_MADE[case].items():
-        content[name] = content[name] | change if isinstance(change, dict) else change
+    content["state"] |= MISSHAPEN[case]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
     line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
@@ -346,21 +364,22 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     lock(tmp_path / "run")  # free again
-    os.close(LOCKS.pop())
+    LOCKS.pop().release()
 
 
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     """Folders and temporary files are all that it left."""
     for folder in ("checkpoints", "samples"):
         (tmp_path / "run" / folder).mkdir(parents=True)
-    (tmp_path / "run" / ".123-config.json").write_text("{")
-    (tmp_path / "run" / "checkpoints" / ".last.pt.123").write_text("")
+    (tmp_path / "run" / ".unfinished-0123456789abcdef.json").write_text("{")
+    (tmp_path / "run" / "checkpoints" / ".unfinished-00ff.pt").write_text("")
     run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
     pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     assert (tmp_path / "run" / "evaluation.json").is_file()
-    assert not list((tmp_path / "run").rglob(".*"))
-    others = [tmp_path / "run" / name for name in (".notes.2024", "generated/.123-x.png")]
-    for path in others:  # a user's, and those of a generation that goes on
+    assert not list((tmp_path / "run").rglob(".unfinished*"))
+    names = ".2024-plan.json", "generated/.unfinished-77.png"
+    others = [tmp_path / "run" / name for name in names]
+    for path in others:  # a user's, and that of a generation that goes on
         path.parent.mkdir(exist_ok=True)
         path.touch()
     pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
@@ -376,28 +395,170 @@ def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
     assert same(state_of(kept)["state"], state_of(kept.with_name("last.pt"))["state"])
 
 
-def test_a_damaged_checkpoint_is_not_advised_in_its_own_place(world, tmp_path, capsys):
-    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--save-every", "1"])
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
-    with open(last, "r+b") as file:
-        file.truncate(1000)
-    line = line_of(pix2pix.main, ["--resume", "--out", str(tmp_path / "run")], capsys)
-    assert "a damaged one" in line and "epoch_0001.pt" not in line
+def other_pictures(root, split, names):
+    rng = np.random.default_rng(5)
+    for name in names:
+        save(root / split / f"{name}.bmp", np.concatenate([picture(rng, 80, 80)] * 2, 1))
 
 
-def test_a_resume_with_other_images_says_so_and_begins_its_epoch_anew(tmp_path, capsys):
-    root = side_by_side(tmp_path / "data", train=6)
+@pytest.mark.parametrize(
+    ("split", "names", "said", "steps"),
+    [
+        ("train", range(6, 10), ("training", "epoch 1 begins anew"), 3 + 5),
+        ("train", range(6), ("training", "epoch 1 begins anew"), 3 + 3),  # of the same sizes
+        ("val", range(3, 9), ("validation",), 3 + 1),
+    ],
+)
+def test_a_resume_with_other_images_says_so(split, names, said, steps, tmp_path, capsys):
+    """With other training images its epoch begins anew."""
+    root = side_by_side(tmp_path / "data", suffix=".bmp")
     run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--schedule", "constant"]
     pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     content = state_of(tmp_path / "run" / "checkpoints" / "last.pt")
     content |= {"epoch": 0, "batch": 2}  # stopped in the middle
     torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
-    rng = np.random.default_rng(5)
-    for k in range(6, 10):
-        save(root / "train" / f"{k}.png", np.concatenate([picture(rng, 80, 80)] * 2, 1))
+    other_pictures(root, split, names)
     capsys.readouterr()
     pix2pix.main(["--resume", "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert f"the {said[0]} images are not those of before" in err
+    assert ("begins anew" in err) == (split == "train") and all(text in err for text in said)
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == steps
+
+
+# ------------------------------------------------------------------------------ nowhere to print to
+
+
+def stream(kind):
+    """A stream to which nothing can be written."""
+    if kind == "closed":
+        return None
+    if kind == "full":
+        return open("/dev/full", "w")
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "terminal", "pipe"])
+def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, monkeypatch):
+    honest = pix2pix.train_step
+
+    def step(state, batch, cfg):
+        os.kill(os.getpid(), signal.SIGINT)
+        return honest(state, batch, cfg)
+
+    monkeypatch.setattr(pix2pix, "train_step", step)
+    monkeypatch.setattr(sys, "stdout", stream(kind))
+    monkeypatch.setattr(sys, "stderr", stream(kind))
+    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
+    with pytest.raises(SystemExit) as stopped:
+        pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_pipe_saves(world, tmp_path):
+    """The reader gets the signal, too, and is gone before the message is written."""
+    words = ["--data", world / "pairs", "--cache", tmp_path, "--out", tmp_path / "run", *SMALL]
+    command = shlex.join(map(str, [sys.executable, ROOT / "pix2pix.py", *words]))
+    shell = f"{command} --epochs 1000 2>&1 | tee {tmp_path}/log"
+    group = subprocess.Popen(["bash", "-c", shell], start_new_session=True)
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").is_file():
+        assert group.poll() is None
+        time.sleep(0.05)
+    before = state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    time.sleep(1)  # many steps
+    os.killpg(group.pid, signal.SIGINT)
+    group.wait(60)
+    deadline = time.monotonic() + 60
+    while state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_text_that_a_stream_cannot_encode_is_escaped():
+    """As with LC_ALL=C, and for file names that are no UTF-8."""
+    written = io.BytesIO()
+    ascii_alone = io.TextIOWrapper(written, encoding="ascii")
+    Patient(ascii_alone).write("z\xfcrich \udcff")
+    assert written.getvalue() == b"z\\xfcrich \\udcff"
+
+
+# ------------------------------------------------------------------------------- what costs nothing
+
+
+def test_other_programs_in_runs_cost_nothing(world, tmp_path, monkeypatch, capsys):
+    """Half-written files, other tools' files, and a page that cannot be drawn: saved first."""
+    for name, text in (("tool", '{"a": 1}'), ("half", "{"), ("list", "[]")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(text)
+    shutil.copytree(world / "run", tmp_path / "runs" / "notes")
+    (tmp_path / "runs" / "notes" / "metrics.csv").write_text("my notes\n1,2,3\n")
+    out = tmp_path / "runs" / "mine"
+    run = ["--data", str(world / "pairs"), "--out", str(out), *SMALL]
+
+    def draw(rows, path):
+        assert (out / "checkpoints" / "last.pt").is_file()
+        raise OSError("no room for a picture")
+
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    text = (tmp_path / "runs" / "index.html").read_text()
+    assert '"name": "mine"' in text and '"name": "tool"' not in text and "notes" not in text
+    monkeypatch.setattr(support.run, "plot_metrics", draw)
+    (out / "checkpoints" / "last.pt").unlink()
+    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
     said = capsys.readouterr().err
-    assert "the images are not those of before: epoch 1 begins anew" in said
-    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3 + 5
+    assert f"{out}: cannot be drawn (OSError: no room for a picture)" in said
+
+
+def test_a_damaged_config_costs_an_evaluation_its_page(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    pix2pix.main(["--evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
+    assert "index.html: cannot be drawn (JSONDecodeError" in capsys.readouterr().err
+    assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+EDITED = {
+    "as it was": lambda text: text,
+    "a note on top": lambda text: b"my best run\n" + text,
+    "semicolons": lambda text: text.replace(b",", b";"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_a_resume_cuts_its_own_metrics_alone(case, world, tmp_path):
+    """Not those that somebody edited, nor those of a backup by hard links."""
+    shutil.copytree(world / "done", tmp_path / "run")
+    path, backup = tmp_path / "run" / "metrics.csv", tmp_path / "backup.csv"
+    saved = (world / "run" / "metrics.csv").read_bytes()
+    written = EDITED[case](saved + b"1,4,0.1,written,after,the,save\r\n")
+    path.write_bytes(written)
+    os.link(path, backup)
+    pix2pix.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "3"])
+    now = path.read_bytes()
+    assert now.startswith(written if case != "as it was" else saved) and b"\n3," in now
+    assert (b"after" in now) == (case != "as it was")
+    if case == "as it was":
+        assert backup.read_bytes() == written
+
+
+def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
+    path = tmp_path / ("x" * 249 + ".png")
+    with whole_or_absent(path) as aside:
+        aside.write_text("whole")
+    assert path.read_text() == "whole"
+    with pytest.raises(OSError) as error, whole_or_absent(path):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(path) and path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cache_folder(pix2pix.Config(out=".")) == tmp_path / "cache"

@@ -9,7 +9,9 @@ import pytest
 
 import pix2pix
 from conftest import side_by_side
+from support.plots import write_page
 
+ODD = """javascript:alert(1) #?<"'%"""  # the name of a run folder
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
@@ -21,6 +23,8 @@ def runs(tmp_path_factory):
     for name, more in (("first", []), ("second", ["--lambda-l1", "10"])):
         out = ["--out", str(root / "runs" / name), "--cache", str(root / "cache")]
         pix2pix.main([*run, "2", "--log-every", "1", *out, *more])
+    shutil.copytree(root / "runs" / "first", root / "runs" / ODD)
+    write_page(root / "runs" / ODD)
     return root / "runs"
 
 
@@ -41,7 +45,10 @@ def test_a_runs_page_holds_what_the_run_came_to(runs):
 
 
 def test_the_page_of_all_runs_lists_them(runs):
-    assert [run["name"] for run in data_of(runs / "index.html")] == ["first", "second"]
+    """A name is text there, but encoded as a part of a link."""
+    found = {run["name"]: run["folder"] for run in data_of(runs / "index.html")}
+    link = "javascript%3Aalert%281%29%20%23%3F%3C%22%27%25"
+    assert found == {"first": "first", "second": "second", ODD: link}
 
 
 def test_no_page_is_written_around_a_folder_of_another_name(runs):
@@ -53,7 +60,8 @@ def test_no_page_is_written_around_a_folder_of_another_name(runs):
 def test_a_browser_draws_them(runs, tmp_path):
     for page, texts in (
         (runs / "first" / "index.html", ["<figcaption><span>g_l1", "samples/epoch_0002.png", "M"]),
-        (runs / "index.html", ['href="second/index.html"', "--lambda-l1 10"]),
+        (runs / "index.html", ['href="./second/index.html"', "--lambda-l1 10"]),
+        (runs / "index.html", ['href="./javascript%3Aalert%281%29%20%23%3F']),
     ):
         call = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         call += [f"--user-data-dir={tmp_path}", page.as_uri()]
