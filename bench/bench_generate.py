@@ -86,6 +86,7 @@ def bench_raster(benchmark, request, tmp_path, script, device):
         cfg,
         generate=str(tmp_path / "raster.tif"),
         out=str(tmp_path / "generated"),
+        overwrite=True,
         window=256 if timed else 64,
     )
     honest, seconds = common.translate_files, []

@@ -24,13 +24,14 @@ import torch
 from PIL import Image
 
 from support.batches import spread
-from support.canvases import EditCanvas, TranslationCanvas, around
+from support.canvases import EditCanvas, TranslationCanvas
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.pictures import as_array
 from support.processes import world_size
 from support.rasters import Raster
 from support.store import ImageStore
+from support.windows import around
 
 MOST_BYTES = 2**26  # of a request
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096

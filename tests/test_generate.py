@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,10 @@ import pix2pix
 import support.edits
 import support.generate
 from conftest import PLACE, geotiff, line_of, noise, picture, same, save, tiny
-from support.generate import _view, edit_of_files
+from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
-from support.windows import SharedStatistics, blended, predict_windows, tiles, touch
+from support.windows import SharedStatistics, Windows, tiles, touch
 
 
 def generated(image, paint, window, size=16, **options):
@@ -32,7 +34,7 @@ def generated(image, paint, window, size=16, **options):
         part = np.pad(part, [(0, 0), *missing], "symmetric")
         return np.stack([resize(np.ascontiguousarray(p), (size, size)) for p in part])
 
-    strips = list(blended(cut, paint, image.shape[1:], window, **options))
+    strips = list(Windows(cut, paint, image.shape[1:], window, **options).blended())
     tops = [top for top, _ in strips]
     assert tops == sorted(tops) and tops[0] == 0
     return torch.cat([strip for _, strip in strips], 1)
@@ -70,7 +72,7 @@ def test_windows_equal_the_whole_for_a_convolution(size):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1))
     image = noise(*size)
     with torch.no_grad():
-        tiled = generated(image, lambda x: net(x.float() / 255), 32, size=32, batch=3)
+        tiled = generated(image, lambda x: net(x.float() / 255), 32, size=32)
         whole = net(torch.from_numpy(image)[None].float() / 255)[0]
     assert torch.allclose(tiled, whole, atol=1e-5)
 
@@ -105,7 +107,7 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     use = ["--generate", str(tmp_path / "in"), "--checkpoint", checkpoint]
     main([*use, "--out", str(tmp_path / "a")])
     said = capsys.readouterr().err
-    assert "large.png: 130x100: 12 windows of 40, overlapping 10, each at 64x64" in said
+    assert "large.png: 130x100: in 12 window(s) of 40, at 64x64" in said
     assert "small.png: 50x60: as a whole, at 64x64" in said
     main([*use, "--out", str(tmp_path / "b"), "--window", "100"])
     assert "large.png: 130x100: as a whole" in capsys.readouterr().err
@@ -187,10 +189,9 @@ def test_windows_are_told_where_they_stand():
             told.extend(places)
             return contextlib.nullcontext()
 
-    corners, sides = [(10, 40), (0, 5)], (20, 10)
-    predict_windows(
-        lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, corners, sides, Statistics()
-    )
+    windows = Windows(lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, (20, 10), 0)
+    windows.statistics = Statistics()
+    windows.predicted([(10, 40), (0, 5)])
     assert told == [(0.5, 4.0), (0.0, 0.5)]
 
 
@@ -227,19 +228,18 @@ def test_statistics_are_noted_all_over_a_raster():
 
 @pytest.mark.parametrize("kind", ["picture", "edit"])
 def test_the_reach_of_the_command_line_counts(tmp_path, kind):
-    seen, honest, net = [], blended, nn.InstanceNorm2d(3)
+    seen, net = [], nn.InstanceNorm2d(3)
 
     def spy(*rest, **more):
-        shared = rest[4] if len(rest) > 4 else more.get("statistics")
-        seen.append(shared.reach if shared else 0)
-        return honest(*rest, **more)
+        seen.append(rest[4].reach if rest[4] else 0)
+        return Windows(*rest, **more)
 
     for reach in (0.0, 3.0):
         cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), norm_reach=reach)
         cfg = dataclasses.replace(cfg, out=str(tmp_path / f"{reach}"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(support.generate, "blended", spy)
-            patch.setattr(support.edits, "blended", spy)
+            patch.setattr(support.generate, "Windows", spy)
+            patch.setattr(support.edits, "Windows", spy)
             if kind == "edit":
                 common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
             else:
@@ -305,13 +305,115 @@ def test_two_results_of_one_name_are_refused(tmp_path):
         common.translate_files(cfg, None, to_labels=True)
 
 
-def test_results_of_other_formats_are_claimed_by_their_names(tmp_path):
-    """A .gif is written as .png, over which nothing else may stand."""
-    save(tmp_path / "in" / "x.gif", np.zeros((16, 16, 3), np.uint8))
-    save(tmp_path / "out" / "x.png", np.ones((4, 4, 3), np.uint8))
-    _, cfg = tiny("pix2pix", generate=str(tmp_path / "in" / "x.gif"), out=str(tmp_path / "out"))
-    with pytest.raises(common.UserError, match=r"x.png exists"):
-        common.translate_files(cfg, None)
+def test_results_have_the_names_of_their_inputs():
+    names = {name: results_of(Path(name)) for name in ("x.jpg", "x.tif", "x.npy")}
+    assert names == {"x.jpg": ["x.jpg"], "x.tif": ["x.tif"], "x.npy": ["x.png"]}
+    assert results_of(Path("x.tif"), to_labels=True) == ["x.tif"]
+    assert results_of(Path("x.jpg"), to_labels=True) == ["x.png", "x_colours.png"]
+
+
+def translation(tmp_path, *names, **options):
+    """A Config that translates pictures in/NAME of 16 x 16 pixels."""
+    for k, name in enumerate(names):
+        save(tmp_path / "in" / name, np.full((16, 16, 3), 40 * k, np.uint8))
+    options = {"generate": str(tmp_path / "in"), "out": str(tmp_path / "out")} | options
+    return tiny("pix2pix", **options)[1]
+
+
+def negative(windows, whole):
+    return -common.from_bytes(windows)
+
+
+def level(path):
+    return int(np.asarray(Image.open(path))[0, 0, 0])
+
+
+def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
+    """Also hidden files of anybody."""
+    cfg, out = translation(tmp_path, "a.png", "b.png", "c.png"), tmp_path / "out"
+    for name in ("b.png", "c.png", ".2024-a.png"):
+        save(out / name, np.full((4, 4, 3), 7, np.uint8))
+    common.translate_files(cfg, negative)
+    said = capsys.readouterr()
+    assert f"2 results are in {out} already and kept: --overwrite replaces" in said.err
+    assert said.out == f"1 image(s) written to {out}\n" and level(out / "a.png") == 255
+    assert all(level(out / name) == 7 for name in ("b.png", "c.png", ".2024-a.png"))
+    common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
+    assert [level(out / name) for name in ("a.png", "b.png", "c.png")] == [255, 215, 175]
+    assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err
+
+
+def test_a_folder_that_was_stopped_goes_on_where_it_was(tmp_path, capsys):
+    cfg = translation(tmp_path, "a.png", "b.png", "c.png")
+    calls = []
+
+    def stopped(windows, whole):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return negative(windows, whole)
+
+    with pytest.raises(KeyboardInterrupt):
+        common.translate_files(cfg, stopped)
+    common.translate_files(cfg, stopped)
+    assert len(calls) == 4 and level(tmp_path / "out" / "c.png") == 175
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_input_is_replaced(tmp_path, overwrite):
+    cfg = translation(tmp_path, "a.png", out=str(tmp_path / "in"), overwrite=overwrite)
+    with pytest.raises(common.UserError, match=r"a.png is an input: choose another --out"):
+        common.translate_files(cfg, negative)
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",), overwrite=overwrite)
+    save(tmp_path / "labels" / "photo.png", np.zeros((300, 400), np.uint8))
+    paths = {"lc": str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
+    with pytest.raises(common.UserError, match=r"labels/photo.png is an input"):
+        common.edit_file(dataclasses.replace(cfg, **paths), Painter())
+
+
+def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
+    cfg = translation(tmp_path, "a.png", "b.png")
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    with pytest.raises(common.UserError, match=r"b.png"):
+        common.translate_files(cfg, negative)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    cfg = translation(tmp_path, generate=str(tmp_path / "fifo.png"))
+    with pytest.raises(common.UserError, match=r"fifo.png: no such file or directory"):
+        common.translate_files(cfg, negative)
+
+
+def test_windows_without_data_are_left_out(tmp_path):
+    """Of 36 windows four have data, and one per row stands for the channels."""
+    pixels = np.zeros((304, 304, 3), np.uint8)
+    pixels[100:120, 100:120] = 90
+    geotiff(tmp_path / "x.tif", pixels, nodata=0)
+    windows, net = [], nn.InstanceNorm2d(3)
+
+    def predict(tiles, whole):
+        windows.extend(tiles)
+        return net(tiles.float()).tanh() / 2
+
+    cfg = translation(tmp_path, generate=str(tmp_path / "x.tif"), window=64)
+    common.translate_files(cfg, predict)
+    assert len(windows) <= 4 + 6
+    windows.clear()
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "shared"))
+    common.translate_files(cfg, predict, net)
+    noted = [window for window in windows if window.any()]
+    assert noted and len(windows) <= 8 + 6  # statistics come from windows with data
+    with rasterio.open(tmp_path / "shared" / "x.tif") as out:
+        assert ((out.dataset_mask() > 0) == (pixels[..., 0] > 0)).all()
+
+
+def test_a_reach_that_is_next_to_nothing(tmp_path):
+    shared = SharedStatistics(nn.InstanceNorm2d(3), 1e-320)
+    assert torch.isfinite(
+        generated(noise(64, 64), lambda x: shared.layers[0](x.float()), 16, statistics=shared)
+    ).all()
 
 
 # -------------------------------------------------------------------------------------------- edits
@@ -379,12 +481,17 @@ def test_land_cover_of_another_size_is_refused(tmp_path, shape):
         edit_of_files(cfg)
 
 
-def test_what_a_killed_generation_left_is_removed(tmp_path):
-    cfg, _ = edit(tmp_path, paint=("water:100,50,20,20",))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".123-photo.png").touch()
-    common.edit_file(cfg, Painter())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.png", "photo_sheet.png"}
+def test_samples_that_are_there_are_kept(tmp_path, capsys):
+    """Four samples, of which the second was retouched: the others are generated."""
+    cfg, photo = edit(tmp_path, paint=("water:100,50,20,20",))
+    save(tmp_path / "out" / "photo_2.png", np.full_like(photo, 7))
+    common.edit_file(cfg, Painter(), samples=4)
+    said = capsys.readouterr()
+    assert "photo_2.png is in" in said.err and "3 picture(s) written" in said.out
+    pictures = [Image.open(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2, 3, 4)]
+    assert [picture.getpixel((110, 60))[0] for picture in pictures] == [140, 7, 166, 178]
+    sheet = np.asarray(Image.open(tmp_path / "out" / "photo_sheet.png"))
+    assert sheet.shape[1] == 7 * 404 + 4  # three before, three after, and how they differ
 
 
 @pytest.mark.parametrize(
