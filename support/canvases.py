@@ -17,8 +17,17 @@ class MemoryRaster(Raster):
     """A picture (H, W, 3) uint8, or a label map (H, W), in memory; its owner may change it."""
 
     def __init__(self, pixels, table=None):
-        self.path, self.table, self.tiff, self._whole = Path("canvas"), table, None, pixels
+        self.path, self.table, self.tiff, self.pixels = Path("canvas"), table, None, pixels
         self.height, self.width = pixels.shape[:2]
+
+    def read(self, top=0, left=0, height=None, width=None):
+        """A window, or as much of it as there is, as a view."""
+        bottom = None if height is None else top + height
+        right = None if width is None else left + width
+        return self.pixels[top:bottom, left:right]
+
+    def valid(self, *_):
+        """None: every pixel has data."""
 
 
 class TranslationCanvas(Windows):

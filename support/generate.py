@@ -113,8 +113,11 @@ def edit_of_files(cfg):
         raise UserError(f"--generate {cfg.generate}: name one photograph, not a folder")
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover")
-    photo = Raster(path)
-    maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
+    maps = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
+    for file in maps:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+    photo, maps = Raster(path), [Raster(file, cfg.classes) for file in maps]
     for labels in maps:
         if (labels.height, labels.width) != (photo.height, photo.width):
             size = f"{labels.width}x{labels.height}"

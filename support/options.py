@@ -68,16 +68,12 @@ class Options:
     train_judge: bool = option(False, "train a judge of what is generated", may_change=True)
     judge_epochs: int = option(20, "its epochs", low=1, needs="train_judge", may_change=True)
     generate: str = option("", "image or folder to translate, or photograph to edit")
-    overwrite: bool = option(False, "generate results anew that exist", needs="generate")
+    overwrite: bool = option(False, "generate again what --out already has", needs="generate")
     serve: bool = option(False, "a page to paint on, in the browser")
     address: str = option("127.0.0.1", "where it listens: on this machine alone", needs="serve")
     port: int = option(8000, "its port; 0: any that is free", low=0, high=65535, needs="serve")
     window: int = option(
-        0,
-        "source pixels that --size spans; 0: as in training",
-        low=0,
-        high=2**24,
-        needs="generate or serve",
+        0, "source pixels that --size spans; 0: as in training", low=0, needs="generate or serve"
     )
     norm_reach: float = option(
         2.0,
@@ -118,12 +114,8 @@ class EditOptions(Options):
         choices=("batch", "running", "auto"),
     )
     show_samples: int = option(0, "draw N training edits, then stop", group="run", low=0)
-    lc: str = option(
-        "", "land cover, edited or for --paint to edit", group="use", needs="generate", file=True
-    )
-    lc_before: str = option(
-        "", "its land cover before, where --lc is edited", needs="generate", file=True
-    )
+    lc: str = option("", "land cover, edited or for --paint to edit", group="use", needs="generate")
+    lc_before: str = option("", "its land cover before, where --lc is edited", needs="generate")
     paint: tuple = option((), "class:x,y,width,height, a rectangle to paint", needs="generate")
     keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
 

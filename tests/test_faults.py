@@ -110,10 +110,6 @@ CASES = {
         "check --generator",
     ),
     "a batch of more than all": ("pix2pix", "--batch-size 7", "more than the 6 training images"),
-    "a window of 400 digits": (
-        *("pix2pix", f"--generate pairs/val --checkpoint model.pt --window {'9' * 400}"),
-        "must be at most 16777216",
-    ),
     "a window of nothing": ("pix2pix", "--window 50", "--window goes with --generate"),
     "a raster of 16 bits": (
         *("pix2pix", "--generate deep.tif --checkpoint model.pt --out o"),

@@ -379,11 +379,17 @@ def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pipe_is_no_picture(tmp_path):
+@pytest.mark.parametrize("option", ["generate", "lc", "lc_before"])
+def test_a_pipe_is_no_picture(tmp_path, option):
     os.mkfifo(tmp_path / "fifo.png")
-    cfg = translation(tmp_path, generate=str(tmp_path / "fifo.png"))
-    with pytest.raises(common.UserError, match=r"fifo.png: no such file or directory"):
-        common.translate_files(cfg, negative)
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
+    with pytest.raises(common.UserError, match=r"fifo.png: no such file"):
+        common.edit_file(dataclasses.replace(cfg, **{option: str(tmp_path / "fifo.png")}), None)
+
+
+def test_a_window_of_400_digits_is_the_whole(tmp_path):
+    common.translate_files(translation(tmp_path, "a.png", window=10**400), negative)
+    assert level(tmp_path / "out" / "a.png") == 255
 
 
 def test_windows_without_data_are_left_out(tmp_path):
