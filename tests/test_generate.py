@@ -371,6 +371,13 @@ def test_no_input_is_replaced(tmp_path, overwrite):
         common.edit_file(dataclasses.replace(cfg, **paths), Painter())
 
 
+def test_a_picture_does_not_depend_on_the_others_in_its_folder(tmp_path):
+    cfg = translation(tmp_path, "a.png", "b.png")
+    common.translate_files(cfg, lambda windows, whole: torch.rand(1, 3, 64, 64))
+    a, b = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(a, b) and a.std() > 0
+
+
 def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
     cfg = translation(tmp_path, "a.png", "b.png")
     (tmp_path / "in" / "b.png").write_text("no picture")

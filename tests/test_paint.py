@@ -76,20 +76,50 @@ def generated(tmp_path, cfg, pixels, net=None):
     return np.asarray(Image.open(Path(cfg.out) / name.name))
 
 
+def translating(cfg, predict, pixels, net=None):
+    return TranslationCanvas(cfg, predict, net, pixels, CLASSES, lambda x: as_array(x[None]))
+
+
 def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touches(tmp_path):
     cfg = configured("pix2pix", tmp_path, window=64)
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     painter = Painter()
-    canvas = TranslationCanvas(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
+    canvas = translating(cfg, painter, pixels)
     region, shown = canvas.generated((0, 0, 1, 1), 1)
     assert region == (0, 0, 200, 150) and painter.windows == 4 * 3
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
-    pixels[60:70, 100:110] = 1
-    painter.windows = 0
-    (top, left, height, width), part = canvas.generated((60, 100, 10, 10), 1)
-    assert painter.windows == 2 * 2 and top + height < 200
-    shown[top : top + height, left : left + width] = part
-    assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
+    for top, windows in ((60, 2 * 2), (170, 2)):
+        pixels[top : top + 10, 100:110] = 1
+        painter.windows = 0
+        (y, x, height, width), part = canvas.generated((top, 100, 10, 10), 1)
+        assert painter.windows == windows and (height, width) < (200, 150)
+        shown[y : y + height, x : x + width] = part
+        assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
+
+
+def test_answers_of_a_canvas_are_those_of_seeds(tmp_path):
+    """A canvas of one window, where a model may have noise."""
+    cfg = configured("pix2pix", tmp_path, window=64)
+    pixels = np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8)
+    canvas = translating(cfg, Painter(), pixels)
+    for sample in (1, 2):
+        want = generated(tmp_path, dataclasses.replace(cfg, seed=cfg.seed + sample - 1), pixels)
+        assert np.array_equal(canvas.generated((0, 0, 64, 64), sample)[1], want)
+
+
+def test_answers_of_an_edit_are_its_samples(tmp_path):
+    cfg, samples = configured("mixlc", tmp_path, window=64), []
+
+    def predict(windows, sample):
+        samples.append(sample)
+        return torch.zeros(len(windows), 3, 64, 64)
+
+    labels, photo = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    canvas = EditCanvas(cfg, predict, None, labels, photo)
+    canvas.pixels[20:30, 20:30] = 1
+    for sample in (1, 2):
+        canvas.generated((20, 20, 10, 10), sample)
+    assert samples == [1, 2]
 
 
 class Norm(torch.nn.Module):
@@ -107,7 +137,7 @@ def test_windows_of_a_canvas_share_their_statistics(tmp_path):
     cfg, net = configured("pix2pix", tmp_path, window=64), Norm()
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     pixels[:100] = 1
-    canvas = TranslationCanvas(cfg, net, net, pixels, CLASSES, lambda x: as_array(x[None]))
+    canvas = translating(cfg, net, pixels, net)
     _, shown = canvas.generated((0, 0, 1, 1), 1)
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels, net))
 
