@@ -18,7 +18,7 @@ import mixlc
 import pix2pix
 import support.edits
 import support.generate
-from conftest import PLACE, geotiff, line_of, noise, picture, same, save, tiny
+from conftest import PLACE, geotiff, noise, picture, same, save, tiny
 from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
@@ -113,7 +113,6 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     assert "large.png: 130x100: as a whole" in capsys.readouterr().err
     a, b = (np.asarray(Image.open(tmp_path / k / "large.png")) for k in "ab")
     assert a.shape == b.shape == (100, 130, 3) and (a != b).any()
-    assert "--window goes with --generate" in line_of(main, [*run, "--window", "9"], capsys)
 
 
 def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):

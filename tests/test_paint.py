@@ -563,7 +563,6 @@ def test_strangers_do_not_stop_the_page(server, monkeypatch):
         (["--port", "7"], "--port goes with --serve"),
         (["--address", "0.0.0.0"], "--address goes with --serve"),
         (["--serve", "--generate", "x.png"], "--serve goes without --generate"),
-        (["--window", "7"], "--window goes with --generate or --serve"),
     ],
 )
 def test_what_serve_goes_with(words, text, capsys):
