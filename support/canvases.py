@@ -1,4 +1,4 @@
-"""What the page paints on: a label map or picture, or a photograph to edit."""
+"""What the page paints on: a label map or a picture to translate, or a photograph to edit."""
 
 import collections
 import functools
@@ -10,28 +10,30 @@ import torch
 from support.edits import PhotoEdit
 from support.pictures import paste
 from support.rasters import Raster
-from support.windows import (
-    network_input,
-    predict_windows,
-    shared_statistics,
-    tiles,
-    touch,
-    window_of,
-)
+from support.windows import Windows, around, network_input, shared_statistics, touch, window_of
 
 
 class MemoryRaster(Raster):
-    """A picture (H, W, 3) uint8, or a label map (H, W), in memory; who holds it may change it."""
+    """A picture (H, W, 3) uint8, or a label map (H, W), in memory; its owner may change it."""
 
     def __init__(self, pixels, table=None):
-        self.path, self.table, self.tiff, self._whole = Path("canvas"), table, None, pixels
+        self.path, self.table, self.tiff, self.pixels = Path("canvas"), table, None, pixels
         self.height, self.width = pixels.shape[:2]
 
+    def read(self, top=0, left=0, height=None, width=None):
+        """A window, or as much of it as there is, as a view."""
+        bottom = None if height is None else top + height
+        right = None if width is None else left + width
+        return self.pixels[top:bottom, left:right]
 
-class TranslationCanvas:
+    def valid(self, *_):
+        """None: every pixel has data."""
+
+
+class TranslationCanvas(Windows):
     """A label map or a picture, and what a model makes of it, window by window.
 
-    pixels   (H, W) class indices, or (H, W, 3) uint8: strokes change them
+    pixels     (H, W) class indices, or (H, W, 3) uint8: strokes change them
     generated  after a change, the picture of the windows around it; at the first, of all
 
     The windows, their weights and their noise are those of --generate, and so is the picture.
@@ -39,64 +41,50 @@ class TranslationCanvas:
     """
 
     def __init__(self, cfg, predict, net, pixels, table, show):
-        self.cfg, self.predict, self.pixels, self.show = cfg, predict, pixels, show
-        self.raster = MemoryRaster(pixels, table)
-        self.cut = functools.partial(network_input, self.raster, cfg.size)
-        size = self.raster.height, self.raster.width
-        window = window_of(cfg, self.raster)
-        self.sides = (window, window) if window else size
-        rows, columns = (tiles(*pair) for pair in zip(size, self.sides, strict=True))
-        self.corners = [(top, left) for top, _ in rows for left, _ in columns]
-        self.weights = [
-            torch.from_numpy(y[:, None] * x) for (_, y), (_, x) in itertools.product(rows, columns)
-        ]
-        self.fakes = {}  # (number of a window, sample): (C, height, width) float32
-        self.alone = len(self.corners) == 1
-        self.statistics = None if self.alone else shared_statistics(cfg, net)
-        if self.statistics:
-            windowed = functools.partial(predict, whole=False)
-            self.statistics.note_some(rows, columns, self.sides, self.cut, windowed)
+        self.seed, self.pixels, self.show = cfg.seed, pixels, show
+        self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
+        raster = MemoryRaster(pixels, table)
+        window = window_of(cfg, raster)
+        super().__init__(
+            functools.partial(network_input, raster, cfg.size),
+            functools.partial(predict, whole=not window),
+            pixels.shape[:2],
+            window,
+            shared_statistics(cfg, net),
+        )
 
     def generated(self, box, sample):
-        """Paints anew what a box (top, left, height, width) touches: (its surroundings, pixels)."""
-        if (0, sample) not in self.fakes:
-            box = 0, 0, self.raster.height, self.raster.width
-        touched = self._touched(box)
-        torch.manual_seed(self.cfg.seed + sample - 1)
-        predict = functools.partial(self.predict, whole=self.alone)
-        for first in range(0, len(touched), 8):
-            numbers = touched[first : first + 8]
-            corners = [self.corners[k] for k in numbers]
-            fakes = predict_windows(self.cut, predict, corners, self.sides, self.statistics)
-            self.fakes |= {(k, sample): fake for k, fake in zip(numbers, fakes, strict=True)}
-        tops, lefts = zip(*(self.corners[k] for k in touched), strict=True)
-        bottom = min(max(tops) + self.sides[0], self.raster.height)
-        right = min(max(lefts) + self.sides[1], self.raster.width)
-        region = min(tops), min(lefts), bottom - min(tops), right - min(lefts)
-        return region, self.show(self._blended(region, sample))
+        """Generates what a box (top, left, height, width) touches: (its surroundings, pixels)."""
+        self.sample = sample
+        known = self.known[sample]
+        if not known:
+            box = 0, 0, *self.size
+        torch.manual_seed(self.seed + sample - 1)
+        corners = [(top, left) for top, _ in self.rows for left, _ in self.columns]
+        touched = [corner for corner in corners if touch((*corner, *self.sides), box)]
+        for corner in touched:
+            known.pop(corner, None)
+        top, left = touched[0]
+        bottom = min(touched[-1][0] + self.sides[0], self.size[0])
+        right = min(touched[-1][1] + self.sides[1], self.size[1])
+        rows = [row for row in self.rows if row[0] < bottom and top < row[0] + self.sides[0]]
+        strips = [strip[:, :, left:right] for _, strip in self.blended(rows)]
+        blend = torch.cat(strips, 1)[:, top - rows[0][0] :][:, : bottom - top]
+        return (top, left, bottom - top, right - left), self.show(blend)
 
-    def _touched(self, box):
-        """The numbers of the windows that have pixels in a box."""
-        return [k for k, corner in enumerate(self.corners) if touch((*corner, *self.sides), box)]
-
-    def _blended(self, region, sample):
-        """The windows of a region, each with its weights: (C, height, width) float32."""
-        y, x, height, width = region
-        blend = torch.zeros(len(self.fakes[0, sample]), height, width)
-        for k in self._touched(region):
-            top, left = self.corners[k]
-            fake = self.fakes[k, sample] * self.weights[k]
-            target = blend[:, max(0, top - y) :, max(0, left - x) :]
-            fake = fake[:, max(0, y - top) :, max(0, x - left) :]
-            fake = fake[:, : target.shape[1], : target.shape[2]]
-            target[:, : fake.shape[1], : fake.shape[2]] += fake
-        return blend
+    def predicted(self, corners):
+        """Windows at these corners, from memory where nothing has changed."""
+        known = self.known[self.sample]
+        new = [corner for corner in corners if corner not in known]
+        if new:
+            known |= zip(new, super().predicted(new), strict=True)
+        return torch.stack([known[corner] for corner in corners])
 
 
 class EditCanvas:
     """A photograph, its land cover, which strokes change, and the photograph that follows.
 
-    pixels   (H, W) class indices: strokes change them
+    pixels     (H, W) class indices: strokes change them
     generated  after a change, the picture of the regions that it changed
 
     The regions, their windows and how they are blended are those of --generate.
@@ -109,15 +97,16 @@ class EditCanvas:
         self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
 
     def generated(self, box, sample):
-        """Paints the regions that are new: (the box around all that changed, pixels)."""
+        """Generates the regions that are new: (the box around all that changed, pixels)."""
         known, found = self.answers[sample], {}
+        predict = functools.partial(self.predict, sample=sample)
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
             if key not in known:
-                known[key] = list(self.edit.generated(region, self.predict, self.net, sample))
+                known[key] = list(self.edit.generated(region, predict, self.net))
                 box = around(box, region)
             found[key] = known[key]
-        for region, _ in known.keys() - found.keys():  # what was erased, or became part of another
+        for region, _ in known.keys() - found.keys():  # erased, or part of another region now
             box = around(box, region)
         self.answers[sample] = found
         top, left, height, width = box
@@ -125,13 +114,3 @@ class EditCanvas:
         for pixels, y, x in itertools.chain(*found.values()):
             paste(picture, pixels, y - top, x - left)
         return box, picture
-
-
-def around(box, other):
-    """The box (top, left, height, width) around two."""
-    top, left = min(box[0], other[0]), min(box[1], other[1])
-    bottom, right = (
-        max(box[0] + box[2], other[0] + other[2]),
-        max(box[1] + box[3], other[1] + other[3]),
-    )
-    return top, left, bottom - top, right - left

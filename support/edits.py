@@ -1,13 +1,10 @@
-"""An edit of one photograph through its land cover: which windows are painted."""
-
-import functools
-import itertools
+"""An edit of one photograph through its land cover: which regions are generated."""
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from support.pictures import as_array, mirrored, resize
-from support.windows import blended, shared_statistics, touch, window_of
+from support.windows import Windows, around, shared_statistics, touch, window_of
 
 
 class PhotoEdit:
@@ -18,7 +15,7 @@ class PhotoEdit:
     first    Raster of the land cover that it has; None: lc, without the strokes
     strokes  rectangles of a class, [(index, top, left, bottom, right), ...]
     told     whether the land cover before is known, and with it what changed
-    window   the side of a window, in pixels; 0: the photograph is painted as a whole
+    window   the side of a window, in pixels; 0: the photograph is generated as a whole
     border   how far an edit is feathered into the photograph: 12 pixels in 256
     """
 
@@ -50,44 +47,52 @@ class PhotoEdit:
         return self.before(*window) != self.after(*window)
 
     def regions(self):
-        """What to paint, [(top, left, height, width), ...], around each group of changes.
+        """What to generate, [(top, left, height, width), ...], around each group of changes.
 
         A change that leaves a window an eighth of its side around it gets one window of its own,
         with the change in its middle, as in training; a larger one gets a quarter all around.
         Regions that would overlap become one.
         """
-        window = self.window
-        if self.whole or not window:
+        if self.whole or not self.window:
             return [(0, 0, *self.size)]
-        block = max(1, window // 16)
-        spans = [
-            (y * block, x * block, (y_last + 1) * block, (x_last + 1) * block)
-            for y, x, y_last, x_last in _groups(self._changed_blocks(block))
-        ]
-        apart = []
-        while spans:
-            span = spans.pop()
-            near = [s for s in apart if touch(self._around(span, window), self._around(s, window))]
-            if near:
-                apart.remove(near[0])
-                span = [*map(min, span[:2], near[0][:2]), *map(max, span[2:], near[0][2:])]
-                spans.append(span)
-            else:
-                apart.append(span)
-        return [self._around(span, window) for span in apart]
+        regions = {}  # region: the box of its changes
+        for box in self._changes(max(1, self.window // 16)):
+            region = self._surroundings(box)
+            while near := [other for other in regions if touch(region, other)]:
+                box = around(box, regions.pop(near[0]))
+                region = self._surroundings(box)
+            regions[region] = box
+        return list(regions)
 
-    def generated(self, region, predict, net=None, sample=1):
-        """Paints a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
-        (y, x), size = region[:2], region[2:]
-        strips = blended(
+    def _changes(self, block):
+        """Boxes (top, left, height, width) that cover what changes, in blocks of pixels."""
+        height, width = self.size
+        for top in range(0, height, block):
+            changed = self.changed(top, 0, min(block, height - top), width).any(0)
+            blocks = np.logical_or.reduceat(changed, np.arange(0, width, block))
+            edges = np.flatnonzero(np.diff(blocks, prepend=False, append=False)) * block
+            for left, right in edges.reshape(-1, 2).tolist():
+                yield top, left, block, right - left
+
+    def _surroundings(self, box):
+        """The region to generate around a box of changes."""
+        margin, lengths = self.window // 4, []
+        for length, side in zip(box[2:], self.size, strict=True):
+            fits = length <= self.window - margin
+            lengths.append(min(side, self.window if fits else length + 2 * margin))
+        return centred(box, lengths, self.size)
+
+    def generated(self, region, predict, net=None):
+        """Generates a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
+        y, x, *size = region
+        windows = Windows(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
-            functools.partial(predict, sample=sample),
+            predict,
             size,
             self.window,
             shared_statistics(self.cfg, net),
-            about=self.photo.path.name,
         )
-        for top, strip in strips:
+        for top, strip in windows.blended(about=self.photo.path.name):
             yield self._feathered(as_array(strip[None]), y + top, x), y + top, x
 
     def _cut(self, *window):
@@ -99,7 +104,7 @@ class PhotoEdit:
         return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
 
     def _feathered(self, pixels, top, left):
-        """MemoryRaster pixels in the photograph, which holds outside of what changed."""
+        """Generated pixels where land cover changes, the photograph elsewhere, a ramp between."""
         height, width = pixels.shape[:2]
         if self.whole:
             return pixels
@@ -112,36 +117,10 @@ class PhotoEdit:
         under = Image.fromarray(self.photo.read(top, left, height, width))
         return np.asarray(Image.composite(Image.fromarray(pixels), under, mask))
 
-    def _changed_blocks(self, block):
-        """The set of (row, column) of blocks of pixels in which land cover changes."""
-        blocks = set()
-        for row, top in enumerate(range(0, self.size[0], block)):
-            changed = self.changed(top, 0, min(block, self.size[0] - top), self.size[1]).any(0)
-            blocks |= {(row, k // block) for k in np.flatnonzero(changed).tolist()}
-        return blocks
 
-    def _around(self, span, window):
-        """The region to paint around what changes in (top, left, bottom, right)."""
-        corner, room = [], window // 4
-        lengths = []
-        for first, last, side in zip(span[:2], span[2:], self.size, strict=True):
-            fits = last - first <= window - room
-            length = min(side, window if fits else last - first + 2 * room)
-            corner.append(max(0, min((first + last - length) // 2, side - length)))
-            lengths.append(length)
-        return *corner, *lengths
-
-
-def _groups(blocks):
-    """Splits a set of (row, column) into groups of neighbours: the corners of each, inclusive."""
-    while blocks:
-        group, edge = set(), {blocks.pop()}
-        while edge:
-            group |= edge
-            edge = blocks & {(y + dy, x + dx) for y, x in edge for dy, dx in _NEAR}
-            blocks -= edge
-        rows, columns = zip(*group, strict=True)
-        yield min(rows), min(columns), max(rows), max(columns)
-
-
-_NEAR = list(itertools.product((-1, 0, 1), repeat=2))
+def centred(box, lengths, size):
+    """A box (top, left, *lengths) with another in its middle, moved into an image of a size."""
+    corner = []
+    for first, inner, length, side in zip(box[:2], box[2:], lengths, size, strict=True):
+        corner.append(max(0, min(first + (inner - length) // 2, side - length)))
+    return *corner, *lengths

@@ -1,32 +1,28 @@
 """--generate and --serve: pictures translated, photographs edited."""
 
 import collections
-import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
-import re
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.edits import PhotoEdit
+from support.edits import PhotoEdit, centred
 from support.errors import UserError
-from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image, write_text
+from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import image_files
-from support.pictures import as_array, as_tensor, from_bytes, paste, save_grid
+from support.pictures import as_array, as_tensor, from_bytes, save_grid
 from support.rasters import Raster, writing
 from support.serve import edits, translations
-from support.windows import blended, network_input, say_windows, shared_statistics, window_of
+from support.windows import Windows, network_input, shared_statistics, tiles, window_of
 
 
 def inputs_of(cfg, labels=False):
     """The files that --generate names: one, or the images of a folder."""
     path = Path(cfg.generate)
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):
         raise UserError(f"--generate {path}: no such file or directory")
     files = image_files(path, labels) if path.is_dir() else [path]
     if not files:
@@ -41,45 +37,87 @@ def results_of(path, to_labels=False):
     return [path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.stem}.png"]
 
 
-def claim_names(cfg, names):
-    """Refuses to write over anything in --out but what the same command has written there.
-
-    A hidden file beside that folder holds which command that was, for each name.
-    """
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"--generate {cfg.generate}: two results would be called {twice[0]}")
-    options = dataclasses.asdict(dataclasses.replace(cfg, out="", cache="", device="auto"))
-    command = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
-    out, written = Path(cfg.out).resolve(), {}
+def missing(cfg, names, inputs):
+    """Which of these results to write: those that --out lacks; all with --overwrite."""
+    out = Path(cfg.out)
     if out.is_file():
-        raise UserError(f"--out {cfg.out}: is a file, not a folder")
-    log = out.with_name(f".{out.name}.generated.json")
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
-        written = json.loads(log.read_text())
+        raise UserError(f"--out {out}: is a file, not a folder")
+    name, count = collections.Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--generate {cfg.generate}: two results would be called {name}")
+    inputs = {path.resolve() for path in inputs}
     for name in names:
-        path = Path(cfg.out) / name
-        if path.exists() and written.get(name) != command:
-            raise UserError(f"{path} exists and would be written over: choose another --out")
-    for aside in out.glob(".*-*") if out.is_dir() else ():  # of a process that was killed
-        if re.sub(r"^\.\d+-", "", aside.name) in names:
-            aside.unlink()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(PermissionError):
-        write_text(log, json.dumps(written | dict.fromkeys(names, command), indent=1))
+        if (out / name).resolve() in inputs:
+            raise UserError(f"{out / name} is an input: choose another --out")
+    kept = [name for name in names if os.path.lexists(out / name) and not cfg.overwrite]
+    if kept:
+        what = f"{kept[0]} is" if len(kept) == 1 else f"{len(kept)} results are"
+        print(f"{what} in {out} already and kept: --overwrite replaces", file=sys.stderr)
+    return set(names) - set(kept)
+
+
+def say_windows(cfg, raster, regions, window):
+    """Says on stderr by which windows these regions (top, left, height, width) are generated."""
+    how = "as a whole"
+    if window:
+        counts = [
+            len(tiles(region[2], window)) * len(tiles(region[3], window)) for region in regions
+        ]
+        how = f"in {sum(counts)} window(s) of {window}"
+    size = f"{raster.width}x{raster.height}"
+    print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
+
+
+def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
+    """--generate of pictures or label maps, at the scale of training, into --out.
+
+    predict(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
+           of the classes (B, classes, S, S); whole: there is just one window
+    net    the network, if it normalises by an image's own statistics
+    """
+    if cfg.serve:
+        translations(cfg, predict, net, from_labels, to_labels)
+        return
+    files = inputs_of(cfg, labels=from_labels)
+    table = cfg.classes if from_labels else None
+    names = {path: results_of(path, to_labels) for path in files}
+    new = missing(cfg, [name for path in files for name in names[path]], files)
+    files = [path for path in files if new.issuperset(names[path])]
+    for path in files:  # a damaged one is found before anything is generated
+        with Raster(path, table):
+            pass
+    for path in files:
+        torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
+        with Raster(path, table) as raster:
+            _translate(cfg, raster, predict, net, cfg.classes if to_labels else None)
+    print(f"{len(files)} image(s) written to {cfg.out}")
+
+
+def _translate(cfg, raster, predict, net, classes):
+    """Writes what is generated from one Raster; with a ClassTable that is a label map."""
+    window, size = window_of(cfg, raster), (raster.height, raster.width)
+    say_windows(cfg, raster, [(0, 0, *size)], window)
+    cut = functools.partial(network_input, raster, cfg.size)
+    predict = functools.partial(predict, whole=not window)
+    statistics = shared_statistics(cfg, net)
+    windows = Windows(cut, predict, size, window, statistics, raster.valid)
+    with writing(Path(cfg.out) / raster.path.name, raster, classes) as put:
+        for top, strip in windows.blended(about=raster.path.name):
+            put(strip.argmax(0).byte().numpy() if classes else as_array(strip[None]), top)
 
 
 def edit_of_files(cfg):
     """The PhotoEdit that --generate, --lc, --lc-before and --paint ask for."""
     path = inputs_of(cfg)[0]
     if Path(cfg.generate).is_dir():
-        what = "an edit takes one photograph, not a folder"
-        raise UserError(f"--generate {cfg.generate}: {what}")
+        raise UserError(f"--generate {cfg.generate}: name one photograph, not a folder")
     if not cfg.lc:
-        what = "the photograph's land cover (edited, or to be edited by --paint)"
-        raise UserError(f"--generate needs --lc FILE, {what}")
-    photo = Raster(path)
-    maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
+        raise UserError("--generate needs --lc FILE, the photograph's land cover")
+    maps = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
+    for file in maps:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+    photo, maps = Raster(path), [Raster(file, cfg.classes) for file in maps]
     for labels in maps:
         if (labels.height, labels.width) != (photo.height, photo.width):
             size = f"{labels.width}x{labels.height}"
@@ -96,8 +134,8 @@ def edit_of_files(cfg):
 
 
 def _stroke(text, classes, height, width):
-    """A "class:x,y,width,height" as (index, top, left, bottom, right). Of a class the beginning of
-    its name is enough, where no other begins so.
+    """A "class:x,y,width,height" as (index, top, left, bottom, right). The beginning of a class's
+    name is enough, where no other begins so.
     """
     name, _, numbers = text.rpartition(":")
     names = [known.lower() for known in classes.names]
@@ -108,63 +146,17 @@ def _stroke(text, classes, height, width):
     except ValueError:
         raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
     if len(meant) != 1:
-        known, what = ", ".join(classes.names), "several begin so" if meant else "no such class"
-        raise UserError(f"--paint {text}: {what}; there are {known}")
+        what = "several begin so" if meant else "no such class"
+        raise UserError(f"--paint {text}: {what}; there are {', '.join(classes.names)}")
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
     return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
 
 
-def _view(regions, size, most=1024):
-    """What a sheet shows: all, or of a large raster the surroundings of the largest edit."""
-    if max(size) <= most or not regions:
-        return 0, 0, min(size[0], most), min(size[1], most)
-    top, left, height, width = max(regions, key=lambda region: region[2] * region[3])
-    corner = [
-        max(0, min(first + length // 2 - most // 2, side - most))
-        for first, length, side in ((top, height, size[0]), (left, width, size[1]))
-    ]
-    return *corner, min(most, size[0]), min(most, size[1])
-
-
-def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
-    """--generate of pictures or label maps, at the scale of training, into --out.
-
-    predict(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
-           of the classes (B, classes, S, S); whole: there is just one window
-    net    the network, if it normalises by an image's own statistics
-    """
-    if cfg.serve:
-        translations(cfg, predict, net, from_labels, to_labels)
-        return
-    files = inputs_of(cfg, labels=from_labels)
-    claim_names(cfg, [name for path in files for name in results_of(path, to_labels)])
-    for path in files:
-        torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
-        with Raster(path, cfg.classes if from_labels else None) as raster:
-            window = window_of(cfg, raster)
-            say_windows(cfg, raster, [(0, 0, raster.height, raster.width)], window)
-            strips = blended(
-                functools.partial(network_input, raster, cfg.size),
-                functools.partial(predict, whole=not window),
-                (raster.height, raster.width),
-                window,
-                shared_statistics(cfg, net),
-                about=path.name,
-            )
-            with writing(Path(cfg.out) / path.name, raster, to_labels and cfg.classes) as put:
-                for top, strip in strips:
-                    if to_labels:
-                        put(strip.argmax(0).byte().numpy(), top)
-                    else:
-                        put(as_array(strip[None]), top)
-    print(f"{len(files)} image(s) written to {cfg.out}")
-
-
 def edit_file(cfg, predict, net=None, samples=1):
     """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
 
-    Only windows around what changed are painted, and blended into the photograph over a border
+    Only windows around what changed are generated, and blended into the photograph over a border
     of 12 pixels in 256; elsewhere it stays as it is. With several samples also how they differ:
     their standard deviation, white at 32 levels.
 
@@ -175,42 +167,63 @@ def edit_file(cfg, predict, net=None, samples=1):
     if cfg.serve:
         edits(cfg, predict, net)
         return
-    edit = edit_of_files(cfg)
-    photo, name, regions = edit.photo, edit.photo.path, edit.regions()
-    names = results_of(name)
+    edit, out = edit_of_files(cfg), Path(cfg.out)
+    path, regions = edit.photo.path, edit.regions()
+    names = results_of(path)
+    sheet, differences = f"{path.stem}_sheet.png", f"{path.stem}_differences.png"
     if samples > 1:
         suffix = Path(names[0]).suffix
-        names = [f"{name.stem}_{k}{suffix}" for k in range(1, samples + 1)]
-    more = ["sheet", "differences"] if samples > 1 else ["sheet"]
-    claim_names(cfg, names + [f"{name.stem}_{what}.png" for what in more])
-    say_windows(cfg, photo, regions, edit.window)
+        names = [f"{path.stem}_{k}{suffix}" for k in range(1, samples + 1)]
+    inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
+    new = missing(cfg, names + [sheet, differences][: 1 + (samples > 1)], inputs)
+    say_windows(cfg, edit.photo, regions, edit.window)
     if not edit.told:
-        hint = "--lc-before FILE would tell what changed"
-        print(f"the whole photograph is regenerated: {hint}", file=sys.stderr)
+        hint = "--lc-before FILE tells what changed"
+        print(f"the whole photograph is generated: {hint}", file=sys.stderr)
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
-    view = _view(regions, edit.size)
-    top, left, height, width = view
-    pictures, answers = {"before": photo.read(*view)}, []
+    results = {}
+    for k, name in enumerate(names, 1):
+        if name in new:
+            _write_edit(out / name, edit, regions, functools.partial(predict, sample=k), net)
+            results[f"after {k}" if samples > 1 else "after"] = out / name
+    pictures = _pictures(edit, regions, results)
+    if differences in new and len(results) > 1:
+        write_image(out / differences, pictures["where they differ"])
+    if sheet in new and results:
+        columns = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
+        save_grid(out / sheet, columns)
+    print(f"{len(results)} picture(s) written to {out}, with a before/after sheet")
+
+
+def _write_edit(path, edit, regions, predict, net):
+    """Writes a photograph with its edited regions generated."""
+    with writing(path, edit.photo) as put:
+        for top in range(0, edit.size[0], 256):
+            put(edit.photo.read(top, 0, 256), top)
+        for region in regions:
+            for pixels, top, left in edit.generated(region, predict, net):
+                put(pixels, top, left)
+
+
+def _pictures(edit, regions, results):
+    """What a sheet shows, {title: (H, W, 3) uint8}, of an edit and its results, {title: path}."""
+    view, palette = _view(regions, edit.size), edit.cfg.classes.palette
+    pictures = {"before": edit.photo.read(*view)}
     if edit.told:
-        pictures["land cover"] = cfg.classes.palette[edit.before(*view)]
-    pictures["edited land cover"] = cfg.classes.palette[edit.after(*view)]
-    for k, written in enumerate(names, 1):
-        shown = pictures["before"].copy()
-        with writing(Path(cfg.out) / written, photo) as put:
-            for first in range(0, edit.size[0], 256):
-                put(photo.read(first, 0, 256), first)
-            for region in regions:
-                for pixels, y, x in edit.generated(region, predict, net, sample=k):
-                    put(pixels, y, x)
-                    paste(shown, pixels, y - top, x - left)
-        pictures[f"after {k}" if samples > 1 else "after"] = shown
-        answers.append(shown.astype(np.float32))
-    if samples > 1:
-        spread = np.std(answers, 0).mean(-1, keepdims=True)
-        differences = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)
-        pictures["where they differ"] = differences
-        write_image(Path(cfg.out) / f"{name.stem}_differences.png", differences)
-    sheet = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
-    save_grid(Path(cfg.out) / f"{name.stem}_sheet.png", sheet)
-    print(f"{len(answers)} picture(s) written to {cfg.out}, with a before/after sheet")
+        pictures["land cover"] = palette[edit.before(*view)]
+    pictures["edited land cover"] = palette[edit.after(*view)]
+    for title, path in results.items():
+        with Raster(path) as raster:
+            pictures[title] = raster.read(*view)
+    if len(results) > 1:
+        spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)
+        pictures["where they differ"] = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)
+    return pictures
+
+
+def _view(regions, size, most=1024):
+    """What a sheet shows: all, or of a large raster the surroundings of the largest edit."""
+    lengths = min(most, size[0]), min(most, size[1])
+    largest = max(regions, key=lambda region: region[2] * region[3], default=(0, 0, 0, 0))
+    return centred(largest, lengths, size)

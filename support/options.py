@@ -96,7 +96,10 @@ class Options:
         20, "epochs of the judge's training", low=1, needs="train_judge", may_change=True
     )
     generate: str = option("", "image or folder to translate, or photograph to edit")
-    serve: bool = option(False, "open a local page in the browser, to paint on")
+    overwrite: bool = option(
+        False, "generate results anew that --out already has", needs="generate"
+    )
+    serve: bool = option(False, "serve a local page to paint on, in a browser")
     address: str = option("127.0.0.1", "network address of the page", needs="serve")
     port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535, needs="serve")
     window: int = option(0, "source pixels that --size spans; 0: as in training", low=0)

@@ -1,9 +1,7 @@
-"""A raster painted window by window, with shared statistics and smooth blending."""
+"""A raster generated window by window, with shared statistics and smooth blending."""
 
 import contextlib
-import itertools
 import math
-import sys
 
 import numpy as np
 import torch
@@ -16,10 +14,10 @@ from support.pictures import resize
 
 
 def tiles(length, window):
-    """Where windows stand along a side, and what they weigh: [(start, (window,) float32), ...].
+    """Where windows stand along a side, and their weights: [(start, (window,) float32), ...].
 
     They overlap by a quarter or more, and their weights sum to 1 everywhere: 0 in the outer
-    quarter of an overlap, where a window knows least of what lies around, and a cosine between.
+    quarter of an overlap, where a window sees least of its surroundings, and a cosine between.
     """
     count = max(1, math.ceil((length - window // 4) / (window - window // 4)))
     starts = np.linspace(0, max(length - window, 0), count).round().astype(int).tolist()
@@ -36,18 +34,18 @@ def tiles(length, window):
 class SharedStatistics:
     """Normalises every window of a raster by statistics of the windows around it.
 
-    InstanceNorm, and BatchNorm by an image's own statistics, would paint each window in colours
-    of its own. A first pass over some windows notes every layer's mean and variance, and a window
+    InstanceNorm, and BatchNorm by an image's own statistics, would give each window colours of
+    its own. A first pass over some windows notes every layer's mean and variance, and a window
     then gets their averages, with Gaussian weights of `reach` windows (kernelized instance
     normalization, Ho et al. 2022, arXiv:2208.10730; an infinite reach: all alike).
     """
 
-    most = 24  # windows noted along a side: for 2000 x 2000 windows of a large raster, too
+    most = 24  # windows noted along a side, for 2000 x 2000 windows of a large raster, too
 
     def __init__(self, net, reach):
         kinds = nn.InstanceNorm2d, nn.BatchNorm2d
         self.layers = [module for module in net.modules() if isinstance(module, kinds)]
-        self.reach, self.positions = reach, []
+        self.reach, self.positions = max(reach, 1e-3), []
         self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
@@ -70,14 +68,6 @@ class SharedStatistics:
             for hook in hooks:
                 hook.remove()
         self.positions.append(position)
-
-    def note_some(self, rows, columns, sides, cut, predict):
-        """Notes some of the windows that stand at these tiles of a raster."""
-        noted = list(itertools.product(self.some(rows), self.some(columns)))
-        bar = {"unit": "window", "leave": False, "disable": None}
-        for (top, _), (left, _) in tqdm(noted, "statistics", **bar):
-            position = top / sides[0], left / sides[1]
-            self.note(position, predict, torch.from_numpy(cut(top, left, *sides)))
 
     @contextlib.contextmanager
     def around(self, positions):
@@ -112,73 +102,94 @@ class SharedStatistics:
         return forward
 
 
-def predict_windows(cut, predict, corners, sides, statistics=None):
-    """Paints windows at these corners (top, left): (B, C, *sides) float32, on the CPU."""
-    windows = torch.from_numpy(np.stack([cut(*corner, *sides) for corner in corners]))
-    positions = [(top / sides[0], left / sides[1]) for top, left in corners]
-    with statistics.around(positions) if statistics else contextlib.nullcontext():
-        fakes = predict(windows).float().cpu()
-    if fakes.shape[2:] != sides:
-        fakes = F.interpolate(fakes, sides, mode="bicubic", antialias=True)
-    return fakes
+class Windows:
+    """The windows by which a raster is generated.
 
-
-def blended(cut, predict, size, window, statistics=None, batch=8, about=""):
-    """Paints a raster by windows: yields (top, pixels (C, rows, width) float32) from top to bottom.
-
-    cut(top, left, height, width)  a window as the network takes it, (C', S, S) uint8
-    predict(windows (B, C', S, S))   -> (B, C, S', S')
-    size                           (height, width)
-    window                         the side of a window; 0: the whole at once
-    statistics                     SharedStatistics, where normalisation would tell windows apart
-
-    In memory: `window` rows of the raster, in float32, and a batch.
+    cut(top, left, height, width)   -> a window at the network's size, (C', S, S) uint8
+    predict(windows (B, C', S, S))  -> (B, C, S', S')
+    size        (height, width) of the raster, in pixels
+    window      the side of a window, in pixels; 0: the whole raster at once
+    statistics  SharedStatistics, if the network normalises by an image's own
+    valid(top, left, height, width)  -> where a window has data; None: everywhere
     """
-    sides = (window, window) if window else size
-    rows, columns = (tiles(length, side) for length, side in zip(size, sides, strict=True))
-    statistics = statistics if len(rows) * len(columns) > 1 else None
-    if statistics:
-        statistics.note_some(rows, columns, sides, cut, predict)
-    megapixels = size[0] * size[1] / 1e6
-    bar = tqdm(total=megapixels, desc=about, unit="MP", leave=False, disable=None)
-    band = None  # of the raster, from `top` on: sums of weighted windows
-    for k, (top, weights_y) in enumerate(rows):
-        for some in (columns[j : j + batch] for j in range(0, len(columns), batch)):
-            corners = [(top, left) for left, _ in some]
-            fakes = predict_windows(cut, predict, corners, sides, statistics)
-            if band is None:
-                width = columns[-1][0] + sides[1]
-                band = torch.zeros(fakes.shape[1], sides[0], width)
-            for fake, (left, weights_x) in zip(fakes, some, strict=True):
+
+    def __init__(self, cut, predict, size, window, statistics=None, valid=None):
+        self.cut, self.predict, self.size, self.valid = cut, predict, size, valid
+        self.sides = (window, window) if window else tuple(size)
+        self.rows, self.columns = map(tiles, size, self.sides)
+        alone = len(self.rows) == len(self.columns) == 1
+        self.statistics = None if alone else statistics
+        if self.statistics:
+            for corner in tqdm(self._noted(), "statistics", leave=False, disable=None):
+                tile = torch.from_numpy(cut(*corner, *self.sides))
+                self.statistics.note(self._position(corner), predict, tile)
+
+    def predicted(self, corners):
+        """What the network makes of windows at (top, left): (B, C, *sides) float32, on the CPU."""
+        windows = np.stack([self.cut(*corner, *self.sides) for corner in corners])
+        shared = contextlib.nullcontext()
+        if self.statistics:
+            shared = self.statistics.around([self._position(corner) for corner in corners])
+        with shared:
+            fakes = self.predict(torch.from_numpy(windows)).float().cpu()
+        if fakes.shape[2:] != self.sides:
+            fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
+        return fakes
+
+    def blended(self, rows=None, about=""):
+        """Yields (top, pixels (C, strip, width) float32) of all rows, or some, from the top down.
+
+        In memory: `window` rows of the raster, in float32, and a batch.
+        """
+        rows = rows or self.rows
+        height, width = self.sides
+        band = None  # of the raster, from `top` on: sums of weighted windows
+        bar = tqdm(rows, about, unit="row of windows", leave=False, disable=None)
+        for k, (top, weights_y) in enumerate(bar):
+            for left, weights_x, fake in self._row(top):
+                if band is None:
+                    band = torch.zeros(len(fake), height, self.columns[-1][0] + width)
                 weights = torch.from_numpy(weights_y[:, None] * weights_x)
-                band[:, :, left : left + sides[1]] += fake * weights
-            bar.update(megapixels * len(some) / len(rows) / len(columns))
-        done = rows[k + 1][0] - top if k + 1 < len(rows) else size[0] - top
-        finished, rest = band.split([done, sides[0] - done], 1)
-        band = torch.cat([rest, torch.zeros_like(finished)], 1)
-        yield top, finished[:, :, : size[1]]
-    bar.close()
+                band[:, :, left : left + width] += fake * weights
+            end = rows[k + 1][0] if k + 1 < len(rows) else min(top + height, self.size[0])
+            finished, rest = band.split([end - top, height - end + top], 1)
+            band = torch.cat([rest, torch.zeros_like(finished)], 1)
+            yield top, finished[:, :, : self.size[1]]
+
+    def _row(self, top):
+        """Generates the windows of a row that have data, or one: yields (left, weights, fake)."""
+        columns = self._columns(top) or self.columns[:1]
+        for first in range(0, len(columns), 8):
+            some = columns[first : first + 8]
+            fakes = self.predicted([(top, left) for left, _ in some])
+            for (left, weights), fake in zip(some, fakes, strict=True):
+                yield left, weights, fake
+
+    def _columns(self, top):
+        """The columns where a window at `top` has data."""
+        return [tile for tile in self.columns if self._has_data(top, tile[0])]
+
+    def _has_data(self, top, left):
+        valid = self.valid(top, left, *self.sides) if self.valid else None
+        return valid is None or valid.any()
+
+    def _noted(self):
+        """Corners of the windows whose statistics are noted: some that have data, all over."""
+        rows, columns = self.statistics.some(self.rows), self.statistics.some(self.columns)
+        noted = [(top, left) for top, _ in rows for left, _ in columns if self._has_data(top, left)]
+        if noted:
+            return noted
+        corners = [(top, left) for top, _ in self.rows for left, _ in self._columns(top)]
+        return corners[: self.statistics.most] or [(0, 0)]
+
+    def _position(self, corner):
+        """A corner (top, left), counted in windows."""
+        return corner[0] / self.sides[0], corner[1] / self.sides[1]
 
 
 def window_of(cfg, raster):
-    """The window by which a raster is painted; 0 for the whole at once, up to 1.5 windows."""
-    return cfg.window if max(raster.height, raster.width) > 1.5 * cfg.window > 0 else 0
-
-
-def say_windows(cfg, raster, regions, window):
-    """Says on stderr how these regions (top, left, height, width) of a raster are painted."""
-    what, count, overlap = f"as a whole, at {cfg.size}x{cfg.size}", 0, window
-    for *_, height, width in regions if window else ():
-        sides = tiles(height, window), tiles(width, window)
-        count += len(sides[0]) * len(sides[1])
-        for (a, _), (b, _) in itertools.chain(*map(itertools.pairwise, sides)):
-            overlap = min(overlap, a + window - b)
-    if window:
-        lapping = f", overlapping {overlap}" if overlap < window else ""
-        plural = "s" if count != 1 else ""
-        what = f"{count} window{plural} of {window}{lapping}, each at {cfg.size}x{cfg.size}"
-    size = f"{raster.width}x{raster.height}"
-    print(f"{raster.path.name}: {size}: {what}", file=sys.stderr)
+    """The window by which a raster is generated; 0: the whole at once, up to 1.5 windows."""
+    return cfg.window if 2 * max(raster.height, raster.width) > 3 * cfg.window > 0 else 0
 
 
 def shared_statistics(cfg, net):
@@ -193,5 +204,13 @@ def network_input(raster, size, *window):
 
 
 def touch(a, b):
-    """Whether two regions (top, left, height, width) have pixels in common."""
+    """Whether two boxes (top, left, height, width) have pixels in common."""
     return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (0, 1))
+
+
+def around(a, b):
+    """The box (top, left, height, width) around two."""
+    top, left = min(a[0], b[0]), min(a[1], b[1])
+    bottom = max(a[0] + a[2], b[0] + b[2])
+    right = max(a[1] + a[3], b[1] + b[3])
+    return top, left, bottom - top, right - left

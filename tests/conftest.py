@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
+from rasterio.transform import from_origin
 
 import common
 import support.run
@@ -26,6 +28,7 @@ SMALLEST = {
 }
 JUDGED = "--train-judge --judge-epochs 1"
 RUNS = dict.fromkeys(SCRIPTS, "--epochs 2") | {"mixlc_acgan": f"--epochs 2 {JUDGED}"}
+PLACE = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_800_000, 0.5, 0.5)}
 
 TABLE = [
     {"name": "land", "color": "#8429f6"},
@@ -59,6 +62,20 @@ def picture(rng, height, width):
 def save(path, array, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
+
+
+def geotiff(path, pixels, **profile):
+    """Writes (H, W, bands) or (H, W) as a GeoTIFF in PLACE."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    about = {"driver": "GTiff", "dtype": bands.dtype, "count": len(bands), **PLACE, **profile}
+    with rasterio.open(path, "w", height=bands.shape[1], width=bands.shape[2], **about) as target:
+        target.write(bands)
+    return path
+
+
+def noise(height, width, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
 
 
 def side_by_side(root, train=6, val=3, side=80, suffix=".png"):

@@ -7,12 +7,14 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -24,11 +26,14 @@ from PIL import Image
 import common
 import pix2pix
 from conftest import TABLE, land_cover, line_of, picture, save, tiny
-from support import serve as page
+from support import serve
+from support import studio as studios
+from support.canvases import EditCanvas, TranslationCanvas
 from support.classes import ClassTable
 from support.generate import _stroke
 from support.pictures import as_array
 from support.rasters import Raster
+from support.studio import Studio
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PLAYWRIGHT = importlib.util.find_spec("playwright")
@@ -71,22 +76,50 @@ def generated(tmp_path, cfg, pixels, net=None):
     return np.asarray(Image.open(Path(cfg.out) / name.name))
 
 
+def translating(cfg, predict, pixels, net=None):
+    return TranslationCanvas(cfg, predict, net, pixels, CLASSES, lambda x: as_array(x[None]))
+
+
 def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touches(tmp_path):
     cfg = configured("pix2pix", tmp_path, window=64)
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     painter = Painter()
-    canvas = page.TranslationCanvas(
-        cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None])
-    )
+    canvas = translating(cfg, painter, pixels)
     region, shown = canvas.generated((0, 0, 1, 1), 1)
     assert region == (0, 0, 200, 150) and painter.windows == 4 * 3
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
-    pixels[60:70, 100:110] = 1
-    painter.windows = 0
-    (top, left, height, width), part = canvas.generated((60, 100, 10, 10), 1)
-    assert painter.windows == 2 * 2 and top + height < 200
-    shown[top : top + height, left : left + width] = part
-    assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
+    for top, windows in ((60, 2 * 2), (170, 2)):
+        pixels[top : top + 10, 100:110] = 1
+        painter.windows = 0
+        (y, x, height, width), part = canvas.generated((top, 100, 10, 10), 1)
+        assert painter.windows == windows and (height, width) < (200, 150)
+        shown[y : y + height, x : x + width] = part
+        assert np.array_equal(shown, generated(tmp_path, cfg, pixels))
+
+
+def test_answers_of_a_canvas_are_those_of_seeds(tmp_path):
+    """A canvas of one window, where a model may have noise."""
+    cfg = configured("pix2pix", tmp_path, window=64)
+    pixels = np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8)
+    canvas = translating(cfg, Painter(), pixels)
+    for sample in (1, 2):
+        want = generated(tmp_path, dataclasses.replace(cfg, seed=cfg.seed + sample - 1), pixels)
+        assert np.array_equal(canvas.generated((0, 0, 64, 64), sample)[1], want)
+
+
+def test_answers_of_an_edit_are_its_samples(tmp_path):
+    cfg, samples = configured("mixlc", tmp_path, window=64), []
+
+    def predict(windows, sample):
+        samples.append(sample)
+        return torch.zeros(len(windows), 3, 64, 64)
+
+    labels, photo = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    canvas = EditCanvas(cfg, predict, None, labels, photo)
+    canvas.pixels[20:30, 20:30] = 1
+    for sample in (1, 2):
+        canvas.generated((20, 20, 10, 10), sample)
+    assert samples == [1, 2]
 
 
 class Norm(torch.nn.Module):
@@ -104,7 +137,7 @@ def test_windows_of_a_canvas_share_their_statistics(tmp_path):
     cfg, net = configured("pix2pix", tmp_path, window=64), Norm()
     pixels = np.random.default_rng(0).integers(0, 3, (200, 150), np.uint8)
     pixels[:100] = 1
-    canvas = page.TranslationCanvas(cfg, net, net, pixels, CLASSES, lambda x: as_array(x[None]))
+    canvas = translating(cfg, net, pixels, net)
     _, shown = canvas.generated((0, 0, 1, 1), 1)
     assert np.array_equal(shown, generated(tmp_path, cfg, pixels, net))
 
@@ -113,7 +146,7 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
     cfg = configured("mixlc", tmp_path, window=64)
     photo = picture(np.random.default_rng(0), 300, 400).copy()
     labels, painter = np.zeros((300, 400), np.uint8), Painter()
-    canvas, shown = page.EditCanvas(cfg, painter, None, labels.copy(), photo), photo.copy()
+    canvas, shown = EditCanvas(cfg, painter, None, labels.copy(), photo), photo.copy()
     strokes = {"water:100,50,20,20": 1, "road:300,200,90,30": 3, "water:310,210,10,5": 3}
     for count, (stroke, windows) in enumerate(strokes.items(), 1):
         index, top, left, bottom, right = _stroke(stroke, CLASSES, 300, 400)
@@ -141,13 +174,13 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
 @contextlib.contextmanager
 def serving(cfg, make, edits=False):
     """(studio, request): a server on this machine, and a function that asks it as the page does."""
-    studio = page.Studio(cfg, cfg.classes, make, edits)
-    server = studio.server()
+    studio = Studio(cfg, cfg.classes, make, edits)
+    server = serve.listening(studio)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
+    host, port = server.server_address[:2]
 
-    def request(method, path, body=None, *, token=studio.token, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    def request(method, path, body=None, *, token=server.token, **headers):
+        connection = http.client.HTTPConnection(host, port, timeout=60)
         connection.request(method, f"/{token}/{path}", body, headers)
         answer = connection.getresponse()
         content = answer.read()
@@ -155,7 +188,7 @@ def serving(cfg, make, edits=False):
             content = json.loads(content)
         return answer.status, content
 
-    request.port = port
+    request.server, request.port = server, port
     try:
         yield studio, request
     finally:
@@ -170,9 +203,7 @@ def server(tmp_path, landcover):
     painter = Painter()
 
     def make(pixels, _):
-        return page.TranslationCanvas(
-            cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None])
-        )
+        return TranslationCanvas(cfg, painter, None, pixels, CLASSES, lambda x: as_array(x[None]))
 
     with serving(cfg, make) as (studio, request):
         studio.predicting = painter
@@ -222,18 +253,24 @@ def test_the_page_knows_the_model(server):
     assert opened(request, example=1)
 
 
+def test_names_of_classes_are_text_in_the_page(tmp_path):
+    table = [{"name": "</script><script>alert(1)</script>", "color": "#000000"}, *TABLE]
+    cfg = configured("pix2pix", tmp_path, data="none", lc_classes=json.dumps(table))
+    text = Studio(cfg, cfg.classes, None).page()
+    assert text.count("</script>") == 2 and "alert(1)" in text and "<script>alert" not in text
+
+
 def test_strangers_are_refused(server):
-    studio, request = server
-    port = server[0]
-    assert request("GET", "", token="wrong")[0] == 403
-    assert request("GET", "", token="")[0] == 403
+    _, request = server
+    token = request.server.token
+    for wrong in ("wrong", "", token[:-1], token + "x"):
+        assert request("GET", "", token=wrong)[0] == 403
     assert request("GET", "", Host="evil.example")[0] == 403
-    canvas = opened(request)
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         status, text = request("POST", "open", "{}", Origin=origin)
         assert status == 403 and b"from another page" in text
     assert request("GET", "../../common.py")[0] == 404
-    assert stroke(request, canvas, 0, 0, 5, 5)[0] == 200 and port
+    assert stroke(request, opened(request), 0, 0, 5, 5)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -286,29 +323,96 @@ def file(array, name="x.png"):
     return [name, base64.b64encode(content.getvalue()).decode()]
 
 
-def test_files_are_opened_and_do_not_stay(server, tmp_path):
+def test_files_are_opened_and_do_not_stay(server, tmp_path, monkeypatch):
     studio, request = server
+    (tmp_path / "aside").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "aside"))
     labels = np.random.default_rng(0).integers(0, 3, (100, 60), np.uint8)
     canvas = opened(request, files={"input": file(labels)})
     assert np.array_equal(studio.canvases[canvas].pixels, labels)
-    text = base64.b64encode(b"no picture").decode()
-    for given, said in (
-        (["a.png", text], b"a.png: cannot be decoded"),
+    broken = base64.b64encode(b"\x89PNG\r\n\x1a\nrubbish").decode()
+    photo = picture(np.random.default_rng(0), 90, 90)
+    for given, text in (
+        (["a.png", broken], b"a.png: cannot be decoded"),
         (file(labels + 9, "../b.png"), b"b.png: label values"),
         (file(labels[:9], "c.png"), b"c.png: 60x9 pixels are too few"),
-        (["d.png/../../e", text], b"e: cannot be decoded"),
+        (["d.png/../../e.png", broken], b"e.png: cannot be decoded"),
+        (file(photo), b"x.png: hardly a pixel has a colour"),
     ):
         status, answer = request("POST", "open", json.dumps({"files": {"input": given}}))
-        assert status == 400 and answer.startswith(said), answer
-    photo = picture(np.random.default_rng(0), 90, 90)
-    status, answer = request("POST", "open", json.dumps({"files": {"input": file(photo)}}))
-    assert status == 400 and b"hardly a pixel has a colour" in answer
-    assert not list((tmp_path / "out").iterdir())
+        assert status == 400 and answer.startswith(text), answer
+    assert not list((tmp_path / "aside").iterdir()) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.vrt", b"<VRTDataset rasterXSize='64' rasterYSize='64'></VRTDataset>"),
+        ("x.tif", b"<VRTDataset rasterXSize='64' rasterYSize='64'></VRTDataset>"),
+        ("x.tif", b"<MRF_META><Raster></Raster></MRF_META>"),
+        ("x.png", b"%!PS-Adobe-3.0 EPSF-3.0"),
+        ("x.jpg", b"\x89PNG\r\n\x1a\n"),
+        ("x.gif", b"GIF89a"),
+        ("x.eps", b"%!PS-Adobe-3.0 EPSF-3.0"),
+        ("x", b"II*\0"),
+    ],
+)
+def test_files_of_other_kinds_are_not_even_written(server, monkeypatch, name, content):
+    _, request = server
+    monkeypatch.setattr(studios, "Raster", None)
+    files = {"files": {"input": [name, base64.b64encode(content).decode()]}}
+    status, answer = request("POST", "open", json.dumps(files))
+    assert status == 400 and answer.decode().startswith(f"{name}: is no GeoTIFF, PNG, JPEG")
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.TIFF", "x.png", "x.webp", "x.npy", "x.npz"])
+def test_files_of_every_kind_are_opened(server, name):
+    studio, request = server
+    labels, content = np.random.default_rng(0).integers(0, 3, (40, 60), np.uint8), io.BytesIO()
+    kind = name[2:].lower()
+    if kind in ("npy", "npz"):
+        {"npy": np.save, "npz": np.savez}[kind](content, labels)
+    else:
+        shown = CLASSES.palette[labels] if kind == "webp" else labels
+        options = {"lossless": True} if kind == "webp" else {}
+        Image.fromarray(shown).save(content, kind.replace("tif", "tiff")[:4], **options)
+    given = [name, base64.b64encode(content.getvalue()).decode()]
+    canvas = opened(request, files={"input": given})
+    assert np.array_equal(studio.canvases[canvas].pixels, labels)
+
+
+@pytest.mark.slow
+def test_a_file_does_not_stay_when_the_server_is_ended_meanwhile(tmp_path):
+    """SIGTERM arrives while it is decoded; the user's empty --out stays."""
+    code = r"""
+import base64, os, signal, sys, threading, time
+from conftest import tiny
+from support import serve, studio
+def hang(path, table):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+studio.Raster = hang
+cfg = tiny("pix2pix", port=0, data="none", out=sys.argv[1])[1]
+canvases = studio.Studio(cfg, None, None)
+given = ["x.png", base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()]
+thread = threading.Thread(target=canvases.open, args=[{"files": {"input": given}}], daemon=True)
+threading.Timer(0.5, thread.start).start()
+serve.serve(canvases)
+"""
+    for folder in ("aside", "out"):
+        (tmp_path / folder).mkdir()
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(root / "tests"), str(root)])
+    environment = os.environ | {"TMPDIR": str(tmp_path / "aside"), "PYTHONPATH": paths}
+    call = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.check_output(call, cwd=tmp_path, env=environment, text=True)
+    assert done.endswith("ended\n")
+    assert not list((tmp_path / "aside").iterdir()) and (tmp_path / "out").is_dir()
 
 
 def test_an_edit_needs_two_files_of_one_size(tmp_path):
     cfg = configured("mixlc", tmp_path, data=str(tmp_path / "none"), window=64)
-    make = lambda labels, photo: page.EditCanvas(cfg, Painter(), None, labels, photo)  # noqa: E731
+    make = lambda labels, photo: EditCanvas(cfg, Painter(), None, labels, photo)  # noqa: E731
     labels, photo = np.zeros((70, 90), np.uint8), np.zeros((70, 90, 3), np.uint8)
     with serving(cfg, make, edits=True) as (studio, request):
         assert not studio.examples
@@ -358,7 +462,7 @@ def test_of_strokes_that_wait_the_newest_is_painted_and_none_is_lost(server):
 
 def test_only_so_many_pixels_are_kept_those_used_last(server, monkeypatch):
     _, request = server
-    monkeypatch.setattr(page, "KEPT", 3 * 64 * 80)
+    monkeypatch.setattr(studios, "KEPT", 3 * 64 * 80)
     first, second, third = (opened(request) for _ in range(3))
     assert stroke(request, first, 0, 0, 5, 5)[0] == 200
     fourth = opened(request)
@@ -381,37 +485,75 @@ def test_a_canvas_is_opened_between_paintings(server):
 
 
 def test_an_address_without_its_last_slash_is_completed(server):
-    studio, request = server
+    _, request = server
+    token = request.server.token
     connection = http.client.HTTPConnection("127.0.0.1", request.port, timeout=60)
-    connection.request("GET", f"/{studio.token}")
+    connection.request("GET", f"/{token}")
     answer = connection.getresponse()
-    assert answer.status == 301 and answer.headers["Location"] == f"/{studio.token}/"
+    assert answer.status == 301 and answer.headers["Location"] == f"/{token}/"
 
 
 def test_a_painting_stops_when_the_server_has_ended(monkeypatch):
-    paint, ended = page.until_the_end(lambda x, whole: x), threading.Event()
-    monkeypatch.setattr(page, "ENDED", ended)
+    paint, ended = serve.until_the_end(lambda x, whole: x), threading.Event()
+    monkeypatch.setattr(serve, "ENDED", ended)
     assert paint(7, whole=True) == 7
     ended.set()
-    with pytest.raises(page.Refused, match="ended"):
+    with pytest.raises(serve.Refused, match="ended"):
         paint(7, whole=True)
 
 
-def test_addresses(tmp_path, capsys):
-    def studio(**options):
-        return page.Studio(configured("pix2pix", tmp_path, data="none", **options), CLASSES, None)
+def listening(tmp_path, **options):
+    cfg = configured("pix2pix", tmp_path, data="none", **options)
+    return serve.listening(Studio(cfg, CLASSES, None))
 
-    studio().server().server_close()
+
+def test_addresses(tmp_path, capsys):
+    listening(tmp_path).server_close()
+    assert "warning" not in capsys.readouterr().err
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(common.UserError, match="cannot listen there .* --port 0"),
     ):
-        studio(port=taken.getsockname()[1]).server()
-    assert "warning" not in capsys.readouterr().err
+        listening(tmp_path, port=taken.getsockname()[1])
     with pytest.raises(common.UserError, match="--address nowhere.invalid: no address"):
-        studio(address="nowhere.invalid").server()
-    studio(address="0.0.0.0").server().server_close()
+        listening(tmp_path, address="nowhere.invalid")
+    listening(tmp_path, address="0.0.0.0").server_close()
     assert "warning: --address 0.0.0.0: whoever" in capsys.readouterr().err
+
+
+def test_an_address_of_ipv6(tmp_path, capsys):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    cfg = configured("pix2pix", tmp_path, data="none", address="::1")
+    with serving(cfg, None) as (_, request):
+        assert f"http://[::1]:{request.port}/" in capsys.readouterr().out
+        assert request("GET", "")[0] == 200
+        assert request("GET", "", Host="evil.example")[0] == 403
+
+
+def test_strangers_do_not_stop_the_page(server, monkeypatch):
+    """Of connections that show no token the oldest are dropped; those that did are kept."""
+    _, request = server
+    monkeypatch.setattr(serve, "STRANGERS", 3)
+    body = b"{}"
+    head = f"POST /{request.server.token}/open HTTP/1.1\r\nHost: 127.0.0.1:{request.port}\r\n"
+    address = "127.0.0.1", request.port
+    friend = socket.create_connection(address, timeout=20)
+    friend.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+    while request.server.strangers:  # until its token was seen
+        threading.Event().wait(0.005)
+    strangers = [socket.create_connection(address, timeout=20) for _ in range(5)]
+    for stranger in strangers:
+        stranger.sendall(b"GET / HTTP/1.1\r\n")
+    assert [stranger.recv(9) for stranger in strangers[:2]] == [b"", b""]
+    assert request("GET", "")[0] == 200
+    friend.sendall(body)
+    assert b" 400 " in friend.recv(99)
+    for connection in (friend, *strangers):
+        connection.close()
+    assert serve.Handler.timeout <= 5
 
 
 @pytest.mark.parametrize(
@@ -421,7 +563,6 @@ def test_addresses(tmp_path, capsys):
         (["--port", "7"], "--port goes with --serve"),
         (["--address", "0.0.0.0"], "--address goes with --serve"),
         (["--serve", "--generate", "x.png"], "--serve goes without --generate"),
-        (["--window", "7"], "--window goes with --generate or --serve"),
     ],
 )
 def test_what_serve_goes_with(words, text, capsys):

@@ -459,26 +459,6 @@ def test_generate_keeps_names_and_sizes(trained, tmp_path):
     assert (one == many).all()
 
 
-def test_generate_writes_over_nothing(trained, pairs, tmp_path, capsys):
-    save(tmp_path / "pictures" / "1.png", np.zeros((8, 8, 3), np.uint8))
-    before = (tmp_path / "pictures" / "1.png").read_bytes()
-    arguments = [
-        "--generate",
-        str(pairs / "val"),
-        "--checkpoint",
-        str(trained / "checkpoints" / "last.pt"),
-    ]
-    assert "1.png exists" in line_of(
-        main, [*arguments, "--out", str(tmp_path / "pictures")], capsys
-    )
-    assert (tmp_path / "pictures" / "1.png").read_bytes() == before
-    for _ in range(2):  # the same command goes on, or does it again
-        main([*arguments, "--out", str(tmp_path / "there")])
-        (tmp_path / "there" / "0.png").unlink()
-    text = line_of(main, [*arguments, "--out", str(tmp_path / "there"), "--seed", "9"], capsys)
-    assert "1.png exists" in text  # another command
-
-
 def test_generate_from_label_maps(landcover, tmp_path):
     main(options(landcover, tmp_path / "run", "--epochs", "1"))
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.pt")
@@ -725,7 +705,7 @@ def test_mistakes_are_one_line(trained, pairs, tmp_path, capsys):
             "--vgg16",
             str(tmp_path / "odd.pt"),
         ],
-        "0.png exists and would be written over": [
+        "0.png is an input: choose another --out": [
             "--generate",
             str(pairs / "val"),
             "--checkpoint",

@@ -26,6 +26,7 @@ FLOORS = [
     "rasters checkpoints measures windows",
     "store run vgg16 edits",
     "begin judge canvases",
+    "studio",
     "serve",
     "generate",
 ]

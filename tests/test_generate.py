@@ -1,0 +1,638 @@
+"""Generation at the scale of training: windows, seams, shared statistics, edits."""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image, ImageFilter
+from rasterio.transform import from_origin
+from torch import nn
+
+import common
+import mixlc
+import pix2pix
+import support.edits
+import support.generate
+from conftest import PLACE, geotiff, noise, picture, same, save, tiny
+from support.generate import _view, edit_of_files, results_of
+from support.pictures import paste, resize
+from support.rasters import Raster
+from support.windows import SharedStatistics, Windows, tiles, touch
+
+
+def generated(image, paint, window, size=16, **options):
+    """(C, H, W) float32 bytes through blended, with windows at a scale of window / size."""
+
+    def cut(top, left, height, width):
+        part = image[:, top : top + height, left : left + width]
+        missing = [(0, height - part.shape[1]), (0, width - part.shape[2])]
+        part = np.pad(part, [(0, 0), *missing], "symmetric")
+        return np.stack([resize(np.ascontiguousarray(p), (size, size)) for p in part])
+
+    strips = list(Windows(cut, paint, image.shape[1:], window, **options).blended())
+    tops = [top for top, _ in strips]
+    assert tops == sorted(tops) and tops[0] == 0
+    return torch.cat([strip for _, strip in strips], 1)
+
+
+# ------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 64, 143])
+@pytest.mark.parametrize("length", [1, 7, 64, 97, 143, 215, 1000])
+def test_weights_sum_to_one_and_windows_overlap(length, window):
+    places = tiles(length, window)
+    total = np.zeros(max(length, window))
+    for start, weights in places:
+        total[start : start + window] += weights
+        assert (weights >= 0).all()
+    assert np.allclose(total, 1, atol=1e-6)
+    starts = [start for start, _ in places]
+    assert starts[0] == 0 and starts[-1] == max(0, length - window)
+    if window >= 4:
+        assert all(b - a <= window - window // 4 for a, b in zip(starts, starts[1:], strict=False))
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (16, 16), (17, 90), (64, 64), (41, 133)])
+def test_windows_equal_the_whole_for_a_pointwise_network(size):
+    image = noise(*size)
+    whole = generated(image, lambda x: x.float() * 0.5 - 3, 16)
+    assert whole.shape == (3, *size)
+    assert torch.allclose(whole, torch.from_numpy(image).float() * 0.5 - 3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (47, 90), (100, 33), (128, 64)])
+def test_windows_equal_the_whole_for_a_convolution(size):
+    """Two padded convolutions see 2 pixels around; windows of 32 count nothing within 2."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1))
+    image = noise(*size)
+    with torch.no_grad():
+        tiled = generated(image, lambda x: net(x.float() / 255), 32, size=32)
+        whole = net(torch.from_numpy(image)[None].float() / 255)[0]
+    assert torch.allclose(tiled, whole, atol=1e-5)
+
+
+def test_windows_are_resized_to_the_network_and_back():
+    smooth = np.array(Image.fromarray(noise(4, 4, 1)[0]).resize((200, 150), 2))[None]
+    seen = []
+
+    def paint(windows):
+        seen.append(tuple(windows.shape))
+        return windows.float()
+
+    back = generated(smooth, paint, 64, size=16)
+    assert {shape[1:] for shape in seen} == {(1, 16, 16)}
+    assert back.shape == smooth.shape
+    assert (back - torch.from_numpy(smooth).float()).abs().mean() < 3
+
+
+def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
+    """--patch, or the side of the training images; in the checkpoint, for --generate."""
+    main = pix2pix.main
+    run = ["--data", str(pairs), "--size", "64", "--width", "2", "--batch-size", "2"]
+    run += ["--epochs", "1", "--cache", str(tmp_path / "cache")]
+    for patch, window in (("0", 80), ("40", 40)):
+        out = tmp_path / patch
+        main([*run, "--patch", patch, "--out", str(out)])
+        checkpoint = str(out / "checkpoints" / "last.pt")
+        assert torch.load(checkpoint, weights_only=True)["window"] == window
+    save(tmp_path / "in" / "large.png", picture(np.random.default_rng(0), 100, 130))
+    save(tmp_path / "in" / "small.png", picture(np.random.default_rng(0), 60, 50))
+    capsys.readouterr()
+    use = ["--generate", str(tmp_path / "in"), "--checkpoint", checkpoint]
+    main([*use, "--out", str(tmp_path / "a")])
+    said = capsys.readouterr().err
+    assert "large.png: 130x100: in 12 window(s) of 40, at 64x64" in said
+    assert "small.png: 50x60: as a whole, at 64x64" in said
+    main([*use, "--out", str(tmp_path / "b"), "--window", "100"])
+    assert "large.png: 130x100: as a whole" in capsys.readouterr().err
+    a, b = (np.asarray(Image.open(tmp_path / k / "large.png")) for k in "ab")
+    assert a.shape == b.shape == (100, 130, 3) and (a != b).any()
+
+
+def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):
+    """One window is not sure of a class, the next one of another: it wins where they overlap."""
+    _, cfg = tiny("cyclegan", lc_classes=str(landcover / "classes.json"), generate="x", window=16)
+    save(tmp_path / "in" / "x.png", np.zeros((16, 28, 3), np.uint8))
+    calls = []
+
+    def paint(windows, whole):
+        calls.append(len(windows))
+        scores = torch.zeros(len(windows), 3, 16, 16)
+        scores[0, 0], scores[0, 1] = 0.51, 0.49
+        scores[1, 0], scores[1, 1] = 0.0, 1.0
+        return scores
+
+    cfg = dataclasses.replace(cfg, generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    common.translate_files(cfg, paint, to_labels=True)
+    index = np.asarray(Image.open(tmp_path / "out" / "x.png"))
+    assert calls == [2] and index.shape == (16, 28)
+    row = index[8].tolist()
+    assert row == sorted(row) and row[0] == 0 and row[-1] == 1
+    assert row.index(1) < 14  # not the middle of the overlap, where the weights are equal
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+def test_shared_statistics_are_the_rasters():
+    """With an infinite reach InstanceNorm of windows equals that of the whole."""
+    net = nn.InstanceNorm2d(3)
+    image = noise(64, 64)
+    image[:, :, 32:] //= 4  # another contrast
+    paint = lambda x: net(x.float())  # noqa: E731
+    shared = SharedStatistics(net, float("inf"))
+    with torch.no_grad():
+        tiled = generated(image, paint, 16, statistics=shared)
+        own = generated(image, paint, 16)
+        whole = net(torch.from_numpy(image)[None].float())[0]
+    # windows overlap, so that the middle counts twice in the statistics
+    assert (tiled - whole).abs().max() < 0.1 < (own - whole).abs().max()
+    assert "forward" not in vars(net)
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
+    net = nn.InstanceNorm2d(3) if kind == "instance" else nn.BatchNorm2d(3)
+    if kind == "batch":
+        nn.init.normal_(net.weight)
+        nn.init.normal_(net.bias)
+    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    scale = torch.tensor([1.0, 0.1, 0.003]).view(3, 1, 1)  # layers see small variances, too
+
+    def paint(windows):  # one by one, as BatchNorm of an image's own statistics needs it
+        return torch.cat([net(window[None] * scale) for window in windows])
+
+    own, shared, places = paint(x), SharedStatistics(net, 1e-3), [(0.0, 0.0), (0.0, 1.0)]
+    for place, tile in zip(places, x, strict=True):
+        shared.note(place, paint, tile)
+    with shared.around(places):
+        assert torch.allclose(paint(x), own, atol=1e-4)
+    with shared.around(places):
+        assert torch.allclose(net(x * scale), own, atol=1e-4)  # a batch at once
+    with shared.around(places[::-1]):
+        assert not torch.allclose(paint(x), own, atol=1e-2)
+
+
+def test_windows_are_told_where_they_stand():
+    """In windows from the top and from the left, each by its own side."""
+    told = []
+
+    class Statistics:
+        def around(self, places):
+            told.extend(places)
+            return contextlib.nullcontext()
+
+    windows = Windows(lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, (20, 10), 0)
+    windows.statistics = Statistics()
+    windows.predicted([(10, 40), (0, 5)])
+    assert told == [(0.5, 4.0), (0.0, 0.5)]
+
+
+@pytest.mark.parametrize("top", [-5, -2, 0, 3, 7, 9])
+@pytest.mark.parametrize("left", [-6, -1, 0, 4, 6, 9])
+def test_pasting_puts_what_fits(top, left):
+    pixels = np.arange(1, 21, dtype=np.uint8).reshape(4, 5)
+    picture, wide = np.zeros((8, 9), np.uint8), np.zeros((40, 40), np.uint8)
+    paste(picture, pixels, top, left)
+    wide[10 + top : 14 + top, 10 + left : 15 + left] = pixels
+    assert (picture == wide[10:18, 10:19]).all()
+
+
+def test_a_sheet_of_a_large_raster_shows_the_largest_edit():
+    small, large = (700, 100, 90, 2), (40, 600, 30, 30)
+    assert _view([small, large], (800, 700), most=100) == (5, 565, 100, 100)
+    assert _view([(790, 0, 10, 10)], (800, 700), most=100) == (700, 0, 100, 100)
+    assert _view([small], (800, 60), most=100) == (695, 0, 100, 60)
+    assert _view([small], (90, 100), most=100) == (0, 0, 90, 100)
+    assert _view([], (800, 700), most=100) == (0, 0, 100, 100)
+
+
+def test_statistics_are_noted_all_over_a_raster():
+    """Of 5 x 12 windows, by places counted in windows; the reach covers what lies between."""
+    net = nn.InstanceNorm2d(3)
+    shared = SharedStatistics(net, 0.5)
+    shared.most = 4
+    generated(noise(4 * 12 + 16, 11 * 12 + 16), lambda x: net(x.float()), 16, statistics=shared)
+    rows, columns = ({position[k] for position in shared.positions} for k in (0, 1))
+    assert len(shared.positions) == 16 and len(rows) == len(columns) == 4
+    assert max(rows) == 3 * 0.75 and max(columns) == 9 * 0.75
+    assert shared.reach == 0.75 * 12 / 4
+
+
+@pytest.mark.parametrize("kind", ["picture", "edit"])
+def test_the_reach_of_the_command_line_counts(tmp_path, kind):
+    seen, net = [], nn.InstanceNorm2d(3)
+
+    def spy(*rest, **more):
+        seen.append(rest[4].reach if rest[4] else 0)
+        return Windows(*rest, **more)
+
+    for reach in (0.0, 3.0):
+        cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), norm_reach=reach)
+        cfg = dataclasses.replace(cfg, out=str(tmp_path / f"{reach}"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(support.generate, "Windows", spy)
+            patch.setattr(support.edits, "Windows", spy)
+            if kind == "edit":
+                common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
+            else:
+                common.translate_files(cfg, lambda x, whole: net(x.float()) / 9, net)
+    assert seen == [0, 3.0]
+
+
+def test_labels_are_resized_by_nearest_alone(tmp_path):
+    """In generation and in edits: between class 0 and class 2 lies no class 1."""
+    index = np.zeros((300, 400), np.uint8)
+    index[:, ::3] = 2
+    save(tmp_path / "lc" / "x.png", index)
+    seen = []
+
+    def paint(windows, **_):
+        seen.append(windows[:, -2:] if windows.shape[1] == 5 else windows)
+        return torch.zeros(len(windows), 3, 64, 64)
+
+    cfg, _ = edit(tmp_path, paint=("road:50,50,9,9",), window=150)
+    save(tmp_path / "labels" / "lc.png", index)
+    common.edit_file(cfg, paint)
+    assert set(seen[0][:, 0].unique().tolist()) == {0, 2}
+    assert set(seen[0][:, 1].unique().tolist()) == {0, 1}
+    generate = {"generate": str(tmp_path / "lc" / "x.png"), "out": str(tmp_path / "two")}
+    common.translate_files(dataclasses.replace(cfg, **generate), paint, from_labels=True)
+    assert set(seen[-1].unique().tolist()) == {0, 2}
+
+
+def test_statistics_are_weighted_by_distance():
+    net = nn.InstanceNorm2d(1)
+    shared = SharedStatistics(net, 1.0)
+    for place, level in ((0.0, 10), (1.0, 30)):
+        tile = torch.tensor([[[level - 2, level + 2]]], dtype=torch.uint8)
+        shared.note((0.0, place), lambda x: net(x.float()), tile)
+    near, far = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(0.5))
+    mean = 10 * near + 30 * far
+    deviation = (4 + near * (10 - mean) ** 2 + far * (30 - mean) ** 2) ** 0.5
+    with shared.around([(0.0, 0.0)]):
+        out = net(torch.full((1, 1, 1, 2), 10.0))
+    assert np.isclose(out[0, 0, 0, 0], (10 - mean) / deviation, atol=1e-4)
+
+
+def test_whole_rasters_through_the_command_line(tmp_path, pairs):
+    """A GeoTIFF in, a GeoTIFF out, windows in between; --quick nets of both norms."""
+    image = np.moveaxis(noise(150, 210), 0, -1)
+    source = geotiff(tmp_path / "in" / "x.tif", image)
+    for norm in ("batch", "instance"):
+        run = ["--data", str(pairs), "--size", "64", "--width", "2", "--norm", norm]
+        run += ["--epochs", "1", "--patch", "64", "--out", str(tmp_path / norm)]
+        pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--batch-size", "1"])
+        checkpoint = str(tmp_path / norm / "checkpoints" / "last.pt")
+        pix2pix.main(["--generate", str(source), "--checkpoint", checkpoint])
+        with rasterio.open(tmp_path / norm / "generated" / "x.tif") as out:
+            assert out.shape == (150, 210) and out.transform == PLACE["transform"]
+            assert out.read().std() > 0
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    for name in ("a.png", "a.bmp"):
+        save(tmp_path / "in" / name, np.zeros((16, 16, 3), np.uint8))
+    _, cfg = tiny("cyclegan", generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    with pytest.raises(common.UserError, match=r"two results would be called a.png"):
+        common.translate_files(cfg, None, to_labels=True)
+
+
+def test_results_have_the_names_of_their_inputs():
+    names = {name: results_of(Path(name)) for name in ("x.jpg", "x.tif", "x.npy")}
+    assert names == {"x.jpg": ["x.jpg"], "x.tif": ["x.tif"], "x.npy": ["x.png"]}
+    assert results_of(Path("x.tif"), to_labels=True) == ["x.tif"]
+    assert results_of(Path("x.jpg"), to_labels=True) == ["x.png", "x_colours.png"]
+
+
+def translation(tmp_path, *names, **options):
+    """A Config that translates pictures in/NAME of 16 x 16 pixels."""
+    for k, name in enumerate(names):
+        save(tmp_path / "in" / name, np.full((16, 16, 3), 40 * k, np.uint8))
+    options = {"generate": str(tmp_path / "in"), "out": str(tmp_path / "out")} | options
+    return tiny("pix2pix", **options)[1]
+
+
+def negative(windows, whole):
+    return -common.from_bytes(windows)
+
+
+def level(path):
+    return int(np.asarray(Image.open(path))[0, 0, 0])
+
+
+def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
+    """Also hidden files of anybody."""
+    cfg, out = translation(tmp_path, "a.png", "b.png", "c.png"), tmp_path / "out"
+    for name in ("b.png", "c.png", ".2024-a.png"):
+        save(out / name, np.full((4, 4, 3), 7, np.uint8))
+    common.translate_files(cfg, negative)
+    said = capsys.readouterr()
+    assert f"2 results are in {out} already and kept: --overwrite replaces" in said.err
+    assert said.out == f"1 image(s) written to {out}\n" and level(out / "a.png") == 255
+    assert all(level(out / name) == 7 for name in ("b.png", "c.png", ".2024-a.png"))
+    common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
+    assert [level(out / name) for name in ("a.png", "b.png", "c.png")] == [255, 215, 175]
+    assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err
+
+
+def test_a_folder_that_was_stopped_goes_on_where_it_was(tmp_path, capsys):
+    cfg = translation(tmp_path, "a.png", "b.png", "c.png")
+    calls = []
+
+    def stopped(windows, whole):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return negative(windows, whole)
+
+    with pytest.raises(KeyboardInterrupt):
+        common.translate_files(cfg, stopped)
+    common.translate_files(cfg, stopped)
+    assert len(calls) == 4 and level(tmp_path / "out" / "c.png") == 175
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_input_is_replaced(tmp_path, overwrite):
+    cfg = translation(tmp_path, "a.png", out=str(tmp_path / "in"), overwrite=overwrite)
+    with pytest.raises(common.UserError, match=r"a.png is an input: choose another --out"):
+        common.translate_files(cfg, negative)
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",), overwrite=overwrite)
+    save(tmp_path / "labels" / "photo.png", np.zeros((300, 400), np.uint8))
+    paths = {"lc": str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
+    with pytest.raises(common.UserError, match=r"labels/photo.png is an input"):
+        common.edit_file(dataclasses.replace(cfg, **paths), Painter())
+
+
+def test_a_picture_does_not_depend_on_the_others_in_its_folder(tmp_path):
+    cfg = translation(tmp_path, "a.png", "b.png")
+    common.translate_files(cfg, lambda windows, whole: torch.rand(1, 3, 64, 64))
+    a, b = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(a, b) and a.std() > 0
+
+
+def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
+    cfg = translation(tmp_path, "a.png", "b.png")
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    with pytest.raises(common.UserError, match=r"b.png"):
+        common.translate_files(cfg, negative)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["generate", "lc", "lc_before"])
+def test_a_pipe_is_no_picture(tmp_path, option):
+    os.mkfifo(tmp_path / "fifo.png")
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
+    with pytest.raises(common.UserError, match=r"fifo.png: no such file"):
+        common.edit_file(dataclasses.replace(cfg, **{option: str(tmp_path / "fifo.png")}), None)
+
+
+def test_a_window_of_400_digits_is_the_whole(tmp_path):
+    common.translate_files(translation(tmp_path, "a.png", window=10**400), negative)
+    assert level(tmp_path / "out" / "a.png") == 255
+
+
+def test_windows_without_data_are_left_out(tmp_path):
+    """Of 36 windows four have data, and one per row stands for the channels."""
+    pixels = np.zeros((304, 304, 3), np.uint8)
+    pixels[100:120, 100:120] = 90
+    geotiff(tmp_path / "x.tif", pixels, nodata=0)
+    windows, net = [], nn.InstanceNorm2d(3)
+
+    def predict(tiles, whole):
+        windows.extend(tiles)
+        return net(tiles.float()).tanh() / 2
+
+    cfg = translation(tmp_path, generate=str(tmp_path / "x.tif"), window=64)
+    common.translate_files(cfg, predict)
+    assert len(windows) <= 4 + 6
+    windows.clear()
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "shared"))
+    common.translate_files(cfg, predict, net)
+    noted = [window for window in windows if window.any()]
+    assert noted and len(windows) <= 8 + 6  # statistics come from windows with data
+    with rasterio.open(tmp_path / "shared" / "x.tif") as out:
+        assert ((out.dataset_mask() > 0) == (pixels[..., 0] > 0)).all()
+
+
+def test_a_reach_that_is_next_to_nothing(tmp_path):
+    shared = SharedStatistics(nn.InstanceNorm2d(3), 1e-320)
+    assert torch.isfinite(
+        generated(noise(64, 64), lambda x: shared.layers[0](x.float()), 16, statistics=shared)
+    ).all()
+
+
+# -------------------------------------------------------------------------------------------- edits
+
+
+class Painter:
+    """Stands in for a generator of edits: paints grey, and notes what it was given."""
+
+    def __init__(self):
+        self.windows = []
+
+    def __call__(self, windows, sample):
+        self.windows += list(windows)
+        return torch.full((len(windows), 3, *windows.shape[2:]), 0.1 * sample)
+
+
+def edit(tmp_path, shape=(300, 400), suffix=".png", write=save, **options):
+    """(cfg, photograph) for an edit of land that becomes water."""
+    photo = picture(np.random.default_rng(0), *shape)
+    write(tmp_path / f"photo{suffix}", photo)
+    write(tmp_path / "labels" / f"lc{suffix}", np.zeros(shape, np.uint8))
+    options = {"generate": str(tmp_path / f"photo{suffix}"), "window": 64} | options
+    options |= {"lc": str(tmp_path / "labels" / f"lc{suffix}"), "out": str(tmp_path / "out")}
+    return tiny("mixlc", **options)[1], photo
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".png", save), (".tif", geotiff)])
+def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write):
+    strokes = "water:100,50,20,20", "road:300,200,90,30"
+    cfg, photo = edit(tmp_path, suffix=suffix, write=write, paint=strokes)
+    painter = Painter()
+    common.edit_file(cfg, painter)
+    with Raster(tmp_path / "out" / f"photo{suffix}") as raster:
+        edited = raster.read()
+    near, border = np.zeros((300, 400), bool), 3  # 12 at 256
+    near[50 - border : 70 + border, 100 - border : 120 + border] = True
+    near[200 - border : 230 + border, 300 - border : 390 + border] = True
+    assert (edited[~near] == photo[~near]).all()
+    assert (edited[55:65, 105:115] == 140).all() and (edited[205:225, 310:380] == 140).all()
+    assert len(painter.windows) == 1 + 3  # the lake has its own
+    lake = next(window for window in painter.windows if 1 in window[3])
+    rows, columns = torch.where(lake[4] > 0)
+    assert abs((rows.min() + rows.max()) / 2 - 31.5) <= 2  # in the middle, as in training
+    assert abs((columns.min() + columns.max()) / 2 - 31.5) <= 2
+    assert lake[4].sum() == 400 and (lake[3][lake[4] > 0] == 1).all()
+    assert (tmp_path / "out" / "photo_sheet.png").is_file()
+    if suffix == ".tif":
+        with rasterio.open(tmp_path / "out" / "photo.tif") as out:
+            assert out.transform == PLACE["transform"]
+
+
+def test_land_cover_of_another_place_is_refused(tmp_path):
+    cfg, _ = edit(tmp_path, suffix=".tif", write=geotiff, paint=("water:9,9,9,9",))
+    elsewhere = from_origin(500_100, 5_800_000, 0.5, 0.5)
+    geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
+    with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
+        edit_of_files(cfg)
+
+
+@pytest.mark.parametrize("shape", [(300, 399), (299, 400)])
+def test_land_cover_of_another_size_is_refused(tmp_path, shape):
+    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
+    save(tmp_path / "labels" / "lc.png", np.zeros(shape, np.uint8))
+    with pytest.raises(common.UserError, match="sizes must agree"):
+        edit_of_files(cfg)
+
+
+def test_samples_that_are_there_are_kept(tmp_path, capsys):
+    """Four samples, of which the second was retouched: the others are generated."""
+    cfg, photo = edit(tmp_path, paint=("water:100,50,20,20",))
+    save(tmp_path / "out" / "photo_2.png", np.full_like(photo, 7))
+    common.edit_file(cfg, Painter(), samples=4)
+    said = capsys.readouterr()
+    assert "photo_2.png is in" in said.err and "3 picture(s) written" in said.out
+    pictures = [Image.open(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2, 3, 4)]
+    assert [picture.getpixel((110, 60))[0] for picture in pictures] == [140, 7, 166, 178]
+    sheet = np.asarray(Image.open(tmp_path / "out" / "photo_sheet.png"))
+    assert sheet.shape[1] == 7 * 404 + 4  # three before, three after, and how they differ
+
+
+@pytest.mark.parametrize(
+    ("stroke", "rows", "columns"),
+    [
+        ("water:0,0,400,300", (0, 300), (0, 400)),
+        ("water:-20,-30,60,70", (0, 40), (0, 40)),
+        ("water:370,270,60,70", (270, 300), (370, 400)),
+    ],
+)
+def test_an_edit_at_the_edge_is_painted_up_to_it(tmp_path, stroke, rows, columns):
+    """No feather towards what is not there; a stroke may begin and end outside."""
+    cfg, photo = edit(tmp_path, paint=(stroke,))
+    common.edit_file(cfg, Painter())
+    edited = np.asarray(Image.open(tmp_path / "out" / "photo.png"))
+    inner = np.zeros((300, 400), bool)
+    (top, bottom), (left, right) = rows, columns
+    top, left = top + 4 * (top > 0), left + 4 * (left > 0)
+    bottom, right = bottom - 4 * (bottom < 300), right - 4 * (right < 400)
+    inner[top:bottom, left:right] = True
+    assert (edited[inner] == 140).all()
+    wide = np.asarray(Image.fromarray(inner).filter(ImageFilter.MaxFilter(17)))
+    assert (edited[~wide] == photo[~wide]).all()
+
+
+def test_an_edit_is_feathered(tmp_path):
+    cfg, photo = edit(tmp_path, paint=("water:100,100,40,40",))
+    save(tmp_path / "photo.png", np.full_like(photo, 20))
+    common.edit_file(cfg, Painter())
+    across = np.asarray(Image.open(tmp_path / "out" / "photo.png"))[120, 90:111, 0].tolist()
+    assert across == sorted(across) and across[6] == 20 and across[13] == 140
+    assert all(20 < level < 140 for level in across[8:12])
+
+
+def test_edits_close_together_are_painted_as_one(tmp_path):
+    strokes = "water:100,50,20,20", "road:130,80,20,20", "road:10,250,5,5"
+    cfg, _ = edit(tmp_path, paint=strokes)
+    regions = edit_of_files(cfg).regions()
+    assert len(regions) == 2
+    for (top, left, height, width), other in (regions, regions[::-1]):
+        assert height >= 64 and width >= 64 and top >= 0 and left >= 0
+        assert top + height <= 300 and left + width <= 400
+        assert not touch((top, left, height, width), other)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    strokes = []
+    for _ in range(rng.integers(1, 9)):
+        x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
+        strokes.append(f"water:{x},{y},{width},{height}")
+    cfg, photo = edit(tmp_path, paint=tuple(strokes))
+    files = edit_of_files(cfg)
+    regions, left = files.regions(), files.changed(0, 0, 300, 400)
+    assert left.any()
+    for k, (y, x, height, width) in enumerate(regions):
+        left[y : y + height, x : x + width] = False
+        assert not any(touch(regions[k], other) for other in regions[:k])
+    assert not left.any()
+
+
+def test_an_edit_of_everything_and_one_of_nothing(tmp_path, capsys):
+    cfg, photo = edit(tmp_path, paint=("water:0,0,400,300",))
+    common.edit_file(cfg, Painter())
+    assert (np.asarray(Image.open(tmp_path / "out" / "photo.png"))[20:-20, 20:-20] == 140).all()
+    cfg, photo = edit(tmp_path, paint=("land:0,0,400,300",))
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "none"))
+    painter = Painter()
+    common.edit_file(cfg, painter)
+    assert "nothing changes" in capsys.readouterr().err and not painter.windows
+    assert (np.asarray(Image.open(tmp_path / "none" / "photo.png")) == photo).all()
+
+
+def test_land_cover_before_and_after_as_files(tmp_path):
+    after = np.zeros((300, 400), np.uint8)
+    after[100:120, 200:220] = 1
+    save(tmp_path / "labels" / "after.png", after)
+    cfg, photo = edit(tmp_path)
+    cfg = dataclasses.replace(cfg, lc=str(tmp_path / "labels" / "after.png"), lc_before=cfg.lc)
+    painter = Painter()
+    common.edit_file(cfg, painter, samples=2)
+    assert len(painter.windows) == 2
+    first, second = (np.asarray(Image.open(tmp_path / "out" / f"photo_{k}.png")) for k in (1, 2))
+    assert (first != second).any(-1)[105:115, 205:215].all()
+    assert (first == second)[:90].all()
+
+
+def test_a_small_photograph_is_edited_as_a_whole(tmp_path, capsys):
+    cfg, photo = edit(tmp_path, shape=(90, 70), paint=("water:20,30,10,10",))
+    painter = Painter()
+    common.edit_file(cfg, painter)
+    assert "as a whole" in capsys.readouterr().err
+    assert len(painter.windows) == 1 and painter.windows[0].shape == (5, 64, 64)
+    assert painter.windows[0][4].sum() < 200
+
+
+def test_edits_of_a_trained_model_at_its_own_scale(landcover, tmp_path):
+    """The photograph's resolution stays: what is painted spans its window, not the whole."""
+    run = ["--data", str(landcover), "--size", "64", "--width", "2", "--batch-size", "2"]
+    run += ["--patch", "64", "--epochs", "1", "--out", str(tmp_path / "run")]
+    mixlc.main([*run, "--cache", str(tmp_path / "cache")])
+    photo = picture(np.random.default_rng(0), 200, 260)
+    save(tmp_path / "photo.png", photo)
+    save(tmp_path / "lc" / "photo.png", np.zeros((200, 260), np.uint8))
+    call = ["--generate", str(tmp_path / "photo.png"), "--lc", str(tmp_path / "lc" / "photo.png")]
+    call += ["--paint", "water:100,100,12,12"]
+    mixlc.main([*call, "--checkpoint", str(tmp_path / "run" / "checkpoints" / "last.pt")])
+    edited = np.asarray(Image.open(tmp_path / "run" / "generated" / "photo.png"))
+    changed = (edited != photo).any(-1)
+    assert changed[100:112, 100:112].mean() > 0.9 and not changed[:90].any()
+    assert changed.sum() < 22 * 22
+
+
+def test_the_noise_of_a_sample_is_one_for_all_windows(tmp_path):
+    module, cfg = tiny("mixlc_acgan", erase=True)
+    state = module.build(cfg, torch.device("cpu"), training=False)
+    seen, honest = [], common.edit_file
+    common.edit_file = lambda cfg, paint, net, samples: seen.append(paint)
+    try:
+        module.generate(state, cfg, torch.device("cpu"))
+    finally:
+        common.edit_file = honest
+    window = torch.randint(0, 3, (1, 5, 64, 64), dtype=torch.uint8)
+    both = seen[0](torch.cat([window, window]), sample=1)
+    assert same(both[0], both[1]) and not same(seen[0](window, sample=2)[0], both[0])
+
+
+def test_a_long_name_is_no_trouble(tmp_path):
+    cfg, name = translation(tmp_path, f"{'n' * 245}.png"), f"{'n' * 245}.png"
+    common.translate_files(cfg, negative)
+    assert level(tmp_path / "out" / name) == 255
