@@ -27,9 +27,10 @@ from support.batches import spread
 from support.canvases import EditCanvas, TranslationCanvas, around
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
+from support.opening import UPLOADS
 from support.pictures import as_array
 from support.processes import world_size
-from support.rasters import Raster
+from support.rasters import Raster, label_image
 from support.store import ImageStore
 
 MOST_BYTES = 2**26  # of a request
@@ -175,7 +176,7 @@ class Studio:
                 path = Path(folder) / f"{what}{Path(name).suffix[:8]}"
                 path.write_bytes(base64.b64decode(content, validate=True))
                 try:
-                    with Raster(path, table) as raster:
+                    with Raster(path, table, UPLOADS, MOST_PIXELS) as raster:
                         size = f"{raster.width}x{raster.height}"
                         if raster.height * raster.width > MOST_PIXELS:
                             raise UserError(f"{path}: {size} pixels are too many for this page")
@@ -234,12 +235,11 @@ class Studio:
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 
     def label_map(self, query):
-        """What was painted, as a PNG: class indices and their colours, which scripts read again."""
+        """What was painted, as a PNG: the table's values and colours, which scripts read again."""
         pixels = self._canvas(query).pixels
-        image = Image.fromarray(pixels)
-        if self.classes:
-            image.putpalette(self.classes.palette.tobytes())
-        return encoded(image)
+        return encoded(
+            label_image(pixels, self.classes) if self.classes else Image.fromarray(pixels)
+        )
 
     def server(self):
         """The server, which listens from now on, and answers once it is told to."""

@@ -23,7 +23,7 @@ CAPS = {"pix2pix": 450, "cyclegan": 450, "mixlc": 510, "mixlc_acgan": 521}
 FLOORS = [
     "errors processes",
     "files classes device batches",
-    "options layouts demo pictures plots",
+    "options layouts opening demo pictures plots",
     "rasters checkpoints measures windows",
     "store run vgg16 edits",
     "begin judge canvases",
