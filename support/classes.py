@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +44,12 @@ _TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class ClassTable:
-    """The classes of a label map. Index i has names[i] and colors[i]; what is ignored has none.
+    """The classes of a label map. Index i has names[i] and colors[i].
 
     names    of the n classes
     colors   (r, g, b) of each
     entries  (value, (r, g, b), index or IGNORED) of every row of the table, in its order
-    nearest  colours are matched to the nearest (pictures that went through JPEG), not exactly
+    nearest  whether a colour counts as the nearest one of the table (for lossy pictures)
     text     the table as JSON: load(text) gives it back
     """
 
@@ -64,55 +63,47 @@ class ClassTable:
     def load(source):
         """The table called source: a built-in name, a path to a classes.json, or JSON text.
 
-        None for "", and for "pictures", which says that B is no label map.
+        None for "", and for "pictures", which means that B is no label map.
         """
         if source in ("", "pictures"):
             return None
         if source in _TABLES:
             rows = [row.split(maxsplit=2) for row in _TABLES[source].strip().splitlines()]
             entries = [{"name": n, "value": int(value), "color": c} for value, c, n in rows]
-            return ClassTable._build(entries, source == "maps", source)
+            return ClassTable._build(entries, source == "maps")
         is_json = source.lstrip().startswith(("[", "{"))
         name = source[:60] if is_json else source
         try:
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
-            nearest = table.get("nearest", False) if isinstance(table, dict) else False
-            entries = table["classes"] if isinstance(table, dict) else table
-            return ClassTable._build(entries, nearest, name)
+            if isinstance(table, list):
+                table = {"classes": table}
+            return ClassTable._build(table["classes"], table.get("nearest", False))
         except FileNotFoundError:
             known = ", ".join(_TABLES)
             raise UserError(f"class table {source}: no such file (built in: {known})") from None
+        except UserError as error:
+            raise UserError(f"class table {name}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-            reason = "no UTF-8" if isinstance(error, UnicodeError) else repr(error)[:80]
-            what = f"not a list of {{name, color, value, ignore}} ({reason})"
+            what = f"not a list of {{name, color, value, ignore}} ({repr(error)[:80]})"
             raise UserError(f"class table {name}: {what}") from None
 
     @staticmethod
-    def _build(entries, nearest, source):
+    def _build(entries, nearest):
         names, colors, rows = [], [], []
-        kinds = {"name": str, "value": int, "color": (str, list), "ignore": bool}
         for position, entry in enumerate(entries):
-            for key, part in entry.items():
-                if not isinstance(part, kinds[key]) or (key == "value" and isinstance(part, bool)):
-                    raise ValueError(f"{key} {part!r}")
-            color = entry["color"]
-            if isinstance(color, str):
-                decimal = re.fullmatch(r"(\d+), *(\d+), *(\d+)", color)
-                parts = decimal or re.fullmatch("#?" + "([0-9a-fA-F]{2})" * 3, color)
-                color = [int(part, 10 if decimal else 16) for part in parts.groups()]
-            if len(color) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in color):
-                raise ValueError(f"colour {entry['color']}")
-            index = IGNORED if entry.get("ignore") else len(names)
-            rows.append((entry.get("value", position), tuple(color), index))
-            if index != IGNORED:
+            _check_types(entry)
+            color = _color(entry["color"])
+            index = IGNORED
+            if not entry.get("ignore"):
+                index = len(names)
                 names.append(entry["name"])
-                colors.append(tuple(color))
+                colors.append(color)
+            rows.append((entry.get("value", position), color, index))
+        if not 2 <= len(names) < IGNORED or len(set(names)) != len(names):
+            raise UserError("needs 2 to 254 classes, each with a name of its own")
         for column, what in enumerate(("value", "color")):
             if len({row[column] for row in rows}) != len(rows):
-                raise UserError(f"class table {source}: two classes have the same {what}")
-        if not 2 <= len(names) < IGNORED or len(set(names)) != len(names):
-            what = "needs 2 to 254 classes, each with a name of its own"
-            raise UserError(f"class table {source}: {what}")
+                raise UserError(f"two classes have the same {what}")
         text = json.dumps({"nearest": nearest, "classes": entries})
         return ClassTable(tuple(names), tuple(colors), tuple(rows), nearest, text)
 
@@ -121,36 +112,59 @@ class ClassTable:
 
     @functools.cached_property
     def palette(self):
-        """(256, 3) uint8: every index's colour; black for what has none."""
+        """(256, 3) uint8: the colour of every index; black for an index without a class."""
         palette = np.zeros((256, 3), np.uint8)
-        for _, color, index in reversed(self.entries):  # of what is ignored the first colour
+        for _, color, index in reversed(self.entries):  # the first colour of those ignored
             palette[index] = color
         return palette
 
-    def from_codes(self, codes, path):
-        """(H, W) integers -> (H, W) uint8 indices.
+    @functools.cached_property
+    def values(self):
+        """{value: index or IGNORED} of every row."""
+        return {value: index for value, _, index in self.entries}
 
-        Codes are the table's values, or 255, or positions in the table where these cannot be
-        mistaken for values: no number is a value of one class and the position of another.
+    @functools.cached_property
+    def unused(self):
+        """The code for pixels without a class: 255, or the next lower one that no row has."""
+        return max(set(range(256)) - set(self.values))
+
+    @functools.cached_property
+    def codes(self):
+        """(256,) uint8, or uint16 for values over 255: the code that is written for an index."""
+        codes = np.full(256, self.unused, np.int64)
+        for value, index in self.values.items():
+            if index != IGNORED:
+                codes[index] = value
+        if codes.min() < 0 or codes.max() > 65535:
+            raise UserError("only values of 0 to 65535 can be written: change the class table")
+        return codes.astype(np.uint8 if codes.max() < 256 else np.uint16)
+
+    @functools.cached_property
+    def code_palette(self):
+        """(256 or 65536, 3) uint8: the colour of every code that is written."""
+        palette = np.zeros((np.iinfo(self.codes.dtype).max + 1, 3), np.uint8)
+        palette[self.codes] = self.palette
+        return palette
+
+    def from_codes(self, codes, path):
+        """(H, W) of the table's values, `unused` or NaN -> (H, W) uint8 indices.
+
+        The value of a row that names none is its position, also where other rows name theirs.
         """
-        present = np.unique(codes)
-        values = {value: index for value, _, index in self.entries}
-        positions = {position: index for position, (_, _, index) in enumerate(self.entries)}
-        if any(values.get(position, index) != index for position, index in positions.items()):
-            positions = {}
-        for table in ({IGNORED: IGNORED} | values, {IGNORED: IGNORED} | positions):
-            if all(int(code) in table for code in present):
-                indices = np.array([table[int(code)] for code in present], np.uint8)
-                return indices[np.searchsorted(present, codes)]
-        wrong = [c for c in present.tolist() if c not in values and c not in positions]
-        wrong = (wrong or present.tolist())[:8]
-        what = f"outside the class table, whose values are {sorted(values)}"
-        raise UserError(f"{path}: label values {wrong} are {what}")
+        index = {self.unused: IGNORED} | self.values
+        codes = np.where(np.isnan(codes), self.unused, codes)
+        present, inverse = np.unique(codes, return_inverse=True)
+        wrong = [code for code in present.tolist() if code not in index]
+        if wrong:
+            what = f"label values {wrong[:8]} are outside the class table, whose values are"
+            raise UserError(f"{path}: {what} {sorted(self.values)}")
+        indices = np.array([index[code] for code in present.tolist()], np.uint8)
+        return indices[inverse.reshape(codes.shape)]
 
     def from_colours(self, rgb, path, nearest, strict=True):
-        """(H, W, 3) uint8 -> (H, W) uint8 indices; stray colours are ignored, unless nearest.
+        """(H, W, 3) uint8 -> (H, W) uint8 indices; unknown colours are ignored, unless nearest.
 
-        strict  less than 1 % of colours that are known is refused: that is no label map
+        strict  refuses a picture in which fewer than 1 % of the pixels have a known colour
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
@@ -168,7 +182,10 @@ class ClassTable:
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
-        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; no class at all: IGNORED."""
+        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; IGNORED where all are zero.
+
+        C  the number of classes, or of all rows of the table
+        """
         indices = {len(self): range(len(self)), len(self.entries): [row[2] for row in self.entries]}
         if array.shape[-1] not in indices and array.shape[0] in indices:
             array = np.moveaxis(array, 0, -1)
@@ -179,3 +196,22 @@ class ClassTable:
         if not np.isin(array, (0, 1, 255)).all() or (array > 0).sum(-1).max() > 1:
             raise UserError(f"{path}: is no one-hot: a pixel has one class, or none")
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
+
+
+def _check_types(entry):
+    """Refuses a row of a table with an unknown key or a value of the wrong type."""
+    types = {"name": str, "value": int, "color": str, "ignore": bool}
+    for key, value in entry.items():
+        if type(value) is not types[key]:
+            raise ValueError(f"{key} {value!r}")
+
+
+def _color(text):
+    """A colour that is written "#rrggbb" or "r,g,b", as (r, g, b)."""
+    if text.startswith("#") and len(text) == 7:
+        color = tuple(bytes.fromhex(text[1:]))
+    else:
+        color = tuple(int(level) for level in text.split(","))
+    if len(color) != 3 or not all(0 <= level <= 255 for level in color):
+        raise ValueError(f"color {text}")
+    return color

@@ -32,6 +32,8 @@ def inputs_of(cfg, labels=False):
 
 def results_of(path, to_labels=False):
     """The names of what is generated from a file: its own, or .png where that cannot be written."""
+    if path.suffix.lower() == ".vrt":
+        path = path.with_suffix(".tif")
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
         return [f"{path.stem}.png", f"{path.stem}_colours.png"]
     return [path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.stem}.png"]

@@ -14,6 +14,13 @@ LAYOUTS = (
     "train/rgb/7.png + train/lc/7.png (land cover); "
     "train/images/vienna1.tif + train/gt/vienna1.tif (Inria)"
 )
+_FOLDERS = (  # layout, and where the images A and B of a split lie
+    ("unaligned", "{}A", "{}B"),
+    ("two folders", "{}/A", "{}/B"),
+    ("two folders", "{}/a", "{}/b"),
+    ("land cover", "{}/rgb", "{}/lc"),
+    ("Inria", "{}/images", "{}/gt"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +44,19 @@ class Split:
 
 def image_files(folder, labels=False):
     """The images of a folder, and for labels arrays; says how many files are of other kinds."""
-    suffixes = IMAGE_SUFFIXES | (ARRAY_SUFFIXES if labels else set())
-    seen = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    found = [path for path in seen if path.suffix.lower() in suffixes]
+    suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
+    found, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in suffixes:
+            found.append(path)
+        elif path.is_file():
+            others.append(path)
     for path in found:
         if not path.is_file():
             what = "is no file (a link to nothing, a pipe or a folder): remove it"
             raise UserError(f"{path}: {what}")
-    others = [path for path in seen if path not in set(found) and path.is_file()]
     if others:
         endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
         say_once(f"{folder}: {len(others)} file(s) of other kinds ({endings}) are left out")
@@ -67,68 +79,63 @@ def _match(a, b, where):
 def find_images(data, split, lc_classes=""):
     """Recognises the layout of a dataset directory and lists "train", "val" or "test" as a Split.
 
-    The validation split is val, or test where there is no val; in the Inria layout images 1-5 of
-    each city. B is taken for label maps in the layouts land cover and Inria, with a classes.json
-    in data, or with lc_classes; "pictures" takes it for pictures all the same.
+    The validation split is val, or test where there is no val; in the Inria layout it is images
+    1-5 of each city. B are label maps in the layouts land cover and Inria, with a classes.json
+    in data, or with lc_classes; lc_classes "pictures" makes them pictures all the same.
     """
     root = Path(data)
     if not root.is_dir():
         what = "is a file, not a directory" if root.is_file() else "no such directory"
-        hint = "--data also tells a checkpoint where its data lies now"
-        raise UserError(f"--data {root}: {what} ({hint})")
-    found = "binary" if (root / "train" / "gt").is_dir() else ""
-    if (root / "classes.json").is_file():
-        found = str(root / "classes.json")
-    table = ClassTable.load(lc_classes or found)
-    if table and found and (theirs := ClassTable.load(found)) and theirs.entries != table.entries:
-        say_once(f"{found}: is another class table than the one in use ({', '.join(table.names)})")
-    names = {"val": ("val", "validation", "test", "train")}.get(split, (split,))
+        raise UserError(f"--data {root}: {what} (--data also tells a checkpoint where its data is)")
+    table = _class_table(root, lc_classes)
+    names = ["val", "validation", "test"] if split == "val" else [split]
+    if split == "val" and _is_inria(root):
+        names.append("train")
     for name in names:
-        folder, inria = root / name, not (root / "val" / "gt").is_dir()
-        layouts = {
-            "unaligned": (root / f"{name}A", root / f"{name}B"),
-            "two folders": (folder / "A", folder / "B"),
-            "two folders ": (folder / "a", folder / "b"),
-            "land cover": (folder / "rgb", folder / "lc"),
-            "Inria": (folder / "images", folder / "gt"),
-        }
-        if split == "val" and name == "train":  # only Inria's validates on some of train
-            layouts = {"Inria": layouts["Inria"]}
-        for layout, folders in layouts.items():
-            if not all(side.is_dir() for side in folders):
-                continue
-            labels = table is not None or layout in ("land cover", "Inria")
-            a, b = image_files(folders[0]), image_files(folders[1], labels)
-            if layout == "Inria" and name == "train" and inria:
-                a, b = ([p for p in x if _validates(p) == (split == "val")] for x in (a, b))
-                name = "train" if split == "train" else "train, images 1-5 of each city"
-            for side, files in zip(folders, (a, b), strict=True):
-                if not files:
-                    raise UserError(f"{side}: no images in split {name}")
-            if layout != "unaligned":
-                a, b = _match(a, b, f"{root}, split {name}")
-            if layout == "land cover" and table is None and lc_classes != "pictures":
-                remedy = f"write {root}/classes.json or pass --lc-classes s2glc"
-                raise UserError(f"{root}: label maps need a class table: {remedy}")
-            return Split(root, layout.strip(), name, a, b, layout != "unaligned", False, table)
-        if (
-            (name == "train") == (split == "train")
-            and folder.is_dir()
-            and (files := image_files(folder))
-        ):
+        for layout, a, b in _FOLDERS:
+            folders = root / a.format(name), root / b.format(name)
+            if folders[0].is_dir() and folders[1].is_dir():
+                return _two_folders(root, layout, name, split, folders, table)
+        files = image_files(root / name) if (root / name).is_dir() else []
+        if files:
             return Split(root, "side by side", name, files, files, True, True, table)
+    raise UserError(f"{root}: no layout with images of split {split}; known are: {LAYOUTS}")
 
-    def has(*names):
-        return any((root / name).is_dir() for name in names)
 
-    if split == "train" and has("val", "test", "valA", "testA"):
-        raise UserError(f"{root}: no training split: put images in train")
-    if split == "val" and has("train", "trainA"):
-        remedy = "put some of the images in val (laid out like train), or in test"
-        raise UserError(f"{root}: no validation split: {remedy}")
-    if split == "test" and has("train", "trainA", "val", "valA"):
-        raise UserError(f"{root}: no test split: leave --split out")
-    raise UserError(f"{root}: no layout that is known here; known are: {LAYOUTS}")
+def _class_table(root, lc_classes):
+    """The ClassTable that lc_classes names, or else the directory's own; None for pictures."""
+    own = "binary" if any(root.glob("*/gt")) else ""
+    if (root / "classes.json").is_file():
+        own = str(root / "classes.json")
+    if any(root.glob("*/lc")) and not (lc_classes or own):
+        remedy = f"write {root}/classes.json or pass --lc-classes s2glc"
+        raise UserError(f"{root}: label maps need a class table: {remedy}")
+    table = ClassTable.load(lc_classes or own)
+    if table and own and ClassTable.load(own).entries != table.entries:
+        names = ", ".join(table.names)
+        say_once(f"{own}: is another class table than the one in use ({names})")
+    return table
+
+
+def _two_folders(root, layout, name, split, folders, table):
+    """The Split of a layout with a folder of A and a folder of B."""
+    a, b = image_files(folders[0]), image_files(folders[1], labels=table is not None)
+    if name == "train" and layout == "Inria" and _is_inria(root):
+        a = [path for path in a if _validates(path) == (split == "val")]
+        b = [path for path in b if _validates(path) == (split == "val")]
+        name = "train, images 1-5 of each city" if split == "val" else name
+    for folder, files in zip(folders, (a, b), strict=True):
+        if not files:
+            raise UserError(f"{folder}: no images in split {name}")
+    if layout != "unaligned":
+        a, b = _match(a, b, f"{root}, split {name}")
+    return Split(root, layout, name, a, b, layout != "unaligned", False, table)
+
+
+def _is_inria(root):
+    """Whether images 1-5 of each city validate: Inria's data has no validation split of its own."""
+    has = {name: (root / name / "gt").is_dir() for name in ("train", "val")}
+    return has["train"] and not has["val"] and (root / "train" / "images").is_dir()
 
 
 def _validates(path):

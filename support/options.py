@@ -171,12 +171,12 @@ def grouped_fields(config):
 def parse(config, doc, quick, argv=None):
     """The command line as (cfg, given): a config, and a dict of just the options that were typed.
 
-    doc    the script's docstring: its first two paragraphs, with the commands, head --help
+    doc    the script's docstring: its first three paragraphs, with the commands, head --help
     quick  {name: value}: the defaults that --quick puts in place of the usual ones
     """
     parser = _Parser(
         usage="%(prog)s [options]",
-        description="\n\n".join(doc.strip().split("\n\n")[:2]),
+        description="\n\n".join(doc.strip().split("\n\n")[:3]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,64 +10,48 @@ from PIL import Image
 from support.classes import IGNORED
 from support.errors import UserError, say_once
 from support.files import ARRAY_SUFFIXES, TIFF_SUFFIXES, whole_or_absent, write_image
+from support.opening import (
+    DRIVERS,
+    READABLE,
+    check_ending,
+    decoding,
+    gdal,
+    open_array,
+    open_image,
+    open_tiff,
+    shape_of_array,
+)
 from support.pictures import mirrored, paste
-
-
-@contextlib.contextmanager
-def _decoding(path):
-    """Turns whatever a decoder raises into one line that names the file."""
-    Image.MAX_IMAGE_PIXELS = None  # rasters are large on purpose
-    try:
-        yield
-    except UserError:
-        raise
-    except MemoryError:
-        raise UserError(f"{path}: claims more pixels than memory can hold") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
-        raise UserError(
-            f"{path}: cannot be decoded ({error}): replace or remove the file"
-        ) from None
-
-
-@functools.cache
-def _rasterio():
-    """rasterio, with a bounded cache, and quiet about TIFFs that have no place on earth."""
-    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
-    import rasterio
-
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    return rasterio
 
 
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
     Label maps are array files, or images of indices, of code values or of class colours. A TIFF
-    of any size is read piece by piece; other files lie in memory from the first window on, and
-    may have 2^28 pixels (16384 x 16384). Photographs are turned upright as EXIF says.
+    or VRT of any size is read piece by piece; other files lie in memory from the first window
+    on. Photographs are turned upright as EXIF says.
 
+    endings        those that are opened, each by one driver: READABLE, or UPLOADS of strangers
+    most           pixels of a file that lies in memory; 8 bytes for each in an array file
     height, width  in pixels
-    tiff           rasterio's dataset, else None
+    tiff           rasterio's dataset of a TIFF or VRT, else None
     """
 
-    def __init__(self, path, table=None):
+    def __init__(self, path, table=None, endings=READABLE, most=2**28):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        with _decoding(path):
-            if self.path.suffix.lower() in TIFF_SUFFIXES:
+        suffix = self.path.suffix.lower()
+        with decoding(path):
+            check_ending(self.path, endings)
+            if suffix in DRIVERS:
                 self._open_tiff()
-            elif self.path.suffix.lower() in ARRAY_SUFFIXES:
-                sides = list(_load_array(path, mmap_mode="r").shape)
-                while len(sides) > 2:  # one-hot, or an axis of length 1
-                    sides.pop(-1 if sides[-1] in (1, len(table), len(table.entries)) else 0)
-                self.height, self.width = sides
+            elif suffix in ARRAY_SUFFIXES:
+                self.height, self.width = self._sides_of_array(shape_of_array(self.path, 8 * most))
             else:
-                with Image.open(path) as image:
+                with open_image(path) as image:
                     sides = image.size[::-1]
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
-            if not self.tiff and self.height * self.width > 2**28:
+            if not self.tiff and self.height * self.width > most:
                 remedy = f"gdal_translate {self.path.name} {self.path.stem}.tif"
                 what = f"{self.width}x{self.height} pixels are too many for its format: {remedy}"
                 raise UserError(f"{path}: {what}")
@@ -85,7 +67,7 @@ class Raster:
         """A window, or as much of it as there is: (H, W, 3) uint8, or (H, W) class indices."""
         bottom = self.height if height is None else min(top + height, self.height)
         right = self.width if width is None else min(left + width, self.width)
-        with _decoding(self.path):
+        with decoding(self.path):
             if self.tiff:
                 return self._read_tiff(top, left, bottom, right)
             if self._whole is None:
@@ -96,8 +78,17 @@ class Raster:
         """A window (height, width, ...), mirrored at the edges of the raster."""
         return mirrored(self.read(top, left, height, width), height, width)
 
+    def _sides_of_array(self, shape):
+        """Height and width of a label map: the shape without the axis of its classes."""
+        if not self.table:
+            raise UserError(f"{self.path}: is an array, which is read as a label map only")
+        last = shape[-1] in (1, len(self.table), len(self.table.entries))
+        if len(shape) == 2:
+            return shape
+        return shape[:2] if last else shape[1:]
+
     def _read_picture(self):
-        with Image.open(self.path) as image:
+        with open_image(self.path) as image:
             if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
                 remedy = "convert it to 8 bits, with limits of your choice"
                 raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
@@ -110,47 +101,41 @@ class Raster:
     def _read_labels(self):
         table, path = self.table, self.path
         if path.suffix.lower() in ARRAY_SUFFIXES:
-            array = _load_array(path)
+            with open_array(path) as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
             if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
                 return table.from_one_hot(array, path)
-            codes = array.astype(np.int64)
-            if not (array == codes).all():
-                raise UserError(f"{path}: holds fractions, which are no class indices")
-            return table.from_codes(codes.reshape(self.height, self.width), path)
-        with Image.open(path) as image:
-            if image.mode == "P" and _palette_is_of(np.asarray(image.convert("RGB")), table):
-                return table.from_colours(np.asarray(image.convert("RGB")), path, False)
-            if image.mode in ("P", "1", "L", "I", "I;16", "I;16B", "I;16L"):
-                return table.from_codes(np.asarray(image).astype(np.int64), path)
+            return table.from_codes(array.reshape(self.height, self.width), path)
+        with open_image(path) as image:
+            if image.mode == "1":  # 0 and 255, or 0 and 1: as the table has it
+                one = 255 if 255 in table.values else 1
+                return table.from_codes(np.asarray(image) * one, path)
+            if image.mode in ("P", "L", "I", "I;16", "I;16B", "I;16L", "F"):
+                return table.from_codes(np.asarray(image), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
             return table.from_colours(np.asarray(image.convert("RGB")), path, lossy)
 
     def _open_tiff(self):
-        if not self.path.is_file():
-            raise FileNotFoundError
-        self.tiff = _rasterio().open(self.path)
+        self.tiff = open_tiff(self.path)
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
-        integers = self.tiff.count == 1 and kinds[0].strip("u").startswith("int")
-        if set(kinds) != {"uint8"} and not (self.table and integers):
+        if set(kinds) != {"uint8"} and not (self.table and self.tiff.count == 1):
             scale = "" if self.table else " -scale LOW HIGH 0 255"
             remedy = f"gdal_translate -ot Byte{scale} {self.path.name} {self.path.stem}_8bit.tif"
             raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
         if self.tiff.count not in (1, 3) and not self.table:
             which = "first three are taken as RGB" if self.tiff.count > 3 else "first counts"
             say_once(f"images have {self.tiff.count} bands: the {which}")
-        self._palette, lossy = None, str(self.tiff.compression) == "Compression.jpeg"
+        lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
-        if self.tiff.count == 1 and self.tiff.colorinterp[0].name == "palette":
+        self._palette = None
+        if self.tiff.colorinterp[0].name == "palette" and not self.table:
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
-        if self.table and (self._palette is not None or self.tiff.count >= 3):
+        if self.table and self.tiff.count >= 3:  # a photograph is refused here
             top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
             bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
             middle = self._cut(top, left, bottom, right)
-            if self._palette is None:  # a photograph is refused here
-                self.table.from_colours(np.moveaxis(middle, 0, -1), self.path, self._nearest)
-            elif not _palette_is_of(self._palette[middle[0]], self.table):
-                self._palette = None  # its numbers are what counts
+            self.table.from_colours(np.moveaxis(middle, 0, -1), self.path, self._nearest)
 
     def _cut(self, top, left, bottom, right):
         bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
@@ -158,19 +143,19 @@ class Raster:
 
     def _read_tiff(self, top, left, bottom, right):
         bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)
-        if self._palette is not None:
-            bands = np.moveaxis(self._palette[bands[0]], -1, 0)
         pixels = np.moveaxis(bands, 0, -1)  # (H, W, 1 or 3)
+        if self._palette is not None:
+            return self._palette[bands[0]]
         if not self.table:
             return np.repeat(pixels, 3, 2) if len(bands) == 1 else np.ascontiguousarray(pixels)
+        nothing = self.tiff.nodata
         if len(bands) == 3:
             indices = self.table.from_colours(pixels, self.path, self._nearest, strict=False)
         else:
-            codes, nothing = bands[0].astype(np.int64), self.tiff.nodata
-            if nothing is not None and nothing not in {value for value, _, _ in self.table.entries}:
-                codes[codes == nothing] = IGNORED
-            indices = self.table.from_codes(codes, self.path)
-        if self.masked and (len(bands) == 3 or self.tiff.nodata is None):
+            if nothing is not None and nothing not in self.table.values:
+                bands = np.where(bands == nothing, self.table.unused, bands)
+            indices = self.table.from_codes(bands[0], self.path)
+        if self.masked and (len(bands) == 3 or nothing is None):
             valid = self.valid(top, left, *indices.shape)
             indices = np.where(valid, indices, np.uint8(IGNORED))
         return indices
@@ -199,33 +184,26 @@ def _orientation(image):
     return image.getexif().get(274, 1) if image.format in ("JPEG", "MPO", "WEBP") else 1
 
 
-def _load_array(path, **how):
-    """The array of a .npy file, or the first one of a .npz file."""
-    array = np.load(path, **how)
-    array = array[array.files[0]] if isinstance(array, np.lib.npyio.NpzFile) else array
-    if array.ndim not in (2, 3):
-        what = "(H, W), or one-hot (H, W, C) or (C, H, W) is needed"
-        raise UserError(f"{path}: holds an array of shape {array.shape}: {what}")
-    return array
-
-
-def _palette_is_of(rgb, table):
-    """Whether most of the colours that a palette image (H, W, 3) uses are the class table's."""
-    used = np.unique(rgb.reshape(-1, 3), axis=0)
-    known = {color for _, color, _ in table.entries}
-    return 2 * len(known & set(map(tuple, used.tolist()))) > len(used)
-
-
 def writing(path, source, classes=None):
     """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
-    With a ClassTable pixels are (H, W) class indices, and the file gets its colours, else they
-    are (H, W, 3) uint8. A TIFF from a TIFF keeps its place on earth, and no data stays no data;
-    other files lie in memory till the end. It appears under its name when it is whole.
+    With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours,
+    else they are (H, W, 3) uint8. A TIFF from a TIFF (or VRT) keeps its place on earth, and no
+    data stays no data; other files lie in memory till the end. The file appears when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".vrt":
+        path = path.with_suffix(".tif")
     by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
     return (_writing_tiff if by_windows else _writing_whole)(path, source, classes)
+
+
+def label_image(index, classes):
+    """(H, W) class indices as a Pillow image of the table's values, with its colours."""
+    image = Image.fromarray(classes.codes[index])
+    if image.mode == "L":  # values of 8 bits
+        image.putpalette(classes.code_palette.tobytes())
+    return image
 
 
 @contextlib.contextmanager
@@ -235,52 +213,59 @@ def _writing_whole(path, source, classes):
     if not classes:
         write_image(path, whole)
         return
-    image = Image.fromarray(whole)  # indices, which the scripts read again, and colours to look at
-    image.putpalette(classes.palette.tobytes())
-    write_image(path.with_suffix(".png"), image)
+    write_image(path.with_suffix(".png"), label_image(whole, classes))
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
+
+
+def _profile(source, classes):
+    """rasterio's profile of a TIFF from a TIFF: of its size, and in its place."""
+    tiff = source.tiff
+    given = classes.unused if classes else tiff.nodata
+    nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
+    profile = {"height": source.height, "width": source.width, "count": 1 if classes else 3}
+    profile |= {"driver": "GTiff", "nodata": nothing, "bigtiff": "if_safer"}
+    profile |= {"dtype": classes.codes.dtype if classes else np.uint8}
+    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
+    gcps, crs = tiff.gcps
+    if gcps:
+        profile |= {"gcps": gcps, "crs": crs or gdal().CRS()}
+    elif not tiff.transform.is_identity:
+        profile |= {"crs": tiff.crs, "transform": tiff.transform}
+    return profile
 
 
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes):
-    given = IGNORED if classes else source.tiff.nodata
-    nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
-    profile = {"height": source.height, "width": source.width, "count": 1 if classes else 3}
-    profile |= {"driver": "GTiff", "dtype": "uint8", "nodata": nothing, "bigtiff": "if_safer"}
-    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
-    gcps, crs = source.tiff.gcps
-    if gcps:
-        profile |= {"gcps": gcps, "crs": crs}
-    elif not source.tiff.transform.is_identity:
-        profile |= {"crs": source.tiff.crs, "transform": source.tiff.transform}
+    profile = _profile(source, classes)
+    nothing = profile["nodata"]
 
     def put(pixels, top, left=0):
         height, width = pixels.shape[:2]
         window = (top, top + height), (left, left + width)
         valid = source.valid(top, left, height, width)
-        bands = pixels[None] if classes else np.moveaxis(pixels, -1, 0)
+        bands = classes.codes[pixels][None] if classes else np.moveaxis(pixels, -1, 0)
         if valid is not None and nothing is None:
             target.write_mask(valid, window=window)
         elif valid is not None:
             if not classes:  # what was painted must not look like nothing
                 bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
-            bands = np.where(valid, bands, nothing).astype(np.uint8)
+            bands = np.where(valid, bands, nothing).astype(profile["dtype"])
         target.write(bands, window=window)
 
     try:
         with whole_or_absent(path) as aside:
             with (
-                _rasterio().Env(GDAL_TIFF_INTERNAL_MASK=True),
-                _rasterio().open(aside, "w", **profile) as target,
+                gdal().Env(GDAL_TIFF_INTERNAL_MASK=True),
+                gdal().open(aside, "w", **profile) as target,
             ):
                 target.update_tags(**source.tiff.tags())
                 if classes:
-                    colors = enumerate(classes.palette.tolist())
+                    colors = enumerate(classes.code_palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})
                 yield put
             # GDAL keeps quiet when it closes on a full disk
-            with _rasterio().open(aside) as written:
+            with gdal().open(aside, driver="GTiff") as written:
                 for top in range(0, source.height, 256):
                     written.read(window=((top, min(top + 256, source.height)), (0, source.width)))
-    except _rasterio().errors.RasterioError as error:
+    except gdal().errors.RasterioError as error:
         raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None

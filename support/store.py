@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from support.batches import spread
 from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError
-from support.files import LOSSY
+from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
 from support.pictures import resize
 from support.processes import first_here, rank, wait_for_others
@@ -37,30 +36,16 @@ def source(cfg):
     return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
 
 
-def sum_of(path, length, piece=2**24):
-    """A checksum of the first `length` bytes of a file: 4 bytes, from CRC-32s of its pieces.
-
-    In threads, outside the interpreter lock: some gigabytes a second.
-    """
-
-    def crc(first):
-        with open(path, "rb") as file:
-            file.seek(first)
-            return zlib.crc32(file.read(min(piece, length - first)))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sums = list(pool.map(crc, range(0, length, piece)))
-    return zlib.crc32(np.array(sums, "<u4").tobytes()).to_bytes(4, "little")
-
-
-def check_sum(path):
-    """Raises a ValueError if a store's last four bytes are not the checksum of all before them."""
-    length = path.stat().st_size - 4
-    with open(path, "rb") as file:
-        file.seek(max(0, length))
-        written = file.read()
-    if length < 0 or written != sum_of(path, length):
-        raise ValueError("is damaged")
+def is_whole(path):
+    """Whether a store is there, and has the size that its header promises."""
+    try:
+        array = np.lib.format.open_memmap(path, "r")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except Exception as error:  # numpy raises several kinds for a damaged header
+        print(f"{path}: {error}: decoding again", file=sys.stderr)
+        return False
+    return array.dtype == np.uint8 and array.offset + array.size == path.stat().st_size
 
 
 class ImageStore:
@@ -76,7 +61,7 @@ class ImageStore:
     records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
 
     The file's name is a hash of the list of files, their sizes and times, and every parameter.
-    It is written aside and renamed, so that it is whole or absent, and ends with a checksum.
+    It is written aside and renamed, so that it is whole or absent.
     """
 
     def __init__(self, cfg, split, side, smallest=0):
@@ -135,62 +120,59 @@ class ImageStore:
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest)
-        text = [f"{what} planar summed {self.side} {self.patch} {self.split.halves} {table}"]
+        text = [f"{what} planar {self.side} {self.patch} {self.split.halves} {table}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
         path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
-        if first_here():
-            try:
-                check_sum(path)
-            except (FileNotFoundError, NotADirectoryError):
-                self._build(pairs, path)
-            except (OSError, ValueError) as error:
-                print(f"{path}: {error}: decoding again", file=sys.stderr)
-                self._build(pairs, path)
+        if first_here() and not is_whole(path):
+            self._build(pairs, path)
         wait_for_others()
-        return np.load(path, mmap_mode="c")  # nothing writes; torch wants what it could write to
+        return np.lib.format.open_memmap(
+            path, "c"
+        )  # nothing writes; torch wants what it could write to
 
     def _build(self, pairs, path):
         pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             counts = list(pool.map(self._count, pairs))
             if sum(counts) == 0:
-                raise UserError(
-                    f"--patch {self.patch}: no image of {self.split.root} is that large"
-                )
-            ends = np.cumsum(counts)
-            channels = 3 * (pairs[0][0] is not None)
-            channels += (1 if self.classes else 3) * (pairs[0][1] is not None)
+                what = f"no image of {self.split.root} is that large"
+                raise UserError(f"--patch {self.patch}: {what}")
             self.cache.mkdir(parents=True, exist_ok=True)
-            shape = int(ends[-1]), channels, self.side, self.side
-            store = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # Linux: a full disk says so here
-                with open(aside, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
-
-            def work(k):
-                first = ends[k] - counts[k]
-                for row, record in enumerate(self._records(pairs[k]) if counts[k] else [], first):
-                    store[row] = record
-
-            jobs = pool.map(work, range(len(pairs)))
-            about = {"unit": "file", "leave": False, "disable": None}
-            for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
-                pass
-            store.flush()
-            with open(aside, "ab") as file:
-                file.write(sum_of(aside, aside.stat().st_size))
-            os.replace(aside, path)
+            with whole_or_absent(path) as aside:
+                self._fill(pairs, counts, aside, pool)
         finally:
-            aside.unlink(missing_ok=True)
             pool.shutdown(cancel_futures=True)
 
+    def _fill(self, pairs, counts, path, pool):
+        """Decodes pairs of files, which give counts of records each, into a new file."""
+        ends = np.cumsum(counts)
+        channels = 3 * (pairs[0][0] is not None)
+        channels += (1 if self.classes else 3) * (pairs[0][1] is not None)
+        shape = int(ends[-1]), channels, self.side, self.side
+        store = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # Linux: the error of a full disk comes here
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+        def work(k):
+            if counts[k]:
+                for row, record in enumerate(self._records(pairs[k]), ends[k] - counts[k]):
+                    store[row] = record
+
+        jobs = pool.map(work, range(len(pairs)))
+        about = {"unit": "file", "leave": False, "disable": None}
+        for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
+            pass
+        store.flush()
+
     def _sides(self, pair):
-        """The files of a pair that are there, each with the ClassTable that it needs."""
+        """The files to read for a pair, each with the ClassTable that it needs."""
+        if self.split.halves:
+            return [(pair[0], None)]
         return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
 
     def _count(self, pair):
@@ -199,26 +181,26 @@ class ImageStore:
         for path, table in self._sides(pair):
             with Raster(path, table) as raster:
                 sizes.append((raster.width, raster.height))
-        width, height = sizes[0]
-        if self.split.halves:
-            if width != 2 * height:
-                what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
-                raise UserError(f"{pair[0]}: {what}")
-            width = height
-        elif sizes[0] != sizes[-1]:
+        name, (width, height) = pair[0] or pair[1], sizes[0]
+        if self.split.halves and width != 2 * height:
+            what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
+            raise UserError(f"{name}: {what}")
+        if sizes[0] != sizes[-1]:
             other = f"{pair[1]} is {sizes[1][0]}x{sizes[1][1]}"
-            raise UserError(f"{pair[0]} is {width}x{height} but {other}: sizes must agree")
+            raise UserError(f"{name} is {width}x{height} but {other}: sizes must agree")
+        if self.split.halves:
+            width = height
         if min(width, height, self.patch or width) < self.smallest:
             cut = f" cut into patches of {self.patch}" if self.patch else ""
             what = f"{width}x{height}{cut} is smaller than --size {self.smallest}"
-            raise UserError(f"{pair[0] or pair[1]}: {what}")
+            raise UserError(f"{name}: {what}")
         return (width // self.patch) * (height // self.patch) if self.patch else 1
 
     def _records(self, pair):
         """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
         with contextlib.ExitStack() as stack:
             rasters = []
-            for path, table in [(pair[0], None)] if self.split.halves else self._sides(pair):
+            for path, table in self._sides(pair):
                 rasters.append(stack.enter_context(Raster(path, table)))
             step = self.patch or rasters[0].height
             for top in range(0, rasters[0].height - step + 1, step):

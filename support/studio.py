@@ -16,7 +16,8 @@ from PIL import Image
 from support.batches import spread
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
-from support.rasters import Raster
+from support.opening import UPLOADS
+from support.rasters import Raster, label_image
 from support.store import ImageStore
 from support.windows import around
 
@@ -24,15 +25,6 @@ MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_ANSWERS = 4
 KEPT = 2**25  # pixels of canvases; those used last stay
 EXAMPLES = 12
-FORMATS = {  # ending: how such a file begins
-    ".tif": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-    ".png": b"\x89PNG\r\n\x1a\n",
-    ".jpg": b"\xff\xd8\xff",
-    ".webp": b"RIFF",
-    ".npy": b"\x93NUMPY",
-    ".npz": b"PK\3\4",
-}
-FORMATS |= {".tiff": FORMATS[".tif"], ".jpeg": FORMATS[".jpg"]}
 
 
 class Studio:
@@ -134,14 +126,11 @@ class Studio:
     def _read(self, name, content, table):
         """The pixels of a file that came as base64, or its class indices; it does not stay."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
-        ending = Path(name).suffix.lower()
-        if not content.startswith(FORMATS.get(ending, ())):
-            raise UserError(f"{name}: is no GeoTIFF, PNG, JPEG, WebP, .npy or .npz by its content")
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"file{ending}"
+            path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)
             try:
-                with Raster(path, table) as raster:
+                with Raster(path, table, UPLOADS, MOST_PIXELS) as raster:
                     size = f"{raster.width}x{raster.height}"
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: {size} pixels are too many for this page")
@@ -189,11 +178,9 @@ class Studio:
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 
     def label_map(self, query):
-        """What was painted, as a PNG: class indices and their colours, which scripts read again."""
+        """The painted label map as a PNG: the table's values and colours, which scripts read."""
         pixels = self._canvas(query).pixels
-        image = Image.fromarray(pixels)
-        if self.classes:
-            image.putpalette(self.classes.palette.tobytes())
+        image = label_image(pixels, self.classes) if self.classes else Image.fromarray(pixels)
         return encoded(image)
 
 

@@ -22,7 +22,7 @@ CAPS = {"pix2pix": 461, "cyclegan": 450, "mixlc": 507, "mixlc_acgan": 525}
 FLOORS = [
     "errors processes",
     "files classes device batches",
-    "options layouts demo pictures plots",
+    "options layouts opening demo pictures plots",
     "rasters checkpoints measures windows",
     "store run vgg16 edits",
     "begin judge canvases",

@@ -250,7 +250,7 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained):
 def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path):
     main = importlib.import_module(script).main
     main(tiny_run(script, landcover, tmp_path / "show", "--show-samples 3"))
-    assert [path.name for path in (tmp_path / "show").iterdir()] == ["samples.png"]
+    assert [path.name for path in (tmp_path / "show").glob("[!.]*")] == ["samples.png"]
     sheet = np.asarray(Image.open(tmp_path / "show" / "samples.png"))
     assert sheet.shape == (16 + 3 * 68, 4 + 6 * 68, 3)
     target = sheet[16 : 16 + 64, 4 + 5 * 68 : 4 + 5 * 68 + 64]

@@ -1,0 +1,138 @@
+"""Opening files by the driver of their ending, and by nothing else.
+
+GDAL and Pillow have drivers that open further files, reach the network, write, or run programs.
+They choose by content, so that a text file named scene.tif could do all of that.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+from support.errors import UserError
+from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+
+READABLE = IMAGE_SUFFIXES | ARRAY_SUFFIXES | {".gif", ".vrt"}
+UPLOADS = READABLE - {".bmp", ".gif", ".vrt"}  # that strangers may send
+DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize BlockYSize
+    VRTRasterBand Offset Scale UnitType Description CategoryNames Category ColorInterp ColorTable
+    Entry MaskBand NoDataValue NODATA HideNoDataValue SimpleSource ComplexSource SourceFilename
+    SourceBand SourceProperties SrcRect DstRect UseMaskBand"""
+
+
+@contextlib.contextmanager
+def decoding(path):
+    """Turns an error of any decoder into one line that names the file."""
+    Image.MAX_IMAGE_PIXELS = None  # rasters are large on purpose
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{path}: claims more pixels than memory can hold") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name is not UTF-8: rename it") from None
+    except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
+        what = f"cannot be decoded ({error}): replace or remove the file"
+        raise UserError(f"{path}: {what}") from None
+
+
+def check_ending(path, endings):
+    """Refuses a path that is no file, or has none of these endings."""
+    if not path.is_file():
+        what = "is no file, but a folder or a pipe" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}")
+    if path.suffix.lower() not in endings:
+        known = " ".join(sorted(endings))
+        raise UserError(f"{path}: cannot be decoded: the endings to use are {known}")
+
+
+def open_image(path):
+    """The Pillow image of a file."""
+    return Image.open(path, formats=FORMATS)
+
+
+@functools.cache
+def gdal():
+    """rasterio, with a bounded cache, and without warnings of TIFFs that have no place on earth."""
+    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
+    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_tiff
+    import rasterio
+
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
+
+
+def open_tiff(path):
+    """rasterio's dataset of a TIFF, or of a VRT that joins TIFFs."""
+    driver = DRIVERS[path.suffix.lower()]
+    if driver == "VRT":
+        return gdal().open(_joined_tiffs(path), driver=driver)
+    _check_tiff(path)
+    return gdal().open(path.absolute(), driver=driver)
+
+
+def _check_tiff(path):
+    """Refuses what is no TIFF, and masks and overviews beside it that are none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file on this machine")
+    for ending in ("", ".msk", ".MSK", ".ovr", ".OVR"):  # GDAL opens these by content
+        file = Path(f"{path}{ending}")
+        if file.is_file():
+            with open(file, "rb") as opened:
+                start = opened.read(4)
+            if start not in _TIFF_STARTS:
+                raise UserError(f"{file}: cannot be decoded: is no TIFF")
+
+
+def _joined_tiffs(path):
+    """The XML of a VRT file, with absolute names; refuses all but TIFFs joined without scaling."""
+    root = ElementTree.fromstring(path.read_bytes())
+    for part in root.iter():
+        if part.tag not in _VRT_PARTS.split() or "subclass" in str(part.attrib).lower():
+            raise UserError(f"{path}: has {part.tag} {part.attrib}: only TIFFs are joined")
+        if part.tag in ("SimpleSource", "ComplexSource"):
+            rectangles = part.find("SrcRect"), part.find("DstRect")
+            sides = [(float(r.get("xSize")), float(r.get("ySize"))) for r in rectangles]
+            if sides[0] != sides[1]:  # GDAL would look for overviews, and open them by content
+                raise UserError(f"{path}: scales what it joins: write it as one TIFF")
+        if part.tag == "SourceFilename":
+            folder = path.parent if part.get("relativeToVRT") == "1" else Path()
+            source = (folder / part.text).absolute()
+            _check_tiff(source)
+            part.text, part.attrib = str(source), {"relativeToVRT": "0"}
+    return ElementTree.tostring(root, "unicode")
+
+
+@contextlib.contextmanager
+def open_array(path):
+    """The .npy stream of a .npy file, or of the first array of a .npz file."""
+    if path.suffix.lower() == ".npy":
+        with open(path, "rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
+            yield file
+
+
+def shape_of_array(path, most):
+    """The shape of an array file, from its header; refuses more than `most` bytes of values."""
+    with open_array(path) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biuf" or len(shape) not in (2, 3):
+        what = "(H, W), or one-hot (H, W, C) or (C, H, W) of numbers is needed"
+        raise UserError(f"{path}: holds an array of shape {shape}: {what}")
+    if math.prod(shape) * dtype.itemsize > most:
+        raise UserError(f"{path}: claims more pixels than memory can hold")
+    return shape
