@@ -14,7 +14,6 @@ from torch import nn
 import common
 import support.vgg16
 from conftest import CPU, TABLE, batch_of, tiny
-from support.vgg16 import _random_weights
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
 LABELS = {"lc_classes": json.dumps(TABLE)}
@@ -64,7 +63,7 @@ def build(script, monkeypatch=None, **options):
     """(module, cfg, state): the state in float64; VGG16 with random weights where it is asked."""
     module, cfg = tiny(script, **options)
     if monkeypatch:
-        monkeypatch.setattr(support.vgg16, "_vgg16_weights", lambda path, s: _random_weights(s))
+        monkeypatch.setattr(support.vgg16, "_imagenet", lambda path: None)  # random ones
     return module, cfg, in_double(module.build(cfg, CPU))
 
 
