@@ -69,7 +69,7 @@ def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
 def test_a_run_is_judged(data, tmp_path):
     tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
     judged = ["--train-judge", "--judge-epochs", "6"]
-    out = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    out = f"--out {tmp_path / 'run'} --cache {tmp_path / 'cache'}".split()
     pix2pix.main(["--data", str(data), *out, *tiny, *judged])
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
     real, elsewhere = rows["real photograph"], rows["real, of another place"]
@@ -91,7 +91,7 @@ def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, m
     tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
     tiny += ["--blocks", "1"] if script is cyclegan else []
     tiny += ["--style-features", "random"] if script is mixlc_acgan else []
-    out = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    out = f"--out {tmp_path / 'run'} --cache {tmp_path / 'cache'}".split()
     script.main(["--data", str(data), *out, *tiny])
     evaluation = tmp_path / "run" / "evaluation.json"
     rows = json.loads(evaluation.read_text())["rows"]

@@ -98,7 +98,7 @@ def worker(folder):
         except SystemExit:
             torch.distributed.barrier()
         common.Run.stopping = honest
-        main(["--resume", "--out", str(folder / script / "parts")])
+        main(f"--resume --out {folder / script / 'parts'}".split())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_two_ranks_resume_to_the_bit(done, script):
 def test_one_process_cannot_go_on_with_the_work_of_two(done, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module("mixlc").main(
-            ["--resume", "--out", str(done[0] / "mixlc" / "whole")]
+            f"--resume --out {done[0] / 'mixlc' / 'whole'}".split()
         )
     assert "2 processes cannot go on with 1" in capsys.readouterr().err
 
