@@ -522,9 +522,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
                 scores.add_images(row, guess, real_B)
         if judge:
             photographs = {"B to A: model": fake_A, "real photograph": real_A}
-            for row, photograph in photographs.items():
-                seen = judge.classes_of(photograph)
-                scores.add_labels(row, seen, labels, len(cfg.classes), by="judge")
+            add_judged(scores, judge, photographs, labels, len(cfg.classes))
     if judge:
         add_floor(scores, judge, val, images)
     return scores
@@ -543,14 +541,18 @@ def baselines_of_B(val, real_A, real_B, constants):
     return guesses | common.constant_guesses(constants, real_B)
 
 
+def add_judged(scores, judge, photographs, labels, classes):
+    """Measures whether the judge sees these labels in photographs {row: (B, 3, S, S)}."""
+    for row, photograph in photographs.items():
+        scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
+
+
 def add_floor(scores, judge, val, images):
     """The judge's floor: real photographs against the land cover of other images."""
     others = np.roll(images, len(images) // 2)
-    for (_, real_B), (photograph, _) in zip(
-        val.in_order(images), val.in_order(others), strict=True
-    ):
-        seen, labels = judge.classes_of(photograph), common.class_index(real_B)
-        scores.add_labels("real, of another place", seen, labels, len(val.classes), by="judge")
+    for here, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
+        photographs = {"real, of another place": elsewhere[0]}
+        add_judged(scores, judge, photographs, common.class_index(here[1]), len(val.classes))
 
 
 def score_cells(cfg, paired):

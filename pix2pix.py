@@ -511,21 +511,24 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
                 scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
         if judge:
             photographs = {"model": guesses["model"], "real photograph": y}
-            for row, photograph in photographs.items():
-                seen = judge.classes_of(photograph)
-                scores.add_labels(row, seen, records[:, 3], len(cfg.classes), by="judge")
+            add_judged(scores, judge, photographs, records[:, 3], len(cfg.classes))
     if judge:
         add_floor(scores, judge, val, images)
     return scores
+
+
+def add_judged(scores, judge, photographs, labels, classes):
+    """Measures whether the judge sees these labels in photographs {row: (B, 3, S, S)}."""
+    for row, photograph in photographs.items():
+        scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
 
 
 def add_floor(scores, judge, val, images):
     """The judge's floor: real photographs against the land cover of other images."""
     others = np.roll(images, len(images) // 2)
     for records, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
-        _, photograph = val.sides(elsewhere)
-        seen, labels = judge.classes_of(photograph), records[:, 3]
-        scores.add_labels("real, of another place", seen, labels, len(val.store.classes), "judge")
+        photographs = {"real, of another place": val.sides(elsewhere)[1]}
+        add_judged(scores, judge, photographs, records[:, 3], len(val.store.classes))
 
 
 def nearest_class(images, classes):

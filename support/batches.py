@@ -1,4 +1,4 @@
-"""Which images come in which step, and how they reach the device."""
+"""The order of images in an epoch, and loading them in batches onto the device."""
 
 import collections
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The beginning of a program: options, checkpoint, run folder; and its end after a mistake."""
+"""Start of a program: options, checkpoint, run folder; error messages."""
 
 import contextlib
 import dataclasses

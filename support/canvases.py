@@ -1,4 +1,4 @@
-"""What the page paints on: a label map or a picture to translate, or a photograph to edit."""
+"""Images that the page can edit: a label map, a picture, or a photograph."""
 
 import collections
 import functools

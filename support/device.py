@@ -1,4 +1,4 @@
-"""Where and how a step runs: device, precision, memory format, Adam, CUDA graph."""
+"""Device, precision, memory format, Adam, CUDA graph."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""An edit of one photograph through its land cover: which regions are generated."""
+"""One edit of a photograph: which windows must be generated anew."""
 
 import numpy as np
 from PIL import Image, ImageFilter

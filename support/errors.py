@@ -1,4 +1,4 @@
-"""Messages to the user: mistakes, remarks and warnings, and printing that never fails."""
+"""UserError, remarks that are printed once, and printing that never fails."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Writing files: whole or absent, and a run folder in which one process trains."""
+"""Writing files whole or not at all; reserving a run folder."""
 
 import contextlib
 import os

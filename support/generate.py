@@ -1,4 +1,4 @@
-"""--generate and --serve: pictures translated, photographs edited."""
+"""--generate and --serve: translate images, edit photographs."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""The processes that torchrun started: which one this is, and what all of them agree on."""
+"""The processes of torchrun: rank, world size, averages."""
 
 import os
 

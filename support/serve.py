@@ -1,4 +1,4 @@
-"""The local server behind --serve, on the page of which a user paints."""
+"""The local web server behind --serve."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""The canvases that are open on the page: what it asks of them, and what they answer."""
+"""The canvases that are open on the page: opening them, and strokes."""
 
 import base64
 import collections

@@ -1,4 +1,4 @@
-"""A raster generated window by window, with shared statistics and smooth blending."""
+"""Translating a raster window by window, with shared statistics and smooth blending."""
 
 import contextlib
 import math

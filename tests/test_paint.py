@@ -387,7 +387,7 @@ def test_a_file_does_not_stay_when_the_server_is_ended_meanwhile(tmp_path):
 import base64, os, signal, sys, threading, time
 from conftest import tiny
 from support import serve, studio
-def hang(path, table):
+def hang(*_):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 studio.Raster = hang
@@ -401,7 +401,7 @@ serve.serve(canvases)
     for folder in ("aside", "out"):
         (tmp_path / folder).mkdir()
     root = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(root / "tests"), str(root)])
+    paths = os.pathsep.join(map(str, (root / "tests", root, root / "bench")))
     environment = os.environ | {"TMPDIR": str(tmp_path / "aside"), "PYTHONPATH": paths}
     call = [sys.executable, "-c", code, str(tmp_path / "out")]
     done = subprocess.check_output(call, cwd=tmp_path, env=environment, text=True)

@@ -42,7 +42,7 @@ def torchrun(file, *arguments):
         "--nproc-per-node",
         "2",
     ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "bench")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [*launch, str(file), *map(str, arguments)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=env)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cyclegan
 from conftest import SCRIPTS, land_cover, picture, save, side_by_side, vgg_file
@@ -72,6 +73,8 @@ def world(tmp_path, monkeypatch):
     for name in ("dubai", "denmark"):
         land_cover(tmp_path / name, train=2, val=2)
     (tmp_path / "denmark" / "classes.json").unlink()
+    for path in (tmp_path / "denmark").glob("*/lc/*.png"):
+        save(path, np.array([0, 62, 73, 162], np.uint8)[np.asarray(Image.open(path))])
     for split in ("trainA", "trainB", "testA", "testB"):
         for k in range(2):
             save(tmp_path / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
@@ -89,7 +92,7 @@ def world(tmp_path, monkeypatch):
         "scene.tif",
     ):
         save(tmp_path / name, picture(rng, 120, 140))
-    labels = np.ones((120, 140), np.uint8)
+    labels = np.zeros((120, 140), np.uint8)  # a value of every table
     for name in ("landcover.png", "a_lc.png", "labels/1.png"):
         save(tmp_path / name, labels)
     labels[40:80, 40:80] = 2

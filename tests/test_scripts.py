@@ -65,7 +65,7 @@ COPIES = {
     "report": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "as evaluate"),
     "generate": (EACH, "what is written"),
     "use": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "one --init, two or none"),
-    "add_judged": (EDITS, ""),
+    "add_judged": ([["pix2pix", "cyclegan"], ["mixlc", "mixlc_acgan"]], "photographs; edits"),
     "add_floor": ([["pix2pix"], ["cyclegan"]], "other batches"),
     "visible": (EDITS, ""),
     "Edit": (EDITS, ""),
