@@ -124,6 +124,23 @@ class ClassTable:
         return {value: index for value, _, index in self.entries}
 
     @functools.cached_property
+    def valued(self):
+        """Whether the table names values; else a class's value is its position."""
+        return any("value" in entry for entry in json.loads(self.text)["classes"])
+
+    def by_palette(self, codes, palette):
+        """Whether the colours of a palette (256, 3) decide, and not the codes (H, W) of its file.
+
+        They do where the table names no values, or not all that occur, and has most of the colours.
+        """
+        used = np.unique(codes)
+        if self.valued and set(used.tolist()) <= {self.unused, *self.values}:
+            return False
+        colors = {tuple(color) for color in palette[used].tolist()}
+        known = {color for _, color, _ in self.entries}
+        return 2 * len(known & colors) > len(colors)
+
+    @functools.cached_property
     def unused(self):
         """The code for pixels without a class: 255, or the next lower one that no row has."""
         return max(set(range(256)) - set(self.values))

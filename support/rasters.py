@@ -110,6 +110,12 @@ class Raster:
             if image.mode == "1":  # 0 and 255, or 0 and 1: as the table has it
                 one = 255 if 255 in table.values else 1
                 return table.from_codes(np.asarray(image) * one, path)
+            if image.mode == "P":
+                palette = np.zeros((256, 3), np.uint8)
+                colors = np.reshape(image.getpalette("RGB"), (-1, 3))
+                palette[: len(colors)] = colors
+                if table.by_palette(np.asarray(image), palette):
+                    return table.from_colours(palette[np.asarray(image)], path, nearest=False)
             if image.mode in ("P", "L", "I", "I;16", "I;16B", "I;16L", "F"):
                 return table.from_codes(np.asarray(image), path)
             lossy = table.nearest or image.format in ("JPEG", "WEBP")
@@ -128,14 +134,18 @@ class Raster:
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
         self._palette = None
-        if self.tiff.colorinterp[0].name == "palette" and not self.table:
+        if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
-        if self.table and self.tiff.count >= 3:  # a photograph is refused here
-            top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
-            bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
-            middle = self._cut(top, left, bottom, right)
+        if not self.table:
+            return
+        top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
+        bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
+        middle = self._cut(top, left, bottom, right)
+        if len(middle) == 3:  # a photograph is refused here
             self.table.from_colours(np.moveaxis(middle, 0, -1), self.path, self._nearest)
+        elif self._palette is not None and not self.table.by_palette(middle[0], self._palette):
+            self._palette = None
 
     def _cut(self, top, left, bottom, right):
         bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
@@ -145,17 +155,21 @@ class Raster:
         bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)
         pixels = np.moveaxis(bands, 0, -1)  # (H, W, 1 or 3)
         if self._palette is not None:
-            return self._palette[bands[0]]
+            pixels = self._palette[bands[0]]
         if not self.table:
-            return np.repeat(pixels, 3, 2) if len(bands) == 1 else np.ascontiguousarray(pixels)
+            return (
+                np.repeat(pixels, 3, 2) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)
+            )
         nothing = self.tiff.nodata
-        if len(bands) == 3:
-            indices = self.table.from_colours(pixels, self.path, self._nearest, strict=False)
+        by_colour = pixels.shape[-1] == 3
+        if by_colour:
+            nearest = self._nearest and self._palette is None
+            indices = self.table.from_colours(pixels, self.path, nearest, strict=False)
         else:
             if nothing is not None and nothing not in self.table.values:
                 bands = np.where(bands == nothing, self.table.unused, bands)
             indices = self.table.from_codes(bands[0], self.path)
-        if self.masked and (len(bands) == 3 or nothing is None):
+        if self.masked and (by_colour or nothing is None):
             valid = self.valid(top, left, *indices.shape)
             indices = np.where(valid, indices, np.uint8(IGNORED))
         return indices

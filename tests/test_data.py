@@ -158,7 +158,7 @@ def colours(table, index):
 
 
 @pytest.mark.parametrize(
-    "kind", ["indices", "colours", "stray", "one-hot", "channels first", "npy"]
+    "kind", ["indices", "colours", "palette", "stray", "one-hot", "channels first", "npy"]
 )
 def test_label_formats(tmp_path, table, kind):
     path = tmp_path / (
@@ -169,8 +169,11 @@ def test_label_formats(tmp_path, table, kind):
     elif kind in ("colours", "stray"):
         rgb = colours(table, INDEX).copy()
         if kind == "stray":
-            rgb[1, 1] = (1, 2, 3)
+            rgb[1, 1] = (0x84, 0x29, 0xF0)  # near the first class, but not it
         save(path, rgb)
+    elif kind == "palette":  # colours, stored in an order of their own
+        image = Image.fromarray(colours(table, INDEX)).quantize(8)
+        image.save(path)
     elif kind == "npy":
         np.save(path, CODES.astype(np.int64))
     else:
@@ -586,3 +589,33 @@ def test_ranks_get_disjoint_rows(monkeypatch):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().size = 3
+
+
+def palette_file(path, codes, colors, how):
+    """A paletted PNG or TIFF of these codes; colors {code: "#rrggbb"}."""
+    palette = np.zeros((256, 3), np.uint8)
+    for code, color in colors.items():
+        palette[code] = tuple(bytes.fromhex(color[1:]))
+    image = Image.fromarray(codes)
+    image.putpalette(palette.tobytes())
+    image.save(path.with_suffix(how))
+    return path.with_suffix(how)
+
+
+@pytest.mark.parametrize("how", [".png", ".tif"])
+def test_codes_or_colours_of_a_palette(tmp_path, how):
+    """Values that a table names decide, whatever the colours; else most of the colours."""
+    codes = np.array([[1, 2, 3, 4]], np.uint8)
+    rows = [{"name": f"n{k}", "color": f"#{40 * k:02x}0000"} for k in range(1, 5)]
+    valued = ClassTable.load(json.dumps([row | {"value": k} for k, row in enumerate(rows, 1)]))
+    colors = {k: row["color"] for k, row in enumerate(rows, 1)}
+    reds = colors | {4: "#f00000"}  # another red than the table's
+    twins = colors | {4: colors[3]}  # two codes that share a colour
+    for name, shown in (("reds", reds), ("twins", twins)):
+        file = palette_file(tmp_path / name, codes, shown, how)
+        assert Raster(file, valued).read().tolist() == [[0, 1, 2, 3]], name
+    order = {1: colors[4], 2: colors[3], 3: colors[2], 4: colors[1]}  # codes that mean nothing
+    file = palette_file(tmp_path / "order", codes, order, how)
+    assert Raster(file, ClassTable.load(json.dumps(rows))).read().tolist() == [[3, 2, 1, 0]]
+    far = ClassTable.load(json.dumps([row | {"value": k} for k, row in enumerate(rows, 50)]))
+    assert Raster(file, far).read().tolist() == [[3, 2, 1, 0]]  # none of its values occurs
