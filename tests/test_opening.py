@@ -1,0 +1,120 @@
+"""Files are opened by the driver of their ending alone; land cover is written with its values."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+from conftest import PLACE, geotiff
+from support.classes import ClassTable
+from support.errors import UserError
+from support.opening import UPLOADS
+from support.rasters import Raster, writing
+
+BAND = '<VRTRasterBand dataType="Byte" band="{band}">{sources}</VRTRasterBand>'
+SOURCE = (
+    '<SimpleSource><SourceFilename relativeToVRT="1">{name}</SourceFilename>'
+    '<SourceBand>{band}</SourceBand><SrcRect xOff="0" yOff="0" xSize="40" ySize="30"/>'
+    '<DstRect xOff="{left}" yOff="0" xSize="40" ySize="30"/></SimpleSource>'
+)
+
+
+def joined(*names):
+    """The text of a VRT that puts GeoTIFFs of 40 x 30 pixels side by side."""
+    bands = ""
+    for band in (1, 2, 3):
+        parts = [SOURCE.format(name=n, band=band, left=40 * k) for k, n in enumerate(names)]
+        bands += BAND.format(band=band, sources="".join(parts))
+    width = 40 * len(names)
+    return f'<VRTDataset rasterXSize="{width}" rasterYSize="30">{bands}</VRTDataset>'
+
+
+SECRET = "/etc/hostname"
+RAW = (
+    '<VRTDataset rasterXSize="4" rasterYSize="1"><VRTRasterBand dataType="Byte" band="1" '
+    f'subClass="VRTRawRasterBand"><SourceFilename>{SECRET}</SourceFilename>'
+    "<ImageOffset>0</ImageOffset></VRTRasterBand></VRTDataset>"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("scene.tif", b"<MRF_META><Raster><Size x='64' y='64'/></Raster></MRF_META>", "is no TIFF"),
+        ("scene.tif", RAW.encode(), "is no TIFF"),
+        ("scene.vrt", RAW.encode(), "VRTRawRasterBand"),
+        ("scene.vrt", joined("/vsicurl/http://127.0.0.1:9/x.tif").encode(), "no such file on this"),
+        ("scene.vrt", joined("other.vrt").encode(), "no such file on this machine"),
+        ("scene.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
+        ("scene.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the endings to use"),
+        ("scene.mrf", b"<MRF_META/>", "the endings to use"),
+    ],
+)
+def test_no_file_is_opened_by_its_content(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=text), Raster(tmp_path / name) as raster:
+        raster.read()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_mask_beside_a_tiff_must_be_one(tmp_path):
+    geotiff(tmp_path / "x.tif", np.zeros((30, 40, 3), np.uint8), photometric="RGB", **PLACE)
+    (tmp_path / "x.tif.msk").write_text(RAW)
+    with pytest.raises(UserError, match="x.tif.msk: cannot be decoded: is no TIFF"):
+        Raster(tmp_path / "x.tif")
+
+
+def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
+    for name, level in (("a.tif", 10), ("b.tif", 200)):
+        geotiff(tmp_path / name, np.full((30, 40, 3), level, np.uint8), photometric="RGB", **PLACE)
+    (tmp_path / "both.vrt").write_text(joined("a.tif", "b.tif"))
+    with Raster(tmp_path / "both.vrt") as raster:
+        assert (raster.read()[:, :40] == 10).all() and (raster.read()[:, 40:] == 200).all()
+    with pytest.raises(UserError, match="the endings to use"):
+        Raster(tmp_path / "both.vrt", endings=UPLOADS)
+
+
+def test_an_array_is_refused_by_its_header(tmp_path):
+    """40 GB that take a hundred bytes in the file."""
+    header = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (200_000, 200_000)}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue())
+    table = ClassTable.load("maps")
+    with pytest.raises(UserError, match="claims more pixels than memory can hold"):
+        Raster(tmp_path / "x.npz", table, most=2**24)
+
+
+WORLD_COVER = {"tree": 10, "shrub": 20, "grass": 30, "water": 80, "moss": 100}
+
+
+@pytest.mark.parametrize("value", [0, 200])  # 16 bits where values need them
+def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, value):
+    table = [
+        {"name": name, "value": code + 50 * value, "color": f"#{code:02x}0009"}
+        for name, code in WORLD_COVER.items()
+    ]
+    classes = ClassTable.load(json.dumps(table))
+    index = np.array([[0, 1, 2], [3, 4, 255]], np.uint8).repeat(9, 0).repeat(9, 1)
+    geotiff(tmp_path / "x.tif", np.zeros((*index.shape, 3), np.uint8), photometric="RGB", **PLACE)
+    Image.fromarray(np.zeros((*index.shape, 3), np.uint8)).save(tmp_path / "x.png")
+    want = np.array([*[row["value"] for row in table], classes.unused])
+    for name in ("x.tif", "x.png"):
+        with Raster(tmp_path / name) as source:
+            out = tmp_path / "out" / name
+            with writing(out, source, classes) as put:
+                put(index, 0)
+        with Raster(out, classes) as written:
+            assert np.array_equal(written.read(), index)
+        shown = rasterio.open(out).read(1) if name == "x.tif" else np.asarray(Image.open(out))
+        assert np.array_equal(shown, want[np.where(index == 255, 5, index)])
+    with rasterio.open(tmp_path / "out" / "x.tif") as written:
+        assert written.transform == PLACE["transform"] and written.nodata == classes.unused
+        if value == 0:
+            assert written.colormap(1)[10][:3] == (10, 0, 9)
