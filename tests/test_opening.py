@@ -50,6 +50,7 @@ RAW = (
         ("scene.vrt", joined("/vsicurl/http://127.0.0.1:9/x.tif").encode(), "no such file on this"),
         ("scene.vrt", joined("other.vrt").encode(), "no such file on this machine"),
         ("scene.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
+        ("scene.png", b"P6\n4 4\n255\n" + bytes(48), "cannot be decoded"),  # a PPM
         ("scene.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the endings to use"),
         ("scene.mrf", b"<MRF_META/>", "the endings to use"),
     ],
