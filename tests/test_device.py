@@ -158,12 +158,42 @@ def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     assert seen == [torch.device("meta")]
 
 
-def test_a_step_is_seeded_as_by_manual_seed():
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_is_seeded_as_by_manual_seed(rank, monkeypatch):
+    """Every process by its own number."""
+    as_rank(monkeypatch, rank)
     common.seed_step(3, 1, 4)
     got = torch.rand(5)
-    words = np.random.SeedSequence([3, 1, 4, 0]).generate_state(2)
+    words = np.random.SeedSequence([3, 1, 4, rank]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
     assert torch.equal(got, torch.rand(5))
+
+
+def test_gradients_are_averaged(monkeypatch):
+    as_rank(monkeypatch, 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2).add_(4))
+    layer = torch.nn.Linear(2, 1)
+    (layer.weight.sum() * 3 + layer.bias.sum()).backward()
+    common.average_gradients(layer)
+    assert layer.weight.grad.tolist() == [[5, 5]] and layer.bias.grad.tolist() == [3]
+
+
+def test_mixed_precision_is_bf16():
+    """fp16 overflows in GANs."""
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with common.autocast(tiny("pix2pix", precision=precision)[1], torch.device("cpu")):
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(("norm", "own"), [("batch", True), ("running", False)])
+def test_generating_uses_the_statistics_of_eval_norm(norm, own):
+    layer = torch.nn.BatchNorm2d(3)
+    layer.running_mean += 7
+    before, x = layer.running_mean.clone(), pictures()
+    with common.generating(torch.nn.Sequential(layer), tiny("pix2pix", eval_norm=norm)[1]):
+        assert (layer(x).mean().abs() < 1e-5) == own
+    assert torch.equal(layer.running_mean, before)
+    assert layer.training and layer.track_running_stats
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -13,7 +13,7 @@ import mixlc
 import mixlc_acgan
 import pix2pix
 from conftest import CPU, TABLE, save
-from support.judge import Judge
+from support.judge import Judge, train_judge
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
 
@@ -58,6 +58,18 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
         seen = kept.classes_of(common.from_bytes(records[:, :3]))
         scores.add_labels("real", seen, records[:, 3], 3, by="judge")
     assert scores.table()["real"]["judge_mean_iou"] > 0.9
+
+
+def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path):
+    judge, seen = Judge(3, width=2), set()
+
+    def look(module, inputs):
+        seen.update(image.numpy().tobytes() for image in inputs[0])
+
+    judge.register_forward_pre_hook(look)
+    paths = {"data": str(data), "out": str(tmp_path / "run")}
+    train_judge(judge, dataclasses.replace(CFG, judge_epochs=30, **paths), CPU)
+    assert 96 < len(seen) <= 24 * 8  # two flips alone give 24 * 4
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):

@@ -31,6 +31,7 @@ def runs(tmp_path_factory):
 def data_of(page):
     text = page.read_text()
     (data,) = re.findall(r'<script id="data" type="application/json">(.*)</script>', text)
+    assert "<" not in data  # no name can end the element
     return json.loads(data)
 
 
