@@ -168,7 +168,7 @@ def _use(cfg, given):
     """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
     path = Path(cfg.checkpoint)
     inside = path.parent.name == "checkpoints"
-    run = path.parent.parent if inside else path.with_name(f"{path.stem}_results")
+    run = path.parent.parent if inside else Path("runs") / path.stem
     checkpoint = load_checkpoint(path, cfg.script)
     if cfg.evaluate and "histograms" not in checkpoint:
         raise UserError(f"{path}: written by an older version: it has nothing to compare with")

@@ -527,13 +527,11 @@ def test_damage_in_the_middle_of_a_checkpoint_is_noticed(trained, tmp_path, caps
     assert "damaged" in text
 
 
-def test_results_of_a_lone_checkpoint_lie_beside_it(trained, tmp_path, monkeypatch):
+def test_results_of_a_lone_checkpoint_lie_in_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.pt").write_bytes((trained / LAST).read_bytes())
     run("--evaluate --checkpoint mine.pt")
-    assert (tmp_path / "mine_results" / "evaluation.json").is_file() and not (
-        tmp_path / "runs"
-    ).exists()
+    assert (tmp_path / "runs" / "mine" / "evaluation.json").is_file()
 
 
 def test_resume_survives_a_damaged_metrics_file(pairs, tmp_path, capsys):

@@ -1,0 +1,51 @@
+"""Makes a checkpoint small enough to give away: networks alone, in half precision, no paths.
+
+    python docs/tools/export_weights.py runs/pix2pix/checkpoints/last.pt weights/satellite-to-map.pt
+
+The result works wherever a checkpoint works, but for --resume: optimisers and image pools are left
+out. Vectors (biases, norm layers) keep their precision; they are few, and half precision would
+overflow in running variances.
+"""
+
+import sys
+
+import paths  # noqa: F401  finds support/
+
+from support.begin import command
+from support.checkpoints import load_weights, save_checkpoint
+from support.errors import UserError
+
+PATHS = ("data", "cache", "out", "checkpoint", "init", "init_AB", "init_BA", "vgg16")
+KEPT = ("script", "histograms", "window", "epoch", "step")
+
+
+def halved(tensor):
+    """A tensor of two dimensions and more in float16; others as they are."""
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+
+
+def shrink(content):
+    """A checkpoint's content without what only training needs."""
+    config = {name: "" if name in PATHS else value for name, value in content["config"].items()}
+    small = {name: content[name] for name in KEPT} | {"config": config, "state": {}}
+    for name, value in content["state"].items():
+        if name.startswith(("G", "D")):
+            small["state"][name] = {key: halved(tensor) for key, tensor in value.items()}
+        elif not isinstance(value, dict):  # class weights, the place in a schedule
+            small["state"][name] = value
+    return small
+
+
+@command
+def main(argv=None):
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2:
+        raise UserError("usage: python docs/tools/export_weights.py CHECKPOINT RESULT")
+    content = load_weights(arguments[0])
+    if not isinstance(content, dict) or "script" not in content:
+        raise UserError(f"{arguments[0]}: not a checkpoint of one of the scripts")
+    save_checkpoint(arguments[1], shrink(content))
+
+
+if __name__ == "__main__":
+    main()
