@@ -93,7 +93,7 @@ class Run:
         self.bar = tqdm(total=total, initial=done, **about)
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         self.tracker = None
-        if rank() == 0:
+        if not rank():
             self._prepare_folder(saved)
         self._compare_images(saved.get("images", {}))
 
@@ -153,9 +153,9 @@ class Run:
             set_lr(optimizer, lr)
 
     def end_step(self, state, losses):
-        """Closes a step with losses {name: 0-d tensor}; their means are read every --log-every
-        steps. Saves every quarter of an hour, and after a signal, which then ends the program with
-        128 + its number.
+        """Closes a step with losses {name: 0-d tensor}, whose means are read every --log-every.
+
+        Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """
         self.of_row.add(losses)
         self.of_epoch.add(losses)
@@ -200,8 +200,7 @@ class Run:
         return values
 
     def _refuse(self, what):
-        kept = f"{self.last} is as it was saved last"
-        raise UserError(f"{what} not finite by step {self.step}: stopped; {kept}; {REMEDY}")
+        raise UserError(f"{what} not finite by step {self.step}: saved files stay; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
         """Closes an epoch: its last row with scores {name: value}, and what is written on a clock.
@@ -236,10 +235,10 @@ class Run:
         about = {"of_row": self.of_row.saved(), "of_epoch": self.of_epoch.saved()}
         if rank():
             return
-        for name in ("epoch", "batch", "step", "histograms", "window", "images", "id"):
-            about[name] = getattr(self, name)
-        about["script"], about["config"] = self.cfg.script, dataclasses.asdict(self.cfg)
-        about["world"], about["state"] = world_size(), content
+        names = ("epoch", "batch", "step", "histograms", "window", "images", "id")
+        about |= {name: getattr(self, name) for name in names}
+        about |= {"script": self.cfg.script, "config": dataclasses.asdict(self.cfg)}
+        about |= {"world": world_size(), "state": content}
         about["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.is_file() else 0
         save_checkpoint(self.last, about)
 
@@ -278,10 +277,7 @@ class Run:
 
 
 def fingerprints(store, lc_classes):
-    """{"training": hash, "validation": hash} of the images: it stays when a data directory moves.
-
-    Of the names of all files, and of the pixels of some training images.
-    """
+    """{"training": hash of files' names and some pixels, "validation": hash of files' names}."""
     found = {}
     val = find_images(store.split.root, "val", lc_classes)
     for kind, split in (("training", store.split), ("validation", val)):
@@ -293,7 +289,7 @@ def fingerprints(store, lc_classes):
 
 
 def cut_metrics(path, length):
-    """Drops the rows that were written after a save, in a new file: a backup may share the old one.
+    """Drops rows written after a save, in a new file (a backup may share the old one's bytes).
 
     A file with another beginning, which somebody edited, stays as it is.
     """
