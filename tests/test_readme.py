@@ -67,6 +67,7 @@ def demo(tmp_path_factory):
 def world(tmp_path, monkeypatch):
     """Every file that the pages name; a server that is told to end at once."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
     rng = np.random.default_rng(0)
     for name in ("maps", "maps_286"):
         side_by_side(tmp_path / name, train=2, val=2)
