@@ -1,14 +1,14 @@
 """The demo world: procedural landscapes, written as a small dataset."""
 
 import json
-import os
+import secrets
 import shutil
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from support.files import write_image
+from support.files import UNFINISHED, write_image
 from support.processes import first_here, wait_for_others
 
 DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
@@ -76,7 +76,7 @@ def demo_world(cache, kind, train=96, val=12, side=256):
     """
     root = Path(cache) / f"demo-{kind}"
     if first_here() and not root.exists():
-        aside = root.with_name(f".{root.name}.{os.getpid()}")  # whole or absent
+        aside = root.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")  # whole or absent
         for split, count, first in (("train", train, 0), ("val", val, 100_000)):
             about = {"unit": "image", "leave": False, "disable": None}
             for k in tqdm(range(count), f"demo world, {split}", **about):
