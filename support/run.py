@@ -43,10 +43,9 @@ class Means:
     def __init__(self, saved=None):
         self.names, self.sums, self.count = saved or ([], 0, 0)
 
-    def add(self, losses):
-        """Adds losses {name: 0-d tensor} of a step."""
-        values = torch.stack([loss.detach().double() for loss in losses.values()])
-        self.names, self.count = list(losses), self.count + 1
+    def add(self, names, values):
+        """Adds the losses of a step: their names, and their values as one tensor."""
+        self.names, self.count = names, self.count + 1
         self.sums = values + torch.as_tensor(self.sums, device=values.device)
 
     def read(self):
@@ -157,8 +156,9 @@ class Run:
 
         Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """
-        self.of_row.add(losses)
-        self.of_epoch.add(losses)
+        values = torch.stack([loss.detach().double() for loss in losses.values()])
+        self.of_row.add(list(losses), values)
+        self.of_epoch.add(list(losses), values)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
         if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
