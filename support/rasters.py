@@ -251,7 +251,9 @@ def _profile(source, classes):
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes):
     profile = _profile(source, classes)
-    nothing = profile["nodata"]
+    nothing, tags = profile["nodata"], source.tiff.tags()
+    if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
+        tags.pop("AREA_OR_POINT", None)
 
     def put(pixels, top, left=0):
         height, width = pixels.shape[:2]
@@ -272,7 +274,7 @@ def _writing_tiff(path, source, classes):
                 gdal().Env(GDAL_TIFF_INTERNAL_MASK=True),
                 gdal().open(aside, "w", **profile) as target,
             ):
-                target.update_tags(**source.tiff.tags())
+                target.update_tags(**tags)
                 if classes:
                     colors = enumerate(classes.code_palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -10,6 +11,7 @@ import rasterio
 from PIL import Image
 
 from conftest import PLACE, geotiff
+from support import opening
 from support.classes import ClassTable
 from support.errors import UserError
 from support.opening import UPLOADS
@@ -40,6 +42,12 @@ RAW = (
     "<ImageOffset>0</ImageOffset></VRTRasterBand></VRTDataset>"
 )
 
+MASK = (
+    RAW.replace('XSize="4"', 'XSize="40"')
+    .replace('YSize="1"', 'YSize="30"')
+    .replace("><VRTR", '><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata><VRTR')
+)
+
 
 @pytest.mark.parametrize(
     ("name", "content", "text"),
@@ -48,6 +56,10 @@ RAW = (
         ("scene.tif", RAW.encode(), "is no TIFF"),
         ("scene.vrt", RAW.encode(), "VRTRawRasterBand"),
         ("scene.vrt", joined("/vsicurl/http://127.0.0.1:9/x.tif").encode(), "no such file on this"),
+        ("scene.vrt", RAW.replace("subClass", "SUBCLASS").encode(), "only TIFFs are joined"),
+        ("scene.vrt", RAW.replace("VRTRasterBand", "vrtrasterband").encode(), "vrtrasterband"),
+        ("scene.vrt", b"<VRTDataset><PixelFunctionCode/></VRTDataset>", "PixelFunctionCode"),
+        ("scene.vrt", joined("http://127.0.0.1:9/x.tif").encode(), "no such file on this machine"),
         ("scene.vrt", joined("other.vrt").encode(), "no such file on this machine"),
         ("scene.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
         ("scene.png", b"P6\n4 4\n255\n" + bytes(48), "cannot be decoded"),  # a PPM
@@ -63,11 +75,63 @@ def test_no_file_is_opened_by_its_content(tmp_path, name, content, text):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_mask_beside_a_tiff_must_be_one(tmp_path):
-    geotiff(tmp_path / "x.tif", np.zeros((30, 40, 3), np.uint8), photometric="RGB", **PLACE)
-    (tmp_path / "x.tif.msk").write_text(RAW)
-    with pytest.raises(UserError, match="x.tif.msk: cannot be decoded: is no TIFF"):
+@pytest.mark.parametrize("ending", [".msk", ".MSK", ".Msk", ".ovr", ".OVR"])
+def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, monkeypatch):
+    """Refused, or under a strange name left alone, whatever the environment asks for."""
+    monkeypatch.setenv("GDAL_DISABLE_READDIR_ON_OPEN", "FALSE")
+    opening.gdal.cache_clear()
+    geotiff(tmp_path / "x.tif", np.full((30, 40, 3), 9, np.uint8), photometric="RGB")
+    (tmp_path / f"x.tif{ending}").write_text(MASK)
+    if ending == ".Msk":
+        with Raster(tmp_path / "x.tif") as raster:
+            assert not raster.masked and (raster.read() == 9).all()
+        return
+    with pytest.raises(UserError, match=f"x.tif{ending}: cannot be decoded: is no TIFF"):
         Raster(tmp_path / "x.tif")
+
+
+def test_a_tiff_names_no_overviews_for_a_vrt_to_open(tmp_path):
+    geotiff(tmp_path / "x.tif", np.zeros((30, 40, 3), np.uint8), photometric="RGB")
+    (tmp_path / "raw.vrt").write_text(RAW)
+    with rasterio.open(tmp_path / "x.tif", "r+") as target:
+        target.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(tmp_path / "raw.vrt"))
+    half = joined("x.tif").replace(
+        'yOff="0" xSize="40" ySize="30"/></S', 'xSize="20" ySize="15"/></S'
+    )
+    (tmp_path / "half.vrt").write_text(half)
+    with pytest.raises(UserError, match="half.vrt: scales what it joins"):
+        Raster(tmp_path / "half.vrt")
+
+
+@pytest.mark.parametrize("name", ["/vsicurl/http://127.0.0.1:9/x.tif", "http://127.0.0.1:9/x.png"])
+def test_names_of_the_network_are_no_files(name):
+    with pytest.raises(UserError, match="no such file"):
+        Raster(name)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".png", ".npy"])
+def test_names_that_are_not_utf_8(tmp_path, ending):
+    """A line where GDAL cannot open them; the rest of the formats can."""
+    path = tmp_path / os.fsdecode(b"caf\xe9" + ending.encode())
+    table = ClassTable.load("binary") if ending == ".npy" else None
+    if ending == ".npy":
+        np.save(path, np.zeros((4, 4), np.uint8))
+    else:
+        Image.new("L", (4, 4)).save(tmp_path / f"x{ending}")
+        os.rename(tmp_path / f"x{ending}", path)
+    if ending == ".tif":
+        with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
+            Raster(path)
+    else:
+        assert not Raster(path, table).read().any()
+
+
+def test_a_folder_or_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "y.tif").mkdir()
+    for name in ("x.png", "y.tif"):
+        with pytest.raises(UserError, match=f"{name}: is no file, but a folder or a pipe"):
+            Raster(tmp_path / name)
 
 
 def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
