@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import shutil
+import re
 import types
 
 import numpy as np
@@ -29,114 +29,89 @@ def config(root, cache, **options):
 
 
 def stems(paths):
-    return [path.stem for path in paths]
+    return " ".join(path.stem for path in paths)
+
+
+def touch(root, names):
+    """Empty files."""
+    for name in names.split():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
 
 
 # ------------------------------------------------------------------------------------------ layouts
 
+INRIA = ["austin1", "austin5", "austin6", "vienna36", "tyrol-w2", "tyrol-w10"]
+INRIA = " ".join(f"train/{side}/{name}.tif" for side in ("images", "gt") for name in INRIA)
 
-def test_splits_by_name(tmp_path):
-    side_by_side(tmp_path, train=2, val=1)
-    shutil.copytree(tmp_path / "train", tmp_path / "test")
-    assert len(find_images(tmp_path, "val").A) == 1 and len(find_images(tmp_path, "test").A) == 2
-    shutil.rmtree(tmp_path / "test")
-    with pytest.raises(UserError, match="no layout with images of split test"):
-        find_images(tmp_path, "test")
-
-
-def test_side_by_side(pairs):
-    split = find_images(pairs, "train")
-    assert (split.layout, split.paired, split.halves) == ("side by side", True, True)
-    assert stems(split.A) == ["0", "1", "2", "3", "4", "5"] and split.A == split.B
-    assert stems(find_images(pairs, "val").A) == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize("names", ["AB", "ab"])
-def test_two_folders(tmp_path, names):
-    for split in ("train", "test"):
-        for side in names:
-            for stem in ("x", "y"):
-                save(
-                    tmp_path / split / side / f"{stem}.png",
-                    picture(np.random.default_rng(0), 16, 16),
-                )
-    split = find_images(tmp_path, "train")
-    assert (split.layout, split.paired, split.halves, stems(split.A)) == (
-        "two folders",
-        True,
-        False,
-        ["x", "y"],
-    )
-    assert find_images(tmp_path, "val").name == "test"
+# case: (files, split, its layout and name, stems of A, stems of B)
+LAYOUTS = {
+    "side by side": ("train/10.jpg train/9.png", "train", "side by side, train", "10 9", "10 9"),
+    "two folders": ("train/A/y.png train/A/x.png train/B/x.tif train/B/y.png", "train",
+                    "two folders, train", "x y", "x y"),
+    "two folders, small": ("train/a/x.png train/b/x.png", "train", "two folders, train", "x", "x"),
+    "unaligned": ("trainA/2.jpg trainA/1.jpg trainB/3.jpg", "train", "unaligned, train",
+                  "1 2", "3"),
+    "land cover": ("train/rgb/7.png train/lc/7.npz classes.json", "train", "land cover, train",
+                   "7", "7"),
+    "Inria": (INRIA, "train", "Inria, train", "austin6 tyrol-w10 vienna36",
+              "austin6 tyrol-w10 vienna36"),
+    "Inria, 1-5": (INRIA, "val", "Inria, train, images 1-5 of each city",
+                   "austin1 austin5 tyrol-w2", "austin1 austin5 tyrol-w2"),
+    "Inria with val": (INRIA + " val/images/x.tif val/gt/x.tif", "train", "Inria, train",
+                       "austin1 austin5 austin6 tyrol-w10 tyrol-w2 vienna36",
+                       "austin1 austin5 austin6 tyrol-w10 tyrol-w2 vienna36"),
+    "val before test": ("val/1.png test/2.png", "val", "side by side, val", "1", "1"),
+    "validation": ("validation/1.png test/2.png", "val", "side by side, validation", "1", "1"),
+    "test for val": ("train/1.png test/2.png", "val", "side by side, test", "2", "2"),
+    "test": ("val/1.png test/2.png", "test", "side by side, test", "2", "2"),
+}  # fmt: skip
 
 
-def test_unaligned(tmp_path):
-    for folder, count in (("trainA", 3), ("trainB", 2), ("testA", 1), ("testB", 1)):
-        for k in range(count):
-            save(tmp_path / folder / f"{k}.jpg", picture(np.random.default_rng(k), 16, 16))
-    split = find_images(tmp_path, "train")
-    assert (split.layout, split.paired, len(split.A), len(split.B)) == ("unaligned", False, 3, 2)
-    store = ImageStore(config(tmp_path, tmp_path / "cache"), "train", 8)
-    assert store.A.shape == (3, 3, 8, 8) and store.B.shape == (2, 3, 8, 8) and store.records is None
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layouts(tmp_path, case):
+    names, split, layout, a, b = LAYOUTS[case]
+    touch(tmp_path, names)
+    if "classes.json" in names:
+        (tmp_path / "classes.json").write_text(json.dumps(TABLE))
+    found = find_images(tmp_path, split)
+    assert (f"{found.layout}, {found.name}", stems(found.A), stems(found.B)) == (layout, a, b)
+    assert found.paired == ("unaligned" not in layout) and found.halves == ("side" in layout)
+    assert bool(found.classes) == (found.layout in ("land cover", "Inria"))
 
 
-def test_land_cover(landcover):
-    split = find_images(landcover, "train")
-    assert (split.layout, split.classes.names) == ("land cover", ("land", "water", "road"))
-
-
-def test_inria(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("austin1", "austin5", "austin6", "vienna36", "tyrol-w2", "tyrol-w10"):
-        save(tmp_path / "train" / "images" / f"{name}.tif", picture(rng, 40, 40))
-        save(
-            tmp_path / "train" / "gt" / f"{name}.tif",
-            (rng.random((40, 40)) < 0.5).astype(np.uint8) * 255,
-        )
-    train, val = find_images(tmp_path, "train"), find_images(tmp_path, "val")
-    assert stems(train.A) == ["austin6", "tyrol-w10", "vienna36"] and train.layout == "Inria"
-    assert stems(val.A) == ["austin1", "austin5", "tyrol-w2"]
-    store = ImageStore(config(tmp_path, tmp_path / "cache", patch=20), "train", 20)
-    assert store.records.shape == (12, 4, 20, 20) and set(np.unique(store.B)) == {0, 1}
-
-
-def test_classes_turn_any_layout_into_label_maps(pairs, tmp_path):
+def test_classes_turn_any_layout_into_label_maps(pairs, landcover):
     split = find_images(pairs, "train", "maps")
     assert split.classes.names[4] == "water" and split.halves
+    assert find_images(landcover, "train", "pictures").classes is None
 
 
-def test_refuses_directories_with_one_line_that_helps(tmp_path, pairs):
-    with pytest.raises(UserError, match="no such directory"):
-        find_images(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match="side by side.*two folders.*unaligned.*land cover.*Inria"):
-        find_images(tmp_path, "train")
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="no layout"):
-        find_images(tmp_path, "train")
-    shutil.copytree(pairs / "train", tmp_path / "lone" / "train")
-    with pytest.raises(UserError, match="no layout with images of split val"):
-        find_images(tmp_path / "lone", "val")
-    for side in "AB":
-        (tmp_path / "empty" / "train" / side).mkdir(parents=True)
-    with pytest.raises(UserError, match="no images"):
-        find_images(tmp_path / "empty", "train")
+KNOWN = "side by side.*two folders.*unaligned.*land cover.*Inria"
+NOT_LAYOUTS = {
+    "nowhere": ("", "train", "no such directory"),
+    "a file": (".", "train", "is a file, not a directory"),
+    "nothing": ("x/notes.txt", "train", f"no layout with images of split train.*{KNOWN}"),
+    "no images": ("train/notes.txt", "train", f"no layout.*{KNOWN}"),
+    "no val": ("train/1.png", "val", f"no layout with images of split val.*{KNOWN}"),
+    "no test": ("train/1.png val/1.png", "test", "no layout with images of split test"),
+    "one side": ("train/A/notes.txt train/B/x.png", "train", "train/A: no images in split train"),
+    "a lone file": ("train/A/x.png train/A/y.png train/B/x.png", "train",
+                    "2 images on one side, 1 on the other.*y.png has no partner"),
+    "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "train", "but for their ending"),
+    "no class table": ("train/rgb/x.png train/lc/x.png", "train", "pass --lc-classes s2glc"),
+}  # fmt: skip
 
 
-def test_refuses_lists_that_do_not_match(tmp_path):
-    for side, names in (("A", "xyz"), ("B", "xz")):
-        for name in names:
-            save(tmp_path / "train" / side / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(
-        UserError, match="3 images on one side, 2 on the other.*y.png has no partner"
-    ):
-        find_images(tmp_path, "train")
-
-
-def test_refuses_label_maps_without_a_class_table(tmp_path):
-    root = land_cover(tmp_path)
-    (root / "classes.json").unlink()
-    with pytest.raises(UserError, match="--lc-classes"):
-        find_images(root, "train")
+@pytest.mark.parametrize("case", NOT_LAYOUTS)
+def test_refuses_directories_with_one_line_that_helps(tmp_path, case):
+    names, split, text = NOT_LAYOUTS[case]
+    root = tmp_path / "data"
+    if names == ".":
+        root.touch()
+    else:
+        touch(root, names)
+    with pytest.raises(UserError, match=text):
+        find_images(root, split)
 
 
 # --------------------------------------------------------------------------------------- label maps
@@ -148,86 +123,93 @@ def table():
 
 
 INDEX = np.array([[0, 1, 2, 0, 1], [2, 255, 1, 0, 0]], np.uint8)
-CODES = np.array(
-    [[0, 1, 2, 0, 1], [2, 3, 1, 0, 0]], np.uint8
-)  # 3 is the row of the table that is ignored
+CODES = np.where(INDEX == 255, np.uint8(3), INDEX)  # 3 is the row of the table that is ignored
+ONE_HOT = (INDEX[..., None] == np.arange(3)).astype(np.float32)
 
 
-def colours(table, index):
-    return table.palette[index]
-
-
-@pytest.mark.parametrize(
-    "kind", ["indices", "colours", "palette", "stray", "one-hot", "channels first", "npy"]
-)
-def test_label_formats(tmp_path, table, kind):
-    path = tmp_path / (
-        "x.npz" if "hot" in kind or "first" in kind else "x.npy" if kind == "npy" else "x.png"
-    )
-    if kind == "indices":
-        save(path, CODES)
-    elif kind in ("colours", "stray"):
-        rgb = colours(table, INDEX).copy()
-        if kind == "stray":
-            rgb[1, 1] = (0x84, 0x29, 0xF0)  # near the first class, but not it
-        save(path, rgb)
-    elif kind == "palette":  # colours, stored in an order of their own
-        image = Image.fromarray(colours(table, INDEX)).quantize(8)
-        image.save(path)
-    elif kind == "npy":
-        np.save(path, CODES.astype(np.int64))
+def write(path, array):
+    """A label map as .npy, .npz or an image."""
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix == ".npz":
+        np.savez(path, array)
     else:
-        one_hot = (INDEX[..., None] == np.arange(3)).astype(np.float32)
-        np.savez(path, one_hot if kind == "one-hot" else np.moveaxis(one_hot, -1, 0))
-    assert (Raster(path, table).read() == INDEX).all()
+        save(path, array)
+    return path
 
 
-def test_palette_image_of_indices_with_another_palette(tmp_path, table):
-    image = Image.fromarray(CODES).convert("P")
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 1, 1])
-    image.save(tmp_path / "x.png")
-    assert (Raster(tmp_path / "x.png", table).read() == INDEX).all()
+def stray(table):
+    rgb = table.palette[INDEX].copy()
+    rgb[1, 1] = (0x84, 0x29, 0xF0)  # near the first class, but not it
+    return rgb
 
 
-def test_s2glc_codes(tmp_path):
-    table = ClassTable.load("s2glc")
-    assert len(table) == 14 and table.names[13] == "Water bodies"
-    save(tmp_path / "codes.png", np.array([[0, 62, 162, 255]], np.uint8))
-    assert Raster(tmp_path / "codes.png", table).read().tolist() == [[0, 1, 13, 255]]
+LABELS = {
+    "indices": ("x.png", lambda table: CODES),
+    "colours": ("x.png", lambda table: table.palette[INDEX]),
+    "a stray colour": ("x.png", stray),
+    "integers": ("x.npy", lambda table: CODES.astype(np.int64)),
+    "whole floats": ("x.npy", lambda table: CODES.astype(float)),
+    "an axis of 1": ("x.npy", lambda table: CODES[None]),
+    "one-hot": ("x.npz", lambda table: ONE_HOT),
+    "one-hot, channels first": ("x.npz", lambda table: np.moveaxis(ONE_HOT, -1, 0)),
+    "one-hot of all rows": ("x.npz", lambda table: CODES[..., None] == np.arange(4)),
+}
 
 
-def test_codes_that_could_be_mistaken_for_positions_are_never_taken_for_them(tmp_path):
-    rows = [
-        {"name": n, "color": f"{k},0,0", "value": k}
-        for k, n in enumerate(("land", "water", "forest"), 1)
-    ]
-    table = ClassTable.load(json.dumps(rows))
-    save(tmp_path / "good.png", np.array([[1, 2, 3, 255]], np.uint8))
-    assert Raster(tmp_path / "good.png", table).read().tolist() == [[0, 1, 2, 255]]
-    save(tmp_path / "stray.png", np.array([[0, 1, 2]], np.uint8))
-    with pytest.raises(UserError, match=r"\[0\] are outside"):
-        Raster(tmp_path / "stray.png", table).read()
+@pytest.mark.parametrize("kind", LABELS)
+def test_label_formats(tmp_path, table, kind):
+    name, pixels = LABELS[kind]
+    with Raster(write(tmp_path / name, pixels(table)), table) as raster:
+        assert (raster.height, raster.width) == INDEX.shape
+        assert (raster.read() == INDEX).all() and (raster.read(1, 2, 9, 2) == INDEX[1:, 2:4]).all()
 
 
-def test_binary_masks(tmp_path):
-    table = ClassTable.load("binary")
-    save(tmp_path / "grey.png", np.array([[0, 255, 255]], np.uint8))
-    Image.fromarray(np.array([[False, True, True]])).save(tmp_path / "one_bit.png")
-    for name in ("grey", "one_bit"):
-        assert Raster(tmp_path / f"{name}.png", table).read().tolist() == [[0, 1, 1]]
+S2GLC = "values [1] are outside the class table, whose values are [0, 62,"
+ROWS = [{"name": f"n{k}", "color": f"0,{k},0", "value": k} for k in (1, 2, 3)]
+MIXED = [ROWS[2], {"name": "x", "color": "#000001"}]  # the value of a row without one is its place
+
+# case: (class table, codes in the file, indices or the end of a message)
+VALUES = {
+    "s2glc": ("s2glc", [0, 62, 162, 255], [0, 1, 13, 255]),
+    "positions in s2glc": ("s2glc", [0, 1], S2GLC),
+    "values": (json.dumps(ROWS), [1, 2, 3, 255], [0, 1, 2, 255]),
+    "a position": (json.dumps(ROWS), [0, 1, 2], "[0] are outside"),
+    "some values": (json.dumps(MIXED), [3, 1], [0, 1]),
+    "no values, a row ignored": (json.dumps([TABLE[0], TABLE[3], *TABLE[1:3]]), [0, 1, 2, 3],
+                                 [0, 255, 1, 2]),
+    "a mask": ("binary", [0, 255, 255], [0, 1, 1]),
+    "a stranger": (json.dumps(TABLE), [0, 77], "[77] are outside the class table"),
+    "a fraction": (json.dumps(TABLE), [0.7], "[0.7] are outside the class table"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_codes_are_the_values_of_the_table(tmp_path, case):
+    source, codes, want = VALUES[case]
+    codes = np.array([codes]) if isinstance(codes[0], float) else np.array([codes], np.uint8)
+    path = write(tmp_path / ("x.npy" if codes.dtype == float else "x.png"), codes)
+    if isinstance(want, list):
+        assert Raster(path, ClassTable.load(source)).read().tolist() == [want]
+    else:
+        with pytest.raises(UserError, match=re.escape(want)):
+            Raster(path, ClassTable.load(source)).read()
+
+
+@pytest.mark.parametrize(("source", "want"), [("binary", [0, 1]), (json.dumps(TABLE), [0, 1])])
+def test_masks_of_one_bit(tmp_path, source, want):
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "x.png")
+    assert Raster(tmp_path / "x.png", ClassTable.load(source)).read().tolist() == [want]
 
 
 def test_maps_colours_survive_jpeg(tmp_path):
     table = ClassTable.load("maps")
-    index = np.repeat(np.repeat(np.array([[0, 4], [5, 3]], np.uint8), 24, 0), 24, 1)
+    index = np.array([[0, 4], [5, 3]], np.uint8).repeat(24, 0).repeat(24, 1)
     save(tmp_path / "x.jpg", table.palette[index], quality=80)
     assert (Raster(tmp_path / "x.jpg", table).read() == index).mean() > 0.95
 
 
-def test_refuses_labels_outside_the_table(tmp_path, table):
-    save(tmp_path / "x.png", np.array([[0, 77]], np.uint8))
-    with pytest.raises(UserError, match=r"x.png: label values \[77\] are outside the class table"):
-        Raster(tmp_path / "x.png", table).read()
+def test_refuses_pictures_as_label_maps(tmp_path, table):
     save(tmp_path / "y.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UserError, match="hardly a pixel has a colour of the class table"):
         Raster(tmp_path / "y.png", table).read()
@@ -239,7 +221,7 @@ def test_refuses_labels_outside_the_table(tmp_path, table):
 )
 def test_refuses_bad_class_tables(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
-    with pytest.raises(UserError, match="class table"):
+    with pytest.raises(UserError, match="class table .*classes.json: "):
         ClassTable.load(str(tmp_path / "classes.json"))
 
 
@@ -247,6 +229,12 @@ def test_class_table_round_trip(table):
     assert ClassTable.load(table.text) == table
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
     assert ClassTable.load("") is None
+    assert table.palette[[0, 2, 3, 255]].tolist() == [
+        [0x84, 0x29, 0xF6],
+        [0x6E, 0xC1, 0xE4],
+        [0, 0, 0],
+        [0x9B, 0x9B, 0x9B],
+    ]
 
 
 # ---------------------------------------------------------------------------------------- the store
@@ -260,6 +248,15 @@ def test_store_holds_the_resized_images(pairs, tmp_path):
     assert np.shares_memory(store.A, store.records)
 
 
+def test_store_of_two_lists(tmp_path):
+    for name, level in (("trainA/1", 10), ("trainA/2", 20), ("trainB/x", 30)):
+        save(tmp_path / f"{name}.png", np.full((16, 16, 3), level, np.uint8))
+    store = ImageStore(config(tmp_path, tmp_path / "cache"), "train", 8)
+    assert store.A.shape == (2, 3, 8, 8) and store.B.shape == (1, 3, 8, 8)
+    assert store.records is None and store.A.max((1, 2, 3)).tolist() == [10, 20]
+    assert store.B.max() == 30
+
+
 def test_patches(pairs, tmp_path):
     store = ImageStore(config(pairs, tmp_path, patch=32), "train", 32)
     both = np.asarray(Image.open(pairs / "train" / "0.png"))
@@ -270,10 +267,18 @@ def test_patches(pairs, tmp_path):
         ImageStore(config(pairs, tmp_path, patch=81), "train", 32)
 
 
-def test_images_smaller_than_a_patch_are_left_out(tmp_path):
-    root = side_by_side(tmp_path / "data")
-    save(root / "train" / "small.png", np.zeros((20, 40, 3), np.uint8))
-    assert len(ImageStore(config(root, tmp_path / "cache", patch=40), "train", 32).A) == 6 * 4
+def test_patches_of_labels(tmp_path):
+    """Two rasters of two by two; another is smaller than a patch and gives none."""
+    rng, rows = np.random.default_rng(0), []
+    for name in ("a", "b"):
+        index = rng.integers(0, 2, (50, 45), np.uint8)
+        save(tmp_path / "train" / "images" / f"{name}.tif", picture(rng, 50, 45))
+        save(tmp_path / "train" / "gt" / f"{name}.tif", index * 255)
+        rows += [index[:20, :20], index[:20, 20:40], index[20:40, :20], index[20:40, 20:40]]
+    for side, shape in (("images", (19, 45, 3)), ("gt", (19, 45))):
+        save(tmp_path / "train" / side / "small.tif", np.zeros(shape, np.uint8))
+    store = ImageStore(config(tmp_path, tmp_path / "cache", patch=20), "train", 20)
+    assert store.records.shape == (8, 4, 20, 20) and (store.B[:, 0] == rows).all()
 
 
 def test_maps_patch_count(tmp_path):
@@ -360,14 +365,6 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
     assert "2 classes, 25% of the pixels ignored" in capsys.readouterr().err
     with pytest.raises(UserError, match="split val: no pixel has a class"):
         ImageStore(config(root, tmp_path / "cache"), "val", 40)
-
-
-def test_refuses_fractions_as_class_indices(tmp_path, table):
-    np.save(tmp_path / "lc.npy", np.full((4, 4), 0.7))
-    with pytest.raises(UserError, match="fractions"):
-        Raster(tmp_path / "lc.npy", table).read()
-    np.save(tmp_path / "lc.npy", np.full((4, 4), 1.0))
-    assert (Raster(tmp_path / "lc.npy", table).read() == 1).all()
 
 
 def test_a_damaged_store_is_built_again(tmp_path):
