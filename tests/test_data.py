@@ -47,8 +47,8 @@ INRIA = " ".join(f"train/{side}/{name}.tif" for side in ("images", "gt") for nam
 # case: (files, split, its layout and name, stems of A, stems of B)
 LAYOUTS = {
     "side by side": ("train/10.jpg train/9.png", "train", "side by side, train", "10 9", "10 9"),
-    "two folders": ("train/A/y.png train/A/x.png train/B/x.tif train/B/y.png", "train",
-                    "two folders, train", "x y", "x y"),
+    "two folders": ("train/A/x.png train/A/x.q.png train/B/x.webp train/B/x.q.jpg", "train",
+                    "two folders, train", "x x.q", "x x.q"),
     "two folders, small": ("train/a/x.png train/b/x.png", "train", "two folders, train", "x", "x"),
     "unaligned": ("trainA/2.jpg trainA/1.jpg trainB/3.jpg", "train", "unaligned, train",
                   "1 2", "3"),
@@ -225,6 +225,11 @@ def test_refuses_bad_class_tables(tmp_path, text):
         ClassTable.load(str(tmp_path / "classes.json"))
 
 
+def test_what_is_ignored_has_the_first_colour_that_is(table):
+    rows = [*TABLE, {"name": "cloud", "color": "255,0,0", "ignore": True}]
+    assert ClassTable.load(json.dumps(rows)).palette[255].tolist() == [0x9B, 0x9B, 0x9B]
+
+
 def test_class_table_round_trip(table):
     assert ClassTable.load(table.text) == table
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
@@ -375,7 +380,7 @@ def test_a_damaged_store_is_built_again(tmp_path):
     for damaged in (content[:-1], content + b"x", content[:9] + b"?" + content[10:], b""):
         (cache / file).write_bytes(damaged)
         assert (ImageStore(config(root, cache), "train", 32).records == whole).all()
-    assert (cache / file).read_bytes() == content
+        assert (cache / file).read_bytes() == content
 
 
 def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):
@@ -431,14 +436,28 @@ def test_prefetching_yields_the_same_batches_and_ends_its_thread(pairs, tmp_path
 
 
 def test_demo_world(tmp_path):
+    """The same on every machine; written once; satellite left and map right; val is not train."""
     root = demo_world(tmp_path, "maps", train=2, val=1, side=64)
-    assert find_images(root, "train").halves and len(find_images(root, "val").A) == 1
-    before = (tmp_path / "demo-maps" / "train" / "000.png").stat().st_mtime_ns
+    written = sorted((tmp_path / "demo-maps").rglob("*.png"))
+    assert [str(path.relative_to(root)) for path in written] == [
+        "train/000.png",
+        "train/001.png",
+        "val/000.png",
+    ]
+    times = [path.stat().st_mtime_ns for path in written]
     demo_world(tmp_path, "maps", train=2, val=1, side=64)
-    assert (tmp_path / "demo-maps" / "train" / "000.png").stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in written] == times
+    for path, number in zip(written, (0, 1, 100_000), strict=True):
+        satellite, drawn, _ = landscape(np.random.default_rng([7, number]), 64)
+        assert (np.asarray(Image.open(path)) == np.concatenate([satellite, drawn], 1)).all()
     root = demo_world(tmp_path, "landcover", train=2, val=1, side=64)
     store = ImageStore(config(root, tmp_path / "cache"), "train", 64)
-    assert store.classes.names == DEMO_CLASSES and store.B.max() < len(DEMO_CLASSES)
+    assert store.classes.names == DEMO_CLASSES
+    for k in range(2):
+        satellite, _, ground = landscape(np.random.default_rng([7, k]), 64)
+        assert (store.A[k].transpose(1, 2, 0) == satellite).all() and (store.B[k] == ground).all()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["cache", "demo-landcover", "demo-maps"]  # nothing is left aside
 
 
 def test_demo_map_half_is_made_of_map_colours(tmp_path):
@@ -570,6 +589,18 @@ def test_bytes_and_back():
     assert (as_array(common.from_bytes(as_tensor(picture, "cpu"))) == picture).all()
     assert common.from_bytes(as_tensor(picture, "cpu")).is_contiguous()
     assert to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_one_hot_and_back():
+    index = torch.from_numpy(INDEX)[None]
+    maps = common.one_hot(index, 3)
+    assert maps.shape == (1, 3, *INDEX.shape) and maps.sum() == (INDEX < 3).sum()
+    assert torch.equal(common.class_index(maps), index.long())
+
+
+def test_drawn_classes_have_the_colours_of_the_table(table):
+    drawn = to_bytes(common.draw(torch.from_numpy(INDEX)[None], table))
+    assert (drawn[0].permute(1, 2, 0).numpy() == table.palette[INDEX]).all()
 
 
 def test_ranks_get_disjoint_rows(monkeypatch):

@@ -90,6 +90,17 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         Raster(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize(("name", "driver"), [("x.tif", "GTiff"), ("x.vrt", "VRT")])
+def test_gdal_is_told_the_driver(tmp_path, monkeypatch, name, driver):
+    geotiff(tmp_path / "x.tif", np.zeros((30, 40, 3), np.uint8), photometric="RGB")
+    (tmp_path / "x.vrt").write_text(joined("x.tif"))
+    told, honest = [], rasterio.open
+    spy = lambda *names, **how: told.append(how.get("driver")) or honest(*names, **how)  # noqa: E731
+    monkeypatch.setattr(rasterio, "open", spy)
+    Raster(tmp_path / name)
+    assert told == [driver]
+
+
 def test_a_tiff_names_no_overviews_for_a_vrt_to_open(tmp_path):
     geotiff(tmp_path / "x.tif", np.zeros((30, 40, 3), np.uint8), photometric="RGB")
     (tmp_path / "raw.vrt").write_text(RAW)
