@@ -35,6 +35,7 @@ class Patient:
 
 @functools.cache
 def say_once(text):
+    """Prints a remark on stderr, once in a process."""
     print(text, file=sys.stderr)
 
 

@@ -103,7 +103,8 @@ def _translate(cfg, raster, predict, net, classes):
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
-    with writing(Path(cfg.out) / raster.path.name, raster, classes) as put:
+    name = results_of(raster.path, bool(classes))[0]
+    with writing(Path(cfg.out) / name, raster, classes) as put:
         for top, strip in windows.blended(about=raster.path.name):
             put(strip.argmax(0).byte().numpy() if classes else as_array(strip[None]), top)
 

@@ -206,8 +206,6 @@ def writing(path, source, classes=None):
     data stays no data; other files lie in memory till the end. The file appears when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".vrt":
-        path = path.with_suffix(".tif")
     by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
     return (_writing_tiff if by_windows else _writing_whole)(path, source, classes)
 

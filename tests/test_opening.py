@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import PLACE, geotiff
 from support import opening
 from support.classes import ClassTable
 from support.errors import UserError
+from support.generate import results_of
 from support.opening import UPLOADS
 from support.rasters import Raster, writing
 
@@ -194,3 +196,16 @@ def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, value):
         assert written.transform == PLACE["transform"] and written.nodata == classes.unused
         if value == 0:
             assert written.colormap(1)[10][:3] == (10, 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "to_labels", "results"),
+    [
+        ("m.vrt", False, ["m.tif"]),
+        ("m.vrt", True, ["m.tif"]),
+        ("m.gif", False, ["m.png"]),
+        ("m.jpg", True, ["m.png", "m_colours.png"]),
+    ],
+)
+def test_results_have_an_ending_that_can_be_written(name, to_labels, results):
+    assert results_of(Path(name), to_labels) == results
