@@ -58,8 +58,21 @@ class Config(common.EditOptions):
         choices=("late", "early", "middle", "dilated"),
     )
     skips: str = option("lc", "encoders with skips in --fusion middle", choices=("both", "lc"))
-    local_d: bool = option(False, "second trunk of D for the surroundings of the box")
-    lambda_adv: float = option(0.5, "weight of the adversarial loss", group="training", low=0.0)
+    d: str = option(
+        "global",
+        "discriminator of the whole photograph | of patches, given land cover and edit",
+        choices=("global", "patch"),
+    )
+    local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
+    upsample: str = option(
+        "transposed",
+        "last layer of G: transposed convolution | nearest neighbours and a convolution",
+        choices=("transposed", "resize"),
+    )
+    collage: bool = option(
+        True, "L1 losses inside edits that ask for other land cover", group="training"
+    )
+    lambda_adv: float = option(0.5, "weight of the adversarial loss", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
     lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
     lr: float = option(1e-3, "learning rate of Adam", low=0.0)
@@ -74,7 +87,10 @@ SCORES = ("l1_inside", "l1_outside")  # of evaluate, after every epoch
 
 
 class Edit(NamedTuple):
-    """A batch of edits. With --use-ba half of them are complements: b edited outside the box."""
+    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
+
+    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
+    """
 
     rgb_a: torch.Tensor  # (B, 3, S, S) in [-1, 1], the input
     lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
@@ -84,6 +100,7 @@ class Edit(NamedTuple):
     lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
     rgb_b: torch.Tensor  # (B, 3, S, S) an untouched photograph, for the discriminator
     lc_b: torch.Tensor  # (B, classes, S, S) its land cover
+    own: torch.Tensor  # (B,) bool: own edits
 
 
 class Edits:
@@ -129,7 +146,8 @@ class Edits:
         partner, boxes = self.choose(rng, order)
         turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
         flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
-        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
+        own = rng.random(len(self)) < self.cfg.own
+        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
@@ -138,26 +156,29 @@ class Edits:
         partner, boxes = self.choose(rng, np.arange(len(self)))
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
-            yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
+            own = np.zeros((1, len(index)), bool)
+            plan = index[None], partner[index][None], boxes[index][None], flips, own
+            yield from self.pasted(*plan)
 
-    def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
-        """Batches of edits, from image numbers (steps, B), boxes and flips (steps, B, 4)."""
-        boxes = torch.from_numpy(boxes).to(self.device)
+    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
+        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
+        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
+        for a, b, box, flip, mine in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, use_ba)
+            yield self.paste(a, b, box, mine, use_ba)
 
-    def paste(self, a, b, box, use_ba):
-        """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> an Edit."""
-        inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        ab = torch.where(edit_mask(box, inside, self.cfg.size), b, a)
+    def paste(self, a, b, box, own, use_ba):
+        """Records a and b (B, 4, S, S) uint8, box (B, 4) and own (B,) -> an Edit."""
+        inside = torch.ones_like(own)
         if use_ba:
-            a, b, ab = torch.cat([a, b]), torch.cat([b, a]), torch.cat([ab, ab])
-            box, inside = torch.cat([box, box]), torch.cat([inside, ~inside])
+            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
+            box, own = torch.cat([box, box]), torch.cat([own, own])
+        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
+        ab = torch.where(pasted, b, a)
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
 
 
 def mirror(images, flips):
@@ -286,7 +307,7 @@ class DilatedNet(nn.Module):
 class Generator(nn.Module):
     """Photograph (B, 3, S, S) in [-1, 1] and land cover (B, classes, S, S) -> (B, 3, S, S)."""
 
-    def __init__(self, classes, size, width, fusion, skips):
+    def __init__(self, classes, size, width, fusion, skips, upsample):
         super().__init__()
         self.fusion, channels = fusion, 4 * width
         if fusion == "early":
@@ -298,11 +319,12 @@ class Generator(nn.Module):
             self.rgb_net = UNet(3, size, width)
             is_late = fusion == "late"
             self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
+        if upsample == "resize":  # no checkerboard: Odena, Dumoulin, Olah 2016
+            last = [nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, 1, 1)]
+        else:
+            last = [nn.ConvTranspose2d(width, 3, 4, 2, 1)]
         self.output_net = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, 2, 1),
-            nn.Tanh(),
+            nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), *last, nn.Tanh()
         )
 
     def forward(self, rgb, lc):
@@ -341,12 +363,36 @@ class Discriminator(nn.Module):
         layers += [nn.Flatten(), nn.Linear(channels * 16, 1024), nn.LeakyReLU(0.2)]
         return nn.Sequential(*layers)
 
-    def forward(self, image, box):
+    def forward(self, image, lc, mask, box):
         features = self.global_trunk(image)  # (B, 1024)
         if self.local_trunk is not None:
             crop = crop_around(image, box, self.side)
             features = torch.cat([features, self.local_trunk(crop)], 1)  # (B, 2048)
-        return self.head(features)
+        return self.head(features)[:, :, None, None]  # (B, 1, 1, 1)
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (pix2pix, section 3.2.2) on photograph, land cover and edit -> (B, 1, P, P) logits.
+
+    Real is a photograph (B, 3, S, S) with its own land cover (B, classes, S, S). The mask of the
+    edit (B, 1, S, S) is an input for both, so that it does not tell them apart.
+    """
+
+    def __init__(self, classes, width):
+        super().__init__()
+        layers = [nn.Conv2d(3 + classes + 1, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        channels = width
+        for level in range(1, 4):  # 128 at S/4, 256 at S/8, 512 at S/8 - 1
+            out = width * 2**level
+            step = 2 if level < 3 else 1
+            layers += [nn.Conv2d(channels, out, 4, step, 1, bias=False)]
+            layers += [nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+            channels = out
+        layers += [nn.Conv2d(channels, 1, 4, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, image, lc, mask, box):
+        return self.layers(torch.cat([image, lc, mask.to(image.dtype)], 1))
 
 
 def crop_around(images, box, side):
@@ -374,31 +420,33 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real):
-    """Cross-entropy of logits with "real" (1) or "fake" (0), the mean over all: a scalar.
+def gan_loss(logits, real, near):
+    """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
+    near  (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
     """
     logits = common.full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+    target = torch.full_like(logits, float(real))
+    counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
+    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
+    return total / counts.sum()
 
 
-def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of Isola et al. 2017: a scalar."""
-    return F.l1_loss(common.full_precision(fake), common.full_precision(target))
-
-
-def local_l1_loss(fake, target, mask):
-    """Mean absolute difference in and around each edit, the mean over the batch: a scalar.
-
-    That is within the mask (B, 1, S, S) and a border around it, 12 pixels at 256.
-    """
+def grown(mask):
+    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
     border = round(12 * mask.shape[-1] / 256)
-    mask = common.full_precision(mask.to(fake.dtype))
-    near = F.max_pool2d(mask, 2 * border + 1, 1, border)  # the mask, grown by the border
+    return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
+
+
+def masked_l1_loss(fake, target, where):
+    """Mean absolute difference where `where` (B, 1, S, S) is true: a scalar.
+
+    The mean of each image's own mean. True everywhere: equation 3 of Isola et al. 2017.
+    """
     difference = (common.full_precision(fake) - common.full_precision(target)).abs()
-    total = (difference * near).sum((1, 2, 3))  # (B,)
-    return (total / (fake.shape[1] * near.sum((1, 2, 3)))).mean()
+    total = (difference * where).sum((1, 2, 3))  # (B,)
+    return (total / (fake.shape[1] * where.sum((1, 2, 3)).clamp_min(1))).mean()
 
 
 # -------------------------------------------------------------------------------------------- build
@@ -418,11 +466,14 @@ def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need a class table")
-    G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips)
+    G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips, cfg.upsample)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
-    D = Discriminator(cfg.size, cfg.width, cfg.local_d)
+    if cfg.d == "patch":
+        D = PatchDiscriminator(len(cfg.classes), cfg.width)
+    else:
+        D = Discriminator(cfg.size, cfg.width, cfg.local_d)
     state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
@@ -436,17 +487,22 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
     fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
-    L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(fake), 0)]
-    L_G = lambda_adv * GAN(D(fake), 1) + lambda_l1 * L1(fake, rgb_ab)
+    shown = fake, with --composite inside the edit only, in photograph a
+    L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(shown), 0)]
+    L_G = lambda_adv * GAN(D(shown), 1) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit
     """
     edit = Edit(*batch)
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    near = grown(mask)
+    judged = near if cfg.composite else torch.ones_like(near)
     with common.autocast(cfg, edit.rgb_a.device):
         fake = state.G(visible(edit, cfg), edit.lc_ab)
-        logits_fake = state.D(fake.detach(), edit.box)  # the D step must not reach G
-        logits_real = state.D(edit.rgb_b, edit.box)
-    d_real = gan_loss(logits_real, True)
-    d_fake = gan_loss(logits_fake, False)
+        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        logits_fake = state.D(shown.detach(), edit.lc_ab, mask, edit.box)  # D must not reach G
+        logits_real = state.D(edit.rgb_b, edit.lc_b, mask, edit.box)
+    d_real = gan_loss(logits_real, True, judged)
+    d_fake = gan_loss(logits_fake, False, judged)
     loss_d = 0.5 * (d_real + d_fake)
     state.opt_D.zero_grad()
     loss_d.backward()
@@ -454,11 +510,11 @@ def train_step(state, batch, cfg):
     state.opt_D.step()
 
     with common.autocast(cfg, edit.rgb_a.device):
-        logits_fake = state.D(fake, edit.box)
-    mask = edit_mask(edit.box, edit.inside, cfg.size)
-    g_adv = gan_loss(logits_fake, True)
-    g_l1 = l1_loss(fake, edit.rgb_ab)
-    g_local = local_l1_loss(fake, edit.rgb_ab, mask)
+        logits_fake = state.D(shown, edit.lc_ab, mask, edit.box)
+    known = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage  # pixels that have a target
+    g_adv = gan_loss(logits_fake, True, judged)
+    g_l1 = masked_l1_loss(fake, edit.rgb_ab, known)
+    g_local = masked_l1_loss(fake, edit.rgb_ab, near & known)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights

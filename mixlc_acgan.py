@@ -82,7 +82,10 @@ SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate, after every
 
 
 class Edit(NamedTuple):
-    """A batch of edits. With --use-ba half of them are complements: b edited outside the box."""
+    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
+
+    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
+    """
 
     rgb_a: torch.Tensor  # (B, 3, S, S) in [-1, 1], the input
     lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
@@ -92,6 +95,7 @@ class Edit(NamedTuple):
     lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
     rgb_b: torch.Tensor  # (B, 3, S, S) an untouched photograph, for the discriminator
     lc_b: torch.Tensor  # (B, classes, S, S) its land cover
+    own: torch.Tensor  # (B,) bool: own edits
 
 
 class Edits:
@@ -137,7 +141,8 @@ class Edits:
         partner, boxes = self.choose(rng, order)
         turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
         flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
-        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips)
+        own = rng.random(len(self)) < self.cfg.own
+        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
@@ -146,26 +151,29 @@ class Edits:
         partner, boxes = self.choose(rng, np.arange(len(self)))
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
-            yield from self.pasted(index[None], partner[index][None], boxes[index][None], flips)
+            own = np.zeros((1, len(index)), bool)
+            plan = index[None], partner[index][None], boxes[index][None], flips, own
+            yield from self.pasted(*plan)
 
-    def pasted(self, index_a, index_b, boxes, flips, use_ba=False):
-        """Batches of edits, from image numbers (steps, B), boxes and flips (steps, B, 4)."""
-        boxes = torch.from_numpy(boxes).to(self.device)
+    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
+        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
+        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip in zip(tiles_a, tiles_b, boxes, flips, strict=True):
+        for a, b, box, flip, mine in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, use_ba)
+            yield self.paste(a, b, box, mine, use_ba)
 
-    def paste(self, a, b, box, use_ba):
-        """Records a and b (B, 4, S, S) uint8 and box (B, 4) -> an Edit."""
-        inside = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        ab = torch.where(edit_mask(box, inside, self.cfg.size), b, a)
+    def paste(self, a, b, box, own, use_ba):
+        """Records a and b (B, 4, S, S) uint8, box (B, 4) and own (B,) -> an Edit."""
+        inside = torch.ones_like(own)
         if use_ba:
-            a, b, ab = torch.cat([a, b]), torch.cat([b, a]), torch.cat([ab, ab])
-            box, inside = torch.cat([box, box]), torch.cat([inside, ~inside])
+            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
+            box, own = torch.cat([box, box]), torch.cat([own, own])
+        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
+        ab = torch.where(pasted, b, a)
         rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
         lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
 
 
 def mirror(images, flips):
@@ -350,13 +358,23 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real):
-    """Cross-entropy of logits with "real" (1) or "fake" (0), the mean over all: a scalar.
+def gan_loss(logits, real, near):
+    """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
+    near  (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
     """
     logits = common.full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+    target = torch.full_like(logits, float(real))
+    counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
+    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
+    return total / counts.sum()
+
+
+def grown(mask):
+    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
+    border = round(12 * mask.shape[-1] / 256)
+    return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
 
 
 def l1_loss(fake, target):
@@ -444,19 +462,23 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
     fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a), with --erase of an erased rgb_a
-    L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(fake, lc_ab), 0)] + class loss of rgb_b
-    L_G = lambda_adv * GAN(D(fake, lc_ab), 1) + lambda_l1 * L1(fake, rgb_ab)
-          + lambda_style * style(fake, rgb_ab) + lambda_class * class loss of fake
+    shown = fake, with --composite inside the edit only, in photograph a
+    L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(shown, lc_ab), 0)] + class loss of rgb_b
+    L_G = lambda_adv * GAN(D(shown, lc_ab), 1) + lambda_l1 * L1(fake, rgb_ab)
+          + lambda_style * style(fake, rgb_ab) + lambda_class * class loss of shown
           + lambda_id * [L1 + style](same, rgb_a)
     """
     edit = Edit(*batch)
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    judged = grown(mask) if cfg.composite else torch.ones_like(mask)
     rgb = visible(edit, cfg)
     with common.autocast(cfg, edit.rgb_a.device):
         fake = state.G(rgb, edit.lc_ab)
-        logits_fake = state.D(fake.detach(), edit.lc_ab)  # the D step must not reach G
+        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        logits_fake = state.D(shown.detach(), edit.lc_ab)  # the D step must not reach G
         logits_real, classes_real = state.D.both(edit.rgb_b, edit.lc_b)
-    d_real = gan_loss(logits_real, True)
-    d_fake = gan_loss(logits_fake, False)
+    d_real = gan_loss(logits_real, True, judged)
+    d_fake = gan_loss(logits_fake, False, judged)
     d_class = class_loss(classes_real, edit.lc_b, state.class_weights)
     loss_d = 0.5 * (d_real + d_fake) + d_class
     state.opt_D.zero_grad()
@@ -465,29 +487,25 @@ def train_step(state, batch, cfg):
     state.opt_D.step()
 
     with common.autocast(cfg, edit.rgb_a.device):
-        logits_fake, classes_fake = state.D.both(fake, edit.lc_ab)
-        same = state.G(rgb, edit.lc_a)
-    g_adv = gan_loss(logits_fake, True)
-    g_pixel = l1_loss(fake, edit.rgb_ab)
-    g_style = style_loss(state.vgg, fake, edit.rgb_ab)
-    g_class = class_loss(classes_fake, edit.lc_ab, state.class_weights)
-    g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
-    loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
-    loss_g = loss_g + cfg.lambda_class * g_class + cfg.lambda_id * g_id
+        logits_fake, classes_fake = state.D.both(shown, edit.lc_ab)
+    losses = {
+        "g_adv": gan_loss(logits_fake, True, judged),
+        "g_pixel": l1_loss(fake, edit.rgb_ab),
+        "g_style": style_loss(state.vgg, fake, edit.rgb_ab),
+        "g_class": class_loss(classes_fake, edit.lc_ab * judged, state.class_weights),
+    }
+    loss_g = cfg.lambda_adv * losses["g_adv"] + cfg.lambda_l1 * losses["g_pixel"]
+    loss_g = loss_g + cfg.lambda_style * losses["g_style"] + cfg.lambda_class * losses["g_class"]
+    if cfg.lambda_id:
+        with common.autocast(cfg, edit.rgb_a.device):
+            same = state.G(rgb, edit.lc_a)
+        g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
+        losses["g_id"], loss_g = g_id, loss_g + cfg.lambda_id * g_id
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    return {
-        "g_adv": g_adv,
-        "g_pixel": g_pixel,
-        "g_style": g_style,
-        "g_class": g_class,
-        "g_id": g_id,
-        "d_real": d_real,
-        "d_fake": d_fake,
-        "d_class": d_class,
-    }
+    return losses | {"d_real": d_real, "d_fake": d_fake, "d_class": d_class}
 
 
 # --------------------------------------------------------------------------------------------- main

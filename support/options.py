@@ -134,6 +134,17 @@ class EditOptions(Options):
         choices=("center", "random"),
     )
     use_ba: bool = option(False, "also train on the complement: all but the box is pasted")
+    own: float = option(
+        0.0,
+        "share of edits that ask for the photograph's own land cover; its target is the photograph",
+        low=0.0,
+        high=1.0,
+    )
+    composite: bool = option(
+        False,
+        "show D the generator's output inside the edit and the photograph outside; its losses are "
+        "those of the edit",
+    )
     erase: bool = option(True, "blank the edit in the generator's photograph", group="model")
     eval_norm: str = option(
         "auto",

@@ -190,7 +190,8 @@ def batch_of(script, cfg, seed=0):
         return a, b
     box = torch.tensor([[20, 20, 24, 24], [0, 40, 16, 16]])
     inside = torch.tensor([True, not cfg.use_ba])
-    return a, lc_ab, c, box, inside, lc_a, b, lc_b
+    own = torch.tensor([False, True])
+    return a, lc_ab, c, box, inside, lc_a, b, lc_b, own
 
 
 def as_rank(monkeypatch, rank, world=2):

@@ -9,7 +9,7 @@ from collections import namedtuple
 import torch
 import torch.nn.functional as F
 
-Edit = namedtuple("Edit", "rgb_a lc_ab rgb_ab box inside lc_a rgb_b lc_b")
+Edit = namedtuple("Edit", "rgb_a lc_ab rgb_ab box inside lc_a rgb_b lc_b own")
 
 
 class Net:
@@ -340,7 +340,7 @@ def middle_unet(net, rgb, lc, depth, both):
     return x
 
 
-def edit_generator(depth, fusion, skips):
+def edit_generator(depth, fusion, skips, upsample):
     def forward(net, rgb, lc):
         if fusion == "early":
             x = edit_unet(net, torch.cat([rgb, lc], 1), depth)
@@ -350,9 +350,19 @@ def edit_generator(depth, fusion, skips):
             x = edit_unet(net, rgb, depth)
             y = edit_unet(net, lc, depth) if fusion == "late" else dilated_net(net, lc)
             x = torch.cat([x, y], 1)
-        return torch.tanh(net.up(relu(net.conv(x, 3, 1, 1)), 4))
+        x = relu(net.conv(x, 3, 1, 1))
+        if upsample == "resize":
+            return torch.tanh(net.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), 3, 1, 1))
+        return torch.tanh(net.up(x, 4))
 
     return forward
+
+
+def patch_discriminator(net, image, lc, mask, box):
+    x = leaky(net.conv(torch.cat([image, lc, mask.to(image.dtype)], 1), 4, 2, 1))
+    for stride in (2, 2, 1):
+        x = leaky(net.batch_norm(net.conv(x, 4, stride, 1)))
+    return net.conv(x, 4, 1, 1)
 
 
 def edit_discriminator(depth, local):
@@ -361,7 +371,7 @@ def edit_discriminator(depth, local):
             x = leaky(net.batch_norm(net.conv(x, 5, 2, 2)))
         return leaky(net.linear(x.flatten(1)))
 
-    def forward(net, image, box):
+    def forward(net, image, lc, mask, box):
         features = trunk(net, image, depth - 2)
         if local:
             side = image.shape[-1]
@@ -376,49 +386,78 @@ def edit_discriminator(depth, local):
     return forward
 
 
-def edited(edit):
-    """Where each edit is: the box, or all but the box, (B, S, S)."""
-    masks = torch.zeros(edit.rgb_a[:, 0].shape, dtype=torch.bool)
-    for mask, (top, left, height, width) in zip(masks, edit.box.tolist(), strict=True):
-        mask[top : top + height, left : left + width] = True
-    return torch.stack([m if inside else ~m for m, inside in zip(masks, edit.inside, strict=True)])
+def edit_mask(edit):
+    """Where each edit is: the box, or all but the box, (B, 1, S, S) bool."""
+    mask = torch.zeros(len(edit.rgb_a), 1, *edit.rgb_a.shape[-2:], dtype=torch.bool)
+    for k, (top, left, height, width) in enumerate(edit.box.tolist()):
+        mask[k, :, top : top + height, left : left + width] = True
+        if not edit.inside[k]:
+            mask[k] = ~mask[k]
+    return mask
 
 
-def local_l1(fake, target, edit):
-    """In the window of the edit and 3 pixels around it at 64."""
-    border = round(12 * fake.shape[-1] / 256)
-    errors = []
-    for mask, error in zip(edited(edit), (fake - target).abs().mean(1), strict=True):
-        window = torch.zeros_like(mask)
-        for y, x in mask.nonzero().tolist():
-            window[max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = True
-        errors.append(error[window].mean())
-    return torch.stack(errors).mean()
+def grown(mask):
+    """The mask and 3 pixels around it at 64."""
+    border, near = round(12 * mask.shape[-1] / 256), torch.zeros_like(mask)
+    for k, _, y, x in mask.nonzero().tolist():
+        near[k, :, max(y - border, 0) : y + border + 1, max(x - border, 0) : x + border + 1] = True
+    return near
+
+
+def l1_where(fake, target, where):
+    """The mean over images of the mean error where `where` (B, 1, S, S) is true."""
+    errors = (fake - target).abs().mean(1)
+    means = [error[here[0]].mean() for error, here in zip(errors, where, strict=True)]
+    return sum(means) / len(means)
 
 
 def visible(edit, cfg):
     """rgb_a; with --erase grey where the edit is."""
-    grey = edited(edit)[:, None] if cfg.erase else torch.tensor(False)
+    grey = edit_mask(edit) if cfg.erase else torch.tensor(False)
     return torch.where(grey, 0.0, edit.rgb_a)
+
+
+def at_the_edit(logits, near):
+    """The logits of the patches whose share of the image, S/P pixels a side, touches `near`."""
+    side, count, kept = near.shape[-1], logits.shape[-1], []
+    for k, _, row, column in torch.ones_like(logits).nonzero().tolist():
+        rows = slice(row * side // count, -((row + 1) * side // -count))
+        columns = slice(column * side // count, -((column + 1) * side // -count))
+        if near[k, 0, rows, columns].any():
+            kept.append(logits[k, 0, row, column])
+    return torch.stack(kept)
 
 
 class Mixlc:
     def __init__(self, state, cfg):
         self.cfg = cfg
-        self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips))
-        self.D = Net(state.D, edit_discriminator(6, cfg.local_d))
+        self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips, cfg.upsample))
+        patch = cfg.d == "patch"
+        self.D = Net(state.D, patch_discriminator if patch else edit_discriminator(6, cfg.local_d))
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
     def step(self, *edit_fields):
         edit = Edit(*edit_fields)
+        mask = edit_mask(edit)
+        near = grown(mask)
         fake = self.G(visible(edit, self.cfg), edit.lc_ab)
-        d_fake = bce_fake(self.D(fake.detach(), edit.box))
-        d_real = bce_real(self.D(edit.rgb_b, edit.box))
+        shown = torch.where(mask, fake, edit.rgb_a) if self.cfg.composite else fake
+
+        def judged(image, lc):
+            logits = self.D(image, lc, mask, edit.box)
+            patches = self.cfg.composite and self.cfg.d == "patch"
+            return at_the_edit(logits, near) if patches else logits
+
+        d_fake = bce_fake(judged(shown.detach(), edit.lc_ab))
+        d_real = bce_real(judged(edit.rgb_b, edit.lc_b))
         d_total = d_real / 2 + d_fake / 2
         self.adam_D.minimise(d_total)
-        g_adv = bce_real(self.D(fake, edit.box))
-        g_l1 = l1(fake, edit.rgb_ab)
-        g_local = local_l1(fake, edit.rgb_ab, edit)
+        g_adv = bce_real(judged(shown, edit.lc_ab))
+        known = torch.ones_like(mask)  # without the collage: outside, and all of own edits
+        if not self.cfg.collage:
+            known = torch.stack([own | ~where for own, where in zip(edit.own, mask, strict=True)])
+        g_l1 = l1_where(fake, edit.rgb_ab, known)
+        g_local = l1_where(fake, edit.rgb_ab, near & known)
         g_total = self.cfg.lambda_adv * g_adv + self.cfg.lambda_l1 * g_l1
         g_total = g_total + self.cfg.lambda_local * g_local
         self.adam_G.minimise(g_total)
@@ -490,22 +529,28 @@ class MixlcACGAN:
 
     def step(self, *edit_fields):
         edit, cfg = Edit(*edit_fields), self.cfg
-        rgb = visible(edit, cfg)
+        rgb, mask = visible(edit, cfg), edit_mask(edit)
+        near = grown(mask) if cfg.composite else torch.ones_like(mask)
         fake = self.G(rgb, edit.lc_ab)
-        d_fake = bce_fake(self.D(fake.detach(), edit.lc_ab, "adversarial")[0])
+        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        logits = self.D(shown.detach(), edit.lc_ab, "adversarial")[0]
+        d_fake = bce_fake(at_the_edit(logits, near))
         logits, classes = self.D(edit.rgb_b, edit.lc_b)
-        d_real, d_class = bce_real(logits), class_loss(classes, edit.lc_b, self.weights)
+        d_real = bce_real(at_the_edit(logits, near))
+        d_class = class_loss(classes, edit.lc_b, self.weights)
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
-        logits, classes = self.D(fake, edit.lc_ab)
-        same = self.G(rgb, edit.lc_a)
-        g_adv, g_pixel = bce_real(logits), l1(fake, edit.rgb_ab)
+        logits, classes = self.D(shown, edit.lc_ab)
+        g_adv, g_pixel = bce_real(at_the_edit(logits, near)), l1(fake, edit.rgb_ab)
         g_style = self.style(fake, edit.rgb_ab)
-        g_class = class_loss(classes, edit.lc_ab, self.weights)
-        g_id = l1(same, edit.rgb_a) + self.style(same, edit.rgb_a)
+        g_class = class_loss(classes, edit.lc_ab * near, self.weights)
         g_total = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
-        self.adam_G.minimise(g_total + cfg.lambda_class * g_class + cfg.lambda_id * g_id)
         g = {"g_adv": g_adv, "g_pixel": g_pixel, "g_style": g_style, "g_class": g_class}
-        return g | {"g_id": g_id, "d_real": d_real, "d_fake": d_fake, "d_class": d_class}
+        if cfg.lambda_id:
+            same = self.G(rgb, edit.lc_a)
+            g["g_id"] = l1(same, edit.rgb_a) + self.style(same, edit.rgb_a)
+            g_total = g_total + cfg.lambda_id * g["g_id"]
+        self.adam_G.minimise(g_total + cfg.lambda_class * g_class)
+        return g | {"d_real": d_real, "d_fake": d_fake, "d_class": d_class}
 
 
 TWINS = {"pix2pix": Pix2pix, "cyclegan": CycleGAN, "mixlc": Mixlc, "mixlc_acgan": MixlcACGAN}

@@ -29,7 +29,7 @@ from conftest import (
     tiny_run,
     use,
 )
-from mixlc import build, edit_mask, local_l1_loss, main, translate
+from mixlc import build, edit_mask, gan_loss, grown, main, masked_l1_loss, translate
 from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
@@ -66,13 +66,14 @@ def test_paste_geometry_pixel_by_pixel(landcover, cache, box):
     train = open_data("mixlc", landcover, cache, box=box)
     index, records = np.arange(len(train)), train.store.records
     partner, boxes = train.choose(np.random.default_rng(0), index)
-    flips = np.zeros((1, len(train), 4), np.int64)
-    edit = next(train.pasted(index[None], partner[None], boxes[None], flips))
+    flips, own = np.zeros((1, len(train), 4), np.int64), np.zeros((1, len(train)), bool)
+    own[0, 1] = True  # asks for its own land cover: nothing is pasted
+    edit = next(train.pasted(index[None], partner[None], boxes[None], flips, own))
     for k in index:
         top, left, height, width = boxes[k]
         pasted = np.array(records[k])
         part = slice(top, top + height), slice(left, left + width)
-        pasted[:, *part] = records[partner[k]][:, *part]
+        pasted[:, *part] = records[k if own[0, k] else partner[k]][:, *part]
         wanted = {"a": records[k], "b": records[partner[k]], "ab": pasted}
         for name, record in wanted.items():
             rgb, lc = getattr(edit, f"rgb_{name}")[k], getattr(edit, f"lc_{name}")[k]
@@ -201,19 +202,32 @@ def test_local_loss_by_hand_with_its_border_at_the_images_edge():
     """A box in the corner of a 64 pixel image: a border of 3 pixels on two sides."""
     mask, fake, target = mask_of(0, 0, 8, 10), torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
     target[..., :11, :13] = 0.5  # the box and its border
-    assert local_l1_loss(fake, target, mask).item() == pytest.approx(0.5)
+    near = grown(mask)
+    assert masked_l1_loss(fake, target, near).item() == pytest.approx(0.5)
     target[..., 11:, :] = 9.0  # outside it: no effect
     target[..., 10, 12] = 0.5 + 11 * 13  # its last pixel
-    assert local_l1_loss(fake, target, mask).item() == pytest.approx(1.5)
+    assert masked_l1_loss(fake, target, near).item() == pytest.approx(1.5)
 
 
 def test_the_border_of_the_local_loss_is_12_pixels_at_256():
     mask = mask_of(100, 100, 20, 20, size=256)
     fake, target = torch.zeros(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
     target[..., 88:132, 88:132] = 0
-    assert local_l1_loss(fake, target, mask).item() == 0
+    assert masked_l1_loss(fake, target, grown(mask)).item() == 0
     target[..., 88, 88] = 1
-    assert local_l1_loss(fake, target, mask).item() == pytest.approx(1 / 44**2)
+    assert masked_l1_loss(fake, target, grown(mask)).item() == pytest.approx(1 / 44**2)
+
+
+def test_adversarial_losses_are_means_over_the_patches_at_the_edit():
+    """At 64 pixels a PatchGAN gives 6x6 logits; those of the corner's 2x2 touch the edit."""
+    near = mask_of(0, 0, 16, 12)
+    logits = torch.zeros(1, 1, 6, 6)
+    logits[..., :2, :2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    want = torch.log1p(torch.exp(-torch.tensor([1.0, 2.0, 3.0, 4.0]))).mean()
+    assert gan_loss(logits, True, near).item() == pytest.approx(want.item())
+    logits[..., 2:, :] = 9.0  # elsewhere: no effect
+    assert gan_loss(logits, True, near).item() == pytest.approx(want.item())
+    assert gan_loss(torch.zeros(1, 1, 1, 1), False, near).item() == pytest.approx(np.log(2))
 
 
 # --------------------------------------------------------------------------- translate and evaluate

@@ -13,7 +13,7 @@ from torch import nn
 import common
 import mixlc_acgan
 from conftest import CPU, batch_of, last, maps, picture, pictures, save, tiny, tiny_run, use
-from mixlc_acgan import Discriminator, build, main, style_loss, translate
+from mixlc_acgan import Discriminator, build, gan_loss, main, style_loss, translate
 
 TINY = tiny("mixlc_acgan")[1]
 
@@ -40,6 +40,7 @@ def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
     torch.manual_seed(0)
     D = mixlc_acgan.init_weights(Discriminator(2, 8))
     adam = torch.optim.Adam(D.parameters(), 1e-3, (0.5, 0.999))
+    everywhere = torch.ones(16, 1, 64, 64) > 0
 
     def batch():
         cover = common.one_hot(torch.randint(2, (16, 2, 2), dtype=torch.uint8), 2)
@@ -50,7 +51,7 @@ def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
     for _ in range(60):
         picture, cover = batch()
         right, wrong = D(picture, cover), D(picture, cover.flip(1))
-        loss = mixlc_acgan.gan_loss(right, True) + mixlc_acgan.gan_loss(wrong, False)
+        loss = gan_loss(right, True, everywhere) + gan_loss(wrong, False, everywhere)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -141,7 +142,7 @@ def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
     net.lc, net.mask = lc, torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     net.mask[:, :, 8:28, 8:28] = True
     box, inside = torch.tensor([[8, 8, 20, 20]] * 2), torch.ones(2, dtype=torch.bool)
-    edit = mixlc_acgan.Edit(pictures(), lc, pictures(), box, inside, lc, pictures(), lc)
+    edit = mixlc_acgan.Edit(pictures(), lc, pictures(), box, inside, lc, pictures(), lc, ~inside)
     val = types.SimpleNamespace(in_order=lambda images: [edit])
     state = types.SimpleNamespace(D=net, G=nn.Identity())
     monkeypatch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: inputs[0])

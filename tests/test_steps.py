@@ -36,7 +36,11 @@ CASES = {
     "mixlc both skips": {"fusion": "middle", "skips": "both"},
     "mixlc no erase": {"erase": False, "use_ba": True},
     "mixlc local": {"local_d": True, "use_ba": True},
+    "mixlc patch": {"d": "patch", "composite": True, "own": 0.5, "upsample": "resize"},
+    "mixlc no collage": {"d": "patch", "collage": False, "use_ba": True},
+    "mixlc composite": {"composite": True, "collage": False},
     "mixlc_acgan": {},
+    "mixlc_acgan composite": {"composite": True, "own": 0.5, "lambda_id": 0.0},
     "mixlc_acgan no erase": {"erase": False, "use_ba": True},
     "mixlc_acgan weights": {
         **{"lambda_adv": 0.3, "lambda_l1": 2.0, "lambda_style": 30.0, "lambda_class": 0.7},
@@ -281,6 +285,12 @@ def softplus(x):
     return math.log1p(math.exp(x))
 
 
+def gan_options(script, kind="bce"):
+    """The third argument of gan_loss: the kind, or everywhere, for the edits."""
+    edits = [torch.ones(1, 1, 64, 64) > 0] * script.startswith("mixlc")
+    return [kind] if script == "pix2pix" else edits
+
+
 @pytest.mark.parametrize(
     ("script", "kind"),
     [("pix2pix", "bce"), ("pix2pix", "lsgan"), ("cyclegan", "lsgan")]
@@ -288,7 +298,7 @@ def softplus(x):
 )
 def test_gan_loss_by_hand(script, kind):
     """The mean is over the losses of the patches, not over their logits."""
-    loss, options = importlib.import_module(script).gan_loss, [kind] * (script == "pix2pix")
+    loss, options = importlib.import_module(script).gan_loss, gan_options(script, kind)
     logits = torch.tensor([[[[-4.0, 3.0]]]])
     real = {"bce": (softplus(4) + softplus(-3)) / 2, "lsgan": (5**2 + 2**2) / 2}[kind]
     fake = {"bce": (softplus(-4) + softplus(3)) / 2, "lsgan": (4**2 + 3**2) / 2}[kind]
@@ -298,8 +308,11 @@ def test_gan_loss_by_hand(script, kind):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_l1_loss_by_hand(script):
-    loss, fake = importlib.import_module(script).l1_loss, torch.tensor([1.0, -1.0])
-    assert loss(fake, torch.tensor([0.5, 1.0])).item() == pytest.approx(1.25)
+    module, fake = importlib.import_module(script), torch.tensor([[[[1.0, -1.0]]]])
+    target, everywhere = torch.tensor([[[[0.5, 1.0]]]]), torch.ones(1, 1, 1, 2) > 0
+    losses = module.masked_l1_loss if script == "mixlc" else module.l1_loss
+    arguments = (everywhere,) if script == "mixlc" else ()
+    assert losses(fake, target, *arguments).item() == pytest.approx(1.25)
 
 
 def class_loss(script, logits, target, weights=(1.0, 1.0)):
@@ -343,9 +356,9 @@ def test_losses_are_in_at_least_float32(script, given, result):
     x, mask = torch.zeros(1, 3, 64, 64, dtype=getattr(torch, given)), torch.ones(1, 1, 64, 64) > 0
     calls = {
         "l1_loss": (x, x),
-        "gan_loss": (x, True, *["bce"] * (script == "pix2pix")),
+        "gan_loss": (x, True, *gan_options(script)),
         "label_loss": (x, x),
-        "local_l1_loss": (x, x, mask),
+        "masked_l1_loss": (x, x, mask),
         "class_loss": (x, x, torch.ones(3)),
     }
     losses = [getattr(module, name)(*call) for name, call in calls.items() if hasattr(module, name)]
