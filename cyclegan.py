@@ -578,7 +578,8 @@ def report(state, val, cfg, histograms):
         constants["B"] = common.constant_colors(histograms["B"])
     judge = common.find_judge(cfg, val.loader_A.device) if val.paired else None
     scores = evaluate(state, val, cfg, np.arange(len(val)), constants, judge)
-    common.write_evaluation(cfg, scores.table(), images=len(val), split=val.store.split.name)
+    about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
+    common.write_evaluation(cfg, scores.table(), images=len(val), **about)
     confusion = scores.confusions.get(("A to B: model", ""))
     if confusion is not None:
         common.plot_confusion(confusion, cfg.classes.names, Path(cfg.out) / "confusion.png")

@@ -658,8 +658,8 @@ def report(state, val, cfg, histograms):
     judge = common.find_judge(cfg, val.device)
     rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     answer = common.copy_verdict(rows)
-    split = val.store.split.name
-    common.write_evaluation(cfg, rows, images=len(val), split=split, answer=answer)
+    about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
+    common.write_evaluation(cfg, rows, images=len(val), **about, answer=answer)
     print(answer)
 
 

@@ -545,7 +545,8 @@ def report(state, val, cfg, histograms):
     colors = common.constant_colors(histogram, cfg.classes, by_class)
     judge = common.find_judge(cfg, val.loader.device) if cfg.direction == "BtoA" else None
     rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
-    common.write_evaluation(cfg, rows, images=len(val), split=val.store.split.name)
+    about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
+    common.write_evaluation(cfg, rows, images=len(val), **about)
 
 
 def generate(state, cfg, device):

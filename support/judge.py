@@ -1,5 +1,6 @@
 """A judge of generated photographs: the FCN score."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -56,25 +57,38 @@ class Judge(nn.Module):
 
 
 def find_judge(cfg, device):
-    """The judge in the run folder, or with --train-judge a new one, which is kept; else None."""
-    path = Path(cfg.out) / "judge.pt"
-    if not cfg.classes or not (path.is_file() or cfg.train_judge):
+    """The judge of --judge or of the run folder, or with --train-judge a new one; else None."""
+    path = Path(cfg.judge or Path(cfg.out) / "judge.pt")
+    if not cfg.classes or not (cfg.judge or path.is_file() or cfg.train_judge):
         return None
     torch.manual_seed(cfg.seed)
     judge = Judge(len(cfg.classes)).to(device)
-    if not path.is_file():
+    if not cfg.judge and not path.is_file():
         train_judge(judge, cfg, device)
         if rank() == 0:
-            save_checkpoint(path, {"state": {"judge": judge.state_dict()}})
-        return judge
-    remedy = "without that file --train-judge trains another"
-    print(f"the judge is {path}; {remedy}")
-    try:
-        judge.load_state_dict(load_weights(path)["state"]["judge"])
-    except (UserError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:90]
-        raise UserError(f"{path}: is damaged ({reason}): {remedy}") from None
+            save_checkpoint(
+                path, {"state": {"judge": judge.state_dict()}, "classes": cfg.classes.names}
+            )
+    else:
+        content = load_weights(path)
+        try:
+            judge.load_state_dict(content["state"]["judge"])
+        except (KeyError, TypeError, RuntimeError):
+            raise UserError(f"{path}: is no judge of {len(cfg.classes)} classes") from None
+        known = content.get("classes", cfg.classes.names)
+        if list(known) != list(cfg.classes.names):
+            raise UserError(f"{path}: judges other classes: {', '.join(known)}")
+    judge.name = f"{path.name} {weights_digest(judge)}"
+    print(f"the judge is {path}")
     return judge
+
+
+def weights_digest(net):
+    """Eight hexadecimal digits that tell networks with other weights apart."""
+    total = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        total.update(tensor.half().cpu().numpy().tobytes())
+    return total.hexdigest()[:8]
 
 
 def train_judge(judge, cfg, device):

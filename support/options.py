@@ -89,6 +89,12 @@ class Options:
     checkpoint: str = option("", "the trained model, a .pt file", group="use")
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
+    judge: str = option(
+        "",
+        "measure with the judge.pt of another run; none: the run's own",
+        may_change=True,
+        file=True,
+    )
     train_judge: bool = option(
         False, "train a judge, which segments generated photographs", may_change=True
     )

@@ -52,6 +52,13 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
         dataclasses.replace(cfg, out=str(tmp_path / "a"), train_judge=False), CPU
     )
     assert "the judge is" in capsys.readouterr().out
+    given = tmp_path / "a" / "judge.pt"
+    lent = dataclasses.replace(cfg, out=str(tmp_path / "c"), train_judge=False, judge=str(given))
+    assert common.find_judge(lent, CPU).name == kept.name == one.name
+    assert not (tmp_path / "c").exists()
+    other = json.dumps(TABLE).replace(TABLE[0]["name"], "renamed")
+    with pytest.raises(common.UserError, match="judges other classes"):
+        common.find_judge(dataclasses.replace(lent, lc_classes=other), CPU)
     val = pix2pix.Pairs(dataclasses.replace(cfg, out=str(tmp_path / "a")), "val", CPU)
     scores = common.Scores()
     for records in val.in_order(np.arange(4)):

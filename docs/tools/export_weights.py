@@ -42,6 +42,10 @@ def main(argv=None):
     if len(arguments) != 2:
         raise UserError("usage: python docs/tools/export_weights.py CHECKPOINT RESULT")
     content = load_weights(arguments[0])
+    if isinstance(content, dict) and "judge" in content.get("state", {}):
+        judge = {key: halved(tensor) for key, tensor in content["state"]["judge"].items()}
+        save_checkpoint(arguments[1], content | {"state": {"judge": judge}})
+        return
     if not isinstance(content, dict) or "script" not in content:
         raise UserError(f"{arguments[0]}: not a checkpoint of one of the scripts")
     save_checkpoint(arguments[1], shrink(content))
