@@ -48,6 +48,11 @@ class Config(common.Options):
     script = "cyclegan"
 
     blocks: int = option(0, "residual blocks; 0: 9, or 6 below 256", group="model", low=0)
+    upsample: str = option(
+        "transposed",
+        "doubling layers of both G: transposed convolution | resizing, then a convolution",
+        choices=("transposed", "resize"),
+    )
     lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)
     lambda_identity: float = option(
         0.5, "weight of the identity losses, times --lambda-cycle; pictures only", low=0.0
@@ -176,13 +181,26 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
+def doubling(transposed, upsample):
+    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+
+    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
+    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    """
+    if upsample == "transposed":
+        return transposed
+    bias = transposed.bias is not None
+    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
+
+
 class ResNetGenerator(nn.Module):
     """Two strided convolutions, residual blocks, two back up: (B, C, S, S) -> (B, C', S, S).
 
     Pictures end in tanh; land cover comes out as logits.
     """
 
-    def __init__(self, channels_in, channels_out, width, blocks, pictures):
+    def __init__(self, channels_in, channels_out, width, blocks, pictures, upsample="transposed"):
         super().__init__()
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(channels_in, width, 7)]
         layers += [nn.InstanceNorm2d(width), nn.ReLU()]
@@ -191,8 +209,8 @@ class ResNetGenerator(nn.Module):
             layers += [nn.InstanceNorm2d(out), nn.ReLU()]
         layers += [ResidualBlock(4 * width) for _ in range(blocks)]
         for out in (2 * width, width):  # (B, 128, S/2, S/2), (B, 64, S, S)
-            layers += [nn.ConvTranspose2d(2 * out, out, 3, 2, 1, output_padding=1)]
-            layers += [nn.InstanceNorm2d(out), nn.ReLU()]
+            conv = nn.ConvTranspose2d(2 * out, out, 3, 2, 1, output_padding=1)
+            layers += [doubling(conv, upsample), nn.InstanceNorm2d(out), nn.ReLU()]
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels_out, 7)]
         layers += [nn.Tanh() if pictures else nn.Identity()]
         self.layers = nn.Sequential(*layers)
@@ -329,9 +347,9 @@ class State:
 def build(cfg, device, training=True):
     """Networks, optimisers and pools on the device; without `training` the generators alone."""
     channels_B = len(cfg.classes) if cfg.classes else 3
-    blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
-    G_AB = ResNetGenerator(3, channels_B, cfg.width, blocks, pictures=not cfg.classes)
-    G_BA = ResNetGenerator(channels_B, 3, cfg.width, blocks, pictures=True)
+    shape = cfg.width, cfg.blocks or (9 if cfg.size >= 256 else 6)
+    G_AB = ResNetGenerator(3, channels_B, *shape, not cfg.classes, cfg.upsample)
+    G_BA = ResNetGenerator(channels_B, 3, *shape, True, cfg.upsample)
     G_AB, G_BA = (common.to_device(init_weights(G), device) for G in (G_AB, G_BA))
     state = State(G_AB, G_BA)
     if not training:

@@ -66,7 +66,7 @@ class Config(common.EditOptions):
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
     upsample: str = option(
         "transposed",
-        "last layer of G: transposed convolution | nearest neighbours and a convolution",
+        "last layer of G: transposed convolution | resizing, then a convolution",
         choices=("transposed", "resize"),
     )
     collage: bool = option(
@@ -304,10 +304,23 @@ class DilatedNet(nn.Module):
         return self.layers(x)
 
 
+def doubling(transposed, upsample):
+    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+
+    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
+    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    """
+    if upsample == "transposed":
+        return transposed
+    bias = transposed.bias is not None
+    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
+
+
 class Generator(nn.Module):
     """Photograph (B, 3, S, S) in [-1, 1] and land cover (B, classes, S, S) -> (B, 3, S, S)."""
 
-    def __init__(self, classes, size, width, fusion, skips, upsample):
+    def __init__(self, classes, size, width, fusion, skips, upsample="transposed"):
         super().__init__()
         self.fusion, channels = fusion, 4 * width
         if fusion == "early":
@@ -319,12 +332,9 @@ class Generator(nn.Module):
             self.rgb_net = UNet(3, size, width)
             is_late = fusion == "late"
             self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
-        if upsample == "resize":  # no checkerboard: Odena, Dumoulin, Olah 2016
-            last = [nn.Upsample(scale_factor=2), nn.Conv2d(width, 3, 3, 1, 1)]
-        else:
-            last = [nn.ConvTranspose2d(width, 3, 4, 2, 1)]
+        last = doubling(nn.ConvTranspose2d(width, 3, 4, 2, 1), upsample)
         self.output_net = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), *last, nn.Tanh()
+            nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()
         )
 
     def forward(self, rgb, lc):

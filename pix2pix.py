@@ -59,6 +59,11 @@ class Config(common.Options):
     dropout: float = option(
         0.5, "dropout in the decoder", low=0.0, high=0.9, needs="generator=unet"
     )
+    upsample: str = option(
+        "transposed",
+        "doubling layers of G: transposed convolution | resizing, then a convolution",
+        choices=("transposed", "resize"),
+    )
     gan: str = option(
         "bce",
         "adversarial loss: cross-entropy | least squares",
@@ -167,13 +172,26 @@ def norm_layer(norm, channels):
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels)
 
 
+def doubling(transposed, upsample):
+    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+
+    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
+    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    """
+    if upsample == "transposed":
+        return transposed
+    bias = transposed.bias is not None
+    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
+
+
 class UNetGenerator(nn.Module):
     """Encoder and decoder with skips (paper, section 3.2.1): (B, 3, S, S) -> same, in [-1, 1].
 
     S = 2^n: n down blocks to a 1x1 bottleneck, n up blocks back, registered as data flows.
     """
 
-    def __init__(self, size, width, norm, dropout):
+    def __init__(self, size, width, norm, dropout, upsample="transposed"):
         super().__init__()
         depth = size.bit_length() - 1
         bias = norm == "instance"
@@ -189,13 +207,13 @@ class UNetGenerator(nn.Module):
         channels = widths[-1]
         for level in reversed(range(1, depth)):
             out = widths[level - 1]
-            conv = nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=bias)
+            conv = doubling(nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=bias), upsample)
             layers = [nn.ReLU(), conv, norm_layer(norm, out)]
             if 4 <= level < depth - 1:
                 layers.append(nn.Dropout(dropout))
             self.ups.append(nn.Sequential(*layers))
             channels = 2 * out  # with the skip
-        last = nn.ConvTranspose2d(channels, 3, 4, 2, 1)
+        last = doubling(nn.ConvTranspose2d(channels, 3, 4, 2, 1), upsample)
         self.ups.append(nn.Sequential(nn.ReLU(), last, nn.Tanh()))
 
     def forward(self, x):
@@ -232,7 +250,7 @@ class ResidualBlock(nn.Module):
 class ResNetGenerator(nn.Module):
     """Two strided convolutions, residual blocks, two back up: (B, C, S, S) -> (B, C', S, S)."""
 
-    def __init__(self, channels_in, channels_out, width, blocks, norm):
+    def __init__(self, channels_in, channels_out, width, blocks, norm, upsample="transposed"):
         super().__init__()
         bias = norm == "instance"
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(channels_in, width, 7, bias=bias)]
@@ -242,8 +260,8 @@ class ResNetGenerator(nn.Module):
             layers += [norm_layer(norm, out), nn.ReLU()]
         layers += [ResidualBlock(4 * width, norm) for _ in range(blocks)]
         for out in (2 * width, width):  # (B, 128, S/2, S/2), (B, 64, S, S)
-            layers += [nn.ConvTranspose2d(2 * out, out, 3, 2, 1, output_padding=1, bias=bias)]
-            layers += [norm_layer(norm, out), nn.ReLU()]
+            conv = nn.ConvTranspose2d(2 * out, out, 3, 2, 1, output_padding=1, bias=bias)
+            layers += [doubling(conv, upsample), norm_layer(norm, out), nn.ReLU()]
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels_out, 7), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
@@ -341,10 +359,10 @@ class State:
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if cfg.generator == "unet":
-        G = UNetGenerator(cfg.size, cfg.width, cfg.norm, cfg.dropout)
+        G = UNetGenerator(cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
     else:
         blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
-        G = ResNetGenerator(3, 3, cfg.width, blocks, cfg.norm)
+        G = ResNetGenerator(3, 3, cfg.width, blocks, cfg.norm, cfg.upsample)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state

@@ -57,7 +57,7 @@ def random_batch(script, cfg, device):
     lc = nn.functional.one_hot(index, 14).permute(0, 3, 1, 2).float().contiguous()
     box = torch.tensor([[cfg.size // 4] * 4] * cfg.batch_size, device=device)
     inside = torch.ones(cfg.batch_size, dtype=torch.bool, device=device)
-    return images[0], lc, images[1], box, inside, lc, images[2], lc
+    return images[0], lc, images[1], box, inside, lc, images[2], lc, ~inside
 
 
 def prepare(script, variant, device, **options):

@@ -40,7 +40,9 @@ class Net:
         assert layer["weight"].shape[2:] == (kernel, kernel)
         return F.conv2d(x, layer["weight"], layer.get("bias"), stride, padding, dilation)
 
-    def up(self, x, kernel, output_padding=0):
+    def up(self, x, kernel, output_padding=0, upsample="transposed"):
+        if upsample == "resize":
+            return self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), 3, 1, 1)
         layer = self.take()
         assert layer["weight"].shape[2:] == (kernel, kernel)
         return F.conv_transpose2d(x, layer["weight"], layer.get("bias"), 2, 1, output_padding)
@@ -147,21 +149,23 @@ def vgg16(module, image, wanted):
 # ------------------------------------------------------------------------------------------ pix2pix
 
 
-def unet(depth, kind):
+def unet(depth, kind, upsample):
     def forward(net, x):
         skips = [net.conv(x, 4, 2, 1)]
         for level in range(1, depth):
             x = net.conv(leaky(skips[-1]), 4, 2, 1)
             skips.append(net.norm(x, kind) if level < depth - 1 else x)
-        x = net.norm(net.up(relu(skips.pop()), 4), kind)
+        x = net.norm(net.up(relu(skips.pop()), 4, upsample=upsample), kind)
         while len(skips) > 1:
-            x = net.norm(net.up(relu(torch.cat([skips.pop(), x], 1)), 4), kind)
-        return torch.tanh(net.up(relu(torch.cat([skips.pop(), x], 1)), 4))
+            x = relu(torch.cat([skips.pop(), x], 1))
+            x = net.norm(net.up(x, 4, upsample=upsample), kind)
+        x = relu(torch.cat([skips.pop(), x], 1))
+        return torch.tanh(net.up(x, 4, upsample=upsample))
 
     return forward
 
 
-def resnet(blocks, kind, ending=torch.tanh):
+def resnet(blocks, kind, upsample, ending=torch.tanh):
     def forward(net, x):
         x = relu(net.norm(net.conv(reflect(x, 3), 7, 1, 0), kind))
         x = relu(net.norm(net.conv(x, 3, 2, 1), kind))
@@ -169,8 +173,8 @@ def resnet(blocks, kind, ending=torch.tanh):
         for _ in range(blocks):
             y = relu(net.norm(net.conv(reflect(x, 1), 3, 1, 0), kind))
             x = x + net.norm(net.conv(reflect(y, 1), 3, 1, 0), kind)
-        x = relu(net.norm(net.up(x, 3, output_padding=1), kind))
-        x = relu(net.norm(net.up(x, 3, output_padding=1), kind))
+        x = relu(net.norm(net.up(x, 3, 1, upsample), kind))
+        x = relu(net.norm(net.up(x, 3, 1, upsample), kind))
         return ending(net.conv(reflect(x, 3), 7, 1, 0))
 
     return forward
@@ -194,8 +198,11 @@ class Pix2pix:
     def __init__(self, state, cfg):
         self.cfg, self.vgg = cfg, state.vgg
         depth = {64: 6, 128: 7}[cfg.size]
-        unets = {"unet": unet(depth, cfg.norm), "resnet": resnet(cfg.blocks, cfg.norm)}
-        self.G = Net(state.G, unets[cfg.generator])
+        if cfg.generator == "unet":
+            forward = unet(depth, cfg.norm, cfg.upsample)
+        else:
+            forward = resnet(cfg.blocks, cfg.norm, cfg.upsample)
+        self.G = Net(state.G, forward)
         self.D = Net(state.D, patchgan(cfg.patch_gan, cfg.norm))
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
@@ -264,8 +271,9 @@ class Pool:
 class CycleGAN:
     def __init__(self, state, cfg):
         self.cfg, self.labels = cfg, cfg.lc_classes != ""
-        to_B = resnet(cfg.blocks, "instance", (lambda x: x) if self.labels else torch.tanh)
-        to_A = resnet(cfg.blocks, "instance")
+        kind = cfg.blocks, "instance", cfg.upsample
+        to_B = resnet(*kind, (lambda x: x) if self.labels else torch.tanh)
+        to_A = resnet(*kind)
         self.G_AB, self.G_BA = Net(state.G_AB, to_B), Net(state.G_BA, to_A)
         self.D_A, self.D_B = Net(state.D_A, patchgan_alone), Net(state.D_B, patchgan_alone)
         self.adam_G = Adam([self.G_AB, self.G_BA], cfg.lr)
@@ -351,9 +359,7 @@ def edit_generator(depth, fusion, skips, upsample):
             y = edit_unet(net, lc, depth) if fusion == "late" else dilated_net(net, lc)
             x = torch.cat([x, y], 1)
         x = relu(net.conv(x, 3, 1, 1))
-        if upsample == "resize":
-            return torch.tanh(net.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), 3, 1, 1))
-        return torch.tanh(net.up(x, 4))
+        return torch.tanh(net.up(x, 4, upsample=upsample))
 
     return forward
 

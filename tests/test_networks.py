@@ -14,13 +14,16 @@ GENERATORS = {
     "pix2pix instance": {"norm": "instance"},
     "pix2pix resnet": {"generator": "resnet", "blocks": 1},
     "pix2pix resnet instance": {"generator": "resnet", "blocks": 1, "norm": "instance"},
+    "pix2pix resize": {"upsample": "resize"},
     "cyclegan": {},
+    "cyclegan resize": {"upsample": "resize"},
     "cyclegan labels": LABELS,
     "mixlc late": {"fusion": "late"},
     "mixlc early": {"fusion": "early"},
     "mixlc middle": {"fusion": "middle"},
     "mixlc both skips": {"fusion": "middle", "skips": "both"},
     "mixlc dilated": {"fusion": "dilated"},
+    "mixlc patch": {"d": "patch", "upsample": "resize"},
     "mixlc_acgan": {},
 }
 # script, network, its arguments, how many weights it has
@@ -50,6 +53,7 @@ PARAMETERS = [
     ("mixlc", "Discriminator", (256, 64, False), 25_807_425),
     ("mixlc", "Discriminator", (256, 64, True), 45_060_225),
     ("mixlc_acgan", "Generator", (14, 64, 0.5), 88_220_547),
+    ("mixlc", "PatchDiscriminator", (14, 64), 2_780_993),
     ("mixlc_acgan", "Discriminator", (14, 64), 43_642_575),
 ]
 
@@ -78,24 +82,26 @@ def test_parameters(script, network, arguments, count):
 def test_shapes_and_ranges(case, size):
     nets, image, lc = nets_of(made(case, size=size)), pictures(0, 2, size), maps(0, 2, size)
     box = torch.tensor([[0, size // 2, 8, 8]] * 2)
-    place = {"pix2pix": image, "mixlc": box, "mixlc_acgan": lc}.get(case.split()[0])
+    mask = torch.ones(2, 1, size, size) > 0
+    given = {"pix2pix": [image], "mixlc": [lc, mask, box], "mixlc_acgan": [lc]}
     for name, net in nets.items():
         inputs = [lc if case == "cyclegan labels" and name in ("G_BA", "D_B") else image]
         if name == "G" and "mixlc" in case:
             inputs.append(lc)
         elif name == "D":
-            inputs.append(place)
+            inputs += given[case.split()[0]]
         with torch.no_grad():
             out = net(*inputs)
         if name[0] == "G":
             assert out.shape == image.shape
             assert out.abs().max() <= 1 or (case, name) == ("cyclegan labels", "G_AB")
-        elif case.startswith("pix2pix"):
+        elif case.startswith("pix2pix") or case == "mixlc patch":
             assert out.shape == (2, 1, size // 8 - 2, size // 8 - 2)
         elif case.startswith("cyclegan"):
             assert out.shape == (2, 1, size // 16, size // 16)
         else:
-            assert out.shape == ((2, 1, size // 32, size // 32) if "acgan" in case else (2, 1))
+            logits = size // 32 if "acgan" in case else 1
+            assert out.shape == (2, 1, logits, logits)
 
 
 @pytest.mark.parametrize(
