@@ -40,11 +40,18 @@ class Studio:
         self.examples = self._examples()
 
     def _examples(self):
-        """[(pixels, photograph or None)] of validation images, evenly spread, if there are any."""
+        """[(pixels, photograph or None)] of validation images, evenly spread.
+
+        Where the images of training are not at hand: the picture of docs/ that fits.
+        """
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):
-            return []
+            if self.edits or self.classes:
+                return []
+            name = "example.jpg" if self.cfg.direction == "AtoB" else "example_map.png"
+            path = Path(__file__).parents[1] / "docs" / name
+            return [(Raster(path).read(), None)] if path.is_file() else []
         sides = (store.B, store.A)
         if not self.edits and self.cfg.direction == "AtoB":
             sides = (store.A, store.B)

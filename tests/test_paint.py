@@ -409,6 +409,14 @@ serve.serve(canvases)
     assert not list((tmp_path / "aside").iterdir()) and (tmp_path / "out").is_dir()
 
 
+def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_path):
+    for direction, shape in (("BtoA", (572, 572, 3)), ("AtoB", (1024, 1024, 3))):
+        data = str(tmp_path / "none")
+        cfg = configured("pix2pix", tmp_path, data=data, direction=direction)
+        ((pixels, photo),) = Studio(cfg, None, None).examples
+        assert pixels.shape == shape and photo is None
+
+
 def test_an_edit_needs_two_files_of_one_size(tmp_path):
     cfg = configured("mixlc", tmp_path, data=str(tmp_path / "none"), window=64)
     make = lambda labels, photo: EditCanvas(cfg, Painter(), None, labels, photo)  # noqa: E731

@@ -8,6 +8,7 @@ overflow in running variances.
 """
 
 import sys
+from pathlib import Path
 
 import paths  # noqa: F401  finds support/
 
@@ -15,7 +16,7 @@ from support.begin import command
 from support.checkpoints import load_weights, save_checkpoint
 from support.errors import UserError
 
-PATHS = ("data", "cache", "out", "checkpoint", "init", "init_AB", "init_BA", "vgg16")
+PATHS = ("cache", "out", "checkpoint", "init", "init_AB", "init_BA", "vgg16", "judge")
 KEPT = ("script", "histograms", "window", "epoch", "step")
 
 
@@ -27,6 +28,7 @@ def halved(tensor):
 def shrink(content):
     """A checkpoint's content without what only training needs."""
     config = {name: "" if name in PATHS else value for name, value in content["config"].items()}
+    config["data"] = Path(config["data"]).name
     small = {name: content[name] for name in KEPT} | {"config": config, "state": {}}
     for name, value in content["state"].items():
         if name.startswith(("G", "D")):
