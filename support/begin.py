@@ -177,9 +177,11 @@ def _use(cfg, given):
     typed = {name: getattr(cfg, name) for name in groups if groups[name] == "use"}
     typed |= {"device": cfg.device, "resume": False}
     new = _merged(cfg, given, checkpoint["config"], fixed, path)
-    window = cfg.window or checkpoint.get("window", new.patch)
     out = cfg.out or (run if cfg.evaluate else run / "generated")
-    return dataclasses.replace(new, **typed | {"window": window, "out": str(out)}), checkpoint
+    new = dataclasses.replace(new, **typed | {"out": str(out)})
+    from_B = getattr(new, "direction", "") == "BtoA"
+    window = (from_B and checkpoint.get("window_B")) or checkpoint.get("window", new.patch)
+    return dataclasses.replace(new, window=cfg.window or window), checkpoint
 
 
 def _merged(cfg, given, saved, fixed, path):

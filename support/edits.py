@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from support.pictures import as_array, mirrored, resize
-from support.windows import Windows, around, shared_statistics, touch, window_of
+from support.windows import Windows, around, filled, shared_statistics, touch, window_of
 
 
 class PhotoEdit:
@@ -15,7 +15,7 @@ class PhotoEdit:
     first    Raster of the land cover that it has; None: lc, without the strokes
     strokes  rectangles of a class, [(index, top, left, bottom, right), ...]
     told     whether the land cover before is known, and with it what changed
-    window   the side of a window, in pixels; 0: the photograph is generated as a whole
+    window   (height, width) of a window, in pixels; None: the photograph is generated as a whole
     border   how far an edit is feathered into the photograph: 12 pixels in 256
     """
 
@@ -24,7 +24,7 @@ class PhotoEdit:
         self.told = bool(first or strokes)
         self.size = photo.height, photo.width
         self.window = window_of(cfg, photo)
-        self.border = max(1, round(12 * (self.window or min(self.size)) / 256))
+        self.border = max(1, round(12 * min(self.window or self.size) / 256))
         self.whole = not (self.told and cfg.keep_outside)
 
     def after(self, top, left, height, width):
@@ -56,7 +56,7 @@ class PhotoEdit:
         if self.whole or not self.window:
             return [(0, 0, *self.size)]
         regions = {}  # region: the box of its changes
-        for box in self._changes(max(1, self.window // 16)):
+        for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)
             while near := [other for other in regions if touch(region, other)]:
                 box = around(box, regions.pop(near[0]))
@@ -76,10 +76,11 @@ class PhotoEdit:
 
     def _surroundings(self, box):
         """The region to generate around a box of changes."""
-        margin, lengths = self.window // 4, []
-        for length, side in zip(box[2:], self.size, strict=True):
-            fits = length <= self.window - margin
-            lengths.append(min(side, self.window if fits else length + 2 * margin))
+        lengths = []
+        for length, side, window in zip(box[2:], self.size, self.window, strict=True):
+            margin = window // 4
+            fits = length <= window - margin
+            lengths.append(min(side, window if fits else length + 2 * margin))
         return centred(box, lengths, self.size)
 
     def generated(self, region, predict, net=None):
@@ -98,7 +99,7 @@ class PhotoEdit:
     def _cut(self, *window):
         """A window as the network takes it, (5, S, S): photograph, land cover, what changes."""
         size = self.cfg.size, self.cfg.size
-        rgb = resize(self.photo.padded(*window), size)
+        rgb = resize(filled(self.photo, *window), size)
         lc = resize(self.after(*window), size, labels=True)
         changed = resize(self.changed(*window).astype(np.uint8), size, labels=True)
         return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])

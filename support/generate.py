@@ -62,10 +62,9 @@ def say_windows(cfg, raster, regions, window):
     """Says on stderr by which windows these regions (top, left, height, width) are generated."""
     how = "as a whole"
     if window:
-        counts = [
-            len(tiles(region[2], window)) * len(tiles(region[3], window)) for region in regions
-        ]
-        how = f"in {sum(counts)} window(s) of {window}"
+        high, wide = window
+        counts = [len(tiles(rows, high)) * len(tiles(cols, wide)) for *_, rows, cols in regions]
+        how = f"in {sum(counts)} window(s) of {wide}x{high}"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
 

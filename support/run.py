@@ -80,7 +80,8 @@ class Run:
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
         self.of_row, self.of_epoch = Means(saved.get("of_row")), Means(saved.get("of_epoch"))
         self.histograms = saved.get("histograms") or data.store.histograms()
-        self.window = saved.get("window") or data.store.window()
+        windows = [saved.get("window"), saved.get("window_B")] if saved else data.store.windows()
+        self.window, self.window_B = windows
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.images = fingerprints(data.store, cfg.lc_classes)
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
@@ -235,7 +236,7 @@ class Run:
         about = {"of_row": self.of_row.saved(), "of_epoch": self.of_epoch.saved()}
         if rank():
             return
-        names = ("epoch", "batch", "step", "histograms", "window", "images", "id")
+        names = ("epoch", "batch", "step", "histograms", "window", "window_B", "images", "id")
         about |= {name: getattr(self, name) for name in names}
         about |= {"script": self.cfg.script, "config": dataclasses.asdict(self.cfg)}
         about |= {"world": world_size(), "state": content}

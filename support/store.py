@@ -17,7 +17,7 @@ from tqdm import tqdm
 from support.batches import spread
 from support.classes import IGNORED
 from support.demo import demo_world
-from support.errors import UserError
+from support.errors import UserError, say_once
 from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
 from support.pictures import resize
@@ -223,12 +223,26 @@ class ImageStore:
             resized = resize(cut, (self.side, self.side), labels)
             yield resized[None] if labels else resized.transpose(2, 0, 1)
 
-    def window(self):
-        """How many source pixels an image's side had: --patch, or the median of 100 images."""
+    def windows(self):
+        """How many source pixels images have, [(height, width) of A, of B]: --patch, or the most.
+
+        Whole images that a square squeezes by more than a tenth are worth a remark.
+        """
         if self.patch:
-            return self.patch
-        sides = []
-        for k in spread(100, len(self.split.A)):
-            with Raster(self.split.A[k]) as raster:
-                sides.append(min(raster.height, raster.width))
-        return int(np.median(sides))
+            return [(self.patch, self.patch)] * 2
+        a = self._largest([(path, None) for path in self.split.A])
+        return [a, a if self.paired else self._largest([(None, path) for path in self.split.B])]
+
+    def _largest(self, pairs, most=1000):
+        """The largest (height, width) of images, each side by itself; of so many, evenly spread."""
+        sizes = []
+        for k in spread(most, len(pairs)):
+            path, table = self._sides(pairs[k])[0]
+            with Raster(path, table) as raster:
+                width = raster.height if self.split.halves else raster.width
+                sizes.append((raster.height, width))
+        height, width = max(sizes, key=lambda size: max(size) / min(size))
+        if max(height, width) > 1.1 * min(height, width) and not rank():
+            remedy = "--patch N cuts squares"
+            say_once(f"images such as {width}x{height} are squeezed to a square: {remedy}")
+        return tuple(np.max(sizes, 0).tolist())

@@ -17,9 +17,10 @@ from support.batches import spread
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.opening import UPLOADS
+from support.pictures import resize
 from support.rasters import Raster, label_image
 from support.store import ImageStore
-from support.windows import around
+from support.windows import around, filled, sides_of
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_ANSWERS = 4
@@ -37,6 +38,7 @@ class Studio:
         self.cfg, self.classes, self.make, self.edits = cfg, classes, make, edits
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
+        self.sides = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
         self.examples = self._examples()
 
     def _examples(self):
@@ -57,10 +59,18 @@ class Studio:
             sides = (store.A, store.B)
         found = []
         for k in spread(EXAMPLES, len(sides[0])):
-            pixels, other = (np.moveaxis(side[k % len(side)], 0, -1).copy() for side in sides)
-            photo = other if store.paired and other.shape[2] == 3 else None
-            found.append((pixels[..., 0] if self.classes else pixels, photo))
+            pixels, other = (self._unsqueezed(side[k % len(side)]) for side in sides)
+            photo = other if store.paired and other.ndim == 3 else None
+            found.append((pixels, photo))
         return found
+
+    def _unsqueezed(self, image):
+        """A stored image (3 or 1, S, S) as wide and high as a window is, but no larger than S."""
+        height, width = self.sides
+        scale = min(1, self.cfg.size / min(height, width))
+        size = round(width * scale), round(height * scale)
+        pixels = np.moveaxis(image, 0, -1) if len(image) > 1 else image[0]
+        return resize(np.ascontiguousarray(pixels), size, labels=len(image) == 1)
 
     def page(self):
         """The page, with what it needs to know of the model in it."""
@@ -71,7 +81,7 @@ class Studio:
             "labels": bool(self.classes),
             "classes": list(zip(table.names, table.colors, strict=True)),
             "unlabeled": table.palette[IGNORED].tolist(),
-            "side": self.cfg.window or self.cfg.size,
+            "blank": dict(zip(("height", "width"), self.sides, strict=True)),
             "most": MOST_ANSWERS,
             "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
         }
@@ -143,7 +153,7 @@ class Studio:
                         raise UserError(f"{path}: {size} pixels are too many for this page")
                     if min(raster.height, raster.width) < 16:
                         raise UserError(f"{path}: {size} pixels are too few")
-                    return np.ascontiguousarray(raster.read())
+                    return filled(raster, 0, 0, raster.height, raster.width)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
 

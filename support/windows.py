@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from support.batches import spread
-from support.pictures import resize
+from support.pictures import mirrored, resize
 
 
 def tiles(length, window):
@@ -108,14 +108,14 @@ class Windows:
     cut(top, left, height, width)   -> a window at the network's size, (C', S, S) uint8
     predict(windows (B, C', S, S))  -> (B, C, S', S')
     size        (height, width) of the raster, in pixels
-    window      the side of a window, in pixels; 0: the whole raster at once
+    window      (height, width) of a window, in pixels; None: the whole raster at once
     statistics  SharedStatistics, if the network normalises by an image's own
     valid(top, left, height, width)  -> where a window has data; None: everywhere
     """
 
     def __init__(self, cut, predict, size, window, statistics=None, valid=None):
         self.cut, self.predict, self.size, self.valid = cut, predict, size, valid
-        self.sides = (window, window) if window else tuple(size)
+        self.sides = window or tuple(size)
         self.rows, self.columns = map(tiles, size, self.sides)
         alone = len(self.rows) == len(self.columns) == 1
         self.statistics = None if alone else statistics
@@ -187,9 +187,16 @@ class Windows:
         return corner[0] / self.sides[0], corner[1] / self.sides[1]
 
 
+def sides_of(cfg):
+    """--window as (height, width), in pixels; a checkpoint may have one number for both."""
+    return tuple(np.broadcast_to(cfg.window, 2).tolist())
+
+
 def window_of(cfg, raster):
-    """The window by which a raster is generated; 0: the whole at once, up to 1.5 windows."""
-    return cfg.window if 2 * max(raster.height, raster.width) > 3 * cfg.window > 0 else 0
+    """The (height, width) of a raster's windows; None: the whole at once, up to 1.5 windows."""
+    height, width = window = sides_of(cfg)
+    large = 2 * raster.height > 3 * height or 2 * raster.width > 3 * width
+    return window if cfg.window and large else None
 
 
 def shared_statistics(cfg, net):
@@ -197,9 +204,21 @@ def shared_statistics(cfg, net):
     return SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
 
 
+def filled(raster, top, left, height, width):
+    """A window of a raster, mirrored at its edges; where a picture has no data, in the mean colour
+    of the window's data: a network must not see how a file marks its holes.
+    """
+    pixels = raster.read(top, left, height, width)
+    valid = None if raster.table else raster.valid(top, left, *pixels.shape[:2])
+    if valid is not None and not valid.all():
+        colour = pixels[valid].mean(0) if valid.any() else 127.5
+        pixels = np.where(valid[..., None], pixels, np.uint8(colour))
+    return mirrored(pixels, height, width)
+
+
 def network_input(raster, size, *window):
     """A window (top, left, height, width) of a raster at a network's size: (3 or 1, S, S) uint8."""
-    small = resize(raster.padded(*window), (size, size), labels=bool(raster.table))
+    small = resize(filled(raster, *window), (size, size), labels=bool(raster.table))
     return small[None] if raster.table else np.moveaxis(small, -1, 0)
 
 

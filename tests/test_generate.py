@@ -14,11 +14,13 @@ from rasterio.transform import from_origin
 from torch import nn
 
 import common
+import cyclegan
 import mixlc
 import pix2pix
 import support.edits
 import support.generate
-from conftest import PLACE, geotiff, noise, picture, same, save, tiny
+from conftest import PLACE, geotiff, noise, picture, same, save, state_of, tiny, tiny_run, use
+from support.errors import say_once
 from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
@@ -34,7 +36,7 @@ def generated(image, paint, window, size=16, **options):
         part = np.pad(part, [(0, 0), *missing], "symmetric")
         return np.stack([resize(np.ascontiguousarray(p), (size, size)) for p in part])
 
-    strips = list(Windows(cut, paint, image.shape[1:], window, **options).blended())
+    strips = list(Windows(cut, paint, image.shape[1:], (window, window), **options).blended())
     tops = [top for top, _ in strips]
     assert tops == sorted(tops) and tops[0] == 0
     return torch.cat([strip for _, strip in strips], 1)
@@ -100,19 +102,103 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
         out = tmp_path / patch
         main([*run, "--patch", patch, "--out", str(out)])
         checkpoint = str(out / "checkpoints" / "last.pt")
-        assert torch.load(checkpoint, weights_only=True)["window"] == window
+        assert torch.load(checkpoint, weights_only=True)["window"] == (window, window)
     save(tmp_path / "in" / "large.png", picture(np.random.default_rng(0), 100, 130))
     save(tmp_path / "in" / "small.png", picture(np.random.default_rng(0), 60, 50))
     capsys.readouterr()
     use = ["--generate", str(tmp_path / "in"), "--checkpoint", checkpoint]
     main([*use, "--out", str(tmp_path / "a")])
     said = capsys.readouterr().err
-    assert "large.png: 130x100: in 12 window(s) of 40, at 64x64" in said
+    assert "large.png: 130x100: in 12 window(s) of 40x40, at 64x64" in said
     assert "small.png: 50x60: as a whole, at 64x64" in said
     main([*use, "--out", str(tmp_path / "b"), "--window", "100"])
     assert "large.png: 130x100: as a whole" in capsys.readouterr().err
     a, b = (np.asarray(Image.open(tmp_path / k / "large.png")) for k in "ab")
     assert a.shape == b.shape == (100, 130, 3) and (a != b).any()
+    old = state_of(checkpoint) | {"window": 50, "window_B": None}  # one number for both sides
+    torch.save(old, tmp_path / "old.pt")
+    main([*use[:2], "--checkpoint", str(tmp_path / "old.pt"), "--out", str(tmp_path / "c")])
+    assert "large.png: 130x100: in 12 window(s) of 50x50" in capsys.readouterr().err
+
+
+def two_folders(root, a, b, sizes):
+    """Splits of pictures in folders of these names, the same in both; of sizes (height, width)."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for k, size in enumerate(sizes):
+            for folder in (a, b):
+                save(root / folder.format(split) / f"{k}.png", picture(rng, *size))
+    return root
+
+
+@pytest.mark.parametrize("sizes", [[(64, 128)], [(90, 60), (40, 120), (80, 80)]])
+def test_generation_squeezes_images_as_training_does(tmp_path, capsys, sizes):
+    """Whole images: what a network gets is the same to the bit; larger ones go by windows."""
+    say_once.cache_clear()
+    data = two_folders(tmp_path, "{}/A", "{}/B", sizes)
+    _, cfg = tiny("pix2pix", data=str(data), cache=str(tmp_path / "cache"))
+    window = common.ImageStore(cfg, "train", 64).windows()[0]
+    assert window == tuple(np.max(sizes, 0))
+    wide, high = max(sizes, key=lambda size: max(size) / min(size))[::-1]
+    assert f"images such as {wide}x{high} are squeezed" in capsys.readouterr().err
+    seen = []
+
+    def predict(windows, whole):
+        seen.append(windows)
+        return negative(windows, whole)
+
+    generate = {"window": window, "generate": str(data / "val" / "A")}
+    common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
+    assert (torch.cat(seen).numpy() == common.ImageStore(cfg, "val", 64).A).all()
+    generate["generate"] = str(data / "large.png")
+    save(data / "large.png", picture(np.random.default_rng(0), 2 * window[0], window[1]))
+    common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
+    assert f"in 3 window(s) of {window[1]}x{window[0]}" in capsys.readouterr().err
+
+
+def test_each_direction_has_the_window_of_its_images(tmp_path, capsys):
+    """Unaligned images, A and B of other sizes."""
+    two_folders(tmp_path, "{}A", "{}A", [(64, 64)] * 2)
+    two_folders(tmp_path, "{}B", "{}B", [(100, 200)] * 2)
+    cyclegan.main(tiny_run("cyclegan", tmp_path, tmp_path / "run", "--epochs 1"))
+    save(tmp_path / "x.png", picture(np.random.default_rng(0), 150, 260))
+    for direction, how in (("AtoB", "in 18 window(s) of 64x64"), ("BtoA", "as a whole")):
+        more = f"--direction {direction} --out {tmp_path}/{direction}"
+        cyclegan.main(use(tmp_path / "run", f"--generate {tmp_path}/x.png", more))
+        assert how in capsys.readouterr().err
+
+
+HOLES = {
+    "nodata 0": (0, {"nodata": 0}),
+    "nodata 255": (255, {"nodata": 255}),
+    "mask": (90, {}),
+}
+
+
+@pytest.mark.parametrize("kind", ["picture", "edit"])
+@pytest.mark.parametrize("window", [0, 64])
+def test_valid_pixels_do_not_depend_on_what_holes_are_filled_with(tmp_path, kind, window):
+    """With shared statistics, too: what the network makes of pixels depends on all of them."""
+    photo = picture(np.random.default_rng(0), 150, 200) // 2 + 60
+    valid, results, net = np.ones(photo.shape[:2], bool), [], nn.InstanceNorm2d(3)
+    valid[40:110, 70:140] = False
+    options = {"window": window, "suffix": ".tif", "write": geotiff, "norm_reach": 1.0}
+    cfg, _ = edit(tmp_path, photo.shape[:2], paint=("water:60,30,90,90",), **options)
+    for name, (level, about) in HOLES.items():
+        path = geotiff(tmp_path / "photo.tif", np.where(valid[..., None], photo, level), **about)
+        if name == "mask":
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+                file.write_mask(valid)
+        cfg = dataclasses.replace(cfg, out=str(tmp_path / name))
+        if kind == "edit":
+            common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
+        else:
+            common.translate_files(cfg, lambda x, whole: net(x.float()) / 9, net)
+        with rasterio.open(tmp_path / name / "photo.tif") as out:
+            assert ((out.dataset_mask() > 0) == valid).all()
+            results.append(out.read()[:, valid])
+    assert results[0].std() > 5 and (results[0] != photo[valid].T).any()
+    assert all((result == results[0]).all() for result in results)
 
 
 def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):
@@ -188,7 +274,7 @@ def test_windows_are_told_where_they_stand():
             told.extend(places)
             return contextlib.nullcontext()
 
-    windows = Windows(lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, (20, 10), 0)
+    windows = Windows(lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, (20, 10), None)
     windows.statistics = Statistics()
     windows.predicted([(10, 40), (0, 5)])
     assert told == [(0.5, 4.0), (0.0, 0.5)]
@@ -415,7 +501,7 @@ def test_windows_without_data_are_left_out(tmp_path):
     windows.clear()
     cfg = dataclasses.replace(cfg, out=str(tmp_path / "shared"))
     common.translate_files(cfg, predict, net)
-    noted = [window for window in windows if window.any()]
+    noted = [window for window in windows if (window == 90).any()]
     assert noted and len(windows) <= 8 + 6  # statistics come from windows with data
     with rasterio.open(tmp_path / "shared" / "x.tif") as out:
         assert ((out.dataset_mask() > 0) == (pixels[..., 0] > 0)).all()

@@ -25,7 +25,7 @@ from PIL import Image
 
 import common
 import pix2pix
-from conftest import TABLE, land_cover, line_of, picture, save, tiny
+from conftest import TABLE, geotiff, land_cover, line_of, picture, save, tiny
 from support import serve
 from support import studio as studios
 from support.canvases import EditCanvas, TranslationCanvas
@@ -253,6 +253,17 @@ def test_the_page_knows_the_model(server):
     assert opened(request, example=1)
 
 
+@pytest.mark.parametrize(("window", "shape"), [(40, (40, 40)), ((100, 200), (64, 128)), (0, 64)])
+def test_examples_are_as_wide_and_high_as_windows(tmp_path, pairs, window, shape):
+    """They are stored as squares; as a whole they are squeezed as in training once more."""
+    cfg = configured("pix2pix", tmp_path, data=str(pairs), window=window, lc_classes="pictures")
+    studio = Studio(cfg, None, None)
+    shape = (shape, shape) if shape == 64 else shape
+    assert all(image.shape == (*shape, 3) for image in studio.examples[0])
+    height, width = np.broadcast_to(window or 64, 2)
+    assert f'"blank": {{"height": {height}, "width": {width}}}' in studio.page()
+
+
 def test_names_of_classes_are_text_in_the_page(tmp_path):
     table = [{"name": "</script><script>alert(1)</script>", "color": "#000000"}, *TABLE]
     cfg = configured("pix2pix", tmp_path, data="none", lc_classes=json.dumps(table))
@@ -378,6 +389,17 @@ def test_files_of_every_kind_are_opened(server, name):
     given = [name, base64.b64encode(content.getvalue()).decode()]
     canvas = opened(request, files={"input": given})
     assert np.array_equal(studio.canvases[canvas].pixels, labels)
+
+
+def test_holes_of_a_photograph_are_filled_with_its_mean_colour(tmp_path):
+    """However the file marks them: the picture painted must not depend on it."""
+    studio = Studio(configured("pix2pix", tmp_path, lc_classes="pictures"), None, None)
+    for nothing in (0, 255):
+        pixels = np.full((20, 20, 3), nothing, np.uint8)
+        pixels[:10] = 10, 20, 30
+        content = geotiff(tmp_path / "x.tif", pixels, nodata=nothing).read_bytes()
+        opened = studio._read("x.tif", base64.b64encode(content), None)
+        assert (opened == (10, 20, 30)).all()
 
 
 @pytest.mark.slow

@@ -322,4 +322,4 @@ def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
         stores.append(common.ImageStore(cfg, "train", 64))
     assert stores[0].records.shape == (6, 4, 64, 64) and max(rows) == 60
     assert (stores[0].records == stores[1].records).all()
-    assert stores[0].window() == 60
+    assert stores[0].windows() == [(60, 60)] * 2
