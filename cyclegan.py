@@ -78,6 +78,9 @@ class Config(common.Options):
     direction: str = option(
         "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
     )
+    fid: bool = option(
+        False, "also measure FID, KID and LPIPS (needs torchmetrics[image])", needs="evaluate"
+    )
 
 
 QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}
@@ -516,7 +519,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
                are a colour everywhere, or for each class, and the input copied
     judge      measures whether generated photographs show the land cover that was asked for
     """
-    scores = common.Scores(brief=constants is None)
+    scores = common.Scores(brief=constants is None, fid=cfg.fid)
     for real_A, real_B in val.in_order(images):
         labels = common.class_index(real_B) if cfg.classes else None
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
@@ -538,6 +541,9 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
                 scores.add_labels(row, guess.argmax(1), labels, len(cfg.classes))
             else:
                 scores.add_images(row, guess, real_B)
+        scores.add_distances("B to A: model", fake_A, real_A, val.paired)
+        if not cfg.classes:
+            scores.add_distances("A to B: model", fake_B, real_B, val.paired)
         if judge:
             photographs = {"B to A: model": fake_A, "real photograph": real_A}
             add_judged(scores, judge, photographs, labels, len(cfg.classes))

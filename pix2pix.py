@@ -101,6 +101,12 @@ class Config(common.Options):
         "BatchNorm's statistics when generating: the image's own | running | own at batch size 1",
         choices=("batch", "running", "auto"),
     )
+    fid: bool = option(
+        False,
+        "also measure FID, KID and LPIPS (needs torchmetrics[image])",
+        group="use",
+        needs="evaluate",
+    )
 
 
 QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
@@ -515,7 +521,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     Where the target is a label map, the classes of nearest colour are measured, too.
     """
     torch.manual_seed(cfg.seed)
-    scores = common.Scores(brief=colors is None)
+    scores = common.Scores(brief=colors is None, fid=cfg.fid)
     for records in val.in_order(images):
         x, y = val.sides(records)
         guesses = {"model": translate(state, x, cfg)}
@@ -527,6 +533,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
             if cfg.classes and cfg.direction == "AtoB":
                 labels = nearest_class(guess, cfg.classes)
                 scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
+        scores.add_distances("model", guesses["model"], y)
         if judge:
             photographs = {"model": guesses["model"], "real photograph": y}
             add_judged(scores, judge, photographs, records[:, 3], len(cfg.classes))

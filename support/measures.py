@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from support.classes import IGNORED
+from support.distances import Distances
 from support.errors import or_a_warning
 from support.files import write_text
 from support.pictures import to_bytes
@@ -86,11 +87,13 @@ class Scores:
     """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
 
     brief       of pictures those alone that are logged after every epoch
+    fid         add_distances measures, too
     confusions  {(row, by): confusion matrix} of what add_labels got
     """
 
-    def __init__(self, brief=False):
-        self.brief, self.sums, self.confusions = brief, {}, {}  # {row: {name: (sum, count)}}
+    def __init__(self, brief=False, fid=False):
+        self.brief, self.fid = brief, fid
+        self.sums, self.confusions, self.distances = {}, {}, {}  # {row: {name: (sum, count)}}
 
     def _add(self, row, name, values, where=1.0):
         """Adds values to a mean, each weighing as much as `where` says."""
@@ -103,6 +106,13 @@ class Scores:
         """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
         for name, values in measure_images(to_bytes(guess), to_bytes(target), self.brief).items():
             self._add(row, name, values)
+
+    def add_distances(self, row, guess, real, paired=True):
+        """With fid: Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
+        if self.fid and row not in self.distances:
+            self.distances[row] = Distances(guess.device, paired)
+        if self.fid:
+            self.distances[row].add(guess, real)
 
     def add_edit(self, row, guess, target, source, mask):
         """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
@@ -133,6 +143,8 @@ class Scores:
                 elif name.startswith("psnr_"):  # so far the mean squared error in an area
                     mean = 10 * math.log10(255**2 / max(mean, 1e-10))
                 rows[row][name] = mean
+        for row, distances in self.distances.items():
+            rows.setdefault(row, {}).update(distances.measures())
         for (row, by), confusion in self.confusions.items():
             for name, value in measure_labels(confusion).items():
                 rows[row][f"{by}_{name}" if by else name] = value
