@@ -104,8 +104,12 @@ class Scores:
 
     def add_images(self, row, guess, target):
         """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
-        for name, values in measure_images(to_bytes(guess), to_bytes(target), self.brief).items():
+        guess, target = to_bytes(guess), to_bytes(target)
+        for name, values in measure_images(guess, target, self.brief).items():
             self._add(row, name, values)
+        if not self.brief:
+            changes = (x.double().diff(dim=0).abs() for x in (guess, target))
+            self._add_variety(row, "variety", *changes)
 
     def add_distances(self, row, guess, real, paired=True):
         """With fid: Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
@@ -124,12 +128,26 @@ class Scores:
             self._add(row, f"l1_{area}", (guess - target).abs(), where)
             self._add(row, f"psnr_{area}", (guess - target).square(), where)
         self._add(row, "l1_to_input", (guess - source).abs(), mask.double())
+        both = mask[1:] * mask[:-1]
+        changes = (x.diff(dim=0).abs() * both for x in (guess, target))
+        self._add_variety(row, "variety", *changes)
 
     def add_labels(self, row, predicted, target, classes, by=""):
         """Class indices (B, S, S), by measure_labels: of all pixels; `by` says who predicted."""
         self.sums.setdefault(row, {})
+        if not by:
+            seen = (target[1:] != IGNORED) & (target[:-1] != IGNORED)
+            changes = ((x[1:] != x[:-1]) & seen for x in (predicted, target))
+            self._add_variety(row, "class_variety", *changes)
         confusion = confusion_matrix(predicted, target, classes).cpu()
         self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
+
+    def _add_variety(self, row, name, guess, target):
+        """Adds by how much each guess, and each target, differs from the one before it."""
+        amounts = torch.stack([guess.sum(), target.sum()]).double().cpu()
+        if amounts[1] > 0:
+            cells = self.sums.setdefault(row, {})
+            cells[name] = cells.get(name, 0) + amounts
 
     def table(self):
         """{row: {measure: value}}."""
@@ -216,6 +234,11 @@ def write_evaluation(cfg, rows, **about):
     about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
     write_text(path, json.dumps(about | {"rows": rows}, indent=2))
     print_table(rows)
+    for title, row in rows.items():
+        varieties = [value for name, value in row.items() if name.endswith("variety")]
+        if title.endswith("model") and min(varieties, default=1) < 0.15:
+            how = f"{min(varieties):.1%} of what the targets do"
+            print(f"{title}: outputs hardly differ from place to place ({how}): it does not listen")
     print(f"written to {path}")
     if (path.parent / "config.json").is_file():
         with or_a_warning(path.parent / "index.html"):

@@ -169,7 +169,8 @@ def test_a_run_on_land_cover(landcover, tmp_path):
     for row in ("B to A: model", "real photograph", "real, of another place"):
         assert 0 <= rows[row]["judge_pixel_accuracy"] <= 1, row
     assert rows["real photograph"] != rows["real, of another place"]
-    assert set(rows["A to B: model"]) == {"pixel_accuracy", "class_accuracy", "mean_iou"}
+    measures = {"pixel_accuracy", "class_accuracy", "mean_iou", "class_variety"}
+    assert set(rows["A to B: model"]) == measures
     assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     assert rows["B to A: model"]["rmse"] > 0 and (tmp_path / "run" / "confusion.png").is_file()
     labels, out = tmp_path / "labels", tmp_path / "pictures"

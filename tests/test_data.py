@@ -528,6 +528,22 @@ def test_scores_of_edits_by_hand():
     assert row["psnr_outside"] == pytest.approx(10 * np.log10(255**2))
 
 
+def test_variety_is_how_much_places_differ_as_a_share_of_the_targets_differences():
+    """Of pictures, of edits where both places have one, of labels where both have a class."""
+    levels = torch.tensor([0, 100, 0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+    quarter, half, target = map(common.from_bytes, (levels // 4, levels // 2, levels))
+    mask, scores = torch.ones(3, 1, 16, 16, dtype=torch.bool), common.Scores()
+    mask[0, :, :8] = False
+    scores.add_images("picture", quarter, target)
+    scores.add_edit("edit", torch.where(mask, half, target), target, target, mask)
+    labels = torch.tensor([[0, 1, 1, 255], [1, 1, 2, 0]]).view(2, 1, 4)
+    scores.add_labels("labels", torch.tensor([[0, 0, 1, 0], [2, 0, 1, 1]]).view(2, 1, 4), labels, 3)
+    scores.add_images("one place", target[:1], target[:1])
+    rows = scores.table()
+    assert rows["picture"]["variety"] == 0.25 and rows["edit"]["variety"] == 0.5
+    assert rows["labels"]["class_variety"] == 0.5 and "variety" not in rows["one place"]
+
+
 def test_label_measures_by_hand():
     target = torch.tensor([0, 0, 0, 1, 1, 255])
     predicted = torch.tensor([0, 0, 1, 1, 1, 0])

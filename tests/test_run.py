@@ -166,7 +166,7 @@ def test_evaluation(trained):
         "mean training colour",
         "median training colour",
     ]
-    measures = ["psnr", "ssim", "rmse", "rmse_rgb", "accuracy_5", "accuracy_10"]
+    measures = ["psnr", "ssim", "rmse", "rmse_rgb", "accuracy_5", "accuracy_10", "variety"]
     assert list(report["rows"]["model"]) == measures
 
 

@@ -176,7 +176,7 @@ def test_rate_is_constant_then_falls_to_zero(script):
 
 # --------------------------------------------------------------------------------------------- runs
 
-EDITED = {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input"}
+EDITED = {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input", "variety"}
 JUDGED_BY = {
     f"{by}_{measure}"
     for by in ("own", "judge")
@@ -198,6 +198,21 @@ ROWS = {
     "mixlc": {"model", "copy of rgb_a"},
     "mixlc_acgan": {"model", "copy of rgb_a", "photograph b"},
 }
+
+
+@each_script
+def test_a_generator_that_does_not_listen_is_told(script, trained, tmp_path, capsys):
+    """One that gives the same for every input; for cyclegan, either of the two."""
+    checkpoint = last(trained(script))
+    for name in ("G", "G_AB"):
+        for weights in checkpoint["state"].get(name, {}).values():
+            weights.zero_()
+    torch.save(checkpoint, tmp_path / "deaf.pt")
+    module, out = importlib.import_module(script), tmp_path / "out"
+    module.main(f"--evaluate --checkpoint {tmp_path}/deaf.pt --out {out}".split())
+    title = "A to B: model" if script == "cyclegan" else "model"
+    said = f"{title}: outputs hardly differ from place to place (0.0% of what the targets do)"
+    assert said in capsys.readouterr().out and rows_of(out)[title]["variety"] == 0
 
 
 @each_script
