@@ -162,7 +162,8 @@ class Run:
         self.of_epoch.add(list(losses), values)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
-        if self.step % self.cfg.log_every == 0 and self.batch < self.steps_per_epoch:
+        rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # all of about as many steps
+        if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
         overdue, number = self.overdue(), self.stopping()
         if not number and not overdue:

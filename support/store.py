@@ -144,6 +144,7 @@ class ImageStore:
             self.cache.mkdir(parents=True, exist_ok=True)
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, aside, pool)
+                pool.shutdown()  # nobody maps the file any more: Windows can rename it
         finally:
             pool.shutdown(cancel_futures=True)
 
