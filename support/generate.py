@@ -14,7 +14,7 @@ from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import image_files
 from support.pictures import as_array, as_tensor, from_bytes, save_grid
-from support.rasters import Raster, writing
+from support.rasters import Raster, check_pair, writing
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, tiles, window_of
 
@@ -121,13 +121,7 @@ def edit_of_files(cfg):
             raise UserError(f"{file}: no such file")
     photo, maps = Raster(path), [Raster(file, cfg.classes) for file in maps]
     for labels in maps:
-        if (labels.height, labels.width) != (photo.height, photo.width):
-            size = f"{labels.width}x{labels.height}"
-            other = f"{path} is {photo.width}x{photo.height}"
-            raise UserError(f"{labels.path} is {size} but {other}: sizes must agree")
-        a, b = labels.tiff, photo.tiff
-        if a and b and a.crs and b.crs and (a.crs, a.transform) != (b.crs, b.transform):
-            raise UserError(f"{labels.path} lies elsewhere than {path}: another CRS or transform")
+        check_pair(photo, labels)
     if cfg.erase and not (cfg.lc_before or cfg.paint):
         remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
         raise UserError(f"--generate must know what changed: {remedy}")

@@ -175,6 +175,17 @@ class Raster:
         return indices
 
     @functools.cached_property
+    def place(self):
+        """(CRS or None, transform of pixels to coordinates); None without a place on earth."""
+        if not self.tiff:
+            return None
+        (gcps, crs), to_place = self.tiff.gcps, self.tiff.transform
+        if gcps:
+            to_place = gdal().transform.from_gcps(gcps)
+        nowhere = to_place.is_identity or to_place.is_degenerate
+        return None if nowhere else (crs or self.tiff.crs, to_place)
+
+    @functools.cached_property
     def masked(self):
         """Whether some pixels of a TIFF may hold no data."""
         flags = self.tiff.mask_flag_enums if self.tiff else []
@@ -196,6 +207,23 @@ _TURNS = dict(enumerate(_TURNS.split(), 2))
 def _orientation(image):
     """EXIF's orientation of an open image, 1 to 8; cameras write it in JPEG files."""
     return image.getexif().get(274, 1) if image.format in ("JPEG", "MPO", "WEBP") else 1
+
+
+def check_pair(a, b):
+    """Refuses two Rasters of other sizes, or with corners over a tenth of a pixel apart."""
+    if (a.height, a.width) != (b.height, b.width):
+        other = f"{b.path} is {b.width}x{b.height}"
+        raise UserError(f"{a.path} is {a.width}x{a.height} but {other}: sizes must agree")
+    if not (a.place and b.place):
+        return
+    crs, other_crs = a.place[0], b.place[0]
+    same = not (crs and other_crs) or crs == other_crs
+    same = same or crs.to_epsg() == other_crs.to_epsg() is not None
+    to_a, to_b = (np.reshape(raster.place[1], (3, 3)) for raster in (a, b))
+    corners = np.array([[0, a.width, 0, a.width], [0, 0, a.height, a.height], [1, 1, 1, 1]])
+    apart = np.abs(np.linalg.inv(to_a) @ to_b @ corners - corners).max()  # in pixels
+    if not same or apart > 0.1:
+        raise UserError(f"{b.path} lies elsewhere than {a.path}: another CRS or transform")
 
 
 def writing(path, source, classes=None):

@@ -22,7 +22,7 @@ from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
 from support.pictures import resize
 from support.processes import first_here, rank, wait_for_others
-from support.rasters import Raster
+from support.rasters import Raster, check_pair
 
 
 def cache_folder(cfg):
@@ -177,18 +177,14 @@ class ImageStore:
         return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
 
     def _count(self, pair):
-        """How many records a file gives; refuses sizes that do not fit together."""
-        sizes = []
-        for path, table in self._sides(pair):
-            with Raster(path, table) as raster:
-                sizes.append((raster.width, raster.height))
-        name, (width, height) = pair[0] or pair[1], sizes[0]
+        """How many records a file gives; refuses sizes or places that do not fit together."""
+        with contextlib.ExitStack() as stack:
+            rasters = [stack.enter_context(Raster(*side)) for side in self._sides(pair)]
+            check_pair(rasters[0], rasters[-1])
+        name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
         if self.split.halves and width != 2 * height:
             what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
             raise UserError(f"{name}: {what}")
-        if sizes[0] != sizes[-1]:
-            other = f"{pair[1]} is {sizes[1][0]}x{sizes[1][1]}"
-            raise UserError(f"{name} is {width}x{height} but {other}: sizes must agree")
         if self.split.halves:
             width = height
         if min(width, height, self.patch or width) < self.smallest:

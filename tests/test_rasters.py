@@ -8,7 +8,11 @@ import struct
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from PIL import Image, ImageOps
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.transform import from_bounds, from_origin
 
 import common
 from common import IGNORED
@@ -297,6 +301,47 @@ def test_a_tiff_that_was_not_written_whole_does_not_appear(tmp_path, monkeypatch
 
 
 # ----------------------------------------------------------------------------------------- training
+
+ESRI = CRS.from_wkt(CRS.from_epsg(32633).to_wkt(version="WKT1_ESRI"))
+POINTS = [GroundControlPoint(y, x, 5e5 + x / 2, 58e5 - y / 2) for y, x in ((0, 0), (0, 9), (9, 0))]
+
+
+def away(x, y, wide=0.5):
+    """PLACE, moved by some meters."""
+    return {"transform": from_origin(500_000 + x, 5_800_000 - y, wide, 0.5)}
+
+
+# the label map's place, beside a photograph in PLACE: (its profile, whether it fits)
+PLACES = {
+    "the same": ({}, True),
+    "by bounds": ({"transform": from_bounds(5e5, 58e5 - 15, 5e5 + 20, 58e5, 40, 30)}, True),
+    "by points": ({"transform": None, "gcps": POINTS}, True),
+    "a twentieth of a pixel": (away(0.025, -0.025), True),
+    "half a pixel": (away(0, 0.25), False),
+    "5000 pixels away": (away(2500, 0), False),
+    "wider pixels": (away(0, 0, 0.505), False),
+    "south-up": ({"transform": Affine(0.5, 0, 5e5, 0, 0.5, 58e5 - 15)}, False),
+    "another CRS": ({"crs": "EPSG:32632"}, False),
+    "the same CRS in other words": ({"crs": ESRI}, True),
+    "no CRS": ({"crs": None}, True),
+    "no CRS, away": (away(4.5, 0) | {"crs": None}, False),
+    "no place": ({"crs": None, "transform": Affine.identity()}, True),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_labels_of_a_training_pair_lie_where_the_photograph_does(tmp_path, case):
+    profile, fits = PLACES[case]
+    labels = np.zeros((30, 40), np.uint8)
+    geotiff(tmp_path / "train" / "rgb" / "x.tif", picture(np.random.default_rng(0), 30, 40))
+    geotiff(tmp_path / "train" / "lc" / "x.tif", labels, **profile)
+    (tmp_path / "classes.json").write_text(json.dumps(TABLE))
+    _, cfg = tiny("mixlc", data=str(tmp_path), cache=str(tmp_path / "cache"), lc_classes="")
+    if fits:
+        assert not common.ImageStore(cfg, "train", 32).B.any()
+    else:
+        with pytest.raises(common.UserError, match="lc/x.tif lies elsewhere than .*rgb/x.tif: "):
+            common.ImageStore(cfg, "train", 32)
 
 
 def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
