@@ -79,7 +79,7 @@ class Config(common.Options):
         "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
     )
     fid: bool = option(
-        False, "also measure FID, KID and LPIPS (needs torchmetrics[image])", needs="evaluate"
+        False, "also measure FID, KID and LPIPS (needs torchmetrics)", needs="evaluate"
     )
 
 

@@ -103,7 +103,7 @@ class Config(common.Options):
     )
     fid: bool = option(
         False,
-        "also measure FID, KID and LPIPS (needs torchmetrics[image])",
+        "also measure FID, KID and LPIPS (needs torchmetrics)",
         group="use",
         needs="evaluate",
     )

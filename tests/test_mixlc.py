@@ -328,7 +328,7 @@ def test_a_wrong_stroke_is_one_line(stroke, line, trained, photo, tmp_path, caps
 def test_wrong_files_of_an_edit_are_one_line(trained, photo, tmp_path, capsys):
     save(tmp_path / "lc.png", np.zeros((10, 10), np.uint8))
     arguments = use(trained("mixlc"), photo, f"--out {tmp_path}/out")
-    assert "is 10x10 but" in line_of(main, arguments, capsys)
+    assert "lc.png is 10x10: sizes must agree" in line_of(main, arguments, capsys)
     assert "needs --lc" in line_of(main, arguments[:2] + arguments[4:], capsys)
     assert "needs --checkpoint" in line_of(main, arguments[:4], capsys)
 
