@@ -9,6 +9,9 @@ import numpy as np
 
 from support.errors import UserError
 
+# Median distance of (r, g, b) to the table's colours. JPEG moves the demo world's labels by up to
+# 14 levels (quality 30 to 95); of photographs most lie 50 to 200 away, whatever the table.
+FAR = 32
 IGNORED = 255  # index of what has no class: it enters no loss and no measure
 _TABLES = {
     "s2glc": """
@@ -181,7 +184,8 @@ class ClassTable:
     def from_colours(self, rgb, path, nearest, strict=True):
         """(H, W, 3) uint8 -> (H, W) uint8 indices; unknown colours are ignored, unless nearest.
 
-        strict  refuses a picture in which fewer than 1 % of the pixels have a known colour
+        strict  refuses a photograph: fewer than 1 % of its pixels have a known colour, or half
+                lie further than FAR from the nearest one
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
@@ -189,10 +193,14 @@ class ClassTable:
         distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.entries]
         distance = np.stack(distance)  # (rows, K)
         index = np.array([row[2] for row in self.entries], np.uint8)[distance.argmin(0)]
+        known = ", ".join(self.names[:6])
+        far = distance.min(0)[inverse] > FAR**2
+        if nearest and strict and 2 * far.sum() > far.size:
+            what = f"its colours are far from those of the class table ({known}, ...)"
+            raise UserError(f"{path}: {what}: is it a photograph?")
         if not nearest:
             exact = distance.min(0) == 0
             if strict and counts[exact].sum() < 0.01 * counts.sum():
-                known = ", ".join(self.names[:6])
                 what = "hardly a pixel has a colour of the class table"
                 raise UserError(f"{path}: {what} ({known}, ...)")
             index[~exact] = IGNORED

@@ -143,7 +143,9 @@ class Raster:
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         middle = self._cut(top, left, bottom, right)
         if len(middle) == 3:  # a photograph is refused here
-            self.table.from_colours(np.moveaxis(middle, 0, -1), self.path, self._nearest)
+            colours, valid = np.moveaxis(middle, 0, -1), self.valid(top, left, *middle.shape[1:])
+            colours = colours if valid is None else colours[valid][None]
+            self.table.from_colours(colours, self.path, self._nearest)
         elif self._palette is not None and not self.table.by_palette(middle[0], self._palette):
             self._palette = None
 

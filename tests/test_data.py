@@ -209,10 +209,21 @@ def test_maps_colours_survive_jpeg(tmp_path):
     assert (Raster(tmp_path / "x.jpg", table).read() == index).mean() > 0.95
 
 
-def test_refuses_pictures_as_label_maps(tmp_path, table):
-    save(tmp_path / "y.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match="hardly a pixel has a colour of the class table"):
-        Raster(tmp_path / "y.png", table).read()
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif"])
+@pytest.mark.parametrize("nearest", [False, True])
+def test_refuses_pictures_as_label_maps(tmp_path, table, name, nearest):
+    """JPEG-compressed label maps of the same places are accepted, at any quality."""
+    table = dataclasses.replace(table, nearest=nearest)
+    photo, _, classes = landscape(np.random.default_rng(0), 128)
+    save(tmp_path / name, photo)
+    nearest = nearest or name == "x.jpg"
+    text = "far from those of" if nearest else "a pixel has a colour of"
+    with pytest.raises(UserError, match=f"{name}: .*{text} the class table"):
+        Raster(tmp_path / name, table).read()
+    index = np.uint8(classes % 3)
+    for quality in (30, 60, 95):
+        save(tmp_path / "lc.jpg", table.palette[index], quality=quality)
+        assert (Raster(tmp_path / "lc.jpg", table).read() == index).mean() > 0.75
 
 
 @pytest.mark.parametrize(
