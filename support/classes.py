@@ -143,6 +143,24 @@ class ClassTable:
         known = {color for _, color, _ in self.entries}
         return 2 * len(known & colors) > len(colors)
 
+    def by_grey(self, levels, jpeg):
+        """Whether levels of grey (H, W) uint8 count as the nearest colours, and not as codes.
+
+        They do where they are no codes of the table, half of them are near its colours, and they
+        are of several classes (1 of a mask of 0 and 1 is no black), if they are
+        of no JPEG.
+        """
+        used, counts = np.unique(levels, return_counts=True)
+        graded = all(color == (value,) * 3 for value, color, _ in self.entries)
+        if set(used.tolist()) <= {self.unused, *self.values}:
+            return False
+        if not (jpeg or self.nearest or graded):
+            return False
+        distance = [((used[:, None] - color) ** 2).sum(1) for _, color, _ in self.entries]
+        near = counts[np.min(distance, 0) <= FAR**2].sum()
+        several = jpeg or len(set(np.argmin(distance, 0))) > 1
+        return several and 2 * near >= counts.sum()
+
     @functools.cached_property
     def unused(self):
         """The code for pixels without a class: 255, or the next lower one that no row has."""

@@ -116,10 +116,12 @@ class Raster:
                 palette[: len(colors)] = colors
                 if table.by_palette(np.asarray(image), palette):
                     return table.from_colours(palette[np.asarray(image)], path, nearest=False)
-            if image.mode in ("P", "L", "I", "I;16", "I;16B", "I;16L", "F"):
+            jpeg = image.format in ("JPEG", "WEBP")
+            grey = image.mode == "L" and table.by_grey(np.asarray(image), jpeg)
+            if not grey and image.mode in ("P", "L", "I", "I;16", "I;16B", "I;16L", "F"):
                 return table.from_codes(np.asarray(image), path)
-            lossy = table.nearest or image.format in ("JPEG", "WEBP")
-            return table.from_colours(np.asarray(image.convert("RGB")), path, lossy)
+            nearest = table.nearest or jpeg or grey
+            return table.from_colours(np.asarray(image.convert("RGB")), path, nearest)
 
     def _open_tiff(self):
         self.tiff = open_tiff(self.path)
@@ -133,7 +135,7 @@ class Raster:
             say_once(f"images have {self.tiff.count} bands: the {which}")
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
-        self._palette = None
+        self._palette, self._grey = None, False
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
@@ -146,12 +148,17 @@ class Raster:
             colours, valid = np.moveaxis(middle, 0, -1), self.valid(top, left, *middle.shape[1:])
             colours = colours if valid is None else colours[valid][None]
             self.table.from_colours(colours, self.path, self._nearest)
+        elif self._palette is None and kinds[0] == "uint8":
+            self._grey = self.table.by_grey(middle[0], lossy)
         elif self._palette is not None and not self.table.by_palette(middle[0], self._palette):
             self._palette = None
 
     def _cut(self, top, left, bottom, right):
         bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
-        return self.tiff.read(bands, window=((top, bottom), (left, right)))
+        pixels = self.tiff.read(bands, window=((top, bottom), (left, right)))
+        one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
+        white = one_bit and self._palette is None and (not self.table or 255 in self.table.values)
+        return pixels * np.uint8(255) if white else pixels
 
     def _read_tiff(self, top, left, bottom, right):
         bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)
@@ -163,9 +170,10 @@ class Raster:
                 np.repeat(pixels, 3, 2) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)
             )
         nothing = self.tiff.nodata
-        by_colour = pixels.shape[-1] == 3
+        by_colour = self._grey or pixels.shape[-1] == 3
         if by_colour:
-            nearest = self._nearest and self._palette is None
+            nearest = self._grey or (self._nearest and self._palette is None)
+            pixels = np.repeat(pixels, 3 // pixels.shape[-1], -1)
             indices = self.table.from_colours(pixels, self.path, nearest, strict=False)
         else:
             if nothing is not None and nothing not in self.table.values:

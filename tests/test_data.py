@@ -196,10 +196,52 @@ def test_codes_are_the_values_of_the_table(tmp_path, case):
             Raster(path, ClassTable.load(source)).read()
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
 @pytest.mark.parametrize(("source", "want"), [("binary", [0, 1]), (json.dumps(TABLE), [0, 1])])
-def test_masks_of_one_bit(tmp_path, source, want):
-    Image.fromarray(np.array([[False, True]])).save(tmp_path / "x.png")
-    assert Raster(tmp_path / "x.png", ClassTable.load(source)).read().tolist() == [want]
+def test_masks_of_one_bit(tmp_path, source, want, name):
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / name)
+    assert Raster(tmp_path / name, ClassTable.load(source)).read().tolist() == [want]
+
+
+BLACK_AND_WHITE = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
+NEAREST = json.dumps({"nearest": True, "classes": BLACK_AND_WHITE})
+EXACT = json.dumps(BLACK_AND_WHITE)
+
+# case: (levels of a grey mask, class table, its file, indices or a message)
+GREYS = {
+    "soft edges": ([0, 90, 200, 255], NEAREST, "x.png", [0, 0, 1, 1]),
+    "soft edges, TIFF": ([0, 90, 200, 255], NEAREST, "x.tif", [0, 0, 1, 1]),
+    "codes": ([0, 1, 1, 0], NEAREST, "x.png", [0, 1, 1, 0]),
+    "binary": ([0, 90, 200, 255], "binary", "x.png", [0, 0, 1, 1]),
+    "binary, TIFF": ([0, 90, 200, 255], "binary", "x.tif", [0, 0, 1, 1]),
+    "binary, 0 and 1": ([0, 1, 1, 0], "binary", "x.png", "[1] are outside"),
+    "binary, 0 and 1, TIFF": ([0, 1, 1, 0], "binary", "x.tif", "[1] are outside"),
+    "more codes": ([0, 1, 2, 3], NEAREST, "x.tif", "[2, 3] are outside"),
+    "a grey photograph": ([90, 100, 0, 140], "binary", "x.png", "[90, 100, 140] are outside"),
+    "no nearest": ([0, 90, 200, 255], EXACT, "x.png", "[90, 200] are outside"),
+}
+
+
+@pytest.mark.parametrize("case", GREYS)
+def test_levels_of_grey_are_colours_where_they_are_no_codes(tmp_path, case):
+    levels, source, name, want = GREYS[case]
+    save(tmp_path / name, np.array([levels], np.uint8))
+    if isinstance(want, list):
+        assert Raster(tmp_path / name, ClassTable.load(source)).read().tolist() == [want]
+    else:
+        with pytest.raises(UserError, match=re.escape(want)):
+            Raster(tmp_path / name, ClassTable.load(source)).read()
+
+
+@pytest.mark.parametrize("source", ["binary", NEAREST, EXACT])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(("name", "options"), [("x.jpg", {}), ("x.tif", {"compression": "jpeg"})])
+def test_masks_survive_jpeg(tmp_path, source, mode, name, options):
+    index = np.zeros((64, 64), np.uint8)
+    index[13:40, 9:31] = 1
+    mask = Image.fromarray(index * 255).convert(mode)
+    mask.save(tmp_path / name, quality=50, **options)
+    assert (Raster(tmp_path / name, ClassTable.load(source)).read() == index).mean() > 0.99
 
 
 def test_maps_colours_survive_jpeg(tmp_path):
