@@ -12,7 +12,7 @@ import torch
 from support.edits import PhotoEdit, centred
 from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
-from support.layouts import image_files
+from support.layouts import contents, image_files
 from support.pictures import as_array, as_tensor, from_bytes, save_grid
 from support.rasters import Raster, check_pair, writing
 from support.serve import edits, translations
@@ -26,7 +26,7 @@ def inputs_of(cfg, labels=False):
         raise UserError(f"--generate {path}: no such file or directory")
     files = image_files(path, labels) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"--generate {path}: no images in it")
+        raise UserError(f"--generate {path}: no images in it; it has {contents(path)}")
     return files
 
 

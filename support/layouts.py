@@ -1,7 +1,8 @@
-"""Dataset directories: five layouts, recognised by their folders."""
+"""Dataset directories: their layouts, recognised by folders and endings of names."""
 
 import dataclasses
 import re
+import unicodedata
 from pathlib import Path
 
 from support.classes import ClassTable
@@ -12,7 +13,9 @@ LAYOUTS = (
     "train/1.jpg, twice as wide as high (pairs side by side); "
     "train/A/x.png + train/B/x.png (two folders); trainA/x.jpg + trainB/y.jpg (unaligned); "
     "train/rgb/7.png + train/lc/7.png (land cover); "
-    "train/images/vienna1.tif + train/gt/vienna1.tif (Inria)"
+    "train/images/vienna1.tif + train/gt/vienna1.tif (Inria); "
+    "train/images/7.png + train/masks/7.png (masks); "
+    "train/7_A.png + train/7_B.png, or train/7_sat.jpg + train/7_mask.png (two endings)"
 )
 _FOLDERS = (  # layout, and where the images A and B of a split lie
     ("unaligned", "{}A", "{}B"),
@@ -20,7 +23,9 @@ _FOLDERS = (  # layout, and where the images A and B of a split lie
     ("two folders", "{}/a", "{}/b"),
     ("land cover", "{}/rgb", "{}/lc"),
     ("Inria", "{}/images", "{}/gt"),
+    ("masks", "{}/images", "{}/masks"),
 )
+_ENDINGS = ("_A", "_B"), ("_sat", "_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +68,28 @@ def image_files(folder, labels=False):
     return found
 
 
-def _match(a, b, where):
-    """Two lists of files matched by stem; refuses partners that are missing or double."""
-    stems_a, stems_b = ({path.stem: path for path in paths} for paths in (a, b))
-    lone = sorted(set(stems_a) ^ set(stems_b))
+def _match(a, b, where, endings=("", "")):
+    """Two lists of files matched by stem, without endings; refuses partners missing or double."""
+    named_a, named_b = (
+        {unicodedata.normalize("NFC", path.stem).removesuffix(ending): path for path in paths}
+        for paths, ending in zip((a, b), endings, strict=True)
+    )
+    lone = sorted(set(named_a) ^ set(named_b))
     if lone:
-        path = stems_a.get(lone[0]) or stems_b.get(lone[0])
+        path = named_a.get(lone[0]) or named_b.get(lone[0])
         counts = f"{len(a)} images on one side, {len(b)} on the other"
         raise UserError(f"{where}: {counts}; {path} has no partner")
-    if len(stems_a) != len(a) or len(stems_b) != len(b):
+    if len(named_a) != len(a) or len(named_b) != len(b):
         raise UserError(f"{where}: two files in one folder have the same name but for their ending")
-    return list(stems_a.values()), [stems_b[stem] for stem in stems_a]
+    return list(named_a.values()), [named_b[name] for name in named_a]
 
 
 def find_images(data, split, lc_classes=""):
     """Recognises the layout of a dataset directory and lists "train", "val" or "test" as a Split.
 
     The validation split is val, or test where there is no val; in the Inria layout it is images
-    1-5 of each city. B are label maps in the layouts land cover and Inria, with a classes.json
-    in data, or with lc_classes; lc_classes "pictures" makes them pictures all the same.
+    1-5 of each city. B are label maps in the layouts land cover, masks and Inria, with a
+    classes.json in data, or with lc_classes; lc_classes "pictures" makes them pictures anyway.
     """
     root = Path(data)
     if not root.is_dir():
@@ -95,11 +103,56 @@ def find_images(data, split, lc_classes=""):
         for layout, a, b in _FOLDERS:
             folders = root / a.format(name), root / b.format(name)
             if folders[0].is_dir() and folders[1].is_dir():
+                if layout in ("land cover", "masks"):
+                    _check_table(root, table, lc_classes)
                 return _two_folders(root, layout, name, split, folders, table)
         files = image_files(root / name) if (root / name).is_dir() else []
+        endings = _endings(files)
+        if "_mask" in endings:
+            _check_table(root, table, lc_classes)
+        if endings:
+            sides = [[path for path in files if path.stem.endswith(end)] for end in endings]
+            a, b = _match(*sides, f"{root}, split {name}", endings)
+            return Split(root, "two endings", name, a, b, True, False, table)
         if files:
             return Split(root, "side by side", name, files, files, True, True, table)
-    raise UserError(f"{root}: no layout with images of split {split}; known are: {LAYOUTS}")
+    raise UserError(_nothing_fits(root, names[0], split))
+
+
+def _endings(files):
+    """The two endings that all of these names have, such as ("_A", "_B"); () if they do not."""
+    for endings in _ENDINGS:
+        counts = [sum(path.stem.endswith(end) for path in files) for end in endings]
+        if all(counts) and sum(counts) == len(files):
+            return endings
+    return ()
+
+
+def _nothing_fits(root, name, split):
+    """The message that a directory has no layout: what its folder of the split holds instead."""
+    folder = root / name
+    found = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
+    return f"{root}: no layout with images of split {split}{found}; known are: {LAYOUTS}"
+
+
+def contents(folder):
+    """What a folder without images has, in words: sub-folders and the endings of its files."""
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    folders = [path.name for path in paths if path.is_dir()]
+    endings = sorted({path.suffix or path.name for path in paths if path.is_file()})
+    parts = []
+    if folders:
+        parts.append(f"sub-folders, which are not searched: {', '.join(folders[:4])}")
+    if endings:
+        parts.append(f"files of other kinds: {', '.join(endings[:4])}")
+    return "; ".join(parts) or "nothing in it"
+
+
+def _check_table(root, table, lc_classes):
+    """Refuses label maps without a class table, unless they are to be pictures."""
+    if not table and lc_classes != "pictures":
+        remedy = f"write {root}/classes.json or pass --lc-classes s2glc, maps or binary"
+        raise UserError(f"{root}: label maps need a class table: {remedy}")
 
 
 def _class_table(root, lc_classes):
@@ -107,9 +160,6 @@ def _class_table(root, lc_classes):
     own = "binary" if any(root.glob("*/gt")) else ""
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
-    if any(root.glob("*/lc")) and not (lc_classes or own):
-        remedy = f"write {root}/classes.json or pass --lc-classes s2glc"
-        raise UserError(f"{root}: label maps need a class table: {remedy}")
     table = ClassTable.load(lc_classes or own)
     if table and own and ClassTable.load(own).entries != table.entries:
         names = ", ".join(table.names)
@@ -126,7 +176,7 @@ def _two_folders(root, layout, name, split, folders, table):
         name = "train, images 1-5 of each city" if split == "val" else name
     for folder, files in zip(folders, (a, b), strict=True):
         if not files:
-            raise UserError(f"{folder}: no images in split {name}")
+            raise UserError(f"{folder}: no images in split {name}: it has {contents(folder)}")
     if layout != "unaligned":
         a, b = _match(a, b, f"{root}, split {name}")
     return Split(root, layout, name, a, b, layout != "unaligned", False, table)

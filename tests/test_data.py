@@ -61,6 +61,18 @@ LAYOUTS = {
     "Inria with val": (INRIA + " val/images/x.tif val/gt/x.tif", "train", "Inria, train",
                        "austin1 austin5 austin6 tyrol-w10 tyrol-w2 vienna36",
                        "austin1 austin5 austin6 tyrol-w10 tyrol-w2 vienna36"),
+    "masks": ("train/images/7.jpg train/masks/7.png classes.json", "train", "masks, train", "7",
+              "7"),
+    "two endings": ("train/1_A.png train/1_B.png train/2_B.jpg train/2_A.png", "train",
+                    "two endings, train", "1_A 2_A", "1_B 2_B"),
+    "a satellite image and a mask": ("train/9_sat.jpg train/9_mask.png classes.json", "train",
+                                     "two endings, train", "9_sat", "9_mask"),
+    "one of two endings": ("train/1_A.png train/2_A.png", "train", "side by side, train",
+                           "1_A 2_A", "1_A 2_A"),
+    "other names, too": ("train/1_A.png train/2_B.png train/3.png", "train",
+                         "side by side, train", "1_A 2_B 3", "1_A 2_B 3"),
+    "zipped on a Mac": ("train/A/\u00e9.png train/B/e\u0301.png", "train", "two folders, train",
+                        "\u00e9", "e\u0301"),
     "val before test": ("val/1.png test/2.png", "val", "side by side, val", "1", "1"),
     "validation": ("validation/1.png test/2.png", "val", "side by side, validation", "1", "1"),
     "test for val": ("train/1.png test/2.png", "val", "side by side, test", "2", "2"),
@@ -77,7 +89,7 @@ def test_layouts(tmp_path, case):
     found = find_images(tmp_path, split)
     assert (f"{found.layout}, {found.name}", stems(found.A), stems(found.B)) == (layout, a, b)
     assert found.paired == ("unaligned" not in layout) and found.halves == ("side" in layout)
-    assert bool(found.classes) == (found.layout in ("land cover", "Inria"))
+    assert bool(found.classes) == ("classes.json" in names or found.layout == "Inria")
 
 
 def test_classes_turn_any_layout_into_label_maps(pairs, landcover):
@@ -86,10 +98,18 @@ def test_classes_turn_any_layout_into_label_maps(pairs, landcover):
     assert find_images(landcover, "train", "pictures").classes is None
 
 
-KNOWN = "side by side.*two folders.*unaligned.*land cover.*Inria"
+KNOWN = "side by side.*two folders.*unaligned.*land cover.*Inria.*masks.*two endings"
 NOT_LAYOUTS = {
     "nowhere": ("", "train", "no such directory"),
     "a file": (".", "train", "is a file, not a directory"),
+    "other folders": ("train/sat/1.png train/map/1.png train/notes.txt", "train",
+                      f"train has sub-folders, which are not searched: map, sat; .*txt.*{KNOWN}"),
+    "sub-folders": ("train/A/x/1.png train/B/1.png", "train", "train/A: .*not searched: x"),
+    "twins on a Mac": ("train/A/\u00e9.png train/A/e\u0301.png train/B/\u00e9.png", "train",
+                       "the same name but for"),
+    "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "train", "2_A.png has no par"),
+    "masks without a table": ("train/images/x.png train/masks/x.png", "train", "s2glc, maps or b"),
+    "a mask without a table": ("train/x_sat.png train/x_mask.png", "train", "s2glc, maps or bin"),
     "nothing": ("x/notes.txt", "train", f"no layout with images of split train.*{KNOWN}"),
     "no images": ("train/notes.txt", "train", f"no layout.*{KNOWN}"),
     "no val": ("train/1.png", "val", f"no layout with images of split val.*{KNOWN}"),
