@@ -193,8 +193,12 @@ def _merged(cfg, given, saved, fixed, path):
         if name == "lc_classes" and saved[name]:
             same = ClassTable.load(value) == ClassTable.load(saved[name])
         if name in fixed and not same:
-            theirs = str(saved[name])[:60]
-            raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): leave it out")
+            theirs, remedy = str(saved[name])[:60], "leave it out"
+            if name == "epochs":
+                fields = dataclasses.fields(cfg)
+                init = [flag(field.name) for field in fields if field.metadata.get("weights")]
+                remedy = f"its schedule ends there; a new run with {' '.join(init)} trains on"
+            raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): {remedy}")
     changes = {name: value for name, value in given.items() if name not in fixed}
     return type(cfg)(**saved | changes)
 

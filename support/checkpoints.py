@@ -44,9 +44,8 @@ def load_weights(path):
         if damaged:  # torch.load checks no sums
             raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        reason = (str(error).splitlines() or [repr(error)])[0][:90]
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
+    except Exception:  # torch.load raises a dozen kinds, with advice for programmers
+        raise UserError(f"{path}: not a checkpoint, or a damaged one") from None
 
 
 def load_checkpoint(path, script):

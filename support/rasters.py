@@ -127,8 +127,13 @@ class Raster:
         self.tiff = open_tiff(self.path)
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
         if set(kinds) != {"uint8"} and not (self.table and self.tiff.count == 1):
-            scale = "" if self.table else " -scale LOW HIGH 0 255"
-            remedy = f"gdal_translate -ot Byte{scale} {self.path.name} {self.path.stem}_8bit.tif"
+            names = f"{self.path.name} {self.path.stem}_8bit.tif"
+            bands = " -b 1 -b 2 -b 3" if self.tiff.count > 3 else ""
+            scale, ratio = " -scale LOW HIGH 0 255", " --scale-ratio RATIO"
+            if self.table:
+                scale = ratio = ""
+            remedy = f"gdal_translate -ot Byte{bands}{scale} {names}"
+            remedy += f", or rio convert --dtype uint8{ratio} {names}"
             raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
         if self.tiff.count not in (1, 3) and not self.table:
             which = "first three are taken as RGB" if self.tiff.count > 3 else "first counts"
