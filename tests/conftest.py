@@ -14,6 +14,7 @@ from rasterio.transform import from_origin
 import common
 import support.run
 from harness import SCRIPTS  # noqa: F401  the one list of their names, handed on
+from support.classes import ClassTable
 
 CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
@@ -78,13 +79,14 @@ def noise(height, width, channels=3):
     return np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
 
 
-def side_by_side(root, train=6, val=3, side=80, suffix=".png"):
-    """A paired dataset whose B is the negative of A."""
+def side_by_side(root, train=6, val=3, side=80, suffix=".png", drawn=False):
+    """A paired dataset whose B is the negative of A, or drawn in the colours of maps."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for k in range(count):
             a = picture(rng, side, side)
-            save(root / split / f"{k}{suffix}", np.concatenate([a, 255 - a], 1))
+            b = ClassTable.load("maps").palette[a[..., 0] // 32] if drawn else 255 - a
+            save(root / split / f"{k}{suffix}", np.concatenate([a, b], 1))
     return root
 
 

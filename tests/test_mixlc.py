@@ -357,7 +357,7 @@ def test_data_that_does_not_do(pairs, tmp_path, capsys):
 
 
 def test_every_layout_works_through_lc_classes(tmp_path):
-    pairs = side_by_side(tmp_path / "pairs", train=2, val=2)
+    pairs = side_by_side(tmp_path / "pairs", train=2, val=2, drawn=True)
     main(tiny_run("mixlc", pairs, tmp_path / "run", "--epochs 1 --lc-classes maps --local-d"))
     assert "model" in rows_of(tmp_path / "run")
 

@@ -70,7 +70,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     rng = np.random.default_rng(0)
     for name in ("maps", "maps_286"):
-        side_by_side(tmp_path / name, train=2, val=2)
+        side_by_side(tmp_path / name, train=2, val=2, drawn=True)
     for name in ("dubai", "denmark"):
         land_cover(tmp_path / name, train=2, val=2)
     (tmp_path / "denmark" / "classes.json").unlink()

@@ -59,7 +59,7 @@ def test_kept_grids_are_small():
 
 
 def test_what_is_kept_of_a_run(tmp_path):
-    data = side_by_side(tmp_path / "maps", train=4, val=2)
+    data = side_by_side(tmp_path / "maps", train=4, val=2, drawn=True)
     run, folder = tmp_path / "run", tmp_path / "kept"
     asked = {"lc_classes": "maps", "size": 64, "width": 2, "batch_size": 2, "epochs": 2}
     words = [word for name, value in asked.items() for word in (flag(name), str(value))]
