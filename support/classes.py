@@ -9,6 +9,7 @@ import numpy as np
 
 from support.errors import UserError
 
+_COLOR = '"#e2a929" or "226,169,41"'
 # Median distance of (r, g, b) to the table's colours. JPEG moves the demo world's labels by up to
 # 14 levels (quality 30 to 95); of photographs most lie 50 to 200 away, whatever the table.
 FAR = 32
@@ -244,17 +245,19 @@ class ClassTable:
 def _check_types(entry):
     """Refuses a row of a table with an unknown key or a value of the wrong type."""
     types = {"name": str, "value": int, "color": str, "ignore": bool}
+    examples = {"name": '"water"', "value": "5", "color": _COLOR, "ignore": "true"}
     for key, value in entry.items():
         if type(value) is not types[key]:
-            raise ValueError(f"{key} {value!r}")
+            raise UserError(f"{key} {value!r}: write {examples[key]}")
 
 
 def _color(text):
     """A colour that is written "#rrggbb" or "r,g,b", as (r, g, b)."""
-    if text.startswith("#") and len(text) == 7:
-        color = tuple(bytes.fromhex(text[1:]))
-    else:
-        color = tuple(int(level) for level in text.split(","))
-    if len(color) != 3 or not all(0 <= level <= 255 for level in color):
-        raise ValueError(f"color {text}")
-    return color
+    try:
+        if text.startswith("#"):
+            r, g, b = bytes.fromhex(text[1:])
+        else:
+            r, g, b = bytes(int(level) for level in text.split(","))
+        return r, g, b
+    except ValueError:
+        raise UserError(f'color "{text}": write {_COLOR}') from None

@@ -284,6 +284,10 @@ CLASS_TABLES = {
     "infinity": {"value": float("inf")},
     "a colour of seven digits": {"color": "#e2a9291"},
     "a colour of signs": {"color": "#+1+2+3"},
+    "a colour of three numbers": {"color": [255, 0, 0]},
+    "a colour beyond 255": {"color": "300,0,0"},
+    "a colour below 0": {"color": "0,-1,0"},
+    "a colour's name": {"color": "red"},
 }
 
 
@@ -291,7 +295,9 @@ CLASS_TABLES = {
 def test_class_tables_are_read_strictly(case):
     table = [dict(entry) for entry in TABLE]
     table[1] |= CLASS_TABLES[case]
-    with pytest.raises(common.UserError, match="not a list of"):
+    (key,) = CLASS_TABLES[case]
+    text = "not a list of" if key == "colour" else f"class table .*: {key} .*: write "
+    with pytest.raises(common.UserError, match=text):
         ClassTable.load(json.dumps(table))
 
 
