@@ -10,7 +10,8 @@ from PIL import Image
 
 from support.errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+RASTER_SUFFIXES = {".jp2", ".img", ".gpkg"}  # that rasterio reads; results are TIFFs
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", *RASTER_SUFFIXES}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}

@@ -13,6 +13,7 @@ from support.edits import PhotoEdit, centred
 from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
+from support.opening import driver_of
 from support.pictures import as_array, as_tensor, from_bytes, save_grid
 from support.rasters import Raster, check_pair, writing
 from support.serve import edits, translations
@@ -31,8 +32,8 @@ def inputs_of(cfg, labels=False):
 
 
 def results_of(path, to_labels=False):
-    """The names of what is generated from a file: its own, or .png where that cannot be written."""
-    if path.suffix.lower() == ".vrt":
+    """The names of what is generated from a file: its own, .tif for a place on earth, else .png."""
+    if driver_of(path) and path.suffix.lower() not in TIFF_SUFFIXES:
         path = path.with_suffix(".tif")
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
         return [f"{path.stem}.png", f"{path.stem}_colours.png"]

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,11 +18,13 @@ import numpy as np
 from PIL import Image
 
 from support.errors import UserError
-from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, RASTER_SUFFIXES
 
 READABLE = IMAGE_SUFFIXES | ARRAY_SUFFIXES | {".gif", ".vrt"}
-UPLOADS = READABLE - {".bmp", ".gif", ".vrt"}  # that strangers may send
+UPLOADS = READABLE - {".bmp", ".gif", ".vrt"} - RASTER_SUFFIXES  # that strangers may send
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT"}
+DRIVERS |= {".jp2": "JP2OpenJPEG", ".img": "HFA", ".gpkg": "GPKG"}
+PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by GDAL where they have a place
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize BlockYSize
@@ -66,29 +69,42 @@ def open_image(path):
 def gdal():
     """rasterio, with a bounded cache, and without warnings of TIFFs that have no place on earth."""
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
-    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_tiff
+    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio
 
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     return rasterio
 
 
+def driver_of(path):
+    """GDAL's driver for a file; None for those that Pillow opens, which have no place on earth."""
+    suffix = path.suffix.lower()
+    if suffix not in PLACED:
+        return DRIVERS.get(suffix)
+    world = f".{suffix[1]}{suffix[-1]}w", f"{suffix}w", ".wld"  # of x.png: x.pgw, x.pngw, x.wld
+    placed = any(os.path.isfile(path.with_suffix(ending)) for ending in world)
+    about = f"{path}.aux.xml"
+    if not placed and os.path.isfile(about):  # False, too, for a name that is too long
+        placed = re.search(b"<(GeoTransform|GCPList|SRS)", Path(about).read_bytes())
+    return PLACED[suffix] if placed else None
+
+
 def open_tiff(path):
-    """rasterio's dataset of a TIFF, or of a VRT that joins TIFFs."""
-    driver = DRIVERS[path.suffix.lower()]
+    """rasterio's dataset of a TIFF, of a VRT that joins TIFFs, or of another file with a place."""
+    driver = driver_of(path)
     if driver == "VRT":
         return gdal().open(_joined_tiffs(path), driver=driver)
-    _check_tiff(path)
+    _check_files(path, driver)
     return gdal().open(path.absolute(), driver=driver)
 
 
-def _check_tiff(path):
-    """Refuses what is no TIFF, and masks and overviews beside it that are none."""
+def _check_files(path, driver="GTiff"):
+    """Refuses a TIFF that is none, and masks and overviews beside a file that are no TIFFs."""
     if not path.is_file():
         raise UserError(f"{path}: no such file on this machine")
-    for ending in ("", ".msk", ".MSK", ".ovr", ".OVR"):  # GDAL opens these by content
-        file = Path(f"{path}{ending}")
-        if file.is_file():
+    beside = [Path(f"{path}{ending}") for ending in (".msk", ".MSK", ".ovr", ".OVR")]
+    for file in [path] * (driver == "GTiff") + beside:  # GDAL opens those beside by content
+        if os.path.isfile(file):
             with open(file, "rb") as opened:
                 start = opened.read(4)
             if start not in _TIFF_STARTS:
@@ -109,7 +125,7 @@ def _joined_tiffs(path):
         if part.tag == "SourceFilename":
             folder = path.parent if part.get("relativeToVRT") == "1" else Path()
             source = (folder / part.text).absolute()
-            _check_tiff(source)
+            _check_files(source)
             part.text, part.attrib = str(source), {"relativeToVRT": "0"}
     return ElementTree.tostring(root, "unicode")
 

@@ -11,10 +11,10 @@ from support.classes import IGNORED
 from support.errors import UserError, say_once
 from support.files import ARRAY_SUFFIXES, TIFF_SUFFIXES, whole_or_absent, write_image
 from support.opening import (
-    DRIVERS,
     READABLE,
     check_ending,
     decoding,
+    driver_of,
     gdal,
     open_array,
     open_image,
@@ -42,7 +42,7 @@ class Raster:
         suffix = self.path.suffix.lower()
         with decoding(path):
             check_ending(self.path, endings)
-            if suffix in DRIVERS:
+            if driver_of(self.path):
                 self._open_tiff()
             elif suffix in ARRAY_SUFFIXES:
                 self.height, self.width = self._sides_of_array(shape_of_array(self.path, 8 * most))
@@ -282,11 +282,12 @@ def _profile(source, classes):
     profile |= {"dtype": classes.codes.dtype if classes else np.uint8}
     profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
     gcps, crs = tiff.gcps
+    place = {"crs": crs or tiff.crs, "rpcs": tiff.rpcs}
     if gcps:
-        profile |= {"gcps": gcps, "crs": crs or gdal().CRS()}
+        place = {"gcps": gcps, "crs": crs or gdal().CRS()}
     elif not tiff.transform.is_identity:
-        profile |= {"crs": tiff.crs, "transform": tiff.transform}
-    return profile
+        place["transform"] = tiff.transform
+    return profile | {name: value for name, value in place.items() if value is not None}
 
 
 @contextlib.contextmanager

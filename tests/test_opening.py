@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from PIL import Image
+from rasterio.rpc import RPC
 
-from conftest import PLACE, geotiff
+import common
+from conftest import PLACE, geotiff, tiny
 from support import opening
 from support.classes import ClassTable
 from support.errors import UserError
@@ -155,6 +158,118 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
         assert (raster.read()[:, :40] == 10).all() and (raster.read()[:, 40:] == 200).all()
     with pytest.raises(UserError, match="the endings to use"):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
+
+
+WORLD = "0.5\n0\n0\n-0.5\n500000.25\n5799999.75\n"  # PLACE as six numbers; the first pixel's middle
+TWENTY = [1.0] * 20
+RPCS = RPC(
+    1.0, 2.0, 3.0, 4.0, TWENTY, TWENTY, 5.0, 6.0, 7.0, 8.0, TWENTY, TWENTY, 9.0, 10.0, -1.0, -1.0
+)
+NOWHERE = {"crs": None, "transform": None}
+
+# case: (name, its driver, profile, file beside it and its text)
+PLACED = {
+    "JPEG 2000": ("x.jp2", "JP2OpenJPEG", {"quality": "100", "reversible": "yes"}, None),
+    "ERDAS": ("x.img", "HFA", {}, None),
+    "GeoPackage": ("x.gpkg", "GPKG", {"tile_format": "png"}, None),
+    "PNG and .aux.xml": ("x.png", "PNG", {}, None),
+    "PNG and a world file": ("x.png", "PNG", NOWHERE, ("x.pgw", WORLD)),
+    "JPEG and a world file": ("x.jpg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.jgw", WORLD)),
+    "JPEG and .wld": ("x.jpeg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.wld", WORLD)),
+    "TIFF and a world file": ("x.tif", "GTiff", NOWHERE, ("x.tfw", WORLD)),
+    "no transform": ("x.tif", "GTiff", {"transform": None}, None),
+    "no CRS": ("x.tif", "GTiff", {"crs": None}, None),
+    "RPCs": ("x.tif", "GTiff", {**NOWHERE, "rpcs": RPCS}, None),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_a_place_is_kept_whatever_names_it(tmp_path, case):
+    """Nothing that is read changes, and strangers' files have no other driver than before."""
+    name, driver, profile, beside = PLACED[case]
+    picture = np.full((30, 40, 3), 9, np.uint8)
+    picture[:10] = 200
+    about = {"photometric": "RGB"} if driver == "GTiff" else {}
+    geotiff(tmp_path / name, picture, **{"driver": driver, **about, **profile})
+    if beside:
+        (tmp_path / beside[0]).write_text(beside[1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    out = tmp_path / "out" / results_of(tmp_path / name)[0]
+    with Raster(tmp_path / name) as raster, writing(out, raster) as put:
+        assert abs(raster.read().astype(int) - picture).max() <= 2 * (driver == "JPEG")
+        put(raster.read(), 0)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with rasterio.open(out) as result:
+        want = {"crs": PLACE["crs"], "transform": PLACE["transform"], **profile}
+        want["crs"] = None if beside else want["crs"]
+        want["transform"] = PLACE["transform"] if beside else want["transform"]
+        assert out.suffix == ".tif" and result.crs == want["crs"]
+        assert result.transform.almost_equals(want["transform"] or Affine.identity())
+        assert (result.rpcs is None) == ("rpcs" not in profile)
+        assert not result.rpcs or result.rpcs.to_gdal() == RPCS.to_gdal()
+
+
+@pytest.mark.parametrize("name", ["x.jp2", "x.img", "x.gpkg", "x.png", "x.jpg"])
+def test_files_with_a_place_are_opened_by_their_ending_alone(tmp_path, name):
+    """Text that is a recipe for reading other files, as the file itself and as its mask."""
+    (tmp_path / name).write_text(RAW)
+    (tmp_path / "x.wld").write_text(WORLD)
+    with pytest.raises(UserError, match=f"{name}: cannot be decoded"):
+        Raster(tmp_path / name)
+    (tmp_path / f"{name}.msk").write_text(MASK)
+    with pytest.raises(UserError, match=f"{name}.msk: cannot be decoded: is no TIFF"):
+        Raster(tmp_path / name)
+
+
+def test_a_png_without_a_place_stays_a_png(tmp_path):
+    """Also beside the statistics that QGIS leaves there."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    (tmp_path / "x.png.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")
+    assert results_of(tmp_path / "x.png") == ["x.png"] and not Raster(tmp_path / "x.png").tiff
+
+
+def random_geotiff(rng, path):
+    """Writes a TIFF of random size, bands, layout, compression, data and place."""
+    height, width = rng.integers(100, 200, 2)
+    bands = rng.choice([1, 3, 4])
+    profile = {"interleave": rng.choice(["pixel", "band"])}
+    profile["compress"] = rng.choice(["none", "deflate", "lzw", "zstd", "packbits"])
+    if rng.random() < 0.5:
+        profile |= {"tiled": True, "blockxsize": 16, "blockysize": 32}
+    nothing = rng.choice(["", "nodata", "mask"])
+    if nothing == "nodata":
+        profile["nodata"] = int(rng.integers(0, 256))
+    profile["crs"] = rng.choice(["EPSG:32633", "EPSG:4326", "EPSG:3857"])
+    shift, turn = Affine.translation(*rng.normal(0, 50, 2)), Affine.rotation(rng.choice([0, 30]))
+    scale = Affine.scale(rng.uniform(0.1, 9), rng.choice([-1, 1]) * rng.uniform(0.1, 9))
+    matrices = [np.reshape(part, (3, 3)) for part in (shift, turn, scale)]
+    profile["transform"] = Affine(*np.linalg.multi_dot(matrices)[:2].ravel())
+    pixels = rng.integers(0, 256, (height, width, bands), np.uint8)
+    geotiff(path, pixels, **profile)
+    if nothing == "mask":
+        with rasterio.open(path, "r+") as target:
+            target.write_mask(rng.random((height, width)) < 0.7)
+    return np.repeat(pixels, 3, 2) if bands == 1 else pixels[..., :3]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_rasters_come_back(tmp_path, seed):
+    """What is generated from them has their size, place and holes, and the generator's pixels."""
+    rng = np.random.default_rng([25, seed])
+    pixels = random_geotiff(rng, tmp_path / "x.tif")
+    with rasterio.open(tmp_path / "x.tif") as given:
+        valid, place = given.dataset_mask() > 0, (given.crs, given.transform, given.shape)
+        nothing = given.nodata
+    with Raster(tmp_path / "x.tif") as raster:
+        assert np.array_equal(raster.read()[valid], pixels[valid])
+    paths = {"generate": str(tmp_path / "x.tif"), "out": str(tmp_path / "out")}
+    _, cfg = tiny("pix2pix", window=64, **paths)
+    common.translate_files(cfg, lambda windows, whole: -common.from_bytes(windows))
+    with rasterio.open(tmp_path / "out" / "x.tif") as out:
+        assert (out.crs, out.transform, out.shape) == place and out.nodata == nothing
+        assert np.array_equal(out.dataset_mask() > 0, valid)
+        same = (np.moveaxis(out.read(), 0, -1) == 255 - pixels).all(-1)
+        assert same[valid & ((255 - pixels) != nothing).any(-1)].all()
 
 
 def test_an_array_is_refused_by_its_header(tmp_path):
