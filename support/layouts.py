@@ -48,7 +48,7 @@ class Split:
 
 
 def image_files(folder, labels=False):
-    """The images of a folder, and for labels arrays; says how many files are of other kinds."""
+    """The images of a folder, and for labels arrays; says how much else is in it."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
     found, others = [], []
     for path in sorted(folder.iterdir()):
@@ -56,15 +56,15 @@ def image_files(folder, labels=False):
             continue
         if path.suffix.lower() in suffixes:
             found.append(path)
-        elif path.is_file():
+        elif path.is_file() or path.is_dir():
             others.append(path)
     for path in found:
         if not path.is_file():
             what = "is no file (a link to nothing, a pipe or a folder): remove it"
             raise UserError(f"{path}: {what}")
-    if others:
+    if found and others:
         endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
-        say_once(f"{folder}: {len(others)} file(s) of other kinds ({endings}) are left out")
+        say_once(f"{folder}: {len(others)} other file(s) or sub-folder(s) ({endings}) are left out")
     return found
 
 

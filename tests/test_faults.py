@@ -222,13 +222,14 @@ def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
-def test_files_of_other_kinds_are_counted(world, tmp_path, capsys):
+def test_files_of_other_kinds_and_sub_folders_are_counted(world, tmp_path, capsys):
     shutil.copytree(world / "pairs", tmp_path / "data")
+    (tmp_path / "data" / "train" / "old").mkdir()
     for name in ("a.heic", "b.heic", "notes.txt", ".hidden"):
         (tmp_path / "data" / "train" / name).touch()
     find_images(tmp_path / "data", "train")
     said = capsys.readouterr().err
-    assert "train: 3 file(s) of other kinds (.heic, .txt) are left out" in said
+    assert "train: 4 other file(s) or sub-folder(s) (.heic, .txt, old) are left out" in said
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "npz", "json", "pt"])

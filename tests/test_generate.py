@@ -10,7 +10,7 @@ import pytest
 import rasterio
 import torch
 from PIL import Image, ImageFilter
-from rasterio.transform import from_origin
+from rasterio.transform import from_bounds, from_origin
 from torch import nn
 
 import common
@@ -569,6 +569,9 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
     geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=elsewhere)
     with pytest.raises(common.UserError, match=r"lc.tif lies elsewhere than .*photo.tif"):
         edit_of_files(cfg)
+    here = from_bounds(500_000, 5_800_000 - 150, 500_200, 5_800_000, 400, 300)
+    geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=here)
+    assert edit_of_files(cfg).lc.place[1] == here
 
 
 @pytest.mark.parametrize("shape", [(300, 399), (299, 400)])
