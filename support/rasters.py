@@ -140,12 +140,16 @@ class Raster:
             say_once(f"images have {self.tiff.count} bands: the {which}")
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
-        self._palette, self._grey = None, False
+        self._palette, self._levels, self._grey = None, None, False
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
         if not self.table:
             return
+        one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
+        if one_bit and sorted(self._palette[:2].tolist()) == [[0] * 3, [255] * 3]:
+            one = 255 if 255 in self.table.values else 1  # as of a PNG of one bit
+            self._levels, self._palette = self._palette[:2, 0] // 255 * np.uint8(one), None
         top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         middle = self._cut(top, left, bottom, right)
@@ -161,9 +165,7 @@ class Raster:
     def _cut(self, top, left, bottom, right):
         bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
         pixels = self.tiff.read(bands, window=((top, bottom), (left, right)))
-        one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
-        white = one_bit and self._palette is None and (not self.table or 255 in self.table.values)
-        return pixels * np.uint8(255) if white else pixels
+        return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
         bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)

@@ -14,7 +14,7 @@ from PIL import Image
 import common
 import pix2pix
 from common import ImageStore, UserError
-from conftest import TABLE, as_rank, land_cover, picture, save, side_by_side
+from conftest import TABLE, as_rank, geotiff, land_cover, picture, save, side_by_side
 from pix2pix import Config
 from support.classes import ClassTable
 from support.demo import DEMO_CLASSES, demo_world, landscape
@@ -216,11 +216,23 @@ def test_codes_are_the_values_of_the_table(tmp_path, case):
             Raster(path, ClassTable.load(source)).read()
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.tif"])
-@pytest.mark.parametrize(("source", "want"), [("binary", [0, 1]), (json.dumps(TABLE), [0, 1])])
-def test_masks_of_one_bit(tmp_path, source, want, name):
-    Image.fromarray(np.array([[False, True]])).save(tmp_path / name)
-    assert Raster(tmp_path / name, ClassTable.load(source)).read().tolist() == [want]
+TWO = '[{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "#9", "value": 255}]'
+TWO = TWO.replace("#9", "#998877")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "white_is_zero.tif"])
+@pytest.mark.parametrize("source", ["binary", json.dumps(TABLE), TWO])
+def test_masks_of_one_bit(tmp_path, source, name):
+    """Also where the middle, which is looked at first, has only one of the two."""
+    mask = np.zeros((1, 3000), bool)
+    mask[0, 2900:] = True
+    if "white" in name:
+        pixels = np.uint8(~mask)
+        geotiff(tmp_path / name, pixels, nbits="1", photometric="MINISWHITE")
+    else:
+        Image.fromarray(mask).save(tmp_path / name)
+    assert (np.asarray(Image.open(tmp_path / name)) == mask).all()
+    assert (Raster(tmp_path / name, ClassTable.load(source)).read() == mask).all()
 
 
 BLACK_AND_WHITE = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
