@@ -292,6 +292,15 @@ def _profile(source, classes):
     return profile | {name: value for name, value in place.items() if value is not None}
 
 
+def _read_through(path, **overview):
+    """Reads a TIFF and its mask once, or an overview's; returns how many overviews it has."""
+    with gdal().open(path, driver="GTiff", **overview) as written:
+        for top in range(0, written.height, 256):
+            rows = top, min(top + 256, written.height)
+            written.read(window=(rows, (0, written.width)), masked=True)
+        return len(written.overviews(1))
+
+
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes):
     profile = _profile(source, classes)
@@ -323,9 +332,12 @@ def _writing_tiff(path, source, classes):
                     colors = enumerate(classes.code_palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})
                 yield put
+                if max(target.shape) > 4096:  # smaller copies, with which a GIS opens it at once
+                    how = gdal().enums.Resampling["nearest" if classes else "average"]
+                    halvings = range(1, (max(target.shape) // 256).bit_length())
+                    target.build_overviews([2**k for k in halvings], how)
             # GDAL keeps quiet when it closes on a full disk
-            with gdal().open(aside, driver="GTiff") as written:
-                for top in range(0, source.height, 256):
-                    written.read(window=((top, min(top + 256, source.height)), (0, source.width)))
+            for level in range(_read_through(aside)):
+                _read_through(aside, overview_level=level)
     except gdal().errors.RasterioError as error:
         raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None

@@ -1,6 +1,7 @@
 """Rasters read and written by windows: GeoTIFFs, label maps, memory."""
 
 import dataclasses
+import functools
 import json
 import os
 import struct
@@ -283,21 +284,54 @@ def test_positions_count_ignored_rows(tmp_path):
         assert raster.read().tolist() == [[0, IGNORED, 1, 2]]
 
 
-def test_a_tiff_that_was_not_written_whole_does_not_appear(tmp_path, monkeypatch):
-    """GDAL says nothing when it closes a file on a full disk: it is read once more."""
-    geotiff(tmp_path / "x.tif", np.zeros((64, 64, 3), np.uint8))
+@pytest.mark.parametrize("kind", ["nodata", "mask", "classes"])
+def test_large_rasters_have_overviews(tmp_path, kind):
+    """Of pictures the mean of what has data, of land cover the nearest; and of the mask."""
+    valid = np.ones((300, 4200), bool)
+    valid[:, :2100] = False
+    stripes = np.where(np.arange(4200) % 2, 60, 40)  # 50 on average
+    pixels = np.repeat((valid * stripes).astype(np.uint8)[..., None], 3, 2)
+    path = geotiff(tmp_path / "x.tif", pixels, nodata=0 if kind == "nodata" else None)
+    if kind == "mask":
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+            file.write_mask(valid)
+    table = ClassTable.load(json.dumps(TABLE)) if kind == "classes" else None
+    index, out = np.where(valid, np.uint8(2), np.uint8(0)), tmp_path / "out" / "x.tif"
+    with Raster(path) as raster, writing(out, raster, table) as put:
+        put(index if table else pixels, 0)
+    with rasterio.open(out) as file:
+        assert file.overviews(1) == [2, 4, 8, 16] and file.shape == (300, 4200)
+    with rasterio.open(out, overview_level=1) as file:
+        small, seen = file.read(), file.dataset_mask() > 0
+    assert small.shape[1:] == (75, 1050) and list(out.parent.iterdir()) == [out]
+    if table:
+        assert (small[0] == table.codes[index[::4, ::4]]).all() and seen.all()
+    else:
+        assert (seen == valid[::4, ::4]).all() and (small[:, seen] == 50).all()
+
+
+@pytest.mark.parametrize(("width", "missing"), [(64, 9000), (4200, 300)])
+def test_a_tiff_that_was_not_written_whole_does_not_appear(tmp_path, monkeypatch, width, missing):
+    """GDAL says nothing when it closes a file on a full disk: all is read once more, and of a
+    large one the overviews, which lie at the end.
+    """
+    geotiff(tmp_path / "x.tif", np.zeros((64, width, 3), np.uint8))
     raster, honest = Raster(tmp_path / "x.tif"), rasterio.open
 
-    def half(path, mode="r", **more):
+    @functools.cache
+    def size(path):
+        return path.stat().st_size
+
+    def cut(path, mode="r", **more):
         if mode == "r":
-            os.truncate(path, 500)
+            os.truncate(path, size(path) - missing)
         return honest(path, mode, **more)
 
-    monkeypatch.setattr(rasterio, "open", half)
+    monkeypatch.setattr(rasterio, "open", cut)
     out = tmp_path / "out" / "x.tif"
     full = pytest.raises(common.UserError, match="is the disk full")
     with full, writing(out, raster) as put:
-        put(noise(64, 64).transpose(1, 2, 0), 0)
+        put(noise(64, width).transpose(1, 2, 0), 0)
     assert list(out.parent.iterdir()) == []
 
 
