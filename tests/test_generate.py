@@ -645,11 +645,12 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
     for _ in range(rng.integers(1, 9)):
         x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
         strokes.append(f"water:{x},{y},{width},{height}")
-    cfg, photo = edit(tmp_path, paint=tuple(strokes))
+    cfg, photo = edit(tmp_path, paint=tuple(strokes), window=(64, 64 + 16 * seed))
     files = edit_of_files(cfg)
     regions, left = files.regions(), files.changed(0, 0, 300, 400)
     assert left.any()
     for k, (y, x, height, width) in enumerate(regions):
+        assert height >= 64 and width >= 64 + 16 * seed
         left[y : y + height, x : x + width] = False
         assert not any(touch(regions[k], other) for other in regions[:k])
     assert not left.any()
