@@ -10,8 +10,7 @@ from PIL import Image
 
 from support.errors import UserError
 
-RASTER_SUFFIXES = {".jp2", ".img", ".gpkg"}  # that rasterio reads; results are TIFFs
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", *RASTER_SUFFIXES}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".img"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}

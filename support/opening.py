@@ -18,10 +18,11 @@ import numpy as np
 from PIL import Image
 
 from support.errors import UserError
-from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, RASTER_SUFFIXES
+from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
-READABLE = IMAGE_SUFFIXES | ARRAY_SUFFIXES | {".gif", ".vrt"}
-UPLOADS = READABLE - {".bmp", ".gif", ".vrt"} - RASTER_SUFFIXES  # that strangers may send
+NAMED = {".gif", ".vrt", ".gpkg"}  # read where a user names them, not as part of a folder
+READABLE = IMAGE_SUFFIXES | ARRAY_SUFFIXES | NAMED
+UPLOADS = READABLE - NAMED - {".bmp", ".jp2", ".img"}  # that strangers may send
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT"}
 DRIVERS |= {".jp2": "JP2OpenJPEG", ".img": "HFA", ".gpkg": "GPKG"}
 PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by GDAL where they have a place
