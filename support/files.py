@@ -12,6 +12,7 @@ from support.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".img"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
+BESIDE = {".pgw", ".jgw", ".tfw", ".wld", ".xml", ".ovr", ".msk"}  # what belongs to an image
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
 UNFINISHED = ".unfinished-"  # begins the name of each file that is being written

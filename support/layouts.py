@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.classes import ClassTable
 from support.errors import UserError, say_once
-from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from support.files import ARRAY_SUFFIXES, BESIDE, IMAGE_SUFFIXES
 
 LAYOUTS = (
     "train/1.jpg, twice as wide as high (pairs side by side); "
@@ -56,7 +56,7 @@ def image_files(folder, labels=False):
             continue
         if path.suffix.lower() in suffixes:
             found.append(path)
-        elif path.is_file() or path.is_dir():
+        elif path.suffix.lower() not in BESIDE and (path.is_file() or path.is_dir()):
             others.append(path)
     for path in found:
         if not path.is_file():

@@ -225,7 +225,7 @@ def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
 def test_files_of_other_kinds_and_sub_folders_are_counted(world, tmp_path, capsys):
     shutil.copytree(world / "pairs", tmp_path / "data")
     (tmp_path / "data" / "train" / "old").mkdir()
-    for name in ("a.heic", "b.heic", "notes.txt", ".hidden"):
+    for name in ("a.heic", "b.heic", "notes.txt", ".hidden", "0.pgw"):
         (tmp_path / "data" / "train" / name).touch()
     find_images(tmp_path / "data", "train")
     said = capsys.readouterr().err
