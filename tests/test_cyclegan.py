@@ -30,6 +30,7 @@ from conftest import (
     rows_of,
     same,
     save,
+    side_by_side,
     tiny,
     tiny_run,
     use,
@@ -184,8 +185,9 @@ def test_a_run_on_land_cover(landcover, tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "measure"), [("maps", "mean_iou"), ("pictures", "rmse")])
-def test_the_mode_can_be_forced(classes, measure, pairs, landcover, tmp_path):
-    root = pairs if classes == "maps" else landcover
+def test_the_mode_can_be_forced(classes, measure, landcover, tmp_path):
+    drawn = side_by_side(tmp_path / "drawn", train=2, val=2, drawn=True)
+    root = drawn if classes == "maps" else landcover
     more = f"--epochs 1 --max-images 2 --lc-classes {classes}"
     main(tiny_run("cyclegan", root, tmp_path / "run", more))
     assert measure in rows_of(tmp_path / "run")["A to B: model"]
