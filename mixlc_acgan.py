@@ -450,7 +450,7 @@ def build(cfg, device, training=True):
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
     layers = [name for name in cfg.style_layers.split(",") if name]
-    vgg = common.VGG16Features(layers, cfg.style_features, cfg.vgg16)
+    vgg = common.VGG16Features(layers, cfg.style_features, cfg.vgg16, common.autocast(cfg, device))
     state.vgg = common.to_device(vgg, device)
     return state
 

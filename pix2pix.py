@@ -380,7 +380,7 @@ def build(cfg, device, training=True):
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
     if cfg.content == "vgg":
-        vgg = common.VGG16Features(["relu3_3"], "vgg16", cfg.vgg16)
+        vgg = common.VGG16Features(["relu3_3"], "vgg16", cfg.vgg16, common.autocast(cfg, device))
         state.vgg = common.to_device(vgg, device)
     return state
 

@@ -119,7 +119,7 @@ def bench_raster(benchmark, request, tmp_path, script, device):
 
 def write_raster(path, side):
     """A GeoTIFF (side, side) of noise, tiled, written row of tiles by row."""
-    import rasterio
+    rasterio = pytest.importorskip("rasterio")
 
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 3, "height": side, "width": side}
     profile |= {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate"}

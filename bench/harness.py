@@ -12,22 +12,23 @@ import time
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import support.device
+from support.channels_last import stay_channels_last
 
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(14)])
 # What one would write first, then each thing that the fast path adds to it alone, then all of them.
 PLAIN, FAST = "plain", "fast"
-# norm_by_image: channels_last, with InstanceNorm in the form that is right there
 # keep_memory: what is freed stays with the process, which takes effect on the CPU alone
-# vgg_bf16: the fast path, and the features of VGG16 in bf16, too (their Gram matrices never are)
-SINGLE = ("channels_last", "norm_by_image", "fused", "bf16", "compile", "graph")
-VARIANTS = (PLAIN, *SINGLE, FAST, "vgg_bf16")
+# nchw: the fast path, with NCHW where a network has InstanceNorm
+# vgg_fp32: the fast path, with the features of VGG16 in float32
+SINGLE = ("channels_last", "fused", "bf16", "compile", "graph")
+FULL = (FAST, "nchw", "vgg_fp32")
+VARIANTS = (FAST, *FULL[1:], *SINGLE)
 
 
 def device_time():
@@ -67,21 +68,23 @@ def prepare(script, variant, device, **options):
     train_step on a state that lacks what the variant does not have.
     """
     device = torch.device(device)
-    torch.backends.cudnn.benchmark = True  # as training does
-    fast = variant in (FAST, "vgg_bf16")
+    support.device.set_arithmetic()
+    fast = variant in FULL
     bf16 = variant == "bf16" or (fast and device.type == "cuda")
     options |= {"graph": fast or variant == "graph", "precision": "bf16" if bf16 else "fp32"}
     module, cfg = config(script, **options)
-    state = module.build(cfg, device)
-    if variant == "vgg_bf16":
-        features_in_bf16(state.vgg, device)
+    layout = torch.channels_last if variant in (FAST, "vgg_fp32") else torch.contiguous_format
+    with mock.patch.object(support.device, "WITH_INSTANCE_NORM", layout):
+        state = module.build(cfg, device)
+    if fast and script == "mixlc_acgan" and variant != "vgg_fp32":
+        state.vgg.autocast = common.autocast(cfg, device)  # as with ImageNet's weights
     for name, value in vars(state).items():
         if isinstance(value, nn.Module):
             if not fast:  # there as build placed it
-                last = variant in ("channels_last", "norm_by_image")
+                last = variant == "channels_last"
                 value.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-            if variant == "norm_by_image":
-                norm_by_image(value)
+            if variant == "channels_last":
+                stay_channels_last(value)
             if variant == "compile":
                 value.compile()
         fused = fast or variant in ("fused", "graph")
@@ -103,31 +106,6 @@ def keep_memory(kept):
         mallopt(-4, 65536)  # M_MMAP_MAX
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a mapping for each block
         mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
-
-
-def norm_by_image(net):
-    """Gives InstanceNorm layers (without affine) a form that keeps channels_last: BatchNorm of one
-    image after the other. PyTorch 2.13's own is wrong there for one image, in its backward pass.
-    """
-
-    def forward(x, eps):
-        images = [F.batch_norm(image, None, None, training=True, eps=eps) for image in x.split(1)]
-        return images[0] if len(images) == 1 else torch.cat(images)
-
-    for module in net.modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            module.forward = functools.partial(forward, eps=module.eps)
-
-
-def features_in_bf16(vgg, device):
-    """Has VGG16 compute in bf16, and hand its activations on in float32."""
-    forward = vgg.forward
-
-    def in_bf16(images):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return [activations.float() for activations in forward(images)]
-
-    vgg.forward = in_bf16
 
 
 def parameters(state):

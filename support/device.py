@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from support.channels_last import stay_channels_last
 from support.errors import UserError
 from support.processes import rank
+
+WITH_INSTANCE_NORM = torch.channels_last  # of such networks on CUDA; or torch.contiguous_format
 
 
 def start(cfg):
@@ -26,8 +29,7 @@ def start(cfg):
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is what --precision fp32 says
+        set_arithmetic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         hours = datetime.timedelta(hours=6)  # others wait while one decodes the images
         where = device if cuda else None
@@ -37,6 +39,12 @@ def start(cfg):
         keep_memory()
     torch.manual_seed(cfg.seed)
     return device
+
+
+def set_arithmetic():
+    """On CUDA: the fastest algorithm of each convolution, and float32 without TF32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # off for matrix products by default
 
 
 def keep_memory():
@@ -106,14 +114,13 @@ def generating(net, cfg, dropout=False):
 
 
 def to_device(net, device):
-    """A network on the device, in the memory format that is fastest there.
-
-    That is channels_last on CUDA, but not with InstanceNorm, whose backward pass is wrong in
-    PyTorch 2.13 for one image with a channels_last gradient.
-    """
+    """A network on the device, in the memory format that is fastest there."""
     instance_norm = any(isinstance(module, nn.InstanceNorm2d) for module in net.modules())
-    plain = device.type == "cpu" or instance_norm
-    layout = torch.contiguous_format if plain else torch.channels_last
+    layout = WITH_INSTANCE_NORM if instance_norm else torch.channels_last
+    if device.type == "cpu":
+        layout = torch.contiguous_format
+    elif layout == torch.channels_last:
+        stay_channels_last(net)
     return net.to(device, memory_format=layout)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import copy
 import datetime
 import platform
 import subprocess
@@ -16,8 +17,10 @@ import torch
 import common
 import harness
 import mixlc_acgan
+import pix2pix
 import support.device
-from conftest import as_rank, pictures, tiny
+from conftest import as_rank, pictures, tiny, vgg_file
+from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
 from support.processes import reduced
 
@@ -196,41 +199,62 @@ def test_generating_uses_the_statistics_of_eval_norm(norm, own):
     assert layer.training and layer.track_running_stats
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_instance_norm_by_image_is_right_in_channels_last(count):
-    """Against the plain layer in NCHW and float64: values and gradients; the layout stays."""
-    layer, by_image = torch.nn.InstanceNorm2d(4), torch.nn.InstanceNorm2d(4)
-    harness.norm_by_image(by_image)
-    x = torch.randn(count, 4, 6, 5, dtype=torch.float64)
-    weight = torch.randn_like(x)
+@pytest.mark.parametrize("case", ["cyclegan", "pix2pix"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_that_stay_channels_last_are_right(case, count):
+    """Against the plain layers in NCHW and float64: outputs, gradients; every layout stays."""
+    options = {"norm": "instance", "generator": "resnet"} if case == "pix2pix" else {}
+    module, cfg = tiny(case, width=2, blocks=1, **options)
+    state = module.build(cfg, torch.device("cpu"))
+    plain = (state.G if case == "pix2pix" else state.G_AB).double()
+    net, x = copy.deepcopy(plain).to(memory_format=torch.channels_last), pictures(0, count).double()
+    stay_channels_last(net)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    outputs = []
+    for layer in net.modules():
+        layer.register_forward_hook(lambda *given: outputs.append(given[-1]))
     results = []
-    for net, layout in ((layer, torch.contiguous_format), (by_image, torch.channels_last)):
-        image = x.clone(memory_format=layout).requires_grad_()
-        out = net(image)
-        (out * weight.to(memory_format=layout)).sum().backward()
-        results.append((out, image.grad))
-        assert out.is_contiguous(memory_format=layout)
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
+    for network, image in ((plain, x), (net, x.to(memory_format=torch.channels_last))):
+        image = image.clone().requires_grad_()
+        out = network(image)
+        out.square().mean().backward()
+        results.append([out, image.grad, *(weight.grad for weight in network.parameters())])
+    for want, got in zip(*results, strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-14)
+    assert all(out.is_contiguous(memory_format=torch.channels_last) for out in outputs)
 
 
-def test_vgg_features_in_bf16_are_near_enough_for_a_style_loss():
-    """Loss within 2 %, its gradient in the same direction: Gram matrices stay in float32."""
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_one_line_chooses_the_layout_with_instance_norm(layout, monkeypatch):
+    monkeypatch.setattr(support.device, "WITH_INSTANCE_NORM", layout)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))
+    monkeypatch.setattr(net, "to", lambda device, memory_format: memory_format)
+    assert common.to_device(net, torch.device("cuda")) == layout
+    assert isinstance(net[1], InstanceNorm) == (layout == torch.channels_last)
+    assert common.to_device(net, torch.device("cpu")) == torch.contiguous_format
+
+
+def test_vgg_in_bf16_keeps_the_direction_of_the_gradient(tmp_path):
+    """Losses within 2 %; activations in bf16 become float32 before their Gram matrices."""
+    vgg_file(tmp_path / "vgg.pth")
     fake, target = pictures().requires_grad_(), pictures(1)
+    autocast = common.autocast(tiny("pix2pix", precision="bf16")[1], fake.device)
     found = []
-    for in_bf16 in (False, True):
-        vgg = common.VGG16Features(["relu1_2", "relu3_3"], "random", "")
-        if in_bf16:
-            harness.features_in_bf16(vgg, fake.device)
-            features = vgg(target)
-            assert all(layer.dtype == torch.float32 for layer in features)
-            assert torch.equal(features[1], features[1].bfloat16().float())
-        loss = mixlc_acgan.style_loss(vgg, fake, target)
-        (gradient,) = torch.autograd.grad(loss, fake)
-        found.append((loss, gradient.flatten()))
-    (loss, gradient), (rough, rough_gradient) = found
-    assert rough.item() == pytest.approx(loss.item(), rel=0.02) and not torch.equal(rough, loss)
-    assert torch.cosine_similarity(gradient, rough_gradient, dim=0) > 0.99
+    for given in (None, autocast):
+        vgg = common.VGG16Features(["relu2_2"], "vgg16", str(tmp_path / "vgg.pth"), given)
+        (features,) = vgg(target)
+        unscaled = features / vgg.scales[0]
+        in_bf16 = torch.allclose(unscaled, unscaled.bfloat16().float(), rtol=1e-6)
+        assert in_bf16 == (given is not None) and features.dtype == torch.float32
+        for loss in (mixlc_acgan.style_loss, pix2pix.vgg_loss):
+            value = loss(vgg, fake, target)
+            assert value.dtype == torch.float32
+            found.append((value.item(), torch.autograd.grad(value, fake)[0].flatten()))
+    for (loss, gradient), (rough, rough_gradient) in zip(found[:2], found[2:], strict=True):
+        assert rough == pytest.approx(loss, rel=0.02) and rough != loss
+        assert torch.cosine_similarity(gradient, rough_gradient, dim=0) > 0.99
+    random = common.VGG16Features(["relu2_2"], "random", "", autocast)
+    assert random.autocast is not autocast
 
 
 def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):

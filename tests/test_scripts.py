@@ -20,7 +20,7 @@ CAPS = {"pix2pix": 485, "cyclegan": 471, "mixlc": 573, "mixlc_acgan": 543}
 
 # The files of support/, floor by floor: each imports only from floors below its own.
 FLOORS = [
-    "errors processes",
+    "errors processes channels_last",
     "files classes device batches",
     "options layouts opening demo pictures plots",
     "rasters checkpoints distances windows",
