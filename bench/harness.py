@@ -21,14 +21,16 @@ from support.channels_last import stay_channels_last
 
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(14)])
-# What one would write first, then each thing that the fast path adds to it alone, then all of them.
-PLAIN, FAST = "plain", "fast"
-# keep_memory: what is freed stays with the process, which takes effect on the CPU alone
+# plain: what one would write first; fast: everything that this project adds
 # nchw: the fast path, with NCHW where a network has InstanceNorm
 # vgg_fp32: the fast path, with the features of VGG16 in float32
-SINGLE = ("channels_last", "fused", "bf16", "compile", "graph")
+# keep_memory: what is freed stays with the process, which takes effect on the CPU alone
+# the others: plain, with one part of the fast path
+FAST, SINGLE = "fast", ("graph", "bf16", "channels_last", "fused", "compile")
 FULL = (FAST, "nchw", "vgg_fp32")
-VARIANTS = (FAST, *FULL[1:], *SINGLE)
+# on CUDA: (variant, batch size), in the order of their worth
+BY_WORTH = [(FAST, 1), (FAST, 16), ("nchw", 1), ("vgg_fp32", 16), *((v, 1) for v in SINGLE)]
+BY_WORTH += [("nchw", 16), (FAST, 4)]
 
 
 def device_time():

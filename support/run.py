@@ -88,11 +88,10 @@ class Run:
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
         total = cfg.epochs * self.steps_per_epoch * self.images_per_step
-        done = self.step * self.images_per_step
+        done, self.warm = self.step * self.images_per_step, self.step + 5
         about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
         self.bar = tqdm(total=total, initial=done, **about)
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
-        self.tracker = None
         if not rank():
             self._prepare_folder(saved)
         self._compare_images(saved.get("images", {}))
@@ -107,8 +106,7 @@ class Run:
         if saved:
             cut_metrics(self.metrics, saved["metrics_bytes"])
             self._keep()
-        if self.cfg.track:
-            self.tracker = _tracker(self.cfg, self.id)
+        self.tracker = _tracker(self.cfg, self.id) if self.cfg.track else None
         self.say(f"run folder {self.out}")
 
     def _compare_images(self, before):
@@ -162,6 +160,9 @@ class Run:
         self.of_epoch.add(list(losses), values)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
+        if self.step == self.warm:  # the time left leaves the capture of a CUDA graph out
+            self.bar.reset()
+            self.bar.n = self.bar.initial = self.step * self.images_per_step
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # all of about as many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
@@ -197,8 +198,7 @@ class Run:
             csv.writer(file).writerows([row] if file.tell() else [header, row])
         if self.tracker:
             self.tracker(values | {"lr": self.lr}, {}, self.step)
-        shown = {name: f"{value:.3g}" for name, value in means.items()}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         return values
 
     def _refuse(self, what):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import roofline
 import torch
+from test_steps import double_batch, in_double
 
 import common
 import harness
@@ -286,6 +288,22 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     monkeypatch.setattr(support.device, "keep_memory", lambda: calls.append(True))
     start(tiny("pix2pix", device="cpu")[1])
     assert calls == [True]
+
+
+@pytest.mark.parametrize("script", reference.STEPS)
+def test_the_reference_step_trains_as_the_scripts_do(script):
+    """Which justifies that the benchmarks time one beside the other."""
+    more = {"dropout": 0.0} if script == "pix2pix" else {"pool_size": 2}
+    module, cfg = tiny(script, width=2, **more)
+    ours = in_double(module.build(cfg, torch.device("cpu")))
+    theirs = copy.deepcopy(ours)
+    for k in range(3):
+        batch, losses = double_batch(script, cfg, seed=k), []
+        for step, state in ((module.train_step, ours), (reference.STEPS[script], theirs)):
+            torch.manual_seed(k)
+            losses.append(step(state, batch, cfg))
+        for name, loss in losses[1].items():
+            assert losses[0][name].item() == pytest.approx(loss.item(), rel=1e-9), (k, name)
 
 
 def test_the_roofline_counts_every_convolution_of_a_step():

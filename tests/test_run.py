@@ -37,6 +37,19 @@ def options(data, out, more=""):
     return f"--data {data} --out {out} --cache {Path(out).parent}/cache {TINY} {more}".split()
 
 
+def test_the_time_left_leaves_the_first_steps_out(pairs, tmp_path, monkeypatch):
+    """A CUDA graph is captured within them."""
+    done, honest = [], support.run.tqdm.reset
+
+    def reset(bar):
+        done.append(bar.n)
+        honest(bar)
+
+    monkeypatch.setattr(support.run.tqdm, "reset", reset)
+    main(options(pairs, tmp_path / "run", "--epochs 2"))
+    assert done == [10]
+
+
 def run(text):
     main(text.split())
 

@@ -5,11 +5,10 @@ import json
 from paths import ROOT
 from tables import seconds, table
 
-from harness import SCRIPTS
+from harness import FULL, SCRIPTS, SINGLE
 
 TIMES = ROOT / "bench" / "results"
-VARIANTS = ("channels_last", "norm_by_image", "fused", "bf16", "compile", "graph")
-VARIANTS += ("keep_memory", "vgg_bf16", "fast")
+VARIANTS = (*SINGLE, "keep_memory", *reversed(FULL))
 SERVED = {
     "serve-maps-64": "maps pairs, 600 x 1200 JPEG, to 64",
     "serve-maps-256": "maps pairs, 600 x 1200 JPEG, to 256",
@@ -51,11 +50,11 @@ def steps(rows):
         ratios = []
         for name in variants:
             row = case.get(name)
-            ratios.append(f"{row['plain_seconds'] / row['seconds']:.2f}" if row else "")
+            ratios.append(ratio(row, "plain") if row else "")
         fast = case["fast"]
         rate = f"{fast['images_per_second']:.3g}"
         share = f"{100 * fast['share_of_matrix_rate']:.0f} %"
-        plain = seconds(fast["plain_seconds"])
+        plain = seconds(fast["plain_seconds"]) if "plain_seconds" in fast else ""
         lines.append([script, size, batch, plain, *ratios, rate, share, device])
     head = ["script", "size", "batch", "plain step", *variants]
     return table([*head, "images/s", "of matrix rate", "device"], lines)
@@ -67,12 +66,18 @@ def brief(rows):
     for row in of_scripts(rows, "bench_step"):
         if (row["variant"], row["size"], row["batch_size"]) != ("fast", 256, 1):
             continue
-        plain, fast = row["plain_seconds"], row["seconds"]
-        hours = fast * 200 * 1096 / 3600
-        times = [seconds(plain), seconds(fast), f"{plain / fast:.2f}", f"{hours:.3g} h"]
-        lines.append([row["script"], *times, row["device"]])
-    head = ["script", "plain step", "fast step", "ratio", "200 epochs of maps", "device"]
-    return table(head, lines)
+        hours = f"{row['seconds'] * 200 * 1096 / 3600:.3g} h"
+        times = [seconds(row["plain_seconds"]), seconds(row["seconds"])]
+        ratios = [ratio(row, "plain"), ratio(row, "reference")]
+        lines.append([row["script"], *times, *ratios, hours, row["device"]])
+    head = ["script", "plain step", "fast step", "plain / fast", "reference / fast"]
+    return table([*head, "200 epochs of maps", "device"], lines)
+
+
+def ratio(row, rival):
+    """How many times as long a rival of a benchmark took, if it has been timed."""
+    took = row.get(f"{rival}_seconds")
+    return f"{took / row['seconds']:.2f}" if took else ""
 
 
 def serving(rows):
