@@ -42,11 +42,6 @@ def files(tmp_path_factory, request):
     return root
 
 
-def dataset(module, cfg, device):
-    (name,) = {"Pairs", "Domains", "Edits"} & vars(module).keys()
-    return getattr(module, name)(cfg, "train", torch.device(device))
-
-
 @pytest.mark.benchmark(timer=harness.device_time)
 @pytest.mark.parametrize(("script", "device", "size", "batch_size", "count"), CASES)
 def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch_size, count):
@@ -57,7 +52,7 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
     options |= {"width": 16 if device == "cpu" else 64} if timed else {"width": 4}
     options |= {"lc_classes": "maps"} if "mixlc" in script else {}
     state, cfg, step = harness.prepare(script, harness.FAST, device, **options)
-    train = dataset(harness.config(script)[0], cfg, device)
+    train = harness.dataset(harness.config(script)[0], cfg, "train", torch.device(device))
     steps = (count if timed else 4) // batch_size or 1
     batch = next(train.batches(0))
 

@@ -63,6 +63,12 @@ def random_batch(script, cfg, device):
     return images[0], lc, images[1], box, inside, lc, images[2], lc, ~inside
 
 
+def dataset(module, cfg, split, device):
+    """A script's data, as its main loads it."""
+    (name,) = {"Pairs", "Domains", "Edits"} & vars(module).keys()
+    return getattr(module, name)(cfg, split, device)
+
+
 def prepare(script, variant, device, **options):
     """(state, cfg, step) of a variant of a script.
 

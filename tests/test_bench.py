@@ -1,10 +1,17 @@
-"""The tools in docs/tools that answer a question once: forged masks, seams, controls."""
+"""Tools that answer a question once: forged masks, seams, controls, and the parts for a GPU."""
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
 
 import draw_controls
 import draw_raster
 import forged_masks
+import gpu
 import keep_run
 import numpy as np
 import pytest
@@ -16,6 +23,8 @@ import pix2pix
 from conftest import land_cover, line_of
 from support.classes import ClassTable
 from support.windows import tiles
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_forged_masks_are_parts_of_two_real_ones():
@@ -186,3 +195,59 @@ def test_seams_of_stripes_and_of_noise():
         stripes[(a + 64 + b) // 2 :] += 20 * (-1) ** k
     assert seams.seams(noise, 64)[1] == pytest.approx(1, abs=0.5)
     assert seams.seams(stripes, 64)[1] > 3
+
+
+@pytest.mark.parametrize("missing", ["torch", "filelock"])
+def test_the_parts_for_a_gpu_stop_without_what_they_need(missing, tmp_path):
+    (tmp_path / missing).mkdir()
+    error = f"raise ModuleNotFoundError(\"No module named '{missing}'\")"
+    (tmp_path / missing / "__init__.py").write_text(error)
+    bash, python = map(shutil.which, ("bash", "python3"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(python)  # and no python
+    (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
+    env = {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(tmp_path)}
+    env["PYTHONPATH"] += os.pathsep + os.pathsep.join(path for path in sys.path if path)
+    call = [bash, str(ROOT / "bench/gpu.sh"), "1", str(tmp_path / "out")]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"'{missing}'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def session(tmp_path):
+    return gpu.Session(Namespace(out=tmp_path / "out", maps=None, landcover="lc", vgg16=None), True)
+
+
+def test_a_command_that_ended_well_is_left_out_next_time(session):
+    for name, code in (("good", "pass"), ("bad", "raise SystemExit(3)"), ("good", "1 / 0")):
+        session.do(name, 60, "-c", code)
+    session.do("bad", 60, "-c", "pass")
+    said = [line.split(" after")[0] for line in (session.out / "summary.txt").open()]
+    assert said == ["good: exit 0", "bad: exit 3", "bad: exit 0"]
+
+
+def test_a_large_file_is_packed_in_pieces(session, monkeypatch):
+    monkeypatch.setattr(gpu, "PIECE", 1000)
+    for name, size in (("a", 2500), ("b", 1000)):
+        (session.work / f"{name}.pt").write_bytes(bytes(range(250)) * (size // 250))
+    session.pack()
+    pack = session.out / "pack"
+    assert sorted(path.name for path in pack.glob("*.pt*")) == [
+        *("a.pt.00", "a.pt.01", "a.pt.02", "b.pt")
+    ]
+    joined = b"".join((pack / f"a.pt.0{k}").read_bytes() for k in range(3))
+    assert joined == (session.work / "a.pt").read_bytes()
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(3, "90"), (0, "1")])
+def test_epochs_follow_from_the_time_of_one(minutes, epochs, monkeypatch):
+    """One of 2 s."""
+    measured = subprocess.CompletedProcess([], 0, stdout="loading\n2.0\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: measured)
+    assert gpu.epochs_of("pix2pix", [], minutes) == epochs
+
+
+def test_edits_are_cut_into_patches_of_their_data(session):
+    assert "--patch 256" in " ".join(session.options("mixlc", ""))
+    assert "--patch" not in session.options("pix2pix", "")

@@ -76,11 +76,12 @@ def test_what_is_kept_of_a_run(tmp_path):
 def test_ratios_by_hand():
     row = {"name": "bench_step[x]", "device": "d", "script": "pix2pix", "variant": "fast"}
     row |= {"size": 256, "batch_size": 1, "plain_seconds": 3.0, "seconds": 0.5}
+    row |= {"reference_seconds": 2.0}
     row |= {"images_per_second": 2.0, "share_of_matrix_rate": 0.6}
     last = benchmark_tables.steps([row]).splitlines()[-1]
     assert last == "| pix2pix | 256 | 1 | 3 s | 6.00 | 2 | 60 % | d |"
     last = benchmark_tables.brief([row]).splitlines()[-1]
-    assert last == "| pix2pix | 3 s | 500 ms | 6.00 | 30.4 h | d |"
+    assert last == "| pix2pix | 3 s | 500 ms | 6.00 | 4.00 | 30.4 h | d |"
 
 
 def test_keeping_a_run_replaces_benchmarks_of_the_same_name(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Draw docs/raster.jpg: a raster translated as one square, by separate windows, by sharing windows.
 
-python docs/tools/draw_raster.py CHECKPOINT LABELS
+python docs/tools/draw_raster.py CHECKPOINT LABELS [RESULT]
 """
 
 import importlib
@@ -44,6 +44,7 @@ def both(picture):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    raster(*sys.argv[1:]).save(DOCS / "raster.jpg", quality=82)
+    result = sys.argv[3] if len(sys.argv) > 3 else DOCS / "raster.jpg"
+    raster(*sys.argv[1:3]).save(result, quality=82)

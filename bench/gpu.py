@@ -1,0 +1,300 @@
+"""All that a GPU should show, the most important first, in three parts of at most nine minutes.
+
+    bash bench/gpu.sh 1 OUT --maps maps/ --landcover dubai/ --vgg16 vgg16.pth
+    bash bench/gpu.sh 2 OUT ...      the same words: begins the edits, waits for trainings, collects
+    bash bench/gpu.sh 3 OUT ...      stops the trainings, evaluates, draws, packs
+
+Part 1 tests and times, and begins trainings that outlive it. Each part first does what earlier ones
+left undone. Trainings lie in OUT-work. OUT/pack is what to take home: small.tar.gz, and generators
+in half precision; a larger file comes in pieces of 15 MB (cat NAME.* > NAME). Without data the demo
+world is used; without a GPU everything has toy size.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs/tools"))
+
+import filelock
+import torch
+from export_weights import shrink
+from keep_run import keep
+from paths import DOCS, ROOT
+
+import common
+import harness
+from support.batches import steps_in_epoch
+from support.checkpoints import load_weights, save_checkpoint
+
+SECONDS, PIECE = 500, 15_000_000  # for a part's commands; the bytes of a file's piece
+RUNS = {  # name: part that begins it, script, its words, minutes
+    "sat2map": (1, "pix2pix", "--direction AtoB", 3),
+    "map2sat": (1, "pix2pix", "", 3),
+    "cyclegan": (1, "cyclegan", "", 9),
+    "mixlc": (2, "mixlc", "--batch-size 16", 3),
+    "mixlc_acgan": (2, "mixlc_acgan", "", 5),
+}
+TOY = "--size 64 --width 4 --max-images 4 --batch-size 2 --val-images 4"
+SMALL = ("evaluation.json", "config.json", "metrics.csv", "losses.png")
+
+
+class Session:
+    """A part's words, folders and deadline."""
+
+    def __init__(self, words, toy):
+        self.words, self.toy = words, toy
+        self.end = time.monotonic() + SECONDS
+        self.out = Path(words.out).resolve()
+        self.work = self.out.with_name(self.out.name + "-work")
+        for folder in (self.out, self.work / "done"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text):
+        print(text, flush=True)
+        with open(self.out / "summary.txt", "a") as file:
+            file.write(text + "\n")
+
+    def do(self, name, seconds, *command):
+        """Runs a Python command once: one that ended well is left out by the next call."""
+        mark, began = self.work / "done" / name, time.monotonic()
+        seconds = min(seconds, self.end - began)
+        if mark.exists():
+            return
+        if seconds < 5:
+            self.say(f"{name}: no time left")
+            return
+        # SIGINT, as pytest then writes its times
+        limit = ["timeout", "--signal=INT", "--kill-after=15", str(seconds), sys.executable]
+        with open(self.out / f"{name}.txt", "w") as log:
+            call = [*limit, *map(str, command)]
+            done = subprocess.run(call, cwd=ROOT, stdout=log, stderr=log, check=False)
+        status = done.returncode  # 124: it was stopped
+        self.say(f"{name}: exit {status} after {time.monotonic() - began:.0f} s")
+        if status == 0:
+            mark.touch()
+
+    def options(self, script, more):
+        """The words of a training."""
+        words = f"{more} --cache {self.work / 'cache'} {TOY if self.toy else ''}".split()
+        if "mixlc" in script and self.words.landcover:
+            words += ["--data", os.path.abspath(self.words.landcover), "--patch", "256"]
+        elif "mixlc" not in script and self.words.maps:
+            words += ["--data", os.path.abspath(self.words.maps)]
+        if script == "mixlc_acgan" and self.words.vgg16:
+            words += ["--vgg16", os.path.abspath(self.words.vgg16)]
+        elif script == "mixlc_acgan":
+            words += ["--style-features", "random"]
+        return words
+
+    def begin(self, part):
+        """Begins a part's trainings in a process group of their own, unless they run already."""
+        call = [sys.executable, __file__, *sys.argv[1:], "--train", str(part)]
+        with open(self.work / f"trainings{part}.txt", "a") as log:
+            subprocess.Popen(call, stdout=log, stderr=log, start_new_session=True)
+
+    def train(self, part):
+        """A part's trainings, one after the other; those that are there go on."""
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        with filelock.FileLock(self.work / f"trainings{part}.lock", timeout=0):
+            (self.work / f"trainings{part}.id").write_text(str(os.getpid()))
+            for name, (of_part, script, more, minutes) in RUNS.items():
+                run, words = self.work / name, self.options(script, more)
+                if of_part != part or stopped or (run / "evaluation.json").exists():
+                    continue
+                if (run / "checkpoints/last.pt").exists():
+                    words = ["--resume"]
+                else:
+                    words += ["--epochs", epochs_of(script, words, 0 if self.toy else minutes)]
+                call, began = [f"{script}.py", *words, "--out", run], time.monotonic()
+                subprocess.run([sys.executable, *call], cwd=ROOT, check=False)
+                with open(self.work / f"{name}.seconds", "a") as file:
+                    file.write(f"{time.monotonic() - began}\n")
+
+    def stop(self, part):
+        """Ends a part's trainings: they save first."""
+        lock = filelock.FileLock(self.work / f"trainings{part}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            group = int((self.work / f"trainings{part}.id").read_text())
+            os.killpg(group, signal.SIGTERM)
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=45)
+            if not lock.is_locked:
+                os.killpg(group, signal.SIGKILL)
+        lock.release()
+
+    def wait(self):
+        """Until every training has ended, or the part's time has."""
+        while time.monotonic() < self.end - 20:
+            if all((self.work / name / "evaluation.json").exists() for name in RUNS):
+                return
+            time.sleep(1)
+
+    def collect(self):
+        """The small files of every training."""
+        for name in RUNS:
+            grids = sorted((self.work / name / "samples").glob("*.png"))[-1:]
+            for path in [*(self.work / name / file for file in SMALL), *grids]:
+                if path.is_file():
+                    (self.out / name).mkdir(exist_ok=True)
+                    shutil.copy(path, self.out / name / path.name)
+
+    def finish(self, name):
+        """Evaluates a training that was stopped; keeps its result and its generators."""
+        run, script = self.work / name, RUNS[name][1]
+        last = run / "checkpoints/last.pt"
+        if not last.exists():
+            self.say(f"{name}: no checkpoint")
+            return
+        if not (run / "evaluation.json").exists():
+            words = [f"{script}.py", "--evaluate", "--checkpoint", last, "--out", run]
+            self.do(f"{name}-evaluate", 120, *words)
+        if (run / "evaluation.json").exists():
+            seconds = self.work / f"{name}.seconds"
+            times = seconds.read_text().split() if seconds.exists() else []
+            keep(run, self.out / name / "kept", sum(map(float, times)))
+        self.do(f"{name}-weights", 60, __file__, "--generators", last, self.work / f"{name}.pt")
+
+    def draw(self):
+        """Front and raster pictures of the map of a photograph."""
+        kept, last = self.out / "sat2map/kept", self.work / "sat2map/checkpoints/last.pt"
+        tools, photograph = DOCS / "tools", DOCS / "example.jpg"
+        self.do("front", 30, tools / "draw_front.py", kept, self.out / "front.jpg")
+        self.do("raster", 90, tools / "draw_raster.py", last, photograph, self.out / "raster.jpg")
+
+    def pack(self):
+        """OUT/pack: small.tar.gz, and each generator, whole or in pieces."""
+        pack, small = self.out / "pack", self.work / "small.tar.gz"
+        shutil.rmtree(pack, ignore_errors=True)
+        with tarfile.open(small, "w:gz") as archive:
+            archive.add(self.out, "results")
+        pack.mkdir()
+        for path in [small, *self.work.glob("*.pt")]:
+            content = path.read_bytes()
+            for k, first in enumerate(range(0, len(content), PIECE)):
+                end = "" if len(content) <= PIECE else f".{k:02}"
+                (pack / (path.name + end)).write_bytes(content[first : first + PIECE])
+
+
+def epochs_of(script, words, minutes):
+    """How many epochs fill so many minutes: text. Measured in a process of its own."""
+    call = [sys.executable, __file__, "--seconds-of-an-epoch", script, *words]
+    done = subprocess.run(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return "1"  # the training will fail alike
+    return str(max(1, int(60 * minutes / float(done.stdout.split()[-1]))))
+
+
+def seconds_of_an_epoch(script, words):
+    """From 20 of its steps, after the first ones and the capture of the graph."""
+    module = importlib.import_module(script)
+    scratch = Path(words[words.index("--cache") + 1]) / f"timed-{os.getpid()}"
+    words = [*words, "--out", str(scratch)]
+    cfg, device, _ = common.begin(module.Config, module.__doc__, module.QUICK, words)
+    state, train = module.build(cfg, device), harness.dataset(module, cfg, "train", device)
+    step = common.fast_step(module.train_step, cfg, device)
+    steps, times = 0, [harness.device_time()]
+    while steps < 30:
+        for batch in train.batches(steps):
+            step(state, batch, cfg)
+            steps += 1
+            if steps in (10, 30):
+                times.append(harness.device_time())
+    print((times[-1] - times[-2]) / 20 * steps_in_epoch(len(train), cfg.batch_size))
+
+
+def write_generators(checkpoint, path):
+    """Generators in half precision, as weights/ has them."""
+    content = shrink(load_weights(checkpoint))
+    state = content["state"]
+    content["state"] = {name: state[name] for name in state if name.startswith("G")}
+    save_checkpoint(path, content)
+
+
+def tests_and_times(session):
+    """Versions, first minutes, CUDA's tests, and the fast path's steps and epochs."""
+    do, toy = session.do, session.toy
+    do("versions", 30, "-m", "torch.utils.collect_env")
+    for script in ["pix2pix"] if toy else harness.SCRIPTS:
+        out = session.work / f"quick-{os.getpid()}-{script}"
+        words = [f"{script}.py", "--quick", "--out", out, *(f"{TOY} --epochs 1".split() * toy)]
+        do(f"quick-{script}", 60, *words)
+    do("tests", 120, "-m", "pytest", "-m", "cuda", "tests/test_steps.py" if toy else "tests")
+    times_of_steps(session, harness.BY_WORTH[:2])
+    times(session, "epoch", "cuda", 100)
+
+
+def times_of_steps(session, cases):
+    for variant, batch_size in cases:
+        times(session, "step", f"cuda-256-{batch_size}-{variant}", 90)
+
+
+def times(session, bench, cases, seconds):
+    """A run of benchmarks. Without a GPU they are deselected, which pytest calls status 5."""
+    words = ["-m", "pytest", f"bench/bench_{bench}.py", "--benchmark-only", "-k", cases]
+    if not session.toy:
+        report = f"--benchmark-json={session.out}/{bench}-{cases}.json"
+        session.do(f"{bench}-{cases}", seconds, *words, report)
+
+
+def play(session, part):
+    """A part, after what earlier parts left undone."""
+    if part < 3:
+        tests_and_times(session)
+        for begun in range(1, part + 1):
+            session.begin(begun)
+    if part == 2:
+        session.wait()
+    if part == 3:
+        for begun in (1, 2):
+            session.stop(begun)
+    session.collect()
+    if part == 3:
+        for name in RUNS:
+            session.finish(name)
+        session.draw()
+        times_of_steps(session, harness.BY_WORTH[2:])
+        times(session, "generate", "cuda", 60)
+        session.pack()
+
+
+def main(argv):
+    if argv[:1] == ["--seconds-of-an-epoch"]:
+        seconds_of_an_epoch(argv[1], argv[2:])
+        return
+    if argv[:1] == ["--generators"]:
+        write_generators(*argv[1:])
+        return
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("part", type=int, choices=(1, 2, 3))
+    parser.add_argument("out")
+    for name in ("--maps", "--landcover", "--vgg16"):
+        parser.add_argument(name)
+    parser.add_argument("--train", type=int, help=argparse.SUPPRESS)
+    words = parser.parse_args(argv)
+    session = Session(words, not torch.cuda.is_available())
+    if words.train:
+        session.train(words.train)
+        return
+    for name in ("pytest", "pytest_benchmark", "rasterio"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            session.say(f"{name} is missing: what needs it is left out")
+    play(session, words.part)
+    session.say(f"part {words.part}: done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
