@@ -13,6 +13,7 @@ world is used; without a GPU everything has toy size.
 import argparse
 import contextlib
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -164,7 +165,7 @@ class Session:
             seconds = self.work / f"{name}.seconds"
             times = seconds.read_text().split() if seconds.exists() else []
             keep(run, self.out / name / "kept", sum(map(float, times)))
-        self.do(f"{name}-weights", 60, __file__, "--generators", last, self.work / f"{name}.pt")
+        write_generators(last, self.work / f"{name}.pt")
 
     def draw(self):
         """Front and raster pictures of the map of a photograph."""
@@ -204,14 +205,13 @@ def seconds_of_an_epoch(script, words):
     cfg, device, _ = common.begin(module.Config, module.__doc__, module.QUICK, words)
     state, train = module.build(cfg, device), harness.dataset(module, cfg, "train", device)
     step = common.fast_step(module.train_step, cfg, device)
-    steps, times = 0, [harness.device_time()]
-    while steps < 30:
-        for batch in train.batches(steps):
-            step(state, batch, cfg)
-            steps += 1
-            if steps in (10, 30):
-                times.append(harness.device_time())
-    print((times[-1] - times[-2]) / 20 * steps_in_epoch(len(train), cfg.batch_size))
+    batches = itertools.chain.from_iterable(map(train.batches, itertools.count()))
+    for number, batch in enumerate(itertools.islice(batches, 30)):
+        if number == 10:
+            began = harness.device_time()
+        step(state, batch, cfg)
+    seconds = (harness.device_time() - began) / 20
+    print(seconds * steps_in_epoch(len(train), cfg.batch_size))
 
 
 def write_generators(checkpoint, path):
@@ -222,8 +222,8 @@ def write_generators(checkpoint, path):
     save_checkpoint(path, content)
 
 
-def tests_and_times(session):
-    """Versions, first minutes, CUDA's tests, and the fast path's steps and epochs."""
+def tests(session):
+    """Versions, first minutes, CUDA's tests."""
     do, toy = session.do, session.toy
     do("versions", 30, "-m", "torch.utils.collect_env")
     for script in ["pix2pix"] if toy else harness.SCRIPTS:
@@ -231,50 +231,42 @@ def tests_and_times(session):
         words = [f"{script}.py", "--quick", "--out", out, *(f"{TOY} --epochs 1".split() * toy)]
         do(f"quick-{script}", 60, *words)
     do("tests", 120, "-m", "pytest", "-m", "cuda", "tests/test_steps.py" if toy else "tests")
-    times_of_steps(session, harness.BY_WORTH[:2])
-    times(session, "epoch", "cuda", 100)
 
 
-def times_of_steps(session, cases):
-    for variant, batch_size in cases:
-        times(session, "step", f"cuda-256-{batch_size}-{variant}", 90)
-
-
-def times(session, bench, cases, seconds):
-    """A run of benchmarks. Without a GPU they are deselected, which pytest calls status 5."""
-    words = ["-m", "pytest", f"bench/bench_{bench}.py", "--benchmark-only", "-k", cases]
-    if not session.toy:
-        report = f"--benchmark-json={session.out}/{bench}-{cases}.json"
-        session.do(f"{bench}-{cases}", seconds, *words, report)
+def times(session, steps):
+    """Some of the (variant, batch size) of harness.BY_WORTH, and epochs. Needs an idle GPU."""
+    cases = [("step", f"cuda-256-{batch_size}-{variant}") for variant, batch_size in steps]
+    for bench, case in [*cases, ("epoch", "cuda")] * (not session.toy):
+        words = ["-m", "pytest", f"bench/bench_{bench}.py", "--benchmark-only", "-k", case]
+        report = f"--benchmark-json={session.out}/{bench}-{case}.json"
+        session.do(f"{bench}-{case}", 90, *words, report)
 
 
 def play(session, part):
-    """A part, after what earlier parts left undone."""
+    """A part, after what earlier parts left undone; but nothing is timed beside trainings."""
     if part < 3:
-        tests_and_times(session)
-        for begun in range(1, part + 1):
+        tests(session)
+    if part == 1:
+        times(session, harness.BY_WORTH[:2])
+    for begun in (1, 2):
+        if part == 3:
+            session.stop(begun)
+        elif begun <= part:
             session.begin(begun)
     if part == 2:
         session.wait()
-    if part == 3:
-        for begun in (1, 2):
-            session.stop(begun)
     session.collect()
     if part == 3:
         for name in RUNS:
             session.finish(name)
         session.draw()
-        times_of_steps(session, harness.BY_WORTH[2:])
-        times(session, "generate", "cuda", 60)
+        times(session, harness.BY_WORTH)
         session.pack()
 
 
 def main(argv):
     if argv[:1] == ["--seconds-of-an-epoch"]:
         seconds_of_an_epoch(argv[1], argv[2:])
-        return
-    if argv[:1] == ["--generators"]:
-        write_generators(*argv[1:])
         return
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("part", type=int, choices=(1, 2, 3))

@@ -42,8 +42,9 @@ def device_time():
 
 def config(script, **options):
     """A script's module and its Config; the edits get a table of 14 classes and a style loss that
-    needs no file.
+    needs no file. The arithmetic is that of training.
     """
+    support.device.set_arithmetic()
     module = importlib.import_module(script)
     options |= {"lc_classes": TABLE} if "mixlc" in script and "lc_classes" not in options else {}
     options |= {"style_features": "random"} if script == "mixlc_acgan" else {}
@@ -76,7 +77,6 @@ def prepare(script, variant, device, **options):
     train_step on a state that lacks what the variant does not have.
     """
     device = torch.device(device)
-    support.device.set_arithmetic()
     fast = variant in FULL
     bf16 = variant == "bf16" or (fast and device.type == "cuda")
     options |= {"graph": fast or variant == "graph", "precision": "bf16" if bf16 else "fp32"}

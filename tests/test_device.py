@@ -290,6 +290,14 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     assert calls == [True]
 
 
+def test_benchmarks_compute_as_training_does(monkeypatch):
+    """Without TF32, each convolution by its fastest algorithm."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    harness.config("pix2pix")
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("script", reference.STEPS)
 def test_the_reference_step_trains_as_the_scripts_do(script):
     """Which justifies that the benchmarks time one beside the other."""
