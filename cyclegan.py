@@ -101,11 +101,9 @@ class Domains:
         side = common.load_size(cfg) if split == "train" else cfg.size
         self.store = common.ImageStore(cfg, split, side)
         self.paired, self.classes = self.store.paired, self.store.classes
-        if self.paired:
-            self.loader_A = self.loader_B = common.Loader(self.store.records, device)
-        else:
-            self.loader_A = common.Loader(self.store.A, device)
-            self.loader_B = common.Loader(self.store.B, device)
+        self.loader_A = self.loader_B = common.Loader(self.store.rows["A"], device)
+        if not self.paired:
+            self.loader_B = common.Loader(self.store.rows["B"], device)
 
     def __len__(self):
         return max(len(self.loader_A), len(self.loader_B))
@@ -139,13 +137,13 @@ class Domains:
             yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
 
     def side_A(self, records):
-        """(B, 3 or more, S, S) uint8 -> (B, 3, S, S) in [-1, 1]."""
-        return common.from_bytes(records[:, :3])
+        """(B, C, S, S) uint8 -> (B, 3, S, S) in [-1, 1], or NaN where there is no data."""
+        return self.store.images("A", records)
 
     def side_B(self, records):
-        """(B, C, S, S) uint8 -> pictures (B, 3, S, S) in [-1, 1], or one-hot maps."""
-        b = records[:, 3:] if self.paired else records
-        return common.one_hot(b[:, 0], len(self.classes)) if self.classes else common.from_bytes(b)
+        """(B, C, S, S) uint8 -> pictures (B, 3, S, S) in [-1, 1] or NaN, or one-hot maps."""
+        images = self.store.images("B", records)
+        return common.one_hot(images, len(self.classes)) if self.classes else images
 
     def picture(self, images):
         """Images of domain B as pictures (B, 3, S, S) in [-1, 1]."""
@@ -314,10 +312,12 @@ def gan_loss(logits, real):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference: equation 2 of Zhu et al. 2017 for one direction, and the identity
-    loss of its section 5.2. A scalar.
+    """Mean absolute difference where there is data, a scalar: equation 2 of Zhu et al. 2017 for one
+    direction, and the identity loss of its section 5.2.
     """
-    return F.l1_loss(common.full_precision(fake), common.full_precision(target))
+    known = ~target.isnan()
+    difference = common.full_precision(fake) - common.full_precision(target)
+    return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
 
 
 def label_loss(logits, target):
@@ -373,13 +373,14 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of both generators, then one of both discriminators. batch = (real_A, real_B).
 
-    Each is (B, C, S, S): pictures in [-1, 1], or one-hot maps, all zeros where ignored.
+    Each is (B, C, S, S): pictures in [-1, 1], NaN without data, or one-hot maps, zeros if ignored.
 
     L_G = GAN(D_B(G_AB(A)), 1) + GAN(D_A(G_BA(B)), 1) + lambda_cycle [cycle_A + cycle_B]
           + lambda_cycle * lambda_identity [identity_A + identity_B]
     L_D = 1/2 [GAN(D(real), 1) + GAN(D(fake), 0)] for each domain; fakes come through the pools
     """
-    real_A, real_B = batch
+    A, B = batch
+    real_A, real_B = common.filled(A), common.filled(B)
     with_identity = cfg.lambda_identity > 0 and not cfg.classes
     with common.autocast(cfg, real_A.device):
         fake_B = state.G_AB(real_A)
@@ -395,19 +396,20 @@ def train_step(state, batch, cfg):
             fake_B = fake_B * real_B.sum(
                 1, keepdim=True
             )  # the holes of real maps, in fakes as well
+        fake_A, fake_B = common.holes_of(A, fake_A), common.holes_of(B, fake_B)
         logits_A = state.D_A(fake_A)
         logits_B = state.D_B(fake_B)
     losses = {
         "adv_AB": gan_loss(logits_B, True),
         "adv_BA": gan_loss(logits_A, True),
-        "cycle_A": l1_loss(cycled_A, real_A),
-        "cycle_B": label_loss(cycled_B, real_B) if cfg.classes else l1_loss(cycled_B, real_B),
+        "cycle_A": l1_loss(cycled_A, A),
+        "cycle_B": label_loss(cycled_B, real_B) if cfg.classes else l1_loss(cycled_B, B),
     }
     loss_g = losses["adv_AB"] + losses["adv_BA"]
     loss_g = loss_g + cfg.lambda_cycle * (losses["cycle_A"] + losses["cycle_B"])
     if with_identity:
-        losses["identity_A"] = l1_loss(same_A, real_A)
-        losses["identity_B"] = l1_loss(same_B, real_B)
+        losses["identity_A"] = l1_loss(same_A, A)
+        losses["identity_B"] = l1_loss(same_B, B)
         identity = losses["identity_A"] + losses["identity_B"]
         loss_g = loss_g + cfg.lambda_cycle * cfg.lambda_identity * identity
     generators = nn.ModuleList([state.G_AB, state.G_BA])
@@ -481,7 +483,7 @@ def translate(state, inputs, cfg, direction=None):
     Pictures are in [-1, 1]; land cover is one-hot, in and out. direction: "AtoB" or "BtoA"; None:
     --direction.
     """
-    to_B = (direction or cfg.direction) == "AtoB"
+    to_B, inputs = (direction or cfg.direction) == "AtoB", common.filled(inputs)
     with common.autocast(cfg, inputs.device):
         fakes = state.G_AB(inputs) if to_B else state.G_BA(inputs)
     return (straight_through(fakes) if to_B and cfg.classes else fakes).float()

@@ -176,8 +176,9 @@ class Edits:
             box, own = torch.cat([box, box]), torch.cat([own, own])
         pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
         ab = torch.where(pasted, b, a)
-        rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
+        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (self.store.images("B", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in (lc_a, lc_b, lc_ab))
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
 
 
@@ -206,7 +207,8 @@ def visible(edit, cfg):
     Then there is nothing to copy, as in the image completion of Iizuka et al. 2017.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
-    return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
+    rgb = common.filled(edit.rgb_a)
+    return rgb.masked_fill(mask, 0.0) if cfg.erase else rgb
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -506,11 +508,13 @@ def train_step(state, batch, cfg):
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     near = grown(mask)
     judged = near if cfg.composite else torch.ones_like(near)
-    with common.autocast(cfg, edit.rgb_a.device):
+    rgb_a, rgb_b, target = (common.filled(x) for x in (edit.rgb_a, edit.rgb_b, edit.rgb_ab))
+    with common.autocast(cfg, rgb_a.device):
         fake = state.G(visible(edit, cfg), edit.lc_ab)
-        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
+        shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab, mask, edit.box)  # D must not reach G
-        logits_real = state.D(edit.rgb_b, edit.lc_b, mask, edit.box)
+        logits_real = state.D(rgb_b, edit.lc_b, mask, edit.box)
     d_real = gan_loss(logits_real, True, judged)
     d_fake = gan_loss(logits_fake, False, judged)
     loss_d = 0.5 * (d_real + d_fake)
@@ -519,12 +523,13 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, edit.rgb_a.device):
+    with common.autocast(cfg, rgb_a.device):
         logits_fake = state.D(shown, edit.lc_ab, mask, edit.box)
-    known = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage  # pixels that have a target
+    known = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage
+    known = known & ~edit.rgb_ab[:, :1].isnan()  # pixels that have a target
     g_adv = gan_loss(logits_fake, True, judged)
-    g_l1 = masked_l1_loss(fake, edit.rgb_ab, known)
-    g_local = masked_l1_loss(fake, edit.rgb_ab, near & known)
+    g_l1 = masked_l1_loss(fake, target, known)
+    g_local = masked_l1_loss(fake, target, near & known)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights

@@ -171,8 +171,9 @@ class Edits:
             box, own = torch.cat([box, box]), torch.cat([own, own])
         pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
         ab = torch.where(pasted, b, a)
-        rgb_a, rgb_b, rgb_ab = (common.from_bytes(x[:, :3]) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (common.one_hot(x[:, 3], len(self.classes)) for x in (a, b, ab))
+        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (self.store.images("B", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in (lc_a, lc_b, lc_ab))
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
 
 
@@ -201,7 +202,8 @@ def visible(edit, cfg):
     Then there is nothing to copy, as in the image completion of Iizuka et al. 2017.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
-    return edit.rgb_a.masked_fill(mask, 0.0) if cfg.erase else edit.rgb_a
+    rgb = common.filled(edit.rgb_a)
+    return rgb.masked_fill(mask, 0.0) if cfg.erase else rgb
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -328,7 +330,7 @@ class Discriminator(nn.Module):
     def classes_of(self, image):
         """The likeliest class of every pixel, (B, S, S), by running statistics."""
         self.eval()
-        classes = self.classify(image).argmax(1)
+        classes = self.classify(common.filled(image)).argmax(1)
         self.train()
         return classes
 
@@ -378,8 +380,10 @@ def grown(mask):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of pix2pix (arXiv:1611.07004): a scalar."""
-    return F.l1_loss(common.full_precision(fake), common.full_precision(target))
+    """Mean absolute difference, equation 3 of arXiv:1611.07004, where there is data: a scalar."""
+    known = ~target.isnan()
+    difference = common.full_precision(fake) - common.full_precision(target)
+    return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
 
 
 def class_loss(logits, target, weights):
@@ -400,6 +404,7 @@ def style_loss(vgg, fake, target):
     Gram matrix is a sum of thousands of products, which bf16 has too few digits for.
     """
     loss = 0.0
+    fake, target = common.holes_of(target, fake), common.filled(target)
     with torch.autocast(fake.device.type, enabled=False):
         layers_fake = vgg(common.full_precision(fake))
         layers_target = vgg(common.full_precision(target))
@@ -472,11 +477,13 @@ def train_step(state, batch, cfg):
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     judged = grown(mask) if cfg.composite else torch.ones_like(mask)
     rgb = visible(edit, cfg)
-    with common.autocast(cfg, edit.rgb_a.device):
+    rgb_a, rgb_b = common.filled(edit.rgb_a), common.filled(edit.rgb_b)
+    with common.autocast(cfg, rgb.device):
         fake = state.G(rgb, edit.lc_ab)
-        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
+        shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab)  # the D step must not reach G
-        logits_real, classes_real = state.D.both(edit.rgb_b, edit.lc_b)
+        logits_real, classes_real = state.D.both(rgb_b, edit.lc_b)
     d_real = gan_loss(logits_real, True, judged)
     d_fake = gan_loss(logits_fake, False, judged)
     d_class = class_loss(classes_real, edit.lc_b, state.class_weights)
@@ -486,7 +493,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, edit.rgb_a.device):
+    with common.autocast(cfg, rgb.device):
         logits_fake, classes_fake = state.D.both(shown, edit.lc_ab)
     losses = {
         "g_adv": gan_loss(logits_fake, True, judged),
@@ -497,7 +504,7 @@ def train_step(state, batch, cfg):
     loss_g = cfg.lambda_adv * losses["g_adv"] + cfg.lambda_l1 * losses["g_pixel"]
     loss_g = loss_g + cfg.lambda_style * losses["g_style"] + cfg.lambda_class * losses["g_class"]
     if cfg.lambda_id:
-        with common.autocast(cfg, edit.rgb_a.device):
+        with common.autocast(cfg, rgb.device):
             same = state.G(rgb, edit.lc_a)
         g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
         losses["g_id"], loss_g = g_id, loss_g + cfg.lambda_id * g_id

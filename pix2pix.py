@@ -153,10 +153,10 @@ class Pairs:
             yield torch.stack(next(self.loader.batches(index[None])))
 
     def sides(self, records):
-        """Records (B, 3 + C, S, S) uint8 -> (input, target), each (B, 3, S, S) in [-1, 1]."""
-        a, b = common.from_bytes(records[:, :3]), records[:, 3:]
-        labels = self.store.classes
-        b = common.draw(b[:, 0], labels) if labels else common.from_bytes(b)
+        """Records (B, C, S, S) uint8 -> (input, target), (B, 3, S, S) in [-1, 1]; no data: NaN."""
+        a, b = self.store.images("A", records), self.store.images("B", records)
+        if self.store.classes:
+            b = common.draw(b, self.store.classes)
         return (a, b) if self.cfg.direction == "AtoB" else (b, a)
 
 
@@ -333,8 +333,10 @@ def gan_loss(logits, real, gan):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of Isola et al. 2017: a scalar."""
-    return F.l1_loss(common.full_precision(fake), common.full_precision(target))
+    """Mean absolute difference, equation 3 of Isola et al. 2017, where there is data: a scalar."""
+    known = ~target.isnan()
+    difference = common.full_precision(fake) - common.full_precision(target)
+    return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
 
 
 def vgg_loss(vgg, fake, target):
@@ -389,17 +391,18 @@ def build(cfg, device, training=True):
 
 
 def train_step(state, batch, cfg):
-    """One update of D, then one of G. batch = (input, target), (B, 3, S, S) in [-1, 1].
+    """One update of D, then one of G. batch = (input, target), (B, 3, S, S) in [-1, 1] or NaN.
 
     L_D = d_weight * [GAN(D(x, y), 1) + GAN(D(x, G(x)), 0)]
     L_G = GAN(D(x, G(x)), 1) + lambda_l1 * L1(G(x), y), or with --content vgg
           GAN(D(x, G(x)), 1) + lambda_vgg * VGG(G(x), y)
     """
     x, y = batch
+    x, real = common.filled(x), common.filled(y)
     with common.autocast(cfg, x.device):
-        fake = state.G(x)
+        fake = common.holes_of(y, state.G(x))
         logits_fake = state.D(x, fake.detach())  # the D step must not reach G
-        logits_real = state.D(x, y)
+        logits_real = state.D(x, real)
     d_real = gan_loss(logits_real, True, cfg.gan)
     d_fake = gan_loss(logits_fake, False, cfg.gan)
     loss_d = cfg.d_weight * (d_real + d_fake)
@@ -414,7 +417,7 @@ def train_step(state, batch, cfg):
     g_l1 = l1_loss(fake, y)
     losses = {"g_adv": g_adv, "g_l1": g_l1}
     if cfg.content == "vgg":
-        losses["g_content"] = vgg_loss(state.vgg, fake, y)
+        losses["g_content"] = vgg_loss(state.vgg, fake, real)
         loss_g = g_adv + cfg.lambda_vgg * losses["g_content"]
     else:
         loss_g = g_adv + cfg.lambda_l1 * g_l1
@@ -501,7 +504,7 @@ def translate(state, inputs, cfg, noise=True):
         common.generating(state.G, cfg, dropout=own_statistics and noise),
         common.autocast(cfg, inputs.device),
     ):
-        fakes = [state.G(x) for x in inputs.split(size)]
+        fakes = [state.G(x) for x in common.filled(inputs).split(size)]
     return torch.cat(fakes).float()
 
 
@@ -524,19 +527,20 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     scores = common.Scores(brief=colors is None, fid=cfg.fid)
     for records in val.in_order(images):
         x, y = val.sides(records)
+        labels = val.store.images("B", records)
         guesses = {"model": translate(state, x, cfg)}
         if colors:
             guesses["copy of the input"] = x
-            guesses |= common.constant_guesses(colors, y, records[:, 3])
+            guesses |= common.constant_guesses(colors, y, labels)
         for row, guess in guesses.items():
             scores.add_images(row, guess, y)
             if cfg.classes and cfg.direction == "AtoB":
-                labels = nearest_class(guess, cfg.classes)
-                scores.add_labels(row, labels, records[:, 3], len(cfg.classes))
+                nearest = nearest_class(guess, cfg.classes)
+                scores.add_labels(row, nearest, labels, len(cfg.classes))
         scores.add_distances("model", guesses["model"], y)
         if judge:
             photographs = {"model": guesses["model"], "real photograph": y}
-            add_judged(scores, judge, photographs, records[:, 3], len(cfg.classes))
+            add_judged(scores, judge, photographs, labels, len(cfg.classes))
     if judge:
         add_floor(scores, judge, val, images)
     return scores
@@ -553,7 +557,8 @@ def add_floor(scores, judge, val, images):
     others = np.roll(images, len(images) // 2)
     for records, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
         photographs = {"real, of another place": val.sides(elsewhere)[1]}
-        add_judged(scores, judge, photographs, records[:, 3], len(val.store.classes))
+        labels = val.store.images("B", records)
+        add_judged(scores, judge, photographs, labels, len(val.store.classes))
 
 
 def nearest_class(images, classes):

@@ -13,7 +13,7 @@ from support.batches import Loader
 from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
 from support.errors import UserError
-from support.pictures import from_bytes
+from support.pictures import filled
 from support.processes import average_gradients, rank
 from support.store import ImageStore
 
@@ -53,7 +53,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def classes_of(self, image):
         """Photographs (B, 3, S, S) -> class indices (B, S, S)."""
-        return self.eval()(image).argmax(1)
+        return self.eval()(filled(image)).argmax(1)
 
 
 def find_judge(cfg, device):
@@ -93,7 +93,8 @@ def weights_digest(net):
 
 def train_judge(judge, cfg, device):
     """Trains a Judge on the training images, turned at random, for --judge-epochs."""
-    rows = Loader(ImageStore(cfg, "train", cfg.size).records, device)
+    store = ImageStore(cfg, "train", cfg.size)
+    rows = Loader(store.records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)
     rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
     for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):
@@ -103,8 +104,9 @@ def train_judge(judge, cfg, device):
             for axis in (2, 3):
                 turned = turned.flip(axis) if rng.random() < 0.5 else turned
             turned = turned.transpose(2, 3) if rng.random() < 0.5 else turned
-            logits = judge(from_bytes(turned[:, :3]))
-            loss = F.cross_entropy(logits, turned[:, 3].long(), ignore_index=IGNORED)
+            logits = judge(filled(store.images("A", turned)))
+            labels = store.images("B", turned).long()
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
             adam.zero_grad()
             loss.backward()
             average_gradients(judge)

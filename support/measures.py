@@ -12,13 +12,15 @@ from support.classes import IGNORED
 from support.distances import Distances
 from support.errors import or_a_warning
 from support.files import write_text
-from support.pictures import to_bytes
+from support.pictures import filled, holes_of, to_bytes
 from support.plots import write_page
 from support.processes import rank
 
 
-def measure_images(fake, target, brief=False):
+def measure_images(fake, target, brief=False, known=None):
     """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
+
+    known (B, 1, H, W) bool: other pixels do not count, and NaN comes out where none does.
 
     psnr         10 log10(255^2 / MSE), in dB
     mse          mean squared error, in squared levels 0-255; brief: these two alone
@@ -29,24 +31,31 @@ def measure_images(fake, target, brief=False):
     accuracy_10  or than 10: Fu et al. 2019 (arXiv:1809.05852)
     """
     fake, target = fake.double(), target.double()
+    if known is None:
+        known = torch.ones_like(target[:, :1], dtype=torch.bool)
     error = (fake - target).abs()
-    mse = error.square().mean((1, 2, 3))
+    count = known.sum((1, 2, 3)).double()
+
+    def mean(values):
+        return (values * known).sum((1, 2, 3)) / (count * values.shape[1])
+
+    mse = mean(error.square())
     psnr = 10 * torch.log10(255**2 / mse.clamp_min(1e-10))
     if brief:
         return {"psnr": psnr, "mse": mse}
-    worst = error.amax(1)
+    worst = error.amax(1, keepdim=True)
     return {
         "psnr": psnr,
-        "ssim": structural_similarity(fake, target),
+        "ssim": structural_similarity(fake, target, known),
         "mse": mse,
-        "rmse_rgb": (error.square().sum(1).mean((1, 2))).sqrt(),
-        "accuracy_5": (worst < 5).double().mean((1, 2)),
-        "accuracy_10": (worst < 10).double().mean((1, 2)),
+        "rmse_rgb": mean(error.square().sum(1, keepdim=True)).sqrt(),
+        "accuracy_5": mean((worst < 5).double()),
+        "accuracy_10": mean((worst < 10).double()),
     }
 
 
-def structural_similarity(fake, target):
-    """SSIM, as measure_images says: (B, C, H, W) float64 levels twice -> (B,)."""
+def structural_similarity(fake, target, known):
+    """SSIM, as measure_images says, of windows full of data: two (B, C, H, W) float64 -> (B,)."""
     x = torch.arange(11, dtype=torch.float64, device=fake.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
     window = window / window.sum()
@@ -61,7 +70,9 @@ def structural_similarity(fake, target):
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_f * mean_t + c1) / (mean_f**2 + mean_t**2 + c1)
     structure = (2 * cov + c2) / (var_f + var_t + c2)
-    return (luminance * structure).reshape(len(fake), -1).mean(1)
+    similarity = (luminance * structure).view(*fake.shape[:2], *luminance.shape[2:]).mean(1)
+    full = -F.max_pool2d(-known.double(), 11, 1)[:, 0]  # 0, or 1 where a window is full of data
+    return (similarity * full).sum((1, 2)) / full.sum((1, 2))
 
 
 def confusion_matrix(predicted, target, classes):
@@ -83,6 +94,11 @@ def measure_labels(confusion):
     }
 
 
+def has_data(images):
+    """Where pictures (B, C, S, S) have data, and are not NaN: (B, 1, S, S) bool."""
+    return ~images.isnan().any(1, keepdim=True)
+
+
 class Scores:
     """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
 
@@ -96,19 +112,21 @@ class Scores:
         self.sums, self.confusions, self.distances = {}, {}, {}  # {row: {name: (sum, count)}}
 
     def _add(self, row, name, values, where=1.0):
-        """Adds values to a mean, each weighing as much as `where` says."""
+        """Adds values that are not NaN to a mean, each weighing as much as `where` says."""
         cells = self.sums.setdefault(row, {})
-        weights = torch.ones_like(values) * where
-        amounts = torch.stack([(values * weights).sum(), weights.sum()]).cpu()
+        weights = ~values.isnan() * where
+        amounts = torch.stack([(values.nan_to_num() * weights).sum(), weights.sum()]).cpu()
         cells[name] = cells.get(name, 0) + amounts
 
     def add_images(self, row, guess, target):
-        """Pictures (B, 3, S, S) in [-1, 1], by measure_images: means over images."""
-        guess, target = to_bytes(guess), to_bytes(target)
-        for name, values in measure_images(guess, target, self.brief).items():
+        """Pictures (B, 3, S, S) in [-1, 1] or NaN, by measure_images: means over images."""
+        known = has_data(target)
+        guess, target = to_bytes(filled(guess)), to_bytes(target)
+        for name, values in measure_images(guess, target, self.brief, known).items():
             self._add(row, name, values)
         if not self.brief:
-            changes = (x.double().diff(dim=0).abs() for x in (guess, target))
+            both = known[1:] & known[:-1]
+            changes = (x.double().diff(dim=0).abs() * both for x in (guess, target))
             self._add_variety(row, "variety", *changes)
 
     def add_distances(self, row, guess, real, paired=True):
@@ -116,19 +134,20 @@ class Scores:
         if self.fid and row not in self.distances:
             self.distances[row] = Distances(guess.device, paired)
         if self.fid:
-            self.distances[row].add(guess, real)
+            self.distances[row].add(holes_of(real, guess), filled(real))
 
     def add_edit(self, row, guess, target, source, mask):
         """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
 
         L1 in levels 0-255 and PSNR in dB, inside and outside the edit; inside, L1 to the source.
         """
-        guess, target, source = (to_bytes(x).double() for x in (guess, target, source))
-        for area, where in (("inside", mask.double()), ("outside", 1 - mask.double())):
-            self._add(row, f"l1_{area}", (guess - target).abs(), where)
-            self._add(row, f"psnr_{area}", (guess - target).square(), where)
-        self._add(row, "l1_to_input", (guess - source).abs(), mask.double())
-        both = mask[1:] * mask[:-1]
+        known, known_source = has_data(target), has_data(source)
+        guess, target, source = (to_bytes(filled(x)).double() for x in (guess, target, source))
+        for area, where in (("inside", mask & known), ("outside", ~mask & known)):
+            self._add(row, f"l1_{area}", (guess - target).abs(), where.double())
+            self._add(row, f"psnr_{area}", (guess - target).square(), where.double())
+        self._add(row, "l1_to_input", (guess - source).abs(), (mask & known_source).double())
+        both = (mask & known)[1:] & (mask & known)[:-1]
         changes = (x.diff(dim=0).abs() * both for x in (guess, target))
         self._add_variety(row, "variety", *changes)
 

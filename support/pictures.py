@@ -11,15 +11,30 @@ from support.files import write_image
 
 
 def to_bytes(images):
-    """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture."""
+    """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture; no data: 0."""
     levels = (images.detach().float() + 1) * 127.5
-    return levels.round().clamp(0, 255).to(torch.uint8)
+    return levels.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
 
-def from_bytes(images):
-    """Pictures (B, 3, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes."""
+def from_bytes(images, known=None):
+    """Pictures (B, 3, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes.
+
+    known  (B, 1, H, W): where it is 0, there is no data, and the result is NaN
+    """
     levels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return levels.sub_(127.5).mul_(1 / 127.5)
+    levels = levels.sub_(127.5).mul_(1 / 127.5)
+    return levels if known is None else levels.masked_fill_(known == 0, torch.nan)
+
+
+def filled(images):
+    """Images (B, C, H, W) with each one's mean colour where they have no data (NaN)."""
+    colors = images.nanmean((2, 3), keepdim=True).nan_to_num()
+    return torch.where(images.isnan(), colors, images)
+
+
+def holes_of(real, fake):
+    """Generated images with the holes of real ones, in their mean colour: D sees no difference."""
+    return torch.where(real.isnan(), filled(real).to(fake.dtype), fake)
 
 
 def one_hot(index, classes):
@@ -61,6 +76,13 @@ def resize(image, size, labels=False):
     """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     return np.array(Image.fromarray(image).resize(size, how))
+
+
+def resize_known(known, size):
+    """Where there is data, (H, W) bool, at size (width, height): 255 where all of `resize` is."""
+    image = Image.fromarray(known.astype(np.float32))
+    share = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return np.where(abs(share - 1) < 1e-3, 255, 0).astype(np.uint8)
 
 
 def mirrored(pixels, height, width):

@@ -39,6 +39,7 @@ class Raster:
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
+        self._has_alpha = False
         suffix = self.path.suffix.lower()
         with decoding(path):
             check_ending(self.path, endings)
@@ -48,6 +49,7 @@ class Raster:
                 self.height, self.width = self._sides_of_array(shape_of_array(self.path, 8 * most))
             else:
                 with open_image(path) as image:
+                    self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
@@ -92,11 +94,14 @@ class Raster:
             if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
                 remedy = "convert it to 8 bits, with limits of your choice"
                 raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
-            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA"):
-                say_once(f"images are {image.mode}: converted to RGB, without any transparency")
+            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+                say_once(f"images are {image.mode}: converted to RGB")
             turn = _TURNS.get(_orientation(image))
-            rgb = image.convert("RGB")
-            return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
+            rgb = image.convert("RGBA" if self.masked else "RGB")
+            pixels = np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
+        if self.masked:
+            self._valid = pixels[..., 3] > 0
+        return np.ascontiguousarray(pixels[..., :3])
 
     def _read_labels(self):
         table, path = self.table, self.path
@@ -204,14 +209,19 @@ class Raster:
 
     @functools.cached_property
     def masked(self):
-        """Whether some pixels of a TIFF may hold no data."""
-        flags = self.tiff.mask_flag_enums if self.tiff else []
+        """Whether some pixels of a TIFF, or of a photograph with transparency, may hold no data."""
+        if not self.tiff:
+            return self._has_alpha and not self.table
+        flags = self.tiff.mask_flag_enums
         return not all("all_valid" in (flag.name for flag in band) for band in flags)
 
     def valid(self, top, left, height, width):
         """Where a window holds data, (height, width) bool; None where every pixel does."""
         if not self.masked:
             return None
+        if not self.tiff:
+            self.read(top, left, height, width)
+            return self._valid[top : top + height, left : left + width]
         window = (top, top + height), (left, left + width)
         return self.tiff.dataset_mask(window=window) > 0
 
@@ -267,8 +277,12 @@ def label_image(index, classes):
 def _writing_whole(path, source, classes):
     whole = np.zeros((source.height, source.width, *(() if classes else (3,))), np.uint8)
     yield functools.partial(paste, whole)
+    valid = source.valid(0, 0, source.height, source.width)
+    if valid is not None:
+        whole[~valid] = IGNORED if classes else 0
     if not classes:
-        write_image(path, whole)
+        see_through = valid is not None and path.suffix.lower() in (".png", ".webp")
+        write_image(path, np.dstack([whole, valid * np.uint8(255)]) if see_through else whole)
         return
     write_image(path.with_suffix(".png"), label_image(whole, classes))
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])

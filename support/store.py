@@ -20,7 +20,7 @@ from support.demo import demo_world
 from support.errors import UserError, say_once
 from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
-from support.pictures import resize
+from support.pictures import from_bytes, resize, resize_known
 from support.processes import first_here, rank, wait_for_others
 from support.rasters import Raster, check_pair
 
@@ -58,7 +58,11 @@ class ImageStore:
 
     A        (N, 3, side, side) uint8
     B        (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
-    records  (N, 3 + 3 or 1, side, side) uint8, A and B one after the other, if paired; else None
+    rows     {"A", "B"}: arrays to load, from which `images` makes A, or B
+    records  both of these if paired: A and B one after the other; else None
+
+    Where some picture may have pixels without data, a plane for each side of pictures follows: 255
+    where it has data. Labels are IGNORED where their photograph has none.
 
     The file's name is a hash of the list of files, their sizes and times, and every parameter.
     It is written aside and renamed, so that it is whole or absent.
@@ -73,15 +77,35 @@ class ImageStore:
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
-        self.records = None
+        self.records, self.channels_B = None, 1 if self.classes else 3
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
-            self.A, self.B = self.records[:, :3], self.records[:, 3:]
+            self.rows = {"A": self.records, "B": self.records}
+            end = 3 + self.channels_B
+            self.places = {"A": (0, 3, end), "B": (3, end, end + 1)}  # first, last, plane
         else:
-            self.A = self._open([(path, None) for path in self.split.A], "A")
-            self.B = self._open([(None, path) for path in self.split.B], "B")
+            a = self._open([(path, None) for path in self.split.A], "A")
+            b = self._open([(None, path) for path in self.split.B], "B")
+            self.rows = {"A": a, "B": b}
+            self.places = {"A": (0, 3, 3), "B": (0, self.channels_B, self.channels_B)}
+        self.A, self.B = (self.rows[side][:, slice(*self.places[side][:2])] for side in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
+
+    def images(self, side, rows):
+        """Side "A" or "B" of some rows: (B, 3, S, S) in [-1, 1], NaN where a picture has no data.
+
+        Of label maps (B, S, S) uint8 class indices.
+        """
+        first, last, _ = self.places[side]
+        if side == "B" and self.classes:
+            return rows[:, first]
+        return from_bytes(rows[:, first:last], self.known(side, rows))
+
+    def known(self, side, rows):
+        """Where a side has data, (B, 1, S, S); None: everywhere."""
+        plane = self.places[side][2]
+        return rows[:, plane : plane + 1] if rows.shape[1] > plane else None
 
     def _about(self):
         """What was found, on one line; refuses label maps without any class."""
@@ -91,13 +115,20 @@ class ImageStore:
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
         if not self.classes:
-            return text
+            empty = [self._empty(side) for side in "AB"]
+            return text + (f", {np.mean(empty):.0%} of the pixels ignored" if any(empty) else "")
         ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
         if ignored == 1 and all((image == IGNORED).all() for image in self.B):
             what = "no pixel has a class: check the class table"
             raise UserError(f"{split.root}, split {split.name}: {what}")
         text += f", B labels of {len(self.classes)} classes"
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
+
+    def _empty(self, side):
+        """The share of a side's pixels that have no data."""
+        rows = self.rows[side]
+        known = self.known(side, rows[spread(100, len(rows))])
+        return 0 if known is None else np.mean(known == 0)
 
     def histograms(self, most=1000):
         """How often each level, or class, occurs: {"A": (3, 256), "B": (3 or 1, 256)} int64.
@@ -108,8 +139,10 @@ class ImageStore:
         counts = {}
         for name, images in (("A", self.A), ("B", self.B)):
             counts[name] = np.zeros((images.shape[1], 256), np.int64)
+            known = self.known(name, self.rows[name])
             for row in spread(most, len(images)):
-                counts[name] += [np.bincount(x.ravel(), minlength=256) for x in images[row]]
+                seen = slice(None) if known is None else known[row, 0] > 0
+                counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in images[row]]
         if self.classes and self.paired:
             by_class, channels = np.zeros(256 * 3 * 256, np.int64), np.arange(3)[:, None, None]
             for row in spread(most, len(self.A)):
@@ -120,7 +153,7 @@ class ImageStore:
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest)
-        text = [f"{what} planar {self.side} {self.patch} {self.split.halves} {table}"]
+        text = [f"{what} planar, holes {self.side} {self.patch} {self.split.halves} {table}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
@@ -137,22 +170,23 @@ class ImageStore:
     def _build(self, pairs, path):
         pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         try:
-            counts = list(pool.map(self._count, pairs))
+            counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
                 what = f"no image of {self.split.root} is that large"
                 raise UserError(f"--patch {self.patch}: {what}")
             self.cache.mkdir(parents=True, exist_ok=True)
             with whole_or_absent(path) as aside:
-                self._fill(pairs, counts, aside, pool)
+                self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _fill(self, pairs, counts, path, pool):
+    def _fill(self, pairs, counts, masked, path, pool):
         """Decodes pairs of files, which give counts of records each, into a new file."""
         ends = np.cumsum(counts)
-        channels = 3 * (pairs[0][0] is not None)
-        channels += (1 if self.classes else 3) * (pairs[0][1] is not None)
+        sides = [3, self.channels_B]
+        sides = [n for n, name in zip(sides, pairs[0], strict=True) if name]
+        channels = sum(sides) + masked * sides.count(3)
         shape = int(ends[-1]), channels, self.side, self.side
         store = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):  # Linux: the error of a full disk comes here
@@ -161,7 +195,7 @@ class ImageStore:
 
         def work(k):
             if counts[k]:
-                for row, record in enumerate(self._records(pairs[k]), ends[k] - counts[k]):
+                for row, record in enumerate(self._records(pairs[k], masked), ends[k] - counts[k]):
                     store[row] = record
 
         jobs = pool.map(work, range(len(pairs)))
@@ -177,10 +211,14 @@ class ImageStore:
         return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
 
     def _count(self, pair):
-        """How many records a file gives; refuses sizes or places that do not fit together."""
+        """How many records a file gives, and whether some may have pixels without data.
+
+        Refuses sizes or places that do not fit together.
+        """
         with contextlib.ExitStack() as stack:
             rasters = [stack.enter_context(Raster(*side)) for side in self._sides(pair)]
             check_pair(rasters[0], rasters[-1])
+            masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
         if self.split.halves and width != 2 * height:
             what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
@@ -191,9 +229,10 @@ class ImageStore:
             cut = f" cut into patches of {self.patch}" if self.patch else ""
             what = f"{width}x{height}{cut} is smaller than --size {self.smallest}"
             raise UserError(f"{name}: {what}")
-        return (width // self.patch) * (height // self.patch) if self.patch else 1
+        count = (width // self.patch) * (height // self.patch) if self.patch else 1
+        return count, masked
 
-    def _records(self, pair):
+    def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
         with contextlib.ExitStack() as stack:
             rasters = []
@@ -208,17 +247,39 @@ class ImageStore:
                         lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
                         b = self.classes.from_colours(b, pair[0], lossy, not self.patch)
                     strips = [a, b]
-                for patches in zip(*map(self._patches, strips), strict=True):
-                    yield np.concatenate(patches)
+                planes = self._planes(rasters, top, step) if masked else []
+                for patches in zip(*map(self._patches, strips + planes), strict=True):
+                    record = np.concatenate(patches)
+                    if planes and self.classes and self.paired:
+                        record[3] = np.where(record[4], record[3], IGNORED)
+                    yield record
+
+    def _planes(self, rasters, top, step):
+        """Where the pictures of a strip have data: (H, W) bool for each."""
+        planes = []
+        for raster in rasters:
+            if not raster.table:
+                valid = raster.valid(top, 0, step, raster.width)
+                planes.append(np.ones((step, raster.width), bool) if valid is None else valid)
+        if self.split.halves:
+            planes = np.split(planes[0], 2, axis=1)[: 1 if self.classes else 2]
+        return planes
 
     def _patches(self, strip):
-        """The patches of a strip (H, W, 3) or (H, W), resized: (3 or 1, side, side) each."""
-        labels = strip.ndim == 2
+        """The patches of a strip, resized: (3 or 1, side, side) each.
+
+        The strip is a picture (H, W, 3), labels (H, W), or where a picture has data, (H, W) bool.
+        """
+        size = self.side, self.side
         step = self.patch or strip.shape[1]
         for left in range(0, strip.shape[1] - step + 1, step):
             cut = np.ascontiguousarray(strip[:, left : left + step])
-            resized = resize(cut, (self.side, self.side), labels)
-            yield resized[None] if labels else resized.transpose(2, 0, 1)
+            if cut.dtype == bool:
+                yield resize_known(cut, size)[None]
+            elif cut.ndim == 2:
+                yield resize(cut, size, labels=True)[None]
+            else:
+                yield resize(cut, size).transpose(2, 0, 1)
 
     def windows(self):
         """How many source pixels images have, [(height, width) of A, of B]: --patch, or the most.

@@ -644,6 +644,7 @@ def test_constant_guesses():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     images[0, 0], images[1, 1, :1] = 200, 80
     store = types.SimpleNamespace(A=images, B=images, paired=True, classes=None)
+    store.rows, store.known = {"A": images, "B": images}, lambda *_: None
     counts = ImageStore.histograms(store)["A"]
     guesses = common.constant_colors(counts)
     bytes_of = {name: to_bytes(color).tolist() for name, color in guesses.items()}
@@ -665,6 +666,7 @@ def test_colours_of_the_classes():
     images[0, 0] = [[10, 20], [90, 200]]  # red, of the first image: three of class 0, one of 1
     images[1, 1] = [[4, 4], [4, 80]]  # green, of the second: three of class 1, one ignored
     store = types.SimpleNamespace(A=images, B=labels, paired=True, classes=table)
+    store.rows, store.known = {"A": images, "B": labels}, lambda *_: None
     counts = ImageStore.histograms(store)
     assert counts["A of classes"].shape == (3, 3, 256) and counts["A of classes"].sum() == 7 * 3
     colors = common.constant_colors(counts["A"], by_class=counts["A of classes"])

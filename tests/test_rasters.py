@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
 from PIL import Image, ImageOps
 from rasterio.control import GroundControlPoint
@@ -17,8 +18,9 @@ from rasterio.transform import from_bounds, from_origin
 
 import common
 from common import IGNORED
-from conftest import PLACE, TABLE, geotiff, noise, picture, save, tiny
+from conftest import CPU, PLACE, TABLE, batch_of, geotiff, noise, picture, save, tiny
 from support.classes import ClassTable
+from support.pictures import to_bytes
 from support.rasters import Raster, writing
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
@@ -377,6 +379,107 @@ def test_labels_of_a_training_pair_lie_where_the_photograph_does(tmp_path, case)
     else:
         with pytest.raises(common.UserError, match="lc/x.tif lies elsewhere than .*rgb/x.tif: "):
             common.ImageStore(cfg, "train", 32)
+
+
+def half_empty(path, how, level=(200, 60, 20)):
+    """A photograph of one colour, 64 x 64; its right half has no data, but colours."""
+    pixels = np.full((64, 64, 3), level, np.uint8)
+    pixels[:, 32:] = 0 if how == "nodata" else noise(64, 32).transpose(1, 2, 0)
+    valid = np.zeros((64, 64), np.uint8)
+    valid[:, :32] = 255
+    with_alpha = np.dstack([pixels, valid])
+    if how == "nodata":
+        geotiff(path / "x.tif", pixels, nodata=0)
+    elif how == "alpha band":
+        geotiff(path / "x.tif", with_alpha, photometric="RGB", alpha="yes")
+    elif "mask" in how:
+        geotiff(path / "x.tif", pixels)
+        inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=how == "mask")
+        with inside, rasterio.open(path / "x.tif", "r+") as target:
+            target.write_mask(valid)
+        assert (path / "x.tif.msk").exists() == (how == "mask beside it")
+    elif how == "palette":
+        path.mkdir(parents=True)
+        image = Image.fromarray(np.where(valid > 0, 0, 1).astype(np.uint8), "P")
+        image.putpalette([*level, 9, 99, 199])
+        image.save(path / "x.png", transparency=1)
+    else:
+        options = {"lossless": True, "exact": True} if how == ".webp" else {}
+        save(path / f"x{how}", with_alpha, **options)
+
+
+HOLES = ["nodata", "alpha band", "mask", "mask beside it", ".png", ".webp", "palette"]
+
+
+@pytest.mark.parametrize("how", HOLES)
+@pytest.mark.parametrize("labels", [True, False])
+def test_pixels_without_data_are_ignored(tmp_path, capsys, how, labels):
+    """In histograms, baselines, measures and the printed share, whatever their colours are."""
+    for split in ("train", "val"):
+        half_empty(tmp_path / split / ("rgb" if labels else "A"), how)
+        if labels:
+            save(tmp_path / split / "lc" / "x.png", np.ones((64, 64), np.uint8))
+        else:
+            save(tmp_path / split / "B" / "x.png", noise(64, 64).transpose(1, 2, 0))
+    table = json.dumps(TABLE) if labels else "pictures"
+    about = {"data": str(tmp_path), "cache": str(tmp_path / "cache"), "lc_classes": table}
+    module, cfg = tiny("pix2pix", **about)
+    val = module.Pairs(cfg, "val", CPU)
+    assert f"{50 if labels else 25}% of the pixels ignored" in capsys.readouterr().err
+    (records,) = val.in_order(np.arange(1))
+    x, y = val.sides(records)
+    assert y[:, :, :, 32:].isnan().all() and not x.isnan().any()
+    assert (to_bytes(y)[0, :, 0, 0].tolist()) == [200, 60, 20] and not y[:, :, :, :32].isnan().any()
+    histograms = val.store.histograms()
+    assert [row.nonzero().tolist() for row in histograms["A"]] == [[[200]], [[60]], [[20]]]
+    if labels:
+        assert (val.store.images("B", records) == IGNORED).sum() == 64 * 32
+        assert histograms["A of classes"].sum() == 64 * 32 * 3
+    colors = common.constant_colors(histograms["A"], cfg.classes, histograms.get("A of classes"))
+    colors["black"] = torch.full((3,), -1.0)
+    rows = module.evaluate(module.build(cfg, CPU), val, cfg, np.arange(1), colors).table()
+    assert rows["median training colour"]["accuracy_5"] == 1.0
+    assert rows["black"]["accuracy_5"] == rows["median training colour"]["rmse"] == 0.0
+    assert rows["black"]["rmse"] == pytest.approx(np.sqrt((200**2 + 60**2 + 20**2) / 3))
+
+
+# (the call of a generator, the field of the batch, the loss of their difference)
+PIXEL_LOSSES = {
+    "pix2pix": (0, 1, "g_l1"),
+    "cyclegan": (-1, 1, "identity_B"),
+    "mixlc": (0, 2, "g_l1"),
+    "mixlc_acgan": (0, 2, "g_pixel"),
+}
+
+
+@pytest.mark.parametrize("script", PIXEL_LOSSES)
+def test_steps_learn_from_pixels_with_data_alone(script):
+    """A loss of pixels is that of the half with data, and nothing becomes NaN."""
+    module, cfg = tiny(script)
+    state, batch = module.build(cfg, CPU), list(batch_of(script, cfg))
+    for k, images in enumerate(batch):
+        if images.ndim == 4 and images.shape[1] == 3 and images.min() < 0:
+            batch[k] = images.clone()
+            batch[k][:, :, :, 32:] = torch.nan
+    fakes, (call, target, name) = [], PIXEL_LOSSES[script]
+    G = state.G_AB if script == "cyclegan" else state.G
+    G.register_forward_hook(lambda _, given, fake: fakes.append(fake.detach().clone()))
+    losses = module.train_step(state, batch, cfg)
+    assert all(loss.isfinite() for loss in losses.values())
+    networks = [net for net in vars(state).values() if isinstance(net, torch.nn.Module)]
+    assert all(x.isfinite().all() for net in networks for x in net.state_dict().values())
+    want = (fakes[call] - batch[target])[:, :, :, :32].abs().mean()
+    assert losses[name].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp"])
+def test_transparent_pixels_stay_transparent(tmp_path, ending):
+    half_empty(tmp_path, ending)
+    result = tmp_path / "out" / f"x{ending}"
+    with Raster(tmp_path / f"x{ending}") as raster, writing(result, raster) as put:
+        put(np.full((64, 64, 3), 9, np.uint8), 0)
+    out = np.asarray(Image.open(result))
+    assert (out[:, :32] == (9, 9, 9, 255)).all() and not out[:, 32:, 3].any()
 
 
 def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
