@@ -137,11 +137,11 @@ class Domains:
             yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
 
     def side_A(self, records):
-        """(B, C, S, S) uint8 -> (B, 3, S, S) in [-1, 1], or NaN where there is no data."""
+        """(B, C, S, S) uint8 -> (B, C, S, S) in [-1, 1], or NaN where there is no data."""
         return self.store.images("A", records)
 
     def side_B(self, records):
-        """(B, C, S, S) uint8 -> pictures (B, 3, S, S) in [-1, 1] or NaN, or one-hot maps."""
+        """(B, C, S, S) uint8 -> pictures (B, C, S, S) in [-1, 1] or NaN, or one-hot maps."""
         images = self.store.images("B", records)
         return common.one_hot(images, len(self.classes)) if self.classes else images
 
@@ -349,20 +349,21 @@ class State:
 
 def build(cfg, device, training=True):
     """Networks, optimisers and pools on the device; without `training` the generators alone."""
-    channels_B = len(cfg.classes) if cfg.classes else 3
+    channels_A = cfg.channels("A")
+    channels_B = len(cfg.classes) if cfg.classes else cfg.channels("B")
     shape = cfg.width, cfg.blocks or (9 if cfg.size >= 256 else 6)
-    G_AB = ResNetGenerator(3, channels_B, *shape, not cfg.classes, cfg.upsample)
-    G_BA = ResNetGenerator(channels_B, 3, *shape, True, cfg.upsample)
+    G_AB = ResNetGenerator(channels_A, channels_B, *shape, not cfg.classes, cfg.upsample)
+    G_BA = ResNetGenerator(channels_B, channels_A, *shape, True, cfg.upsample)
     G_AB, G_BA = (common.to_device(init_weights(G), device) for G in (G_AB, G_BA))
     state = State(G_AB, G_BA)
     if not training:
         return state
-    D_A, D_B = Discriminator(3, cfg.width), Discriminator(channels_B, cfg.width)
+    D_A, D_B = Discriminator(channels_A, cfg.width), Discriminator(channels_B, cfg.width)
     state.D_A, state.D_B = (common.to_device(init_weights(D), device) for D in (D_A, D_B))
     state.opt_G = common.adam(nn.ModuleList([state.G_AB, state.G_BA]), cfg, device)
     state.opt_D = common.adam(nn.ModuleList([state.D_A, state.D_B]), cfg, device)
     dtype_B = torch.uint8 if cfg.classes else torch.float32
-    state.pool_A = ImagePool(cfg.pool_size, 3, cfg.size, torch.float32).to(device)
+    state.pool_A = ImagePool(cfg.pool_size, channels_A, cfg.size, torch.float32).to(device)
     state.pool_B = ImagePool(cfg.pool_size, channels_B, cfg.size, dtype_B).to(device)
     return state
 
@@ -381,7 +382,8 @@ def train_step(state, batch, cfg):
     """
     A, B = batch
     real_A, real_B = common.filled(A), common.filled(B)
-    with_identity = cfg.lambda_identity > 0 and not cfg.classes
+    alike = real_A.shape == real_B.shape and not cfg.classes
+    with_identity = cfg.lambda_identity > 0 and alike
     with common.autocast(cfg, real_A.device):
         fake_B = state.G_AB(real_A)
         fake_A = state.G_BA(real_B)
@@ -557,13 +559,14 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
 def baselines_of_A(val, real_A, real_B, colors):
     """The guesses at A that cost nothing: B itself, a colour everywhere, or for each class."""
     labels = common.class_index(real_B) if val.classes else None
-    guesses = {"copy of the input": val.picture(real_B)}
+    copy = val.picture(real_B)
+    guesses = {"copy of the input": copy} if copy.shape == real_A.shape else {}
     return guesses | common.constant_guesses(colors, real_A, labels)
 
 
 def baselines_of_B(val, real_A, real_B, constants):
     """The guesses at B that cost nothing: A itself, a colour or a class everywhere."""
-    guesses = {} if val.classes else {"copy of the input": real_A}
+    guesses = {"copy of the input": real_A} if real_A.shape == real_B.shape else {}
     return guesses | common.constant_guesses(constants, real_B)
 
 

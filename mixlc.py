@@ -271,10 +271,10 @@ class MiddleUNet(nn.Module):
     skips: of both encoders, or of the land cover's alone, so that less can be copied.
     """
 
-    def __init__(self, classes, size, width, skips):
+    def __init__(self, classes, bands, size, width, skips):
         super().__init__()
         self.both = skips == "both"
-        self.rgb_downs, self.lc_downs = encoder(3, size, width), encoder(classes, size, width)
+        self.rgb_downs, self.lc_downs = encoder(bands, size, width), encoder(classes, size, width)
         self.ups = decoder(size, width, encoders=2, skips=2 if self.both else 1)
 
     def forward(self, rgb, lc):
@@ -320,21 +320,21 @@ def doubling(transposed, upsample):
 
 
 class Generator(nn.Module):
-    """Photograph (B, 3, S, S) in [-1, 1] and land cover (B, classes, S, S) -> (B, 3, S, S)."""
+    """Photograph (B, bands, S, S) in [-1, 1], land cover (B, classes, S, S) -> (B, bands, S, S)."""
 
-    def __init__(self, classes, size, width, fusion, skips, upsample="transposed"):
+    def __init__(self, classes, bands, size, width, fusion, skips, upsample="transposed"):
         super().__init__()
         self.fusion, channels = fusion, 4 * width
         if fusion == "early":
-            self.unet, channels = UNet(3 + classes, size, width), 2 * width
+            self.unet, channels = UNet(bands + classes, size, width), 2 * width
         elif fusion == "middle":
-            self.unet = MiddleUNet(classes, size, width, skips)
+            self.unet = MiddleUNet(classes, bands, size, width, skips)
             channels = (3 if skips == "both" else 2) * width
         else:
-            self.rgb_net = UNet(3, size, width)
+            self.rgb_net = UNet(bands, size, width)
             is_late = fusion == "late"
             self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
-        last = doubling(nn.ConvTranspose2d(width, 3, 4, 2, 1), upsample)
+        last = doubling(nn.ConvTranspose2d(width, bands, 4, 2, 1), upsample)
         self.output_net = nn.Sequential(
             nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()
         )
@@ -356,17 +356,17 @@ class Discriminator(nn.Module):
     the two.
     """
 
-    def __init__(self, size, width, local_d):
+    def __init__(self, bands, size, width, local_d):
         super().__init__()
         self.side = size // 2  # of the local trunk's crop
-        self.global_trunk = self.trunk(size, width)
-        self.local_trunk = self.trunk(size // 2, width) if local_d else None
+        self.global_trunk = self.trunk(bands, size, width)
+        self.local_trunk = self.trunk(bands, size // 2, width) if local_d else None
         self.head = nn.Linear(2048 if local_d else 1024, 1)
 
     @staticmethod
-    def trunk(size, width):
+    def trunk(bands, size, width):
         """Strided 5x5 convolutions down to 4x4, then 1024 features."""
-        layers, channels = [], 3
+        layers, channels = [], bands
         for level in range(size.bit_length() - 3):  # at 256: 64 128 256 512 512 512
             out = width * min(2**level, 8)
             conv = nn.Conv2d(channels, out, 5, 2, 2, bias=False)
@@ -390,9 +390,9 @@ class PatchDiscriminator(nn.Module):
     edit (B, 1, S, S) is an input for both, so that it does not tell them apart.
     """
 
-    def __init__(self, classes, width):
+    def __init__(self, classes, bands, width):
         super().__init__()
-        layers = [nn.Conv2d(3 + classes + 1, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(bands + classes + 1, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         channels = width
         for level in range(1, 4):  # 128 at S/4, 256 at S/8, 512 at S/8 - 1
             out = width * 2**level
@@ -478,14 +478,15 @@ def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need a class table")
-    G = Generator(len(cfg.classes), cfg.size, cfg.width, cfg.fusion, cfg.skips, cfg.upsample)
+    channels = len(cfg.classes), cfg.channels("A")
+    G = Generator(*channels, cfg.size, cfg.width, cfg.fusion, cfg.skips, cfg.upsample)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
     if cfg.d == "patch":
-        D = PatchDiscriminator(len(cfg.classes), cfg.width)
+        D = PatchDiscriminator(*channels, cfg.width)
     else:
-        D = Discriminator(cfg.size, cfg.width, cfg.local_d)
+        D = Discriminator(cfg.channels("A"), cfg.size, cfg.width, cfg.local_d)
     state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
@@ -682,9 +683,10 @@ def generate(state, cfg, device):
     """Edits --generate's photograph by --lc and --paint, into --out."""
 
     def predict(windows, sample):
-        """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""
+        """Windows of a photograph, (B, C + 2, S, S) uint8, as edited: (B, C, S, S) in [-1, 1]."""
         windows = windows.to(device)
-        rgb, lc, changed = common.from_bytes(windows[:, :3]), windows[:, 3], windows[:, 4:] > 0
+        rgb, lc, changed = windows[:, :-2], windows[:, -2], windows[:, -1:] > 0
+        rgb = common.from_bytes(rgb)
         rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
         return translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg)
 

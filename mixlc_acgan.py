@@ -271,16 +271,16 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Photograph (B, 3, S, S) in [-1, 1] and land cover (B, classes, S, S) -> (B, 3, S, S)."""
+    """Photograph (B, bands, S, S) in [-1, 1], land cover (B, classes, S, S) -> (B, bands, S, S)."""
 
-    def __init__(self, classes, width, dropout):
+    def __init__(self, classes, bands, width, dropout):
         super().__init__()
-        self.rgb_net = UNet(3, width, dropout)
+        self.rgb_net = UNet(bands, width, dropout)
         self.lc_net = UNet(classes, width, dropout)
         self.output_net = nn.Sequential(
             block(nn.ConvTranspose2d(2 * width, width, 4, 2, 1)),
             ResidualBlock(width),
-            nn.Conv2d(width, 3, 3, 1, 1),
+            nn.Conv2d(width, bands, 3, 1, 1),
             nn.Tanh(),
         )
 
@@ -298,9 +298,9 @@ class Discriminator(nn.Module):
     classifier that saw land cover would copy it, and teach nothing.
     """
 
-    def __init__(self, classes, width, dropout=0.0):
+    def __init__(self, classes, bands, width, dropout=0.0):
         super().__init__()
-        layers, channels = [], 3
+        layers, channels = [], bands
         for out in (width, 2 * width, 4 * width, 8 * width, 16 * width):  # 64 .. 1024
             layers += [down_block(channels, out), nn.Dropout(dropout)]
             channels = out
@@ -446,9 +446,10 @@ def build(cfg, device, training=True):
     """
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need a class table")
-    classes = len(cfg.classes)
-    G = common.to_device(init_weights(Generator(classes, cfg.width, cfg.dropout)), device)
-    D = common.to_device(init_weights(Discriminator(classes, cfg.width, cfg.d_dropout)), device)
+    classes, bands = len(cfg.classes), cfg.channels("A")
+    G = init_weights(Generator(classes, bands, cfg.width, cfg.dropout))
+    D = init_weights(Discriminator(classes, bands, cfg.width, cfg.d_dropout))
+    G, D = common.to_device(G, device), common.to_device(D, device)
     state = State(G, D, torch.ones(classes, device=device))
     if not training:
         return state
@@ -658,11 +659,12 @@ def generate(state, cfg, device):
     """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
 
     def predict(windows, sample):
-        """Windows of a photograph, (B, 5, S, S) uint8, as edited: (B, 3, S, S) in [-1, 1]."""
+        """Windows of a photograph, (B, C + 2, S, S) uint8, as edited: (B, C, S, S) in [-1, 1]."""
         fakes = []
         for window in windows.to(device).split(1):
             common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
-            rgb, lc, changed = common.from_bytes(window[:, :3]), window[:, 3], window[:, 4:] > 0
+            rgb, lc, changed = window[:, :-2], window[:, -2], window[:, -1:] > 0
+            rgb = common.from_bytes(rgb)
             rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
             fakes.append(translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg))
         return torch.cat(fakes)

@@ -153,7 +153,7 @@ class Pairs:
             yield torch.stack(next(self.loader.batches(index[None])))
 
     def sides(self, records):
-        """Records (B, C, S, S) uint8 -> (input, target), (B, 3, S, S) in [-1, 1]; no data: NaN."""
+        """Records uint8 -> (input, target), (B, C, S, S) in [-1, 1]; no data: NaN."""
         a, b = self.store.images("A", records), self.store.images("B", records)
         if self.store.classes:
             b = common.draw(b, self.store.classes)
@@ -192,17 +192,18 @@ def doubling(transposed, upsample):
 
 
 class UNetGenerator(nn.Module):
-    """Encoder and decoder with skips (paper, section 3.2.1): (B, 3, S, S) -> same, in [-1, 1].
+    """Encoder and decoder with skips (paper, section 3.2.1): (B, C, S, S) -> (B, C', S, S).
 
     S = 2^n: n down blocks to a 1x1 bottleneck, n up blocks back, registered as data flows.
     """
 
-    def __init__(self, size, width, norm, dropout, upsample="transposed"):
+    def __init__(self, channels_in, channels_out, size, width, norm, dropout, upsample):
         super().__init__()
         depth = size.bit_length() - 1
         bias = norm == "instance"
         widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
-        self.downs = nn.ModuleList([nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, bias=bias))])
+        first = nn.Conv2d(channels_in, width, 4, 2, 1, bias=bias)
+        self.downs = nn.ModuleList([nn.Sequential(first)])
         for level in range(1, depth):
             conv = nn.Conv2d(widths[level - 1], widths[level], 4, 2, 1, bias=bias)
             layers = [nn.LeakyReLU(0.2), conv]
@@ -219,7 +220,7 @@ class UNetGenerator(nn.Module):
                 layers.append(nn.Dropout(dropout))
             self.ups.append(nn.Sequential(*layers))
             channels = 2 * out  # with the skip
-        last = doubling(nn.ConvTranspose2d(channels, 3, 4, 2, 1), upsample)
+        last = doubling(nn.ConvTranspose2d(channels, channels_out, 4, 2, 1), upsample)
         self.ups.append(nn.Sequential(nn.ReLU(), last, nn.Tanh()))
 
     def forward(self, x):
@@ -230,7 +231,7 @@ class UNetGenerator(nn.Module):
         x = self.ups[0](skips.pop())  # (B, 512, 2, 2)
         for up in self.ups[1:]:
             x = up(torch.cat([skips.pop(), x], 1))  # (B, 512..64, 4 .. S/2, 4 .. S/2)
-        return x  # (B, 3, S, S)
+        return x  # (B, C', S, S)
 
 
 class ResidualBlock(nn.Module):
@@ -276,18 +277,18 @@ class ResNetGenerator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (paper, section 3.2.2): input and image, (B, 3, S, S) each -> logits (B, 1, P, P).
+    """PatchGAN (paper, section 3.2.2): input and image, (B, C, S, S) -> logits (B, 1, P, P).
 
     patch_gan is the receptive field of one logit in pixels. 1 has 1x1 convolutions only.
     """
 
-    def __init__(self, width, norm, patch_gan):
+    def __init__(self, channels_in, width, norm, patch_gan):
         super().__init__()
         bias = norm == "instance"  # BatchNorm brings its own shift
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
         # normalised layers between the first and the last: all but the last of them are strided
         depth = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
-        layers = [nn.Conv2d(6, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(channels_in, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
         channels = width
         for level in range(1, depth + 1):  # at 70: 128 at S/4, 256 at S/8, 512 at S/8 - 1
             out = width * min(2**level, 8)
@@ -366,18 +367,19 @@ class State:
 
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
+    channels = cfg.channels(cfg.direction[0]), cfg.channels(cfg.direction[-1])  # in, out
     if cfg.generator == "unet":
-        G = UNetGenerator(cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
+        G = UNetGenerator(*channels, cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
     else:
         blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
-        G = ResNetGenerator(3, 3, cfg.width, blocks, cfg.norm, cfg.upsample)
+        G = ResNetGenerator(*channels, cfg.width, blocks, cfg.norm, cfg.upsample)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
     if cfg.patch_gan == 286 and cfg.size < 128:
         what = f"has no logit on an image of --size {cfg.size}: it needs 128 or more"
         raise UserError(f"--patch-gan 286 {what}")
-    D = Discriminator(cfg.width, cfg.norm, cfg.patch_gan)
+    D = Discriminator(sum(channels), cfg.width, cfg.norm, cfg.patch_gan)
     state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)
@@ -391,7 +393,7 @@ def build(cfg, device, training=True):
 
 
 def train_step(state, batch, cfg):
-    """One update of D, then one of G. batch = (input, target), (B, 3, S, S) in [-1, 1] or NaN.
+    """One update of D, then one of G. batch = (input, target), (B, C, S, S) in [-1, 1] or NaN.
 
     L_D = d_weight * [GAN(D(x, y), 1) + GAN(D(x, G(x)), 0)]
     L_G = GAN(D(x, G(x)), 1) + lambda_l1 * L1(G(x), y), or with --content vgg
@@ -493,7 +495,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def translate(state, inputs, cfg, noise=True):
-    """Inputs (B, 3, S, S) in [-1, 1] -> images (B, 3, S, S), float32 in [-1, 1].
+    """Inputs (B, C, S, S) in [-1, 1] -> images (B, C', S, S), float32 in [-1, 1].
 
     --eval-norm batch, the paper's policy (section 3.3): dropout stays on (if noise) and BatchNorm
     uses the statistics of the image itself. running: no dropout, running statistics.
@@ -530,7 +532,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
         labels = val.store.images("B", records)
         guesses = {"model": translate(state, x, cfg)}
         if colors:
-            guesses["copy of the input"] = x
+            if x.shape == y.shape:
+                guesses["copy of the input"] = x
             guesses |= common.constant_guesses(colors, y, labels)
         for row, guess in guesses.items():
             scores.add_images(row, guess, y)
@@ -572,7 +575,8 @@ def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json."""
     histogram = histograms["B" if cfg.direction == "AtoB" else "A"]
     by_class = histograms.get("A of classes") if cfg.direction == "BtoA" else None
-    colors = common.constant_colors(histogram, cfg.classes, by_class)
+    classes = cfg.classes if cfg.direction == "AtoB" else None
+    colors = common.constant_colors(histogram, classes, by_class)
     judge = common.find_judge(cfg, val.loader.device) if cfg.direction == "BtoA" else None
     rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
@@ -587,7 +591,7 @@ def generate(state, cfg, device):
     classes = cfg.classes if cfg.direction == "BtoA" else None
 
     def predict(windows, whole):
-        """Windows (B, 3 or 1, S, S) uint8 of the input -> (B, 3, S, S) in [-1, 1]."""
+        """Windows (B, C, S, S) uint8 of the input -> (B, C', S, S) in [-1, 1]."""
         windows = windows.to(device)
         x = common.draw(windows[:, 0], classes) if classes else common.from_bytes(windows)
         return translate(state, x, cfg, noise=whole)

@@ -95,6 +95,8 @@ def begin(config, doc, quick, argv=None):
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     _check_effects(cfg, given)
+    if cfg.serve and (cfg.channels("A"), cfg.channels("B")) != (3, 3):
+        raise UserError("--serve: the page is for pictures of three bands: use --generate")
     if cfg.evaluate:
         _check_results(Path(cfg.out))
     device = start(cfg)
@@ -221,6 +223,8 @@ def _new_run(cfg):
     """cfg of a run that begins: with its class table, and a folder that it has to itself."""
     _check_folder(cfg)
     classes = find_images(source(cfg), "train", cfg.lc_classes).classes
+    if classes and cfg.bands_B:
+        raise UserError(f"--bands-B {cfg.bands_B}: B has land cover: leave it out")
     text = classes.text if classes else "pictures"
     cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def load_network(module, path, cfg, key, optional=False):
     if not any("running_mean" in name for name in own):
         buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
         content = {name: value for name, value in content.items() if not buffer.search(name)}
-    options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes")
+    options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes", "bands_A")
     remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
     if len(own) != len(content):
         counts = f"{len(content)} tensors, but this {key} has {len(own)}"

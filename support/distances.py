@@ -3,7 +3,7 @@
 import warnings
 
 from support.errors import UserError
-from support.pictures import to_bytes
+from support.pictures import shown, to_bytes
 
 SUBSET = 50  # pictures in a subset of KID
 
@@ -40,7 +40,8 @@ class Distances:
         self.count = 0
 
     def add(self, guess, real):
-        """Generated and real pictures, (B, 3, S, S) in [-1, 1]."""
+        """Generated and real pictures, (B, C, S, S) in [-1, 1]: by three bands."""
+        guess, real = shown(guess), shown(real)
         self.count += len(guess)
         for distance in (self.fid, self.kid):
             distance.update(to_bytes(real), real=True)

@@ -84,7 +84,7 @@ class PhotoEdit:
         return centred(box, lengths, self.size)
 
     def generated(self, region, predict, net=None):
-        """Generates a region (top, left, height, width): yields (pixels (h, w, 3), top, left)."""
+        """Generates a region (top, left, height, width): yields (pixels (h, w, C), top, left)."""
         y, x, *size = region
         windows = Windows(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
@@ -97,7 +97,7 @@ class PhotoEdit:
             yield self._feathered(as_array(strip[None]), y + top, x), y + top, x
 
     def _cut(self, *window):
-        """A window as the network takes it, (5, S, S): photograph, land cover, what changes."""
+        """A window as the network takes it, (C + 2, S, S): photograph, land cover, what changes."""
         size = self.cfg.size, self.cfg.size
         rgb = resize(filled(self.photo, *window), size)
         lc = resize(self.after(*window), size, labels=True)
@@ -115,8 +115,11 @@ class PhotoEdit:
         mask = Image.fromarray(self.changed(*window).astype(np.uint8) * 255)
         mask = mask.filter(ImageFilter.BoxBlur(border))
         mask = mask.crop((before, above, before + width, above + height))
-        under = Image.fromarray(self.photo.read(top, left, height, width))
-        return np.asarray(Image.composite(Image.fromarray(pixels), under, mask))
+        under, bands = self.photo.read(top, left, height, width), []
+        for k in range(pixels.shape[-1]):
+            pair = (Image.fromarray(np.ascontiguousarray(x[..., k])) for x in (pixels, under))
+            bands.append(np.asarray(Image.composite(*pair, mask)))
+        return np.stack(bands, -1)
 
 
 def centred(box, lengths, size):

@@ -73,29 +73,31 @@ def say_windows(cfg, raster, regions, window):
 def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     """--generate of pictures or label maps, at the scale of training, into --out.
 
-    predict(windows (B, 3 or 1, S, S) uint8, whole)  -> pictures (B, 3, S, S) in [-1, 1], or scores
+    predict(windows (B, C or 1, S, S) uint8, whole)  -> pictures (B, C, S, S) in [-1, 1], or scores
            of the classes (B, classes, S, S); whole: there is just one window
     net    the network, if it normalises by an image's own statistics
     """
     if cfg.serve:
         translations(cfg, predict, net, from_labels, to_labels)
         return
+    given, wanted = ("A", "B") if cfg.direction == "AtoB" else ("B", "A")
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
     names = {path: results_of(path, to_labels) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
     files = [path for path in files if new.issuperset(names[path])]
     for path in files:  # a damaged one is found before anything is generated
-        with Raster(path, table):
+        with Raster(path, table, bands=cfg.bands(given)):
             pass
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
-        with Raster(path, table) as raster:
-            _translate(cfg, raster, predict, net, cfg.classes if to_labels else None)
+        with Raster(path, table, bands=cfg.bands(given)) as raster:
+            classes = cfg.classes if to_labels else None
+            _translate(cfg, raster, predict, net, classes, cfg.channels(wanted))
     print(f"{len(files)} image(s) written to {cfg.out}")
 
 
-def _translate(cfg, raster, predict, net, classes):
+def _translate(cfg, raster, predict, net, classes, bands):
     """Writes what is generated from one Raster; with a ClassTable that is a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
     say_windows(cfg, raster, [(0, 0, *size)], window)
@@ -104,7 +106,7 @@ def _translate(cfg, raster, predict, net, classes):
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
     name = results_of(raster.path, bool(classes))[0]
-    with writing(Path(cfg.out) / name, raster, classes) as put:
+    with writing(Path(cfg.out) / name, raster, classes, bands) as put:
         for top, strip in windows.blended(about=raster.path.name):
             put(strip.argmax(0).byte().numpy() if classes else as_array(strip[None]), top)
 
@@ -120,7 +122,7 @@ def edit_of_files(cfg):
     for file in maps:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
-    photo, maps = Raster(path), [Raster(file, cfg.classes) for file in maps]
+    photo, maps = Raster(path, bands=cfg.bands("A")), [Raster(file, cfg.classes) for file in maps]
     for labels in maps:
         check_pair(photo, labels)
     if cfg.erase and not (cfg.lc_before or cfg.paint):
@@ -157,7 +159,7 @@ def edit_file(cfg, predict, net=None, samples=1):
     of 12 pixels in 256; elsewhere it stays as it is. With several samples also how they differ:
     their standard deviation, white at 32 levels.
 
-    predict(windows (B, 5, S, S) uint8, sample)  -> (B, 3, S, S) in [-1, 1]; a window is the
+    predict(windows (B, C + 2, S, S) uint8, sample)  -> (B, C, S, S) in [-1, 1]; a window is the
            photograph, the land cover to be, and 1 where it changes
     net    the network, if it normalises by an image's own statistics
     """
@@ -195,7 +197,7 @@ def edit_file(cfg, predict, net=None, samples=1):
 
 def _write_edit(path, edit, regions, predict, net):
     """Writes a photograph with its edited regions generated."""
-    with writing(path, edit.photo) as put:
+    with writing(path, edit.photo, bands=edit.cfg.channels("A")) as put:
         for top in range(0, edit.size[0], 256):
             put(edit.photo.read(top, 0, 256), top)
         for region in regions:
@@ -211,7 +213,8 @@ def _pictures(edit, regions, results):
         pictures["land cover"] = palette[edit.before(*view)]
     pictures["edited land cover"] = palette[edit.after(*view)]
     for title, path in results.items():
-        with Raster(path) as raster:
+        written = range(1, edit.cfg.channels("A") + 1)
+        with Raster(path, bands=written) as raster:
             pictures[title] = raster.read(*view)
     if len(results) > 1:
         spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)

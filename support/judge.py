@@ -26,11 +26,11 @@ class Judge(nn.Module):
     FCN score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
     """
 
-    def __init__(self, classes, width=32):
+    def __init__(self, classes, bands=3, width=32):
         super().__init__()
         widths = (width, 2 * width, 4 * width, 4 * width)
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        channels = 3
+        channels = bands
         for out in widths:
             conv = nn.Conv2d(channels, out, 4, 2, 1)
             self.downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
@@ -39,7 +39,7 @@ class Judge(nn.Module):
             conv = nn.ConvTranspose2d(channels, out, 4, 2, 1)
             self.ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
             channels = 2 * out
-        self.last = nn.Conv2d(width + 3, classes, 3, 1, 1)
+        self.last = nn.Conv2d(width + bands, classes, 3, 1, 1)
 
     def forward(self, image):
         skips = [image]
@@ -62,7 +62,7 @@ def find_judge(cfg, device):
     if not cfg.classes or not (cfg.judge or path.is_file() or cfg.train_judge):
         return None
     torch.manual_seed(cfg.seed)
-    judge = Judge(len(cfg.classes)).to(device)
+    judge = Judge(len(cfg.classes), cfg.channels("A")).to(device)
     if not cfg.judge and not path.is_file():
         train_judge(judge, cfg, device)
         if rank() == 0:

@@ -191,13 +191,13 @@ class Scores:
 def constant_colors(histogram, classes=None, by_class=None):
     """The baselines that see no input, or no more than its class: {name: colour in [-1, 1]}.
 
-    histogram  (3, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
+    histogram  (C, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
                colours; these also give the most frequent class (see ImageStore.histograms)
-    by_class   (K, 3, 256) of the pixels of each class: its colours are (256, 3), for each index
-               one, all pixels' where training showed none; all others are (3,)
+    by_class   (K, C, 256) of the pixels of each class: its colours are (256, C), for each index
+               one, all pixels' where training showed none; all others are (C,)
     """
     counts, guesses = histogram.numpy(), {}
-    if len(counts) == 1:
+    if classes:
         guesses["most frequent class"] = classes.palette[counts[0, : len(classes)].argmax()]
         counts = np.stack([np.bincount(channel, counts[0], 256) for channel in classes.palette.T])
     kinds = {"training colour": counts}

@@ -58,6 +58,10 @@ class Options:
     lc_classes: str = option(
         "", "classes of B: s2glc, maps, binary, a classes.json, or pictures (no classes)"
     )
+    bands_A: str = option(
+        "", "bands of A, 1 to 32 of them, such as 8,4,3; none: red, green and blue"
+    )
+    bands_B: str = option("", "bands of B, where B has pictures; none: red, green and blue")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
     seed: int = option(
         0, "random seed of weights, data order, augmentation and noise", low=0, high=2**32 - 1
@@ -120,6 +124,18 @@ class Options:
     def classes(self):
         """The ClassTable that --lc-classes names; None where B has pictures."""
         return ClassTable.load(self.lc_classes)
+
+    def bands(self, side):
+        """The bands to read of side "A" or "B", numbered from 1; (): red, green and blue."""
+        text = getattr(self, f"bands_{side}")
+        numbers = text.split(",") if text else []
+        if len(numbers) > 32 or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
+            raise UserError(f"--bands-{side} {text}: write 1 to 32 numbers from 1, such as 8,4,3")
+        return tuple(int(number) for number in numbers)
+
+    def channels(self, side):
+        """How many channels pictures of a side have."""
+        return len(self.bands(side)) or 3
 
     @property
     def using(self):

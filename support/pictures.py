@@ -17,7 +17,7 @@ def to_bytes(images):
 
 
 def from_bytes(images, known=None):
-    """Pictures (B, 3, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes.
+    """Pictures (B, C, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes.
 
     known  (B, 1, H, W): where it is 0, there is no data, and the result is NaN
     """
@@ -62,18 +62,21 @@ def _palette_on(classes, device):
 
 
 def as_tensor(image, device):
-    """An (H, W) or (H, W, 3) uint8 array -> (1, H, W) or (1, 3, H, W) uint8 on the device."""
+    """An (H, W) or (H, W, C) uint8 array -> (1, H, W) or (1, C, H, W) uint8 on the device."""
     planes = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
     return torch.from_numpy(np.ascontiguousarray(planes))[None].to(device)
 
 
 def as_array(images):
-    """The first of (B, 3, H, W) in [-1, 1] -> (H, W, 3) uint8 array."""
+    """The first of (B, C, H, W) in [-1, 1] -> (H, W, C) uint8 array."""
     return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
 
 
 def resize(image, size, labels=False):
-    """An (H, W, 3) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
+    """An (H, W, C) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
+    if image.ndim == 3 and image.shape[-1] != 3:
+        bands = [resize(np.ascontiguousarray(band), size) for band in np.moveaxis(image, -1, 0)]
+        return np.stack(bands, -1)
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     return np.array(Image.fromarray(image).resize(size, how))
 
@@ -99,9 +102,17 @@ def paste(picture, pixels, top, left=0):
     inside[...] = pixels[y : y + inside.shape[0], x : x + inside.shape[1]]
 
 
+def shown(images):
+    """Pictures (B, C, H, W) as colours (B, 3, H, W): one band grey, two red and cyan, or three."""
+    if images.shape[1] == 2:
+        return images[:, [0, 1, 1]]
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
 def grid(columns):
-    """{title: (B, 3, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, with titles."""
-    pictures = [to_bytes(images).cpu().permute(0, 2, 3, 1).numpy() for images in columns.values()]
+    """{title: (B, C, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, with titles."""
+    colors = [to_bytes(shown(images)).cpu() for images in columns.values()]
+    pictures = [images.permute(0, 2, 3, 1).numpy() for images in colors]
     count, height, width = pictures[0].shape[:3]
     gap, head = 4, 16
     size = len(pictures) * (width + gap) + gap, head + count * (height + gap)

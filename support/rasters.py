@@ -31,15 +31,17 @@ class Raster:
     or VRT of any size is read piece by piece; other files lie in memory from the first window
     on. Photographs are turned upright as EXIF says.
 
+    bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
+                   names them, or the first three; one band alone is repeated. Never alpha
     endings        those that are opened, each by one driver: READABLE, or UPLOADS of strangers
     most           pixels of a file that lies in memory; 8 bytes for each in an array file
     height, width  in pixels
     tiff           rasterio's dataset of a TIFF or VRT, else None
     """
 
-    def __init__(self, path, table=None, endings=READABLE, most=2**28):
+    def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=()):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        self._has_alpha = False
+        self._has_alpha, self.bands = False, [] if table else list(bands)
         suffix = self.path.suffix.lower()
         with decoding(path):
             check_ending(self.path, endings)
@@ -51,6 +53,7 @@ class Raster:
                 with open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
+                    self._check_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
@@ -101,7 +104,18 @@ class Raster:
             pixels = np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
         if self.masked:
             self._valid = pixels[..., 3] > 0
-        return np.ascontiguousarray(pixels[..., :3])
+        return self._picked(pixels[..., :3])
+
+    def _check_bands(self, there):
+        """Refuses numbers of bands that a file lacks."""
+        wrong = [band for band in self.bands if band not in there]
+        if wrong:
+            has = ",".join(map(str, there))
+            raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {has}")
+
+    def _picked(self, rgb):
+        """The bands to read of a picture (H, W, 3) uint8: (H, W, C)."""
+        return np.ascontiguousarray(rgb[..., [band - 1 for band in self.bands or (1, 2, 3)]])
 
     def _read_labels(self):
         table, path = self.table, self.path
@@ -140,15 +154,13 @@ class Raster:
             remedy = f"gdal_translate -ot Byte{bands}{scale} {names}"
             remedy += f", or rio convert --dtype uint8{ratio} {names}"
             raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
-        if self.tiff.count not in (1, 3) and not self.table:
-            which = "first three are taken as RGB" if self.tiff.count > 3 else "first counts"
-            say_once(f"images have {self.tiff.count} bands: the {which}")
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
         self._palette, self._levels, self._grey = None, None, False
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
+        self._choose_bands()
         if not self.table:
             return
         one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
@@ -167,20 +179,35 @@ class Raster:
         elif self._palette is not None and not self.table.by_palette(middle[0], self._palette):
             self._palette = None
 
+    def _choose_bands(self):
+        """Sets which bands of the TIFF are read, and says once which are left out."""
+        names = [color.name for color in self.tiff.colorinterp]
+        there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
+        self._check_bands([1, 2, 3] if self._palette is not None else there)
+        self._chosen = there[:3] if len(there) >= 3 else there[:1]
+        if {"red", "green", "blue"} <= set(names):
+            self._chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
+        if self.bands and self._palette is None:
+            self._chosen = self.bands
+        elif len(there) > len(self._chosen) and not self.table:
+            which = ", ".join(map(str, self._chosen))
+            how = "--bands-A or --bands-B chooses others"
+            say_once(f"images have {len(there)} bands: {which} are read: {how}")
+
     def _cut(self, top, left, bottom, right):
-        bands = (1, 2, 3) if self.tiff.count >= 3 else (1,)
-        pixels = self.tiff.read(bands, window=((top, bottom), (left, right)))
+        pixels = self.tiff.read(self._chosen, window=((top, bottom), (left, right)))
         return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
-        bands = self._cut(top, left, bottom, right)  # (1 or 3, H, W)
-        pixels = np.moveaxis(bands, 0, -1)  # (H, W, 1 or 3)
+        bands = self._cut(top, left, bottom, right)  # (C, H, W)
+        pixels = np.moveaxis(bands, 0, -1)  # (H, W, C)
         if self._palette is not None:
             pixels = self._palette[bands[0]]
+        if self._palette is not None and not self.table:
+            return self._picked(pixels)
         if not self.table:
-            return (
-                np.repeat(pixels, 3, 2) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)
-            )
+            grey = pixels.shape[-1] == 1 and not self.bands
+            return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
         nothing = self.tiff.nodata
         by_colour = self._grey or pixels.shape[-1] == 3
         if by_colour:
@@ -253,16 +280,18 @@ def check_pair(a, b):
         raise UserError(f"{b.path} lies elsewhere than {a.path}: another CRS or transform")
 
 
-def writing(path, source, classes=None):
+def writing(path, source, classes=None, bands=3):
     """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
     With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours,
-    else they are (H, W, 3) uint8. A TIFF from a TIFF (or VRT) keeps its place on earth, and no
+    else they are (H, W, bands) uint8. A TIFF from a TIFF (or VRT) keeps its place on earth, and no
     data stays no data; other files lie in memory till the end. The file appears when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
-    return (_writing_tiff if by_windows else _writing_whole)(path, source, classes)
+    if not by_windows and bands not in (1, 3):
+        raise UserError(f"{path}: pictures of {bands} bands are written from GeoTIFFs only")
+    return (_writing_tiff if by_windows else _writing_whole)(path, source, classes, bands)
 
 
 def label_image(index, classes):
@@ -274,12 +303,14 @@ def label_image(index, classes):
 
 
 @contextlib.contextmanager
-def _writing_whole(path, source, classes):
-    whole = np.zeros((source.height, source.width, *(() if classes else (3,))), np.uint8)
+def _writing_whole(path, source, classes, bands):
+    whole = np.zeros((source.height, source.width, *(() if classes else (bands,))), np.uint8)
     yield functools.partial(paste, whole)
     valid = source.valid(0, 0, source.height, source.width)
     if valid is not None:
         whole[~valid] = IGNORED if classes else 0
+    if not classes and bands == 1:
+        whole = whole.repeat(3, -1)
     if not classes:
         see_through = valid is not None and path.suffix.lower() in (".png", ".webp")
         write_image(path, np.dstack([whole, valid * np.uint8(255)]) if see_through else whole)
@@ -288,12 +319,14 @@ def _writing_whole(path, source, classes):
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
 
 
-def _profile(source, classes):
+def _profile(source, classes, bands):
     """rasterio's profile of a TIFF from a TIFF: of its size, and in its place."""
     tiff = source.tiff
     given = classes.unused if classes else tiff.nodata
     nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
-    profile = {"height": source.height, "width": source.width, "count": 1 if classes else 3}
+    profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
+    if not classes and bands != 3:  # GDAL would call the fourth alpha
+        profile["photometric"] = "MINISBLACK"
     profile |= {"driver": "GTiff", "nodata": nothing, "bigtiff": "if_safer"}
     profile |= {"dtype": classes.codes.dtype if classes else np.uint8}
     profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
@@ -316,8 +349,8 @@ def _read_through(path, **overview):
 
 
 @contextlib.contextmanager
-def _writing_tiff(path, source, classes):
-    profile = _profile(source, classes)
+def _writing_tiff(path, source, classes, bands):
+    profile = _profile(source, classes, bands)
     nothing, tags = profile["nodata"], source.tiff.tags()
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
         tags.pop("AREA_OR_POINT", None)

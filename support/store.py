@@ -48,6 +48,11 @@ def is_whole(path):
     return array.dtype == np.uint8 and array.offset + array.size == path.stat().st_size
 
 
+def opened(path, table, bands):
+    """The Raster of one side of a pair."""
+    return Raster(path, table, bands=bands)
+
+
 class ImageStore:
     """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
@@ -56,8 +61,8 @@ class ImageStore:
     side      every image, or patch, is resized to side x side (bicubic; labels nearest)
     smallest  images, or patches, of a smaller side than this are refused
 
-    A        (N, 3, side, side) uint8
-    B        (M, 3, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
+    A        (N, C, side, side) uint8, C bands: 3, or as many as --bands-A names
+    B        (M, C, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
     rows     {"A", "B"}: arrays to load, from which `images` makes A, or B
     records  both of these if paired: A and B one after the other; else None
 
@@ -77,23 +82,24 @@ class ImageStore:
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
-        self.records, self.channels_B = None, 1 if self.classes else 3
+        self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
+        self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.rows = {"A": self.records, "B": self.records}
-            end = 3 + self.channels_B
-            self.places = {"A": (0, 3, end), "B": (3, end, end + 1)}  # first, last, plane
+            middle, end = self.channels[0], sum(self.channels)
+            self.places = {"A": (0, middle, end), "B": (middle, end, end + 1)}  # first, last, plane
         else:
             a = self._open([(path, None) for path in self.split.A], "A")
             b = self._open([(None, path) for path in self.split.B], "B")
             self.rows = {"A": a, "B": b}
-            self.places = {"A": (0, 3, 3), "B": (0, self.channels_B, self.channels_B)}
+            self.places = {s: (0, n, n) for s, n in zip("AB", self.channels, strict=True)}
         self.A, self.B = (self.rows[side][:, slice(*self.places[side][:2])] for side in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
 
     def images(self, side, rows):
-        """Side "A" or "B" of some rows: (B, 3, S, S) in [-1, 1], NaN where a picture has no data.
+        """Side "A" or "B" of some rows: (B, C, S, S) in [-1, 1], NaN where a picture has no data.
 
         Of label maps (B, S, S) uint8 class indices.
         """
@@ -131,9 +137,9 @@ class ImageStore:
         return 0 if known is None else np.mean(known == 0)
 
     def histograms(self, most=1000):
-        """How often each level, or class, occurs: {"A": (3, 256), "B": (3 or 1, 256)} int64.
+        """How often each level, or class, occurs: {"A": (C, 256), "B": (C or 1, 256)} int64.
 
-        Beside pairs' K classes also each level: "A of classes" (K, 3, 256). Of `most` images,
+        Beside pairs' K classes also each level: "A of classes" (K, C, 256). Of `most` images,
         evenly spread, where there are more. All baselines follow from these.
         """
         counts = {}
@@ -144,16 +150,19 @@ class ImageStore:
                 seen = slice(None) if known is None else known[row, 0] > 0
                 counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in images[row]]
         if self.classes and self.paired:
-            by_class, channels = np.zeros(256 * 3 * 256, np.int64), np.arange(3)[:, None, None]
+            bands = self.A.shape[1]
+            by_class, channels = np.zeros(256 * bands * 256, np.int64), np.arange(bands)
             for row in spread(most, len(self.A)):
-                places = (self.B[row].astype(np.int64) * 3 + channels) * 256 + self.A[row]
+                places = self.B[row].astype(np.int64) * bands + channels[:, None, None]
+                places = places * 256 + self.A[row]
                 by_class += np.bincount(places.ravel(), minlength=len(by_class))
-            counts["A of classes"] = by_class.reshape(256, 3, 256)[: len(self.classes)]
+            counts["A of classes"] = by_class.reshape(256, bands, 256)[: len(self.classes)]
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest)
-        text = [f"{what} planar, holes {self.side} {self.patch} {self.split.halves} {table}"]
+        about = self.side, self.bands, self.patch, self.split.halves, table
+        text = [f"{what} planar, holes {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
             text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
@@ -184,9 +193,9 @@ class ImageStore:
     def _fill(self, pairs, counts, masked, path, pool):
         """Decodes pairs of files, which give counts of records each, into a new file."""
         ends = np.cumsum(counts)
-        sides = [3, self.channels_B]
-        sides = [n for n, name in zip(sides, pairs[0], strict=True) if name]
-        channels = sum(sides) + masked * sides.count(3)
+        there = [bool(path) for path in pairs[0]]  # which sides: A, B
+        channels = sum(n for n, given in zip(self.channels, there, strict=True) if given)
+        channels += masked * (there[0] + (there[1] and not self.classes))
         shape = int(ends[-1]), channels, self.side, self.side
         store = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):  # Linux: the error of a full disk comes here
@@ -205,10 +214,11 @@ class ImageStore:
         store.flush()
 
     def _sides(self, pair):
-        """The files to read for a pair, each with the ClassTable that it needs."""
+        """The files to read for a pair: [(path, ClassTable or None, bands), ...]."""
+        a, b = ((path, None, bands) for path, bands in zip(pair, self.bands, strict=True))
         if self.split.halves:
-            return [(pair[0], None)]
-        return [(path, (None, self.classes)[k]) for k, path in enumerate(pair) if path]
+            return [a] if self.bands[0] == self.bands[1] else [a, b]
+        return [side for side in (a, (b[0], self.classes, b[2])) if side[0]]
 
     def _count(self, pair):
         """How many records a file gives, and whether some may have pixels without data.
@@ -216,7 +226,7 @@ class ImageStore:
         Refuses sizes or places that do not fit together.
         """
         with contextlib.ExitStack() as stack:
-            rasters = [stack.enter_context(Raster(*side)) for side in self._sides(pair)]
+            rasters = [stack.enter_context(opened(*side)) for side in self._sides(pair)]
             check_pair(rasters[0], rasters[-1])
             masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
@@ -235,14 +245,12 @@ class ImageStore:
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
         with contextlib.ExitStack() as stack:
-            rasters = []
-            for path, table in self._sides(pair):
-                rasters.append(stack.enter_context(Raster(path, table)))
+            rasters = [stack.enter_context(opened(*side)) for side in self._sides(pair)]
             step = self.patch or rasters[0].height
             for top in range(0, rasters[0].height - step + 1, step):
                 strips = [raster.read(top, height=step) for raster in rasters]
                 if self.split.halves:
-                    a, b = np.split(strips[0], 2, axis=1)
+                    a, b = (np.split(strips[k], 2, axis=1)[k] for k in (0, -1))
                     if self.classes:
                         lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
                         b = self.classes.from_colours(b, pair[0], lossy, not self.patch)
@@ -251,7 +259,7 @@ class ImageStore:
                 for patches in zip(*map(self._patches, strips + planes), strict=True):
                     record = np.concatenate(patches)
                     if planes and self.classes and self.paired:
-                        record[3] = np.where(record[4], record[3], IGNORED)
+                        record[-2] = np.where(record[-1], record[-2], IGNORED)
                     yield record
 
     def _planes(self, rasters, top, step):
@@ -266,9 +274,9 @@ class ImageStore:
         return planes
 
     def _patches(self, strip):
-        """The patches of a strip, resized: (3 or 1, side, side) each.
+        """The patches of a strip, resized: (C or 1, side, side) each.
 
-        The strip is a picture (H, W, 3), labels (H, W), or where a picture has data, (H, W) bool.
+        The strip is a picture (H, W, C), labels (H, W), or where a picture has data, (H, W) bool.
         """
         size = self.side, self.side
         step = self.patch or strip.shape[1]
@@ -295,8 +303,7 @@ class ImageStore:
         """The largest (height, width) of images, each side by itself; of so many, evenly spread."""
         sizes = []
         for k in spread(most, len(pairs)):
-            path, table = self._sides(pairs[k])[0]
-            with Raster(path, table) as raster:
+            with opened(*self._sides(pairs[k])[0]) as raster:
                 width = raster.height if self.split.halves else raster.width
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))

@@ -147,7 +147,9 @@ class Studio:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)
             try:
-                with Raster(path, table, UPLOADS, MOST_PIXELS) as raster:
+                side = "A" if self.edits or self.cfg.direction == "AtoB" else "B"
+                bands = self.cfg.bands(side)
+                with Raster(path, table, UPLOADS, MOST_PIXELS, bands) as raster:
                     size = f"{raster.width}x{raster.height}"
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: {size} pixels are too many for this page")

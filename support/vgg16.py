@@ -11,13 +11,14 @@ from support.checkpoints import load_weights
 from support.demo import landscape
 from support.device import full_precision
 from support.errors import UserError
-from support.pictures import from_bytes
+from support.pictures import from_bytes, shown
 
 
 class VGG16Features(nn.Module):
     """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
 
-    (B, 3, S, S) in [-1, 1] -> a list of activations, in the order of depth.
+    (B, 3, S, S) in [-1, 1] -> a list of activations, in the order of depth. Of pictures with more
+    bands it gets the first three.
 
     layers   names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
     weights  "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
@@ -71,7 +72,7 @@ class VGG16Features(nn.Module):
             self.autocast = autocast
 
     def forward(self, images):
-        x = ((images + 1) / 2 - self.mean) / self.std
+        x = ((shown(images) + 1) / 2 - self.mean) / self.std
         with self.autocast:
             activations = self.activations(x)
         scaled = zip(activations, self.scales, strict=True)

@@ -23,7 +23,7 @@ TINY = tiny("mixlc_acgan")[1]
 
 def test_the_adversarial_head_joins_photograph_and_land_cover():
     """a(image) + b(land cover) would have no interaction: this difference of differences."""
-    D = Discriminator(3, 8).eval()
+    D = Discriminator(3, 3, 8).eval()
     for parameter in D.real_head.parameters():
         nn.init.normal_(parameter)
     one, other = pictures(0), pictures(1)
@@ -38,7 +38,7 @@ def test_the_adversarial_head_joins_photograph_and_land_cover():
 def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
     """Red ground is class 0, green ground class 1: trained for seconds, it ranks over 90 %."""
     torch.manual_seed(0)
-    D = mixlc_acgan.init_weights(Discriminator(2, 8))
+    D = mixlc_acgan.init_weights(Discriminator(2, 3, 8))
     adam = torch.optim.Adam(D.parameters(), 1e-3, (0.5, 0.999))
     everywhere = torch.ones(16, 1, 64, 64) > 0
 
@@ -62,7 +62,7 @@ def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
 
 def test_the_class_head_never_sees_land_cover():
     """Changing it moves the adversarial logits, and the class logits not at all."""
-    D, image = Discriminator(3, 4).eval(), pictures()
+    D, image = Discriminator(3, 3, 4).eval(), pictures()
     logits, classes = D.both(image, maps(0))
     other_logits, other_classes = D.both(image, maps(9))
     assert torch.equal(classes, other_classes) and not torch.equal(logits, other_logits)
@@ -72,7 +72,7 @@ def test_the_class_head_never_sees_land_cover():
 
 
 def test_as_a_judge_the_classifier_uses_running_statistics_and_keeps_them():
-    D, image = Discriminator(3, 4, 0.5), pictures()
+    D, image = Discriminator(3, 3, 4, 0.5), pictures()
     classes, before = D.classes_of(image), {k: v.clone() for k, v in D.state_dict().items()}
     assert torch.equal(D.classes_of(image[:1]), classes[:1]) and D.training
     assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())

@@ -278,6 +278,45 @@ def test_bands_and_palettes_of_photographs(tmp_path):
             assert (raster.read() == want).all(), name
 
 
+# the colours that a TIFF names, the bands asked for, the bands that are read
+BANDS = [
+    ("blue green red", (), (3, 2, 1)),
+    ("blue green red alpha", (), (3, 2, 1)),
+    ("alpha red green blue", (), (2, 3, 4)),
+    ("undefined undefined undefined red green blue", (), (4, 5, 6)),
+    ("gray undefined undefined undefined undefined", (), (1, 2, 3)),
+    ("gray alpha", (), (1, 1, 1)),
+    ("red green blue undefined", (4, 3, 2), (4, 3, 2)),
+    ("red green blue undefined", (4,), (4,)),
+    ("gray undefined undefined undefined", (4, 1, 3, 2), (4, 1, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("colors", "asked", "read"), BANDS)
+def test_bands_are_read_by_the_colours_that_a_file_names(tmp_path, colors, asked, read):
+    names = [rasterio.enums.ColorInterp[name] for name in colors.split()]
+    levels = np.arange(10, 10 + len(names), dtype=np.uint8)
+    geotiff(tmp_path / "x.tif", np.tile(levels, (20, 30, 1)), photometric="MINISBLACK")
+    with rasterio.open(tmp_path / "x.tif", "r+") as target:
+        target.colorinterp = names
+    with Raster(tmp_path / "x.tif", bands=asked) as raster:
+        assert raster.read()[3, 4].tolist() == [band + 9 for band in read]
+
+
+@pytest.mark.parametrize(("name", "bands"), [("x.tif", (5,)), ("x.tif", (4,)), ("x.png", (1, 4))])
+def test_bands_that_a_file_lacks_are_refused(tmp_path, name, bands):
+    """Alpha is no band."""
+    pixels = np.moveaxis(noise(20, 30, 4), 0, -1).copy()
+    geotiff(tmp_path / "x.tif", pixels, photometric="RGB", alpha="yes")
+    save(tmp_path / "x.png", pixels)
+    with pytest.raises(
+        common.UserError, match=f"{name}: --bands names {bands[-1]}, but its .* 1,2"
+    ):
+        Raster(tmp_path / name, bands=bands).read()
+    with Raster(tmp_path / name, bands=(3, 1)) as raster:
+        assert (raster.read() == pixels[..., [2, 0]]).all()
+
+
 def test_positions_count_ignored_rows(tmp_path):
     """Where the table has no values, a code is the position of its row."""
     save(tmp_path / "x.png", np.array([[0, 1, 2, 3]], np.uint8))
@@ -435,7 +474,7 @@ def test_pixels_without_data_are_ignored(tmp_path, capsys, how, labels):
     if labels:
         assert (val.store.images("B", records) == IGNORED).sum() == 64 * 32
         assert histograms["A of classes"].sum() == 64 * 32 * 3
-    colors = common.constant_colors(histograms["A"], cfg.classes, histograms.get("A of classes"))
+    colors = common.constant_colors(histograms["A"], None, histograms.get("A of classes"))
     colors["black"] = torch.full((3,), -1.0)
     rows = module.evaluate(module.build(cfg, CPU), val, cfg, np.arange(1), colors).table()
     assert rows["median training colour"]["accuracy_5"] == 1.0

@@ -5,16 +5,22 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
 
 import common
+import pix2pix
 from conftest import (
+    PLACE,
     RUNS,
     SCRIPTS,
+    TABLE,
     as_rank,
     calls_of,
+    geotiff,
     last,
+    line_of,
     open_data,
     rows_of,
     same,
@@ -271,3 +277,59 @@ def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp
     target = sheet[16 : 16 + 64, 4 + 5 * 68 : 4 + 5 * 68 + 64]
     assert (target[19, 19:45] == 255).all()  # the frame of the box at 20..43
     assert (target[18, 18] != 255).any()
+
+
+# ------------------------------------------------------------------------------------------- bands
+
+MANY = {
+    "pix2pix": "--direction AtoB --bands-A 6,5,4,3,2,1 --bands-B 2",
+    "cyclegan": "--direction AtoB --bands-A 5,1 --bands-B 1,2,3,4",
+    "mixlc": "--bands-A 4,3,2,6,1",
+    "mixlc_acgan": "--bands-A 6,2",
+}
+
+
+@pytest.mark.parametrize("script", MANY)
+def test_networks_of_other_bands(script, tmp_path, capsys):
+    """Trained, measured and used; the result has the bands of B, or of the photograph."""
+    root, edits = tmp_path / "data", "mixlc" in script
+    for k in range(6):
+        a = np.random.default_rng(k).integers(0, 256, (64, 64, 6), np.uint8)
+        folders, labels = (("rgb", "lc") if edits else ("A", "B")), a[..., 0] % 3
+        split = "val" if k > 3 else "train"
+        geotiff(root / split / folders[0] / f"{k}.tif", a)
+        geotiff(root / split / folders[1] / f"{k}.tif", labels if edits else a[..., :5])
+    if edits:
+        (root / "classes.json").write_text(json.dumps(TABLE))
+    main, out = importlib.import_module(script).main, tmp_path / "run"
+    main(tiny_run(script, root, out, f"--epochs 1 {MANY[script]}"))
+    photo = root / "val" / folders[0] / "5.tif"
+    more = f"--lc {root}/val/lc/5.tif --paint water:0,0,30,30" if edits else ""
+    main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
+    with rasterio.open(tmp_path / "new" / "5.tif") as result:
+        assert result.count == {"pix2pix": 1, "cyclegan": 4, "mixlc": 5, "mixlc_acgan": 2}[script]
+        assert "alpha" not in [color.name for color in result.colorinterp]
+        assert result.transform == PLACE["transform"]
+        if edits:
+            bands = [int(band) for band in MANY[script].split()[-1].split(",")]
+            with rasterio.open(photo) as before:
+                assert (result.read()[:, 40:, 40:] == before.read(bands)[:, 40:, 40:]).all()
+    assert rows_of(out)
+    capsys.readouterr()
+    line = line_of(main, use(out, "--evaluate", "--bands-A 3,2,1"), capsys)
+    assert "--bands-A 3,2,1 contradicts" in line
+    assert "three bands" in line_of(main, use(out, "--serve"), capsys)
+
+
+def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
+    """Pairs side by side: each half by its own bands."""
+    about = {"data": str(pairs), "cache": str(tmp_path)}
+    plain = common.ImageStore(tiny("pix2pix", **about)[1], "train", 64)
+    store = common.ImageStore(tiny("pix2pix", bands_A="3,1", bands_B="2", **about)[1], "train", 64)
+    assert (plain.A[:, [2, 0]] == store.A).all() and (plain.B[:, [1]] == store.B).all()
+
+
+@pytest.mark.parametrize("bands", ["0", "1,x", ",".join("1" * 33), "1,"])
+def test_wrong_bands_are_one_line(bands, pairs, tmp_path, capsys):
+    line = line_of(pix2pix.main, tiny_run("pix2pix", pairs, tmp_path, f"--bands-A {bands}"), capsys)
+    assert "write 1 to 32 numbers from 1, such as 8,4,3" in line
