@@ -80,7 +80,7 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     if cfg.serve:
         translations(cfg, predict, net, from_labels, to_labels)
         return
-    given, wanted = ("A", "B") if cfg.direction == "AtoB" else ("B", "A")
+    given, wanted = "BA" if getattr(cfg, "direction", "") == "BtoA" else "AB"
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
     names = {path: results_of(path, to_labels) for path in files}

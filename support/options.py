@@ -127,7 +127,7 @@ class Options:
 
     def bands(self, side):
         """The bands to read of side "A" or "B", numbered from 1; (): red, green and blue."""
-        text = getattr(self, f"bands_{side}")
+        text = self.bands_A if side == "A" else self.bands_B
         numbers = text.split(",") if text else []
         if len(numbers) > 32 or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
             raise UserError(f"--bands-{side} {text}: write 1 to 32 numbers from 1, such as 8,4,3")
