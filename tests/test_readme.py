@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
 
@@ -67,7 +68,8 @@ def demo(tmp_path_factory):
 def world(tmp_path, monkeypatch):
     """Every file that the pages name; a server that is told to end at once."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    for folder in ("weights", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     rng = np.random.default_rng(0)
     for name in ("maps", "maps_286"):
         side_by_side(tmp_path / name, train=2, val=2, drawn=True)
@@ -79,6 +81,15 @@ def world(tmp_path, monkeypatch):
     for split in ("trainA", "trainB", "testA", "testB"):
         for k in range(2):
             save(tmp_path / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
+    folders = [f"s2/{split}/{side}" for split in ("train", "val") for side in "AB"]
+    for name in ("scene_8bit.tif", *(f"{folder}/{k}.tif" for folder in folders for k in "12")):
+        bands = rng.integers(0, 256, (1 if "/B/" in name else 8, 80, 80), np.uint8)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        about = {"driver": "GTiff", "count": len(bands), "height": 80, "width": 80}
+        with rasterio.open(
+            tmp_path / name, "w", **about, dtype="uint8", photometric="minisblack"
+        ) as file:
+            file.write(bands)
     for name in ("austin1", "austin6", "vienna1", "vienna6"):
         mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
         save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))

@@ -11,7 +11,7 @@ from harness import SCRIPTS
 # The rows of the README: run, task, the start of its rows in evaluation.json, measure.
 FRONT = (
     ("pix2pix-satellite-to-map-256", "satellite → map", "", "rmse"),
-    ("pix2pix-map-to-satellite", "map → satellite", "", "rmse"),
+    ("pix2pix-map-to-satellite-256", "map → satellite", "", "rmse"),
     ("pix2pix-landcover-to-satellite", "land cover → satellite", "", "rmse"),
     ("cyclegan-maps", "satellite → map, without pairs", "A to B: ", "rmse"),
     ("mixlc-maps", "edit", "", "l1_inside"),
