@@ -15,9 +15,10 @@ from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
 from support.opening import driver_of
 from support.pictures import as_array, as_tensor, from_bytes, save_grid
-from support.rasters import Raster, check_pair, writing
+from support.rasters import Raster, check_pair
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, tiles, window_of
+from support.writing import writing
 
 
 def inputs_of(cfg, labels=False):

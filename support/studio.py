@@ -18,9 +18,10 @@ from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.opening import UPLOADS
 from support.pictures import resize
-from support.rasters import Raster, label_image
+from support.rasters import Raster
 from support.store import ImageStore
 from support.windows import around, filled, sides_of
+from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_ANSWERS = 4

@@ -20,7 +20,8 @@ from support.classes import ClassTable
 from support.errors import UserError
 from support.generate import results_of
 from support.opening import UPLOADS
-from support.rasters import Raster, writing
+from support.rasters import Raster
+from support.writing import writing
 
 BAND = '<VRTRasterBand dataType="Byte" band="{band}">{sources}</VRTRasterBand>'
 SOURCE = (

@@ -21,7 +21,8 @@ from common import IGNORED
 from conftest import CPU, PLACE, TABLE, batch_of, geotiff, noise, picture, save, tiny
 from support.classes import ClassTable
 from support.pictures import to_bytes
-from support.rasters import Raster, writing
+from support.rasters import Raster
+from support.writing import writing
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
 

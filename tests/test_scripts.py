@@ -23,7 +23,7 @@ FLOORS = [
     "errors processes channels_last",
     "files classes device batches",
     "options layouts opening demo pictures plots",
-    "rasters checkpoints distances windows",
+    "rasters writing checkpoints distances windows",
     "measures store run vgg16 edits",
     "begin judge canvases",
     "studio",

@@ -1,0 +1,123 @@
+"""Results on disk: pictures and label maps, written by windows, in the place of their source."""
+
+import contextlib
+import functools
+
+import numpy as np
+from PIL import Image
+
+from support.classes import IGNORED
+from support.errors import UserError
+from support.files import TIFF_SUFFIXES, whole_or_absent, write_image
+from support.opening import gdal
+from support.pictures import paste
+
+
+def writing(path, source, classes=None, bands=3):
+    """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
+
+    With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours,
+    else they are (H, W, bands) uint8. A TIFF from a TIFF (or VRT) keeps its place on earth, and no
+    data stays no data; other files lie in memory till the end. The file appears when it is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
+    if not by_windows and bands not in (1, 3):
+        raise UserError(f"{path}: pictures of {bands} bands are written from GeoTIFFs only")
+    return (_writing_tiff if by_windows else _writing_whole)(path, source, classes, bands)
+
+
+def label_image(index, classes):
+    """(H, W) class indices as a Pillow image of the table's values, with its colours."""
+    image = Image.fromarray(classes.codes[index])
+    if image.mode == "L":  # values of 8 bits
+        image.putpalette(classes.code_palette.tobytes())
+    return image
+
+
+@contextlib.contextmanager
+def _writing_whole(path, source, classes, bands):
+    whole = np.zeros((source.height, source.width, *(() if classes else (bands,))), np.uint8)
+    yield functools.partial(paste, whole)
+    valid = source.valid(0, 0, source.height, source.width)
+    if valid is not None:
+        whole[~valid] = IGNORED if classes else 0
+    if not classes and bands == 1:
+        whole = whole.repeat(3, -1)
+    if not classes:
+        see_through = valid is not None and path.suffix.lower() in (".png", ".webp")
+        write_image(path, np.dstack([whole, valid * np.uint8(255)]) if see_through else whole)
+        return
+    write_image(path.with_suffix(".png"), label_image(whole, classes))
+    write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
+
+
+def _profile(source, classes, bands):
+    """rasterio's profile of a TIFF from a TIFF: of its size, and in its place."""
+    tiff = source.tiff
+    given = classes.unused if classes else tiff.nodata
+    nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
+    profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
+    if not classes and bands != 3:  # GDAL would call the fourth alpha
+        profile["photometric"] = "MINISBLACK"
+    profile |= {"driver": "GTiff", "nodata": nothing, "bigtiff": "if_safer"}
+    profile |= {"dtype": classes.codes.dtype if classes else np.uint8}
+    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
+    gcps, crs = tiff.gcps
+    place = {"crs": crs or tiff.crs, "rpcs": tiff.rpcs}
+    if gcps:
+        place = {"gcps": gcps, "crs": crs or gdal().CRS()}
+    elif not tiff.transform.is_identity:
+        place["transform"] = tiff.transform
+    return profile | {name: value for name, value in place.items() if value is not None}
+
+
+def _read_through(path, **overview):
+    """Reads a TIFF and its mask once, or an overview's; returns how many overviews it has."""
+    with gdal().open(path, driver="GTiff", **overview) as written:
+        for top in range(0, written.height, 256):
+            rows = top, min(top + 256, written.height)
+            written.read(window=(rows, (0, written.width)), masked=True)
+        return len(written.overviews(1))
+
+
+@contextlib.contextmanager
+def _writing_tiff(path, source, classes, bands):
+    profile = _profile(source, classes, bands)
+    nothing, tags = profile["nodata"], source.tiff.tags()
+    if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
+        tags.pop("AREA_OR_POINT", None)
+
+    def put(pixels, top, left=0):
+        height, width = pixels.shape[:2]
+        window = (top, top + height), (left, left + width)
+        valid = source.valid(top, left, height, width)
+        bands = classes.codes[pixels][None] if classes else np.moveaxis(pixels, -1, 0)
+        if valid is not None and nothing is None:
+            target.write_mask(valid, window=window)
+        elif valid is not None:
+            if not classes:  # what was painted must not look like nothing
+                bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
+            bands = np.where(valid, bands, nothing).astype(profile["dtype"])
+        target.write(bands, window=window)
+
+    try:
+        with whole_or_absent(path) as aside:
+            with (
+                gdal().Env(GDAL_TIFF_INTERNAL_MASK=True),
+                gdal().open(aside, "w", **profile) as target,
+            ):
+                target.update_tags(**tags)
+                if classes:
+                    colors = enumerate(classes.code_palette.tolist())
+                    target.write_colormap(1, {k: tuple(color) for k, color in colors})
+                yield put
+                if max(target.shape) > 4096:  # smaller copies, with which a GIS opens it at once
+                    how = gdal().enums.Resampling["nearest" if classes else "average"]
+                    halvings = range(1, (max(target.shape) // 256).bit_length())
+                    target.build_overviews([2**k for k in halvings], how)
+            # GDAL keeps quiet when it closes on a full disk
+            for level in range(_read_through(aside)):
+                _read_through(aside, overview_level=level)
+    except gdal().errors.RasterioError as error:
+        raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None
