@@ -147,11 +147,11 @@ class Raster:
         if set(kinds) != {"uint8"} and not (self.table and self.tiff.count == 1):
             names = f"{self.path.name} {self.path.stem}_8bit.tif"
             bands = " -b 1 -b 2 -b 3" if self.tiff.count > 3 else ""
-            scale, ratio = " -scale LOW HIGH 0 255", " --scale-ratio RATIO"
-            if self.table:
-                scale = ratio = ""
+            scale = "" if self.table else " -scale LOW HIGH 0 255"
             remedy = f"gdal_translate -ot Byte{bands}{scale} {names}"
-            remedy += f", or rio convert --dtype uint8{ratio} {names}"
+            if not self.table:  # rio convert does not clip: what is too bright would become dark
+                scaled = '"(interp (read 1) (asarray LOW HIGH) (asarray 0 255))"'
+                remedy += f", or rio calc --dtype uint8 {scaled} {names}"
             raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
