@@ -84,7 +84,7 @@ def bench_raster(benchmark, request, tmp_path, script, device):
     write_raster(tmp_path / "raster.tif", side)
     cfg = dataclasses.replace(
         cfg,
-        generate=str(tmp_path / "raster.tif"),
+        generate=(str(tmp_path / "raster.tif"),),
         out=str(tmp_path / "generated"),
         overwrite=True,
         window=256 if timed else 64,

@@ -22,13 +22,15 @@ from support.writing import writing
 
 
 def inputs_of(cfg, labels=False):
-    """The files that --generate names: one, or the images of a folder."""
-    path = Path(cfg.generate)
-    if not (path.is_dir() or path.is_file()):
-        raise UserError(f"--generate {path}: no such file or directory")
-    files = image_files(path, labels) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"--generate {path}: no images in it; it has {contents(path)}")
+    """The files that --generate names, and the images of its folders."""
+    files = []
+    for path in map(Path, cfg.generate):
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"--generate {path}: no such file or directory")
+        found = image_files(path, labels) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"--generate {path}: no images in it; it has {contents(path)}")
+        files += found
     return files
 
 
@@ -48,7 +50,7 @@ def missing(cfg, names, inputs):
         raise UserError(f"--out {out}: is a file, not a folder")
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"--generate {cfg.generate}: two results would be called {name}")
+        raise UserError(f"--generate: two results would be called {name}")
     inputs = {path.resolve() for path in inputs}
     for name in names:
         if (out / name).resolve() in inputs:
@@ -114,9 +116,10 @@ def _translate(cfg, raster, predict, net, classes, bands):
 
 def edit_of_files(cfg):
     """The PhotoEdit that --generate, --lc, --lc-before and --paint ask for."""
-    path = inputs_of(cfg)[0]
-    if Path(cfg.generate).is_dir():
-        raise UserError(f"--generate {cfg.generate}: name one photograph, not a folder")
+    path = Path(cfg.generate[0])
+    if len(cfg.generate) > 1 or path.is_dir():
+        raise UserError(f"--generate {' '.join(cfg.generate)}: name one photograph, not a folder")
+    inputs_of(cfg)
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover")
     maps = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]

@@ -105,7 +105,7 @@ class Options:
     judge_epochs: int = option(
         20, "epochs of the judge's training", low=1, needs="train_judge", may_change=True
     )
-    generate: str = option("", "image or folder to translate, or photograph to edit")
+    generate: tuple = option((), "images or folders to translate, or a photograph to edit")
     overwrite: bool = option(
         False, "generate results anew that --out already has", needs="generate"
     )
@@ -236,7 +236,7 @@ def _argument(field):
         shown = "on" if default else "off"
         kwargs["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, tuple):
-        kwargs |= {"action": "append", "metavar": "TEXT"}
+        kwargs |= {"action": "extend", "nargs": "+", "metavar": "TEXT"}
     elif choices:
         kwargs |= {"type": type(default), "choices": choices}
     else:
@@ -247,7 +247,7 @@ def _argument(field):
 
 def _check_value(name, value, about):
     """Refuses a value that was typed but is empty, out of bounds, or no file."""
-    if value == "":
+    if value in ("", [""]):
         raise UserError(f"{name} is empty: pass a value, or leave it out")
     if about.get("file") and not Path(value).is_file():
         raise UserError(f"{name} {value}: no such file")

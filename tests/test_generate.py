@@ -147,10 +147,10 @@ def test_generation_squeezes_images_as_training_does(tmp_path, capsys, sizes):
         seen.append(windows)
         return negative(windows, whole)
 
-    generate = {"window": window, "generate": str(data / "val" / "A")}
+    generate = {"window": window, "generate": (str(data / "val" / "A"),)}
     common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
     assert (torch.cat(seen).numpy() == common.ImageStore(cfg, "val", 64).A).all()
-    generate["generate"] = str(data / "large.png")
+    generate["generate"] = (str(data / "large.png"),)
     save(data / "large.png", picture(np.random.default_rng(0), 2 * window[0], window[1]))
     common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
     assert f"in 3 window(s) of {window[1]}x{window[0]}" in capsys.readouterr().err
@@ -203,7 +203,9 @@ def test_valid_pixels_do_not_depend_on_what_holes_are_filled_with(tmp_path, kind
 
 def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):
     """One window is not sure of a class, the next one of another: it wins where they overlap."""
-    _, cfg = tiny("cyclegan", lc_classes=str(landcover / "classes.json"), generate="x", window=16)
+    _, cfg = tiny(
+        "cyclegan", lc_classes=str(landcover / "classes.json"), generate=("x",), window=16
+    )
     save(tmp_path / "in" / "x.png", np.zeros((16, 28, 3), np.uint8))
     calls = []
 
@@ -214,7 +216,7 @@ def test_classes_are_blended_as_scores_and_then_decided(landcover, tmp_path):
         scores[1, 0], scores[1, 1] = 0.0, 1.0
         return scores
 
-    cfg = dataclasses.replace(cfg, generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    cfg = dataclasses.replace(cfg, generate=(str(tmp_path / "in"),), out=str(tmp_path / "out"))
     common.translate_files(cfg, paint, to_labels=True)
     index = np.asarray(Image.open(tmp_path / "out" / "x.png"))
     assert calls == [2] and index.shape == (16, 28)
@@ -348,7 +350,7 @@ def test_labels_are_resized_by_nearest_alone(tmp_path):
     common.edit_file(cfg, paint)
     assert set(seen[0][:, 0].unique().tolist()) == {0, 2}
     assert set(seen[0][:, 1].unique().tolist()) == {0, 1}
-    generate = {"generate": str(tmp_path / "lc" / "x.png"), "out": str(tmp_path / "two")}
+    generate = {"generate": (str(tmp_path / "lc" / "x.png"),), "out": str(tmp_path / "two")}
     common.translate_files(dataclasses.replace(cfg, **generate), paint, from_labels=True)
     assert set(seen[-1].unique().tolist()) == {0, 2}
 
@@ -385,7 +387,7 @@ def test_whole_rasters_through_the_command_line(tmp_path, pairs):
 def test_two_results_of_one_name_are_refused(tmp_path):
     for name in ("a.png", "a.bmp"):
         save(tmp_path / "in" / name, np.zeros((16, 16, 3), np.uint8))
-    _, cfg = tiny("cyclegan", generate=str(tmp_path / "in"), out=str(tmp_path / "out"))
+    _, cfg = tiny("cyclegan", generate=(str(tmp_path / "in"),), out=str(tmp_path / "out"))
     with pytest.raises(common.UserError, match=r"two results would be called a.png"):
         common.translate_files(cfg, None, to_labels=True)
 
@@ -401,7 +403,7 @@ def translation(tmp_path, *names, **options):
     """A Config that translates pictures in/NAME of 16 x 16 pixels."""
     for k, name in enumerate(names):
         save(tmp_path / "in" / name, np.full((16, 16, 3), 40 * k, np.uint8))
-    options = {"generate": str(tmp_path / "in"), "out": str(tmp_path / "out")} | options
+    options = {"generate": (str(tmp_path / "in"),), "out": str(tmp_path / "out")} | options
     return tiny("pix2pix", **options)[1]
 
 
@@ -426,6 +428,14 @@ def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
     common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
     assert [level(out / name) for name in ("a.png", "b.png", "c.png")] == [255, 215, 175]
     assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err
+
+
+def test_several_images_and_folders_are_generated(trained, tmp_path):
+    for name in ("a.png", "b.png", "in/c.png"):
+        save(tmp_path / name, np.full((70, 70, 3), 90, np.uint8))
+    names = " ".join(str(tmp_path / name) for name in ("a.png", "b.png", "in"))
+    pix2pix.main(use(trained("pix2pix"), f"--generate {names}", f"--out {tmp_path}/out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png"]
 
 
 def test_a_folder_that_was_stopped_goes_on_where_it_was(tmp_path, capsys):
@@ -476,7 +486,9 @@ def test_a_pipe_is_no_picture(tmp_path, option):
     os.mkfifo(tmp_path / "fifo.png")
     cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",))
     with pytest.raises(common.UserError, match=r"fifo.png: no such file"):
-        common.edit_file(dataclasses.replace(cfg, **{option: str(tmp_path / "fifo.png")}), None)
+        name = str(tmp_path / "fifo.png")
+        value = (name,) if option == "generate" else name
+        common.edit_file(dataclasses.replace(cfg, **{option: value}), None)
 
 
 def test_a_window_of_400_digits_is_the_whole(tmp_path):
@@ -495,7 +507,7 @@ def test_windows_without_data_are_left_out(tmp_path):
         windows.extend(tiles)
         return net(tiles.float()).tanh() / 2
 
-    cfg = translation(tmp_path, generate=str(tmp_path / "x.tif"), window=64)
+    cfg = translation(tmp_path, generate=(str(tmp_path / "x.tif"),), window=64)
     common.translate_files(cfg, predict)
     assert len(windows) <= 4 + 6
     windows.clear()
@@ -533,7 +545,7 @@ def edit(tmp_path, shape=(300, 400), suffix=".png", write=save, **options):
     photo = picture(np.random.default_rng(0), *shape)
     write(tmp_path / f"photo{suffix}", photo)
     write(tmp_path / "labels" / f"lc{suffix}", np.zeros(shape, np.uint8))
-    options = {"generate": str(tmp_path / f"photo{suffix}"), "window": 64} | options
+    options = {"generate": (str(tmp_path / f"photo{suffix}"),), "window": 64} | options
     options |= {"lc": str(tmp_path / "labels" / f"lc{suffix}"), "out": str(tmp_path / "out")}
     return tiny("mixlc", **options)[1], photo
 

@@ -71,7 +71,7 @@ def generated(tmp_path, cfg, pixels, net=None):
     """What --generate makes of a label map."""
     name = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
     save(name, pixels)
-    cfg = dataclasses.replace(cfg, generate=str(name), out=str(name.with_suffix("")))
+    cfg = dataclasses.replace(cfg, generate=(str(name),), out=str(name.with_suffix("")))
     common.translate_files(cfg, net or Painter(), net, from_labels=True)
     return np.asarray(Image.open(Path(cfg.out) / name.name))
 
@@ -157,7 +157,7 @@ def test_an_edit_shows_what_generate_gives_and_paints_only_what_is_new(tmp_path)
         shown[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = part
         save(tmp_path / "photo.png", photo)
         save(tmp_path / "lc.png", labels)
-        files = {"generate": str(tmp_path / "photo.png"), "lc": str(tmp_path / "lc.png")}
+        files = {"generate": (str(tmp_path / "photo.png"),), "lc": str(tmp_path / "lc.png")}
         files |= {"paint": tuple(strokes)[:count], "out": str(tmp_path / f"out{count}")}
         common.edit_file(dataclasses.replace(cfg, **files), Painter())
         assert np.array_equal(shown, np.asarray(Image.open(tmp_path / f"out{count}/photo.png")))
