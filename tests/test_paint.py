@@ -412,9 +412,9 @@ from support import serve, studio
 def hang(*_):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
-studio.Raster = hang
 cfg = tiny("pix2pix", port=0, data="none", out=sys.argv[1])[1]
 canvases = studio.Studio(cfg, None, None)
+studio.Raster = hang
 given = ["x.png", base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()]
 thread = threading.Thread(target=canvases.open, args=[{"files": {"input": given}}], daemon=True)
 threading.Timer(0.5, thread.start).start()
