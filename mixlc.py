@@ -22,6 +22,8 @@ Differences from the original system, which has no paper (its own: --fusion late
 - The edit is blanked in the photograph that the generator gets, so there is nothing to copy.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
+- --skips both --own 0.5 --composite --d patch erases and paints back (after SESAME, Ntavelis et al.
+  2020, arXiv:2004.04977): half of the edits ask for what was there, and D sees edits in place.
 - Losses take logits, and the networks' depth follows --size.
 """
 
