@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
 from PIL import Image
 from rasterio.rpc import RPC
@@ -20,6 +21,7 @@ from support.classes import ClassTable
 from support.errors import UserError
 from support.generate import results_of
 from support.opening import UPLOADS
+from support.pictures import to_bytes
 from support.rasters import Raster
 from support.writing import writing
 
@@ -263,7 +265,7 @@ def test_random_rasters_come_back(tmp_path, seed):
         nothing = given.nodata
     with Raster(tmp_path / "x.tif") as raster:
         assert np.array_equal(raster.read()[valid], pixels[valid])
-    paths = {"generate": str(tmp_path / "x.tif"), "out": str(tmp_path / "out")}
+    paths = {"generate": (str(tmp_path / "x.tif"),), "out": str(tmp_path / "out")}
     _, cfg = tiny("pix2pix", window=64, **paths)
     common.translate_files(cfg, lambda windows, whole: -common.from_bytes(windows))
     with rasterio.open(tmp_path / "out" / "x.tif") as out:
@@ -271,6 +273,25 @@ def test_random_rasters_come_back(tmp_path, seed):
         assert np.array_equal(out.dataset_mask() > 0, valid)
         same = (np.moveaxis(out.read(), 0, -1) == 255 - pixels).all(-1)
         assert same[valid & ((255 - pixels) != nothing).any(-1)].all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_rasters_are_trained_on(tmp_path, seed):
+    """The store has their pixels, or NaN without data: of A and B, which lie in one place."""
+    pixels = {}
+    for side in "AB":
+        (tmp_path / "data" / "train" / side).mkdir(parents=True)
+        path = tmp_path / "data" / "train" / side / "x.tif"
+        pixels[side] = random_geotiff(np.random.default_rng([25, seed]), path)
+    with rasterio.open(path) as file:
+        valid = file.dataset_mask()[:64, :64] > 0
+    options = {"data": str(tmp_path / "data"), "patch": 64, "cache": str(tmp_path / "cache")}
+    store = common.ImageStore(tiny("pix2pix", **options)[1], "train", 64)
+    for side in "AB":
+        (image,) = store.images(side, torch.from_numpy(store.records[:1]))
+        assert np.array_equal(~image.isnan().all(0).numpy(), valid)
+        levels = to_bytes(image[None].nan_to_num())[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(levels[valid], pixels[side][:64, :64][valid])
 
 
 def test_an_array_is_refused_by_its_header(tmp_path):
