@@ -1,6 +1,6 @@
-"""Draw docs/paint.jpg: vegetation painted into a validation image, on the page of --serve.
+"""Draw docs/paint.jpg: water painted into a map, on the page of --serve.
 
-python docs/tools/draw_page.py CHECKPOINT        needs Playwright and Chromium
+python docs/tools/draw_page.py weights/map-to-satellite.pt        needs Playwright and Chromium
 """
 
 import io
@@ -28,10 +28,10 @@ def served(checkpoint):
 
 
 def painted(page):
-    """A screenshot after one stroke of vegetation."""
+    """A screenshot after one stroke of water."""
     page.wait_for_selector('body[data-painted="1"]')
-    page.click("text=vegetation")
-    page.fill("#size", "24")
+    page.click("text=water")
+    page.fill("#size", "60")
     box = page.locator("#map").bounding_box()
     for k, (x, y) in enumerate(STROKE):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
