@@ -109,6 +109,9 @@ def _writing_tiff(path, source, classes, bands):
             ):
                 target.update_tags(**tags)
                 if classes:
+                    for value, _, index in classes.entries:
+                        if index != IGNORED:
+                            target.update_tags(1, **{f"class_{value}": classes.names[index]})
                     colors = enumerate(classes.code_palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})
                 yield put

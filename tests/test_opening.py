@@ -331,6 +331,8 @@ def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, value):
         assert np.array_equal(shown, want[np.where(index == 255, 5, index)])
     with rasterio.open(tmp_path / "out" / "x.tif") as written:
         assert written.transform == PLACE["transform"] and written.nodata == classes.unused
+        names = {f"class_{row['value']}": row["name"] for row in table}
+        assert names.items() <= written.tags(1).items()
         if value == 0:
             assert written.colormap(1)[10][:3] == (10, 0, 9)
 
