@@ -145,11 +145,11 @@ class ClassTable:
         return 2 * len(known & colors) > len(colors)
 
     def by_grey(self, levels, jpeg):
-        """Whether levels of grey (H, W) uint8 count as the nearest colours, and not as codes.
+        """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
 
-        They do where they are no codes of the table, half of them are near its colours, and they
-        are of several classes (1 of a mask of 0 and 1 is no black), if they are
-        of no JPEG.
+        That needs levels that are no codes of the table, a JPEG, a `nearest` table or a table of
+        greys, and half of the pixels within FAR of a colour. Without JPEG the pixels must show
+        several classes: a mask of 0 and 1 is not all black.
         """
         used, counts = np.unique(levels, return_counts=True)
         graded = all(color == (value,) * 3 for value, color, _ in self.entries)

@@ -69,7 +69,7 @@ class Options:
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
     out: str = option("", "run folder, or results; none: runs/<script>", may_change=True)
     resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
-    log_every: int = option(50, "most steps between rows of metrics.csv", low=1)
+    log_every: int = option(50, "largest number of steps between rows of metrics.csv", low=1)
     save_every: int = option(10, "keep a checkpoint every N epochs", low=0, may_change=True)
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
     track: str = option(
