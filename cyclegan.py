@@ -395,9 +395,7 @@ def train_step(state, batch, cfg):
             same_A = state.G_BA(real_A)
             same_B = state.G_AB(real_B)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(
-                1, keepdim=True
-            )  # the holes of real maps, in fakes as well
+            fake_B = fake_B * real_B.sum(1, keepdim=True)  # with the holes of real maps
         fake_A, fake_B = common.holes_of(A, fake_A), common.holes_of(B, fake_B)
         logits_A = state.D_A(fake_A)
         logits_B = state.D_B(fake_B)
