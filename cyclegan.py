@@ -537,12 +537,12 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
         guesses_A["A to B to A: model"] = cycled_A
         guesses_B["B to A to B: model"] = cycled_B
         for row, guess in guesses_A.items():
-            scores.add_images(row, guess, real_A)
+            scores.add_images(row, guess, real_A, val.store.limits["A"])
         for row, guess in guesses_B.items():
             if cfg.classes:
                 scores.add_labels(row, guess.argmax(1), labels, len(cfg.classes))
             else:
-                scores.add_images(row, guess, real_B)
+                scores.add_images(row, guess, real_B, val.store.limits["B"])
         scores.add_distances("B to A: model", fake_A, real_A, val.paired)
         if not cfg.classes:
             scores.add_distances("A to B: model", fake_B, real_B, val.paired)

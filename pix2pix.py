@@ -527,6 +527,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores(brief=colors is None, fid=cfg.fid)
+    limits = val.store.limits["B" if cfg.direction == "AtoB" else "A"]
     for records in val.in_order(images):
         x, y = val.sides(records)
         labels = val.store.images("B", records)
@@ -536,7 +537,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
                 guesses["copy of the input"] = x
             guesses |= common.constant_guesses(colors, y, labels)
         for row, guess in guesses.items():
-            scores.add_images(row, guess, y)
+            scores.add_images(row, guess, y, limits)
             if cfg.classes and cfg.direction == "AtoB":
                 nearest = nearest_class(guess, cfg.classes)
                 scores.add_labels(row, nearest, labels, len(cfg.classes))

@@ -18,6 +18,7 @@ from support.device import start
 from support.errors import Patient, UserError
 from support.files import LOCKS, lock
 from support.layouts import find_images
+from support.limits import with_limits
 from support.options import flag, grouped_fields, parse
 from support.processes import first_here, of_rank_0, rank, world_size
 from support.store import source
@@ -95,8 +96,10 @@ def begin(config, doc, quick, argv=None):
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     _check_effects(cfg, given)
-    if cfg.serve and (cfg.channels("A"), cfg.channels("B")) != (3, 3):
-        raise UserError("--serve: the page is for pictures of three bands: use --generate")
+    deep = cfg.limits_A or cfg.limits_B
+    if cfg.serve and (deep or (cfg.channels("A"), cfg.channels("B")) != (3, 3)):
+        what = "the page is for pictures of three bands of 8 bits"
+        raise UserError(f"--serve: {what}: use --generate")
     if cfg.evaluate:
         _check_results(Path(cfg.out))
     device = start(cfg)
@@ -194,6 +197,8 @@ def _merged(cfg, given, saved, fixed, path):
         same = value == saved[name]
         if name == "lc_classes" and saved[name]:
             same = ClassTable.load(value) == ClassTable.load(saved[name])
+        if name.startswith("limits_"):
+            same = saved[name].startswith(f"{value} ")
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60], "leave it out"
             if name == "epochs":
@@ -222,11 +227,13 @@ def _newest_run(cfg):
 def _new_run(cfg):
     """cfg of a run that begins: with its class table, and a folder that it has to itself."""
     _check_folder(cfg)
-    classes = find_images(source(cfg), "train", cfg.lc_classes).classes
-    if classes and cfg.bands_B:
-        raise UserError(f"--bands-B {cfg.bands_B}: B has land cover: leave it out")
-    text = classes.text if classes else "pictures"
-    cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
+    split = find_images(source(cfg), "train", cfg.lc_classes)
+    for name in ("bands_B", "limits_B"):
+        if split.classes and getattr(cfg, name):
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: B has land cover: leave it out")
+    text = split.classes.text if split.classes else "pictures"
+    cfg = with_limits(dataclasses.replace(cfg, lc_classes=text), split)
+    cfg = dataclasses.replace(cfg, out=of_rank_0(_claim_folder(cfg)))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     lock(cfg.out)
     _check_folder(cfg)  # another run may have come and gone meanwhile

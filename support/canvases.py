@@ -18,9 +18,10 @@ class MemoryRaster(Raster):
 
     def __init__(self, pixels, table=None):
         self.path, self.table, self.tiff, self.pixels = Path("canvas"), table, None, pixels
+        self.limits = None
         self.height, self.width = pixels.shape[:2]
 
-    def read(self, top=0, left=0, height=None, width=None):
+    def values(self, top=0, left=0, height=None, width=None):
         """A window, or as much of it as there is, as a view."""
         bottom = None if height is None else top + height
         right = None if width is None else left + width

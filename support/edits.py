@@ -86,6 +86,7 @@ class PhotoEdit:
     def generated(self, region, predict, net=None):
         """Generates a region (top, left, height, width): yields (pixels (h, w, C), top, left)."""
         y, x, *size = region
+        limits = self.photo.limits
         windows = Windows(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
             predict,
@@ -94,7 +95,8 @@ class PhotoEdit:
             shared_statistics(self.cfg, net),
         )
         for top, strip in windows.blended(about=self.photo.path.name):
-            yield self._feathered(as_array(strip[None]), y + top, x), y + top, x
+            pixels = limits.to_values(strip) if limits else as_array(strip[None])
+            yield self._feathered(pixels, y + top, x), y + top, x
 
     def _cut(self, *window):
         """A window as the network takes it, (C + 2, S, S): photograph, land cover, what changes."""
@@ -115,11 +117,10 @@ class PhotoEdit:
         mask = Image.fromarray(self.changed(*window).astype(np.uint8) * 255)
         mask = mask.filter(ImageFilter.BoxBlur(border))
         mask = mask.crop((before, above, before + width, above + height))
-        under, bands = self.photo.read(top, left, height, width), []
-        for k in range(pixels.shape[-1]):
-            pair = (Image.fromarray(np.ascontiguousarray(x[..., k])) for x in (pixels, under))
-            bands.append(np.asarray(Image.composite(*pair, mask)))
-        return np.stack(bands, -1)
+        under = self.photo.values(top, left, height, width)
+        share = np.asarray(mask, np.float64)[..., None] / 255
+        blend = under + share * (pixels - under.astype(np.float64))
+        return (blend if under.dtype.kind == "f" else blend.round()).astype(under.dtype)
 
 
 def centred(box, lengths, size):

@@ -13,8 +13,9 @@ from support.edits import PhotoEdit, centred
 from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
+from support.limits import Limits
 from support.opening import driver_of
-from support.pictures import as_array, as_tensor, from_bytes, save_grid
+from support.pictures import as_array, as_tensor, eight_bits, from_bytes, save_grid
 from support.rasters import Raster, check_pair
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, tiles, window_of
@@ -34,9 +35,12 @@ def inputs_of(cfg, labels=False):
     return files
 
 
-def results_of(path, to_labels=False):
-    """The names of what is generated from a file: its own, .tif for a place on earth, else .png."""
-    if driver_of(path) and path.suffix.lower() not in TIFF_SUFFIXES:
+def results_of(path, to_labels=False, tiff=False):
+    """The names of what is generated from a file: its own, .tif for a place on earth, else .png.
+
+    tiff  .tif in any case
+    """
+    if (driver_of(path) or tiff) and path.suffix.lower() not in TIFF_SUFFIXES:
         path = path.with_suffix(".tif")
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
         return [f"{path.stem}.png", f"{path.stem}_colours.png"]
@@ -86,32 +90,44 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     given, wanted = "BA" if getattr(cfg, "direction", "") == "BtoA" else "AB"
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
-    names = {path: results_of(path, to_labels) for path in files}
+    tiff = not to_labels and needs_tiff(cfg, wanted)
+    names = {path: results_of(path, to_labels, tiff) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
     files = [path for path in files if new.issuperset(names[path])]
+    about = {"bands": cfg.bands(given), "limits": Limits.of(cfg, given)}
     for path in files:  # a damaged one is found before anything is generated
-        with Raster(path, table, bands=cfg.bands(given)):
+        with Raster(path, table, **about):
             pass
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
-        with Raster(path, table, bands=cfg.bands(given)) as raster:
-            classes = cfg.classes if to_labels else None
-            _translate(cfg, raster, predict, net, classes, cfg.channels(wanted))
+        with Raster(path, table, **about) as raster:
+            out = Path(cfg.out) / names[path][0]
+            _translate(cfg, raster, predict, net, out, wanted, to_labels)
     print(f"{len(files)} image(s) written to {cfg.out}")
 
 
-def _translate(cfg, raster, predict, net, classes, bands):
-    """Writes what is generated from one Raster; with a ClassTable that is a label map."""
+def needs_tiff(cfg, side):
+    """Whether pictures of side "A" or "B" have bands, or bits, that only a TIFF can have."""
+    return bool(Limits.of(cfg, side)) or cfg.channels(side) not in (1, 3)
+
+
+def _translate(cfg, raster, predict, net, out, side, to_labels):
+    """Writes what is generated from one Raster: a picture of side "A" or "B", or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
     say_windows(cfg, raster, [(0, 0, *size)], window)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
-    name = results_of(raster.path, bool(classes))[0]
-    with writing(Path(cfg.out) / name, raster, classes, bands) as put:
+    classes, limits = cfg.classes if to_labels else None, Limits.of(cfg, side)
+    about = classes, cfg.channels(side), limits.dtype if limits else "uint8"
+    with writing(out, raster, *about) as put:
         for top, strip in windows.blended(about=raster.path.name):
-            put(strip.argmax(0).byte().numpy() if classes else as_array(strip[None]), top)
+            if classes:
+                pixels = strip.argmax(0).byte().numpy()
+            else:
+                pixels = limits.to_values(strip) if limits else as_array(strip[None])
+            put(pixels, top)
 
 
 def edit_of_files(cfg):
@@ -126,7 +142,8 @@ def edit_of_files(cfg):
     for file in maps:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
-    photo, maps = Raster(path, bands=cfg.bands("A")), [Raster(file, cfg.classes) for file in maps]
+    photo = Raster(path, bands=cfg.bands("A"), limits=Limits.of(cfg, "A"))
+    maps = [Raster(file, cfg.classes) for file in maps]
     for labels in maps:
         check_pair(photo, labels)
     if cfg.erase and not (cfg.lc_before or cfg.paint):
@@ -172,7 +189,7 @@ def edit_file(cfg, predict, net=None, samples=1):
         return
     edit, out = edit_of_files(cfg), Path(cfg.out)
     path, regions = edit.photo.path, edit.regions()
-    names = results_of(path)
+    names = results_of(path, tiff=needs_tiff(cfg, "A"))
     sheet, differences = f"{path.stem}_sheet.png", f"{path.stem}_differences.png"
     if samples > 1:
         suffix = Path(names[0]).suffix
@@ -201,9 +218,11 @@ def edit_file(cfg, predict, net=None, samples=1):
 
 def _write_edit(path, edit, regions, predict, net):
     """Writes a photograph with its edited regions generated."""
-    with writing(path, edit.photo, bands=edit.cfg.channels("A")) as put:
+    photo = edit.photo
+    dtype = photo.limits.dtype if photo.limits else "uint8"
+    with writing(path, photo, None, edit.cfg.channels("A"), dtype) as put:
         for top in range(0, edit.size[0], 256):
-            put(edit.photo.read(top, 0, 256), top)
+            put(photo.values(top, 0, 256), top)
         for region in regions:
             for pixels, top, left in edit.generated(region, predict, net):
                 put(pixels, top, left)
@@ -212,14 +231,14 @@ def _write_edit(path, edit, regions, predict, net):
 def _pictures(edit, regions, results):
     """What a sheet shows, {title: (H, W, 3) uint8}, of an edit and its results, {title: path}."""
     view, palette = _view(regions, edit.size), edit.cfg.classes.palette
-    pictures = {"before": edit.photo.read(*view)}
+    pictures = {"before": eight_bits(edit.photo.read(*view))}
     if edit.told:
         pictures["land cover"] = palette[edit.before(*view)]
     pictures["edited land cover"] = palette[edit.after(*view)]
     for title, path in results.items():
         written = range(1, edit.cfg.channels("A") + 1)
-        with Raster(path, bands=written) as raster:
-            pictures[title] = raster.read(*view)
+        with Raster(path, bands=written, limits=edit.photo.limits) as raster:
+            pictures[title] = eight_bits(raster.read(*view))
     if len(results) > 1:
         spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)
         pictures["where they differ"] = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)

@@ -118,9 +118,16 @@ class Scores:
         amounts = torch.stack([(values.nan_to_num() * weights).sum(), weights.sum()]).cpu()
         cells[name] = cells.get(name, 0) + amounts
 
-    def add_images(self, row, guess, target):
-        """Pictures (B, 3, S, S) in [-1, 1] or NaN, by measure_images: means over images."""
+    def add_images(self, row, guess, target, limits=None):
+        """Pictures (B, C, S, S) in [-1, 1] or NaN, by measure_images: means over images.
+
+        With Limits also mse_units: the squared error in the files' units, the mean over bands.
+        """
         known = has_data(target)
+        if limits and not self.brief:
+            ranges = torch.tensor(limits.ranges, device=target.device).view(1, -1, 1, 1)
+            error = ((guess.double() - target) / 2 * ranges).square()  # NaN without data
+            self._add(row, "mse_units", error, known.expand_as(error).double())
         guess, target = to_bytes(filled(guess)), to_bytes(target)
         for name, values in measure_images(guess, target, self.brief, known).items():
             self._add(row, name, values)
@@ -175,8 +182,8 @@ class Scores:
             rows[row] = {}
             for name, (total, count) in cells.items():
                 mean = (total / count).item()
-                if name == "mse":
-                    name, mean = "rmse", math.sqrt(mean)
+                if name in ("mse", "mse_units"):
+                    name, mean = f"r{name}", math.sqrt(mean)
                 elif name.startswith("psnr_"):  # so far the mean squared error in an area
                     mean = 10 * math.log10(255**2 / max(mean, 1e-10))
                 rows[row][name] = mean

@@ -90,9 +90,15 @@ def driver_of(path):
     return PLACED[suffix] if placed else None
 
 
-def open_tiff(path):
+def deep_driver(path):
+    """GDAL's driver for a PNG of 16 bits, of which Pillow gives 8; else None."""
+    with open(path, "rb") as file:
+        start = file.read(25)  # the signature, and the header's size, depth and kind
+    return "PNG" if start[:8] == b"\x89PNG\r\n\x1a\n" and start[24:] == b"\x10" else None
+
+
+def open_tiff(path, driver):
     """rasterio's dataset of a TIFF, of a VRT that joins TIFFs, or of another file with a place."""
-    driver = driver_of(path)
     if driver == "VRT":
         return gdal().open(_joined_tiffs(path), driver=driver)
     _check_files(path, driver)

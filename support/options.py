@@ -62,6 +62,12 @@ class Options:
         "", "bands of A, 1 to 32 of them, such as 8,4,3; none: red, green and blue"
     )
     bands_B: str = option("", "bands of B, where B has pictures; none: red, green and blue")
+    limits_A: str = option(
+        "",
+        "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 of 8 "
+        "bits, else the 2nd and 98th percentile of the training images",
+    )
+    limits_B: str = option("", "the same of B, where B has pictures")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
     seed: int = option(
         0, "random seed of weights, data order, augmentation and noise", low=0, high=2**32 - 1

@@ -19,10 +19,12 @@ def to_bytes(images):
 def from_bytes(images, known=None):
     """Pictures (B, C, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes.
 
+    Those of more than 8 bits are int16, -32768 .. 32767, in the place of 0 .. 255.
     known  (B, 1, H, W): where it is 0, there is no data, and the result is NaN
     """
+    middle, half = (-0.5, 32767.5) if images.dtype == torch.int16 else (127.5, 127.5)
     levels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    levels = levels.sub_(127.5).mul_(1 / 127.5)
+    levels = levels.sub_(middle).mul_(1 / half)
     return levels if known is None else levels.masked_fill_(known == 0, torch.nan)
 
 
@@ -72,11 +74,19 @@ def as_array(images):
     return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
 
 
+def eight_bits(levels):
+    """A picture's levels, uint8 or int16, as uint8."""
+    return levels if levels.dtype == np.uint8 else ((levels >> 8) + 128).astype(np.uint8)
+
+
 def resize(image, size, labels=False):
     """An (H, W, C) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
-    if image.ndim == 3 and image.shape[-1] != 3:
+    if image.ndim == 3 and (image.shape[-1] != 3 or image.dtype == np.int16):
         bands = [resize(np.ascontiguousarray(band), size) for band in np.moveaxis(image, -1, 0)]
         return np.stack(bands, -1)
+    if image.dtype == np.int16:
+        resized = Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+        return np.asarray(resized).round().clip(-32768, 32767).astype(np.int16)
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     return np.array(Image.fromarray(image).resize(size, how))
 

@@ -13,6 +13,7 @@ from support.opening import (
     READABLE,
     check_ending,
     decoding,
+    deep_driver,
     driver_of,
     gdal,
     open_array,
@@ -34,18 +35,22 @@ class Raster:
                    names them, or the first three; one band alone is repeated. Never alpha
     endings        those that are opened, each by one driver: READABLE, or UPLOADS of strangers
     most           pixels of a file that lies in memory; 8 bytes for each in an array file
+    limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
+    dtype, count   of a picture: the type of its values, and how many bands it has, without alpha
     tiff           rasterio's dataset of a TIFF or VRT, else None
     """
 
-    def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=()):
+    def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._has_alpha, self.bands = False, [] if table else list(bands)
+        self.limits, self.dtype, self.count = limits, "uint8", 3
         suffix = self.path.suffix.lower()
         with decoding(path):
             check_ending(self.path, endings)
-            if driver_of(self.path):
-                self._open_tiff()
+            driver = driver_of(self.path) or (not table and deep_driver(self.path))
+            if driver:
+                self._open_tiff(driver)
             elif suffix in ARRAY_SUFFIXES:
                 self.height, self.width = self._sides_of_array(shape_of_array(self.path, 8 * most))
             else:
@@ -68,7 +73,15 @@ class Raster:
             self.tiff.close()
 
     def read(self, top=0, left=0, height=None, width=None):
-        """A window, or as much of it as there is: (H, W, 3) uint8, or (H, W) class indices."""
+        """A window, or as much of it as there is: (H, W) class indices, or a picture (H, W, C).
+
+        A picture is uint8, or with limits the int16 levels between them.
+        """
+        pixels = self.values(top, left, height, width)
+        return self.limits.to_levels(pixels) if self.limits and not self.table else pixels
+
+    def values(self, top=0, left=0, height=None, width=None):
+        """A window as `read`'s, but of a picture in the values of the file."""
         bottom = self.height if height is None else min(top + height, self.height)
         right = self.width if width is None else min(left + width, self.width)
         with decoding(self.path):
@@ -93,9 +106,6 @@ class Raster:
 
     def _read_picture(self):
         with open_image(self.path) as image:
-            if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
-                remedy = "convert it to 8 bits, with limits of your choice"
-                raise UserError(f"{self.path}: has more than 8 bits a channel: {remedy}")
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
                 say_once(f"images are {image.mode}: converted to RGB")
             turn = _TURNS.get(_orientation(image))
@@ -141,18 +151,19 @@ class Raster:
             nearest = table.nearest or jpeg or grey
             return table.from_colours(np.asarray(image.convert("RGB")), path, nearest)
 
-    def _open_tiff(self):
-        self.tiff = open_tiff(self.path)
+    def _open_tiff(self, driver):
+        self.tiff = open_tiff(self.path, driver)
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
-        if set(kinds) != {"uint8"} and not (self.table and self.tiff.count == 1):
-            names = f"{self.path.name} {self.path.stem}_8bit.tif"
-            bands = " -b 1 -b 2 -b 3" if self.tiff.count > 3 else ""
-            scale = "" if self.table else " -scale LOW HIGH 0 255"
-            remedy = f"gdal_translate -ot Byte{bands}{scale} {names}"
-            if not self.table:  # rio convert does not clip: what is too bright would become dark
-                scaled = '"(interp (read 1) (asarray LOW HIGH) (asarray 0 255))"'
-                remedy += f", or rio calc --dtype uint8 {scaled} {names}"
-            raise UserError(f"{self.path}: holds {kinds[0]} values, not 8 bits a channel: {remedy}")
+        self.dtype = str(np.result_type(*kinds))
+        if np.dtype(self.dtype).kind not in "iuf":
+            raise UserError(f"{self.path}: has {self.dtype} values, which are not read")
+        if self.table and self.tiff.count > 1 and self.dtype != "uint8":
+            remedy = "one band of codes, or colours of 8 bits"
+            raise UserError(f"{self.path}: has {self.dtype} values; a label map has {remedy}")
+        if not (self.table or self.limits or self.dtype == "uint8"):
+            remedy = f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {self.path.name} NEW.tif"
+            what = f"has {self.dtype} values where 8 bits are expected"
+            raise UserError(f"{self.path}: {what}: {remedy}")
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._nearest = lossy or bool(self.table and self.table.nearest)
         self._palette, self._levels, self._grey = None, None, False
@@ -182,6 +193,7 @@ class Raster:
         """Sets which bands of the TIFF are read, and says once which are left out."""
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
+        self.count = 3 if self._palette is not None else len(there)
         self._check_bands([1, 2, 3] if self._palette is not None else there)
         self._chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
@@ -239,7 +251,8 @@ class Raster:
         if not self.tiff:
             return self._has_alpha and not self.table
         flags = self.tiff.mask_flag_enums
-        return not all("all_valid" in (flag.name for flag in band) for band in flags)
+        everywhere = all("all_valid" in (flag.name for flag in band) for band in flags)
+        return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
 
     def valid(self, top, left, height, width):
         """Where a window holds data, (height, width) bool; None where every pixel does."""
@@ -249,7 +262,10 @@ class Raster:
             self.read(top, left, height, width)
             return self._valid[top : top + height, left : left + width]
         window = (top, top + height), (left, left + width)
-        return self.tiff.dataset_mask(window=window) > 0
+        valid = self.tiff.dataset_mask(window=window) > 0
+        if self.table or np.dtype(self.dtype).kind != "f":
+            return valid
+        return valid & np.isfinite(self.values(top, left, height, width)).all(-1)
 
 
 # EXIF's orientations 2 to 8: how to turn a photograph upright

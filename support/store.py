@@ -20,7 +20,8 @@ from support.demo import demo_world
 from support.errors import UserError, say_once
 from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
-from support.pictures import from_bytes, resize, resize_known
+from support.limits import Limits
+from support.pictures import eight_bits, from_bytes, resize, resize_known
 from support.processes import first_here, rank, wait_for_others
 from support.rasters import Raster, check_pair
 
@@ -45,12 +46,7 @@ def is_whole(path):
     except Exception as error:  # numpy raises several kinds for a damaged header
         print(f"{path}: {error}: decoding again", file=sys.stderr)
         return False
-    return array.dtype == np.uint8 and array.offset + array.size == path.stat().st_size
-
-
-def opened(path, table, bands):
-    """The Raster of one side of a pair."""
-    return Raster(path, table, bands=bands)
+    return array.offset + array.nbytes == path.stat().st_size
 
 
 class ImageStore:
@@ -61,7 +57,8 @@ class ImageStore:
     side      every image, or patch, is resized to side x side (bicubic; labels nearest)
     smallest  images, or patches, of a smaller side than this are refused
 
-    A        (N, C, side, side) uint8, C bands: 3, or as many as --bands-A names
+    A        (N, C, side, side) uint8, C bands: 3, or as many as --bands-A names; int16, the
+             levels of Limits, where A or B has more than 8 bits
     B        (M, C, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
     rows     {"A", "B"}: arrays to load, from which `images` makes A, or B
     records  both of these if paired: A and B one after the other; else None
@@ -84,6 +81,7 @@ class ImageStore:
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
         self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
         self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
+        self.limits = {side: Limits.of(cfg, side) for side in "AB"}
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.rows = {"A": self.records, "B": self.records}
@@ -148,20 +146,21 @@ class ImageStore:
             known = self.known(name, self.rows[name])
             for row in spread(most, len(images)):
                 seen = slice(None) if known is None else known[row, 0] > 0
-                counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in images[row]]
+                bands = images[row] if name == "B" and self.classes else eight_bits(images[row])
+                counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in bands]
         if self.classes and self.paired:
             bands = self.A.shape[1]
             by_class, channels = np.zeros(256 * bands * 256, np.int64), np.arange(bands)
             for row in spread(most, len(self.A)):
                 places = self.B[row].astype(np.int64) * bands + channels[:, None, None]
-                places = places * 256 + self.A[row]
+                places = places * 256 + eight_bits(self.A[row])
                 by_class += np.bincount(places.ravel(), minlength=len(by_class))
             counts["A of classes"] = by_class.reshape(256, bands, 256)[: len(self.classes)]
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest)
-        about = self.side, self.bands, self.patch, self.split.halves, table
+        about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
         text = [f"{what} planar, holes {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             stat = path.stat()
@@ -197,7 +196,8 @@ class ImageStore:
         channels = sum(n for n, given in zip(self.channels, there, strict=True) if given)
         channels += masked * (there[0] + (there[1] and not self.classes))
         shape = int(ends[-1]), channels, self.side, self.side
-        store = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        dtype = np.int16 if any(self.limits.values()) else np.uint8
+        store = np.lib.format.open_memmap(path, "w+", dtype, shape)
         if hasattr(os, "posix_fallocate"):  # Linux: the error of a full disk comes here
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -213,12 +213,18 @@ class ImageStore:
             pass
         store.flush()
 
-    def _sides(self, pair):
-        """The files to read for a pair: [(path, ClassTable or None, bands), ...]."""
-        a, b = ((path, None, bands) for path, bands in zip(pair, self.bands, strict=True))
-        if self.split.halves:
-            return [a] if self.bands[0] == self.bands[1] else [a, b]
-        return [side for side in (a, (b[0], self.classes, b[2])) if side[0]]
+    def _rasters(self, pair, stack):
+        """The Rasters to read for a pair of files, open as long as the stack is."""
+        tables = None, None if self.split.halves else self.classes
+        sides = list(zip(pair, tables, self.bands, self.limits.values(), strict=True))
+        if self.split.halves and sides[0] == sides[1]:
+            sides = sides[:1]
+        rasters = []
+        for path, table, bands, limits in sides:
+            if path:
+                raster = Raster(path, table, bands=bands, limits=limits)
+                rasters.append(stack.enter_context(raster))
+        return rasters
 
     def _count(self, pair):
         """How many records a file gives, and whether some may have pixels without data.
@@ -226,7 +232,7 @@ class ImageStore:
         Refuses sizes or places that do not fit together.
         """
         with contextlib.ExitStack() as stack:
-            rasters = [stack.enter_context(opened(*side)) for side in self._sides(pair)]
+            rasters = self._rasters(pair, stack)
             check_pair(rasters[0], rasters[-1])
             masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
@@ -245,7 +251,7 @@ class ImageStore:
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
         with contextlib.ExitStack() as stack:
-            rasters = [stack.enter_context(opened(*side)) for side in self._sides(pair)]
+            rasters = self._rasters(pair, stack)
             step = self.patch or rasters[0].height
             for top in range(0, rasters[0].height - step + 1, step):
                 strips = [raster.read(top, height=step) for raster in rasters]
@@ -303,7 +309,8 @@ class ImageStore:
         """The largest (height, width) of images, each side by itself; of so many, evenly spread."""
         sizes = []
         for k in spread(most, len(pairs)):
-            with opened(*self._sides(pairs[k])[0]) as raster:
+            with contextlib.ExitStack() as stack:
+                raster = self._rasters(pairs[k], stack)[0]
                 width = raster.height if self.split.halves else raster.width
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))

@@ -105,7 +105,7 @@ class SharedStatistics:
 class Windows:
     """The windows by which a raster is generated.
 
-    cut(top, left, height, width)   -> a window at the network's size, (C', S, S) uint8
+    cut(top, left, height, width)   -> a window at the network's size, (C', S, S)
     predict(windows (B, C', S, S))  -> (B, C, S', S')
     size        (height, width) of the raster, in pixels
     window      (height, width) of a window, in pixels; None: the whole raster at once
@@ -211,13 +211,14 @@ def filled(raster, top, left, height, width):
     pixels = raster.read(top, left, height, width)
     valid = None if raster.table else raster.valid(top, left, *pixels.shape[:2])
     if valid is not None and not valid.all():
-        colour = pixels[valid].mean(0) if valid.any() else 127.5
-        pixels = np.where(valid[..., None], pixels, np.uint8(colour))
+        middle = 0 if raster.limits else 127.5
+        colour = pixels[valid].mean(0) if valid.any() else middle
+        pixels = np.where(valid[..., None], pixels, np.asarray(colour).astype(pixels.dtype))
     return mirrored(pixels, height, width)
 
 
 def network_input(raster, size, *window):
-    """A window (top, left, height, width) of a raster at a network's size: (3 or 1, S, S) uint8."""
+    """A window (top, left, height, width) of a raster at a network's size: (C or 1, S, S)."""
     small = resize(filled(raster, *window), (size, size), labels=bool(raster.table))
     return small[None] if raster.table else np.moveaxis(small, -1, 0)
 

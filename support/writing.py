@@ -13,18 +13,18 @@ from support.opening import gdal
 from support.pictures import paste
 
 
-def writing(path, source, classes=None, bands=3):
+def writing(path, source, classes=None, bands=3, dtype="uint8"):
     """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
     With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours,
-    else they are (H, W, bands) uint8. A TIFF from a TIFF (or VRT) keeps its place on earth, and no
-    data stays no data; other files lie in memory till the end. The file appears when it is whole.
+    else they are (H, W, bands) of the dtype. A TIFF has the place on earth of a TIFF (or VRT), and
+    no data stays no data; other files lie in memory till the end, and have one band or three of 8
+    bits. The file appears when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    by_windows = source.tiff and path.suffix.lower() in TIFF_SUFFIXES
-    if not by_windows and bands not in (1, 3):
-        raise UserError(f"{path}: pictures of {bands} bands are written from GeoTIFFs only")
-    return (_writing_tiff if by_windows else _writing_whole)(path, source, classes, bands)
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        return _writing_tiff(path, source, classes, bands, dtype)
+    return _writing_whole(path, source, classes, bands)
 
 
 def label_image(index, classes):
@@ -52,18 +52,27 @@ def _writing_whole(path, source, classes, bands):
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
 
 
-def _profile(source, classes, bands):
-    """rasterio's profile of a TIFF from a TIFF: of its size, and in its place."""
-    tiff = source.tiff
-    given = classes.unused if classes else tiff.nodata
-    nothing = int(given) if given is not None and 0 <= given <= 255 else None  # else: a mask
+def _profile(source, classes, bands, dtype):
+    """rasterio's profile of a TIFF from a Raster: of its size, and in its place."""
+    dtype = classes.codes.dtype if classes else np.dtype(dtype)
+    nothing = classes.unused if classes else source.tiff and source.tiff.nodata
+    if nothing is not None and dtype.kind != "f":
+        within = np.iinfo(dtype).min <= nothing <= np.iinfo(dtype).max
+        nothing = int(nothing) if within else None  # else: a mask
     profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
     if not classes and bands != 3:  # GDAL would call the fourth alpha
         profile["photometric"] = "MINISBLACK"
     profile |= {"driver": "GTiff", "nodata": nothing, "bigtiff": "if_safer"}
-    profile |= {"dtype": classes.codes.dtype if classes else np.uint8}
-    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
-    gcps, crs = tiff.gcps
+    profile |= {
+        "dtype": dtype,
+        "compress": "deflate",
+        "tiled": True,
+        "blockxsize": 256,
+        "blockysize": 256,
+    }
+    if not source.tiff:
+        return profile
+    tiff, (gcps, crs) = source.tiff, source.tiff.gcps
     place = {"crs": crs or tiff.crs, "rpcs": tiff.rpcs}
     if gcps:
         place = {"gcps": gcps, "crs": crs or gdal().CRS()}
@@ -82,9 +91,9 @@ def _read_through(path, **overview):
 
 
 @contextlib.contextmanager
-def _writing_tiff(path, source, classes, bands):
-    profile = _profile(source, classes, bands)
-    nothing, tags = profile["nodata"], source.tiff.tags()
+def _writing_tiff(path, source, classes, bands, dtype):
+    profile = _profile(source, classes, bands, dtype)
+    nothing, tags = profile["nodata"], source.tiff.tags() if source.tiff else {}
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
         tags.pop("AREA_OR_POINT", None)
 
@@ -97,7 +106,8 @@ def _writing_tiff(path, source, classes, bands):
             target.write_mask(valid, window=window)
         elif valid is not None:
             if not classes:  # what was painted must not look like nothing
-                bands = np.where((bands == nothing).all(0), abs(nothing - 1), bands)
+                other = nothing - 1 if nothing > 0 else nothing + 1
+                bands = np.where((bands == nothing).all(0), other, bands)
             bands = np.where(valid, bands, nothing).astype(profile["dtype"])
         target.write(bands, window=window)
 

@@ -429,7 +429,7 @@ def test_refuses_what_does_not_fit(tmp_path):
 def test_refuses_pictures_of_more_than_eight_bits(tmp_path):
     root = side_by_side(tmp_path / "a")
     save(root / "train" / "2.png", np.full((80, 160), 40_000, np.uint16))
-    with pytest.raises(UserError, match="2.png: has more than 8 bits"):
+    with pytest.raises(UserError, match="2.png: has uint16 values"):
         ImageStore(config(root, tmp_path / "cache"), "train", 32)
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from PIL import Image
 
 import cyclegan
-from conftest import SCRIPTS, land_cover, picture, save, side_by_side, vgg_file
+from conftest import SCRIPTS, geotiff, land_cover, picture, save, side_by_side, vgg_file
 from support import serve
 
 ROOT = Path(__file__).parent.parent
@@ -82,14 +81,9 @@ def world(tmp_path, monkeypatch):
         for k in range(2):
             save(tmp_path / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
     folders = [f"s2/{split}/{side}" for split in ("train", "val") for side in "AB"]
-    for name in ("scene_8bit.tif", *(f"{folder}/{k}.tif" for folder in folders for k in "12")):
-        bands = rng.integers(0, 256, (1 if "/B/" in name else 8, 80, 80), np.uint8)
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        about = {"driver": "GTiff", "count": len(bands), "height": 80, "width": 80}
-        with rasterio.open(
-            tmp_path / name, "w", **about, dtype="uint8", photometric="minisblack"
-        ) as file:
-            file.write(bands)
+    for name in ("tile.tif", *(f"{folder}/{k}.tif" for folder in folders for k in "12")):
+        bands = rng.integers(0, 5000, (80, 80, 1 if "/B/" in name else 8)).astype(np.uint16)
+        geotiff(tmp_path / name, bands)
     for name in ("austin1", "austin6", "vienna1", "vienna6"):
         mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
         save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))

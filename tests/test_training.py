@@ -29,7 +29,6 @@ from conftest import (
     tiny_run,
     use,
 )
-from support.demo import landscape
 from support.pictures import to_bytes
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -334,25 +333,3 @@ def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
 def test_wrong_bands_are_one_line(bands, pairs, tmp_path, capsys):
     line = line_of(pix2pix.main, tiny_run("pix2pix", pairs, tmp_path, f"--bands-A {bands}"), capsys)
     assert "write 1 to 32 numbers from 1, such as 8,4,3" in line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "bands", ["--bands-A 1,2,3,4,5,6 --bands-B 1", "--bands-A 4,5 --bands-B 4"]
-)
-def test_bands_of_a_landscape_are_learnt(bands, tmp_path):
-    """Near infrared follows vegetation; heights, and blue to red, follow from what lies there."""
-    for k in range(56):
-        rng, split = np.random.default_rng(k), "train" if k < 48 else "val"
-        rgb, _, ground = landscape(rng, 64)
-        infrared = np.array([[190, 150, 220, 15, 90, 70], [90, 140, 60, 5, 170, 150]], np.uint8)
-        heights = np.array([80, 90, 160, 20, 220, 60], np.uint8)[ground]
-        nir, swir = infrared[:, ground]
-        geotiff(tmp_path / split / "A" / f"{k}.tif", np.dstack([rgb, nir, swir, 255 - nir]))
-        geotiff(tmp_path / split / "B" / f"{k}.tif", np.dstack([heights, rgb, nir]))
-    more = f"--direction AtoB --epochs 10 {bands}"
-    line = tiny_run("pix2pix", tmp_path, tmp_path / "run", more)
-    pix2pix.main([*line, "--width", "8", "--batch-size", "4"])
-    rows = rows_of(tmp_path / "run")
-    others = min(row["rmse"] for name, row in rows.items() if name != "model")
-    assert rows["model"]["rmse"] < 0.9 * others

@@ -1,0 +1,111 @@
+"""Pictures of more than 8 bits: which values become -1 and 1, in each band."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from support.batches import spread
+from support.errors import UserError
+from support.rasters import Raster
+
+
+class Limits(NamedTuple):
+    """The values that become -1 and 1: --limits-A or --limits-B of a run that has begun.
+
+    Levels lie between them, 65536 of them as int16: so ImageStore and networks get pictures.
+
+    low, high  of every band, (C,) each
+    dtype      of the files, such as "uint16"; results are written in it
+    """
+
+    low: tuple
+    high: tuple
+    dtype: str
+
+    @classmethod
+    def of(cls, cfg, side):
+        """The limits of side "A" or "B"; None for pictures of 8 bits, and for label maps."""
+        text = cfg.limits_A if side == "A" else cfg.limits_B
+        if not text or (side == "B" and cfg.classes):
+            return None
+        numbers, _, dtype = text.partition(" ")
+        try:
+            pairs = np.array(numbers.split(","), float).reshape(-1, 2)
+            low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T.tolist()
+        except ValueError:
+            low, high = [0], [0]
+        if not all(a < b for a, b in zip(low, high, strict=True)):
+            remedy = f"write LOW,HIGH, or a pair for each of {cfg.channels(side)} bands"
+            raise UserError(f"--limits-{side} {numbers}: {remedy}")
+        return cls(tuple(low), tuple(high), dtype)
+
+    @property
+    def ranges(self):
+        """What lies between the limits, (C,) float64."""
+        return np.subtract(self.high, self.low)
+
+    def to_levels(self, values):
+        """Values (H, W, C) -> levels, int16; what lies beyond a limit becomes the limit."""
+        share = (np.nan_to_num(values.astype(np.float64)) - self.low) / self.ranges
+        return np.clip((share * 65535 - 32768).round(), -32768, 32767).astype(np.int16)
+
+    def to_values(self, image):
+        """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
+        share = (np.moveaxis(image.double().numpy(), 0, -1) + 1) / 2
+        values = self.low + share.clip(0, 1) * self.ranges
+        dtype = np.dtype(self.dtype)
+        if dtype.kind in "iu":
+            values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+        return values.astype(dtype)
+
+
+ALL = Limits((0.0,), (1.0,), "float32")  # to open a file of any depth
+
+
+def with_limits(cfg, split):
+    """cfg with the limits of a Split's pictures; as it is, where all of them have 8 bits.
+
+    The limits are those of --limits-A and --limits-B, else 0 and 255 for 8 bits, else the 2nd and
+    98th percentile of every band. Deep pictures of one or two bands have all of them read.
+    """
+    paths = {"A": split.A, "B": [] if split.classes else split.B}
+    dtypes = {}
+    for side, files in paths.items():
+        if files:
+            with Raster(files[0], limits=ALL) as raster:
+                dtypes[side], count = raster.dtype, raster.count
+            if dtypes[side] != "uint8" and count < 3 and not cfg.bands(side):
+                bands = {1: "1", 2: "1,2"}[count]
+                cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
+    if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
+        return cfg
+    for side, dtype in dtypes.items():
+        text = cfg.limits_A if side == "A" else cfg.limits_B
+        if not text and dtype == "uint8":
+            text = "0,255"
+        elif not text:
+            pairs = _percentiles(paths[side], cfg.bands(side))
+            text = ",".join(f"{number:.8g}" for number in pairs.ravel())
+        cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
+        Limits.of(cfg, side)  # refuses a wrong one
+    return cfg
+
+
+def _percentiles(paths, bands, windows=200, side=256):
+    """The 2nd and 98th percentile of pictures, (C, 2), of windows spread over all files."""
+    rng, samples = np.random.default_rng(0), []
+    files = [paths[k] for k in spread(windows, len(paths))]
+    for path in files:
+        with Raster(path, bands=bands, limits=ALL) as raster:
+            for _ in range(-(-windows // len(files))):
+                room = max(raster.height - side, 0), max(raster.width - side, 0)
+                corner = rng.integers(0, room, endpoint=True).tolist()
+                values = raster.values(*corner, side, side)
+                valid = raster.valid(*corner, *values.shape[:2])
+                values = values.reshape(-1, values.shape[-1]) if valid is None else values[valid]
+                samples.append(values[:: 1 + len(values) // 2000])
+    if not any(map(len, samples)):
+        raise UserError(f"{paths[0]}: no pixel has data")
+    low, high = np.percentile(np.concatenate(samples).astype(np.float64), [2, 98], axis=0)
+    return np.column_stack([low, np.where(high > low, high, low + 1)])

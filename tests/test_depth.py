@@ -1,0 +1,253 @@
+"""Pictures of more than 8 bits: limits, stores, results in the units of the files."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+
+import common
+import pix2pix
+from conftest import (
+    PLACE,
+    TABLE,
+    geotiff,
+    last,
+    line_of,
+    rows_of,
+    save,
+    stop_after,
+    tiny_run,
+    use,
+)
+from support.demo import landscape
+from support.limits import Limits
+from support.rasters import Raster
+
+REFLECTANCE = {"dtype": "uint16", "nodata": 0}
+
+
+def world(root, count=56, side=64):
+    """Six bands of reflectances as uint16, 0 without data, and heights in metres with NaN.
+
+    Near infrared follows vegetation, and heights follow from what lies there.
+    """
+    for k in range(count):
+        rng, split = np.random.default_rng(k), "train" if k < count * 6 // 7 else "val"
+        rgb, _, ground = landscape(rng, side)
+        infrared = np.array([3900, 3000, 4500, 300, 1800, 1400])[ground]
+        infrared = infrared + rng.normal(0, 60, (side, side))
+        a = np.dstack([rgb * 14.3 + 60, infrared, 5000 - infrared, infrared / 2 + 400])
+        b = np.array([412.5, 405, 431, 390, 420, 408])[ground] + np.arange(side) / 100
+        if k % 5 == 0:
+            a[:9, :9], b[-9:, :9] = 0, np.nan
+        geotiff(root / split / "A" / f"{k}.tif", a.round().astype(np.uint16), nodata=0)
+        geotiff(root / split / "B" / f"{k}.tif", b.astype(np.float32))
+    return root
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("deep"), count=14)
+
+
+def started(root, tmp_path, **options):
+    """The Config of a run of pix2pix that has begun, with its limits."""
+    line = f"--data {root} --out {tmp_path}/run --cache {tmp_path} --size 64 --direction AtoB"
+    for name, value in options.items():
+        line += f" --{name.replace('_', '-')} {value}"
+    return common.begin(pix2pix.Config, pix2pix.__doc__, {}, line.split())[0]
+
+
+def test_limits_are_percentiles_of_the_training_images_for_each_band(deep, tmp_path):
+    cfg = started(deep, tmp_path, bands_A="4,1")
+    pixels = [
+        Raster(path, bands=(4, 1), limits=Limits((0,), (1,), "")).values()
+        for path in sorted((deep / "train" / "A").iterdir())
+    ]
+    known = np.concatenate([image[image[..., 0] > 0] for image in pixels])
+    limits = Limits.of(cfg, "A")
+    assert limits.dtype == "uint16"
+    assert np.allclose([limits.low, limits.high], np.percentile(known, [2, 98], 0), rtol=0.05)
+    heights = Limits.of(cfg, "B")
+    assert (
+        heights.dtype == "float32"
+        and abs(heights.low[0] - 390) < 2
+        and abs(heights.high[0] - 431) < 2
+    )
+    assert cfg.channels("B") == 1  # a band of heights is no grey picture
+
+
+def test_the_store_keeps_sixteen_bits_and_holes(deep, tmp_path):
+    cfg = started(deep, tmp_path, bands_A="4", limits_A="200,4800", limits_B="380,440")
+    store = common.ImageStore(cfg, "train", 64)
+    rows = torch.from_numpy(store.records[:2])
+    for side, low, high in (("A", 200, 4800), ("B", 380, 440)):
+        path = deep / "train" / side / "0.tif"
+        with rasterio.open(path) as file:
+            band = file.read(4 if side == "A" else 1).astype(np.float64)
+        expected = (2 * (band - low) / (high - low) - 1).clip(-1, 1)
+        image = store.images(side, rows)[0, 0].numpy()
+        holes = (band == 0) | np.isnan(band)
+        assert holes.sum() == 81 and (np.isnan(image) == holes).all()
+        assert abs(image - expected)[~holes].max() < 1.1 / 65535
+    steps = len(np.unique(store.records[:, 0]))
+    assert steps > 256  # finer than 8 bits
+
+
+def test_eight_bits_beside_sixteen_are_as_ever(deep, tmp_path):
+    root = tmp_path / "mixed"
+    for split in ("train", "val"):
+        for path in (deep / split / "B").iterdir():
+            rng = np.random.default_rng(len(path.stem))
+            save(
+                root / split / "A" / f"{path.stem}.png", rng.integers(0, 256, (64, 64, 3), np.uint8)
+            )
+            geotiff(root / split / "B" / path.name, rasterio.open(path).read(1))
+    store = common.ImageStore(started(root, tmp_path), "train", 64)
+    pixels = np.asarray(Image.open(root / "train" / "A" / "0.png"))
+    image = store.images("A", torch.from_numpy(store.records[:1]))[0]
+    plain = common.from_bytes(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])[0]
+    assert torch.allclose(image, plain, atol=1e-6)
+    counts = np.bincount(pixels[..., 0].ravel(), minlength=256)
+    assert (store.histograms()["A"][0].numpy() >= counts).all()  # of one image among several
+
+
+def test_values_come_back_in_their_type_and_units():
+    limits = Limits((0.0, -50.0), (65535.0, 50.0), "int16")
+    values = np.array([[[0, -50], [32767, 50], [12345, 7]]], np.int16)
+    levels = limits.to_levels(values)
+    image = common.from_bytes(torch.from_numpy(levels).permute(2, 0, 1)[None])[0]
+    assert (limits.to_values(image) == values).all()
+    assert limits.to_values(torch.full((2, 1, 1), 1.5)).tolist() == [[[32767, 50]]]
+    assert limits.to_levels(np.array([[[-9, 99]]])).tolist() == [[[-32768, 32767]]]
+
+
+def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, capsys):
+    """The result of the whole has B's type, units and place, and no data where A has none."""
+    out = tmp_path / "run"
+    more = "--epochs 2 --direction AtoB --bands-A 1,2,3,4,5,6 --limits-A 0,5000"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(SystemExit):
+            pix2pix.main(tiny_run("pix2pix", deep, out, more))
+    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000"])
+    assert last(out)["config"]["limits_A"] == "0,5000 uint16"
+    error, row = rows_of(out)["model"]["rmse_units"], rows_of(out)["model"]
+    limits = Limits.of(pix2pix.Config(**last(out)["config"]), "B")
+    assert np.isclose(error, row["rmse"] / 255 * limits.ranges[0], rtol=0.02)
+    pix2pix.main(use(out, f"--generate {deep}/val/A", f"--out {tmp_path}/new"))
+    for path in (deep / "val" / "A").iterdir():
+        with rasterio.open(tmp_path / "new" / path.name) as result, rasterio.open(path) as source:
+            assert result.dtypes == ("float32",) and result.transform == PLACE["transform"]
+            holes = source.read(1) == 0
+            assert ((result.dataset_mask() == 0) == holes).all()
+            heights = result.read(1)[~holes]
+        assert limits.low[0] <= heights.min() < heights.max() <= limits.high[0]
+    capsys.readouterr()
+    line = line_of(pix2pix.main, use(out, "--evaluate", "--limits-A 0,3000"), capsys)
+    assert "--limits-A 0,3000 contradicts" in line
+    assert "of 8 bits" in line_of(pix2pix.main, use(out, "--serve"), capsys)
+
+
+def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path):
+    """Of a label map, too; a PNG of 16 bits is read as such."""
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for path in (deep / split / "B").iterdir():
+            heights = np.nan_to_num(rasterio.open(path).read(1), nan=400)
+            save(root / split / "rgb" / f"{path.stem}.png", heights.astype(np.uint16) * 100)
+            save(root / split / "lc" / f"{path.stem}.png", (heights // 20 % 3).astype(np.uint8))
+    (root / "classes.json").write_text(json.dumps(TABLE))
+    pix2pix.main(tiny_run("pix2pix", root, tmp_path / "run", "--epochs 1"))
+    config = last(tmp_path / "run")["config"]
+    assert config["limits_A"].endswith("uint16") and config["bands_A"] == "1"
+    labels = next((root / "val" / "lc").iterdir())
+    pix2pix.main(use(tmp_path / "run", f"--generate {labels}", f"--out {tmp_path}/new"))
+    with rasterio.open(tmp_path / "new" / f"{labels.stem}.tif") as result:
+        assert result.dtypes == ("uint16",) and result.count == 1
+        assert 38_000 < result.read().min() <= result.read().max() < 44_000
+
+
+@pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
+def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(script, deep, tmp_path):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for path in (deep / split / "A").iterdir():
+            with rasterio.open(path) as file:
+                pixels = np.moveaxis(file.read(), 0, -1)
+            geotiff(root / split / "rgb" / path.name, pixels)
+            geotiff(root / split / "lc" / path.name, (pixels[..., 3] // 2000).astype(np.uint8))
+    (root / "classes.json").write_text(json.dumps(TABLE))
+    main, out = importlib.import_module(script).main, tmp_path / "run"
+    main(tiny_run(script, root, out, "--epochs 1 --bands-A 4,3,2,1"))
+    photo = next((root / "val" / "rgb").iterdir())
+    more = f"--lc {root}/val/lc/{photo.name} --paint water:0,0,20,20"
+    main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
+    with rasterio.open(tmp_path / "new" / photo.name) as result, rasterio.open(photo) as before:
+        new, old = result.read(), before.read([4, 3, 2, 1])
+    assert new.dtype == np.uint16 and (new[:, 30:, 30:] == old[:, 30:, 30:]).all()
+    limits = Limits.of(importlib.import_module(script).Config(**last(out)["config"]), "A")
+    inside = new[:, :10, :10].reshape(4, -1)
+    assert (np.floor(limits.low) <= inside.T).all() and (np.ceil(limits.high) >= inside.T).all()
+    assert (inside != old[:, :10, :10].reshape(4, -1)).mean() > 0.9
+
+
+def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path):
+    main = importlib.import_module("cyclegan").main
+    main(tiny_run("cyclegan", deep, tmp_path / "run", "--epochs 1 --bands-A 3,2"))
+    assert "rmse_units" in rows_of(tmp_path / "run")["A to B: model"]
+    photo = next((deep / "val" / "B").iterdir())
+    more = f"--direction BtoA --out {tmp_path}/new"
+    main(use(tmp_path / "run", f"--generate {photo}", more))
+    with rasterio.open(tmp_path / "new" / photo.name) as result:
+        assert result.dtypes == ("uint16", "uint16")
+
+
+@pytest.mark.parametrize("limits", ["5", "1,2,3", "3,2", "1,x", "1,2,3,4,5,6,7,8", "nan,1"])
+def test_wrong_limits_are_one_line(limits, deep, tmp_path, capsys):
+    line = line_of(
+        pix2pix.main, tiny_run("pix2pix", deep, tmp_path / "run", f"--limits-A {limits}"), capsys
+    )
+    assert f"--limits-A {limits}: write LOW,HIGH, or a pair for each of 3 bands" in line
+
+
+def test_files_without_any_data_are_one_line(tmp_path, capsys):
+    for split in ("train", "val"):
+        for side in "AB":
+            geotiff(tmp_path / "d" / split / side / "0.tif", np.full((64, 64), np.nan, np.float32))
+    line = line_of(pix2pix.main, tiny_run("pix2pix", tmp_path / "d", tmp_path / "run"), capsys)
+    assert "0.tif: no pixel has data" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", ["1,2,3,4,5,6", "4,5"])
+def test_a_deep_landscape_is_learnt(bands, tmp_path):
+    """Six bands to heights; near infrared and its like to blue, green, red and infrared."""
+    root = world(tmp_path / "data")
+    if bands == "4,5":
+        for split in ("train", "val"):
+            for path in (root / split / "A").iterdir():
+                (root / split / "B" / path.name).write_bytes(path.read_bytes())
+    more = f"--direction AtoB --epochs 20 --bands-A {bands}"
+    more += " --bands-B 1,2,3,4" if bands == "4,5" else ""
+    out = tmp_path / "run"
+    line = tiny_run("pix2pix", root, out, more)
+    pix2pix.main([*line, "--width", "8", "--batch-size", "4", "--lr", "1e-3"])
+    rows = rows_of(out)
+    for measure in ("rmse", "rmse_units"):
+        others = min(row[measure] for name, row in rows.items() if name != "model")
+        assert rows["model"][measure] < 0.9 * others
+    pix2pix.main(use(out, f"--generate {root}/val/A", f"--out {tmp_path}/new"))
+    for path in (root / "val" / "A").iterdir():
+        with rasterio.open(tmp_path / "new" / path.name) as result:
+            new = result.read(masked=True)
+            assert result.transform == PLACE["transform"]
+        with rasterio.open(root / "val" / "B" / path.name) as target:
+            real = np.nan_to_num(target.read(list(range(1, len(new) + 1))))
+        known = ~new.mask & (real > 0)
+        assert known.any(0).mean() > 0.9
+        assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.02
