@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits: which values become -1 and 1, in each band."""
+"""Limits of pictures of more than 8 bits, for each band."""
 
 import dataclasses
 from typing import NamedTuple
