@@ -73,7 +73,7 @@ def with_limits(cfg, split):
     dtypes = {}
     for side, files in paths.items():
         if files:
-            with Raster(files[0], limits=ALL) as raster:
+            with Raster(files[0], bands=cfg.bands(side) or (1,), limits=ALL) as raster:
                 dtypes[side], count = raster.dtype, raster.count
             if dtypes[side] != "uint8" and count < 3 and not cfg.bands(side):
                 bands = {1: "1", 2: "1,2"}[count]
