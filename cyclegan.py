@@ -78,9 +78,7 @@ class Config(common.Options):
     direction: str = option(
         "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
     )
-    fid: bool = option(
-        False, "also measure FID, KID and LPIPS (needs torchmetrics)", needs="evaluate"
-    )
+    fid: bool = option(False, "also measure FID, KID and LPIPS (needs torchmetrics)")
 
 
 QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}

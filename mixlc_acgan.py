@@ -63,15 +63,11 @@ class Config(common.EditOptions):
         "vgg16", "VGG16 of the style loss: ImageNet's | random weights", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option(
-        "", "VGG16's weights; none: from torch.hub", file=True, needs="style_features=vgg16"
-    )
+    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(16, "edits in a step of one process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
-    samples: int = option(
-        1, "number of variants of an edit", group="use", low=1, high=64, needs="generate"
-    )
+    samples: int = option(1, "number of variants of an edit", group="use", low=1, high=64)
 
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}

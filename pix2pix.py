@@ -51,14 +51,10 @@ class Config(common.Options):
     generator: str = option(
         "unet", "U-Net with skips | residual blocks", choices=("unet", "resnet")
     )
-    blocks: int = option(
-        0, "residual blocks; 0: 9, or 6 below 256", low=0, needs="generator=resnet"
-    )
+    blocks: int = option(0, "residual blocks of resnet; 0: 9, or 6 below 256", low=0)
     norm: str = option("batch", "normalisation layers of G and D", choices=("batch", "instance"))
     patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
-    dropout: float = option(
-        0.5, "dropout in the decoder", low=0.0, high=0.9, needs="generator=unet"
-    )
+    dropout: float = option(0.5, "dropout in the decoder of unet", low=0.0, high=0.9)
     upsample: str = option(
         "transposed",
         "doubling layers of G: transposed convolution | resizing, then a convolution",
@@ -72,9 +68,9 @@ class Config(common.Options):
     )
     d_weight: float = option(0.5, "weight of D's loss; the paper halves the sum", low=0.0)
     content: str = option("l1", "content loss: L1 | of VGG16 features", choices=("l1", "vgg"))
-    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0, needs="content=l1")
-    lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0, needs="content=vgg")
-    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True, needs="content=vgg")
+    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
+    lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
+    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images in a step of one process", low=1)
@@ -85,9 +81,7 @@ class Config(common.Options):
         high=10**6,
         may_change=lambda run: run["schedule"] != "linear",
     )
-    epochs_decay: int = option(
-        -1, "last epochs, in which the rate falls; -1: half of all", low=-1, needs="schedule=linear"
-    )
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
     schedule: str = option(
         "linear",
         "learning rate: falls in the last epochs | constant | halves when the content loss stalls",
@@ -105,7 +99,6 @@ class Config(common.Options):
         False,
         "also measure FID, KID and LPIPS (needs torchmetrics)",
         group="use",
-        needs="evaluate",
     )
 
 

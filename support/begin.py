@@ -95,11 +95,9 @@ def begin(config, doc, quick, argv=None):
         cfg, checkpoint = _use(cfg, given)
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
-    _check_effects(cfg, given)
     deep = cfg.limits_A or cfg.limits_B
     if cfg.serve and (deep or (cfg.channels("A"), cfg.channels("B")) != (3, 3)):
-        what = "the page is for pictures of three bands of 8 bits"
-        raise UserError(f"--serve: {what}: use --generate")
+        raise UserError("--serve: the page is for three bands of 8 bits: use --generate")
     if cfg.evaluate:
         _check_results(Path(cfg.out))
     device = start(cfg)
@@ -114,25 +112,12 @@ def _check_modes(cfg):
     if cfg.checkpoint and not cfg.using:
         remedy = "to go on training: --resume"
         raise UserError(f"--checkpoint goes with --generate, --evaluate or --serve ({remedy})")
-    if cfg.serve and (cfg.generate or cfg.evaluate):
-        raise UserError("--serve goes without --generate and --evaluate: one after the other")
     if cfg.resume and cfg.using:
         raise UserError("--resume goes on training: name a model to use by --checkpoint")
     fields = dataclasses.fields(cfg)
     weights = any(getattr(cfg, field.name) for field in fields if field.metadata.get("weights"))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
-        what = "--generate" if cfg.generate else "--serve" if cfg.serve else "--evaluate"
-        raise UserError(f"{what} needs --checkpoint FILE, a model to use")
-
-
-def _check_effects(cfg, given):
-    """Refuses an option that was typed, but has no effect beside the others."""
-    for name in given:
-        needs = cfg.__dataclass_fields__[name].metadata.get("needs", "")
-        other, _, wanted = needs.partition("=")
-        value = getattr(cfg, other) if other else True
-        if (wanted and value != wanted) or not value:
-            raise UserError(f"{flag(name)} goes with {flag(other)} {wanted}".rstrip())
+        raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
 
 
 def _check_results(folder):
@@ -202,9 +187,7 @@ def _merged(cfg, given, saved, fixed, path):
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60], "leave it out"
             if name == "epochs":
-                fields = dataclasses.fields(cfg)
-                init = [flag(field.name) for field in fields if field.metadata.get("weights")]
-                remedy = f"its schedule ends there; a new run with {' '.join(init)} trains on"
+                remedy = "its schedule ends there; a new run with its weights trains on"
             raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): {remedy}")
     changes = {name: value for name, value in given.items() if name not in fixed}
     return type(cfg)(**saved | changes)
@@ -226,43 +209,40 @@ def _newest_run(cfg):
 
 def _new_run(cfg):
     """cfg of a run that begins: with its class table, and a folder that it has to itself."""
-    _check_folder(cfg)
     split = find_images(source(cfg), "train", cfg.lc_classes)
     for name in ("bands_B", "limits_B"):
         if split.classes and getattr(cfg, name):
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: B has land cover: leave it out")
     text = split.classes.text if split.classes else "pictures"
-    cfg = with_limits(dataclasses.replace(cfg, lc_classes=text), split)
-    cfg = dataclasses.replace(cfg, out=of_rank_0(_claim_folder(cfg)))
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
+    if not rank():
+        _check_folder(cfg)
     lock(cfg.out)
-    _check_folder(cfg)  # another run may have come and gone meanwhile
-    return cfg
-
-
-def _check_folder(cfg):
-    """Refuses an --out that holds anything but a run that began and saved nothing."""
-    folder, about = Path(cfg.out), Path(cfg.out) / "config.json"
-    if not cfg.out or rank() or not folder.exists():
-        return
-    if folder.is_file():
-        raise UserError(f"--out {folder}: is a file, not a folder")
-    if any(folder.glob("checkpoints/[!.]*.pt")):
-        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
-    text = about.read_text(errors="replace") if about.is_file() else ""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    if any(files) and f'"script": "{cfg.script}"' not in text:
-        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
+    return with_limits(cfg, split)
 
 
 def _claim_folder(cfg):
     """A new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
-    if cfg.out or rank():
+    folder = Path(cfg.out or f"runs/{cfg.script}")
+    if rank():
         return cfg.out
-    Path("runs").mkdir(exist_ok=True)
-    for k in itertools.count(1):
-        folder = Path(f"runs/{cfg.script}" + (f"-{k}" if k > 1 else ""))
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file, not a folder")
+    for k in itertools.count(2):
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=bool(cfg.out))
             break
+        folder = Path(f"runs/{cfg.script}-{k}")
     return str(folder)
+
+
+def _check_folder(cfg):
+    """Refuses a folder that holds anything but a run that began and saved nothing."""
+    folder = Path(cfg.out)
+    if any(folder.glob("checkpoints/[!.]*.pt")):
+        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
+    about = folder / "config.json"
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    if any(files) and f'"script": "{cfg.script}"' not in text:
+        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")

@@ -9,19 +9,14 @@ from pathlib import Path
 from support.classes import ClassTable
 from support.errors import UserError
 
-LARGEST = {int: 2**31 - 1, float: 1e30}  # where an option states no bound of its own
-SMALLEST = 1e-9  # but for 0: smaller numbers vanish when they are squared
 
-
-def option(default, help, *, group=None, choices=None, low=None, high=None, **meaning):
+def option(default, help, *, group=None, choices=None, low=-math.inf, high=2**31 - 1, **meaning):
     """A field of an Options class that is also a command-line option.
 
     group       a heading of --help, which holds for the fields that follow, too; a checkpoint
                 fixes the group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
-    needs       the option without which this one has no effect, such as "generate", or the value
-                that an option must have, such as "content=vgg"
     file        it names a file, which must exist
     weights     generator weights, which --generate accepts in place of --checkpoint
     """
@@ -80,44 +75,30 @@ class Options:
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
     track: str = option(
         "",
-        "also log to tensorboard (TensorBoard) or wandb (Weights & Biases)",
+        "log to TensorBoard, Weights & Biases",
         choices=("tensorboard", "wandb"),
         may_change=True,
     )
     device: str = option(
-        "auto",
-        "cpu, cuda (a GPU), auto (cuda where there is a GPU)",
-        choices=("auto", "cpu", "cuda"),
-        may_change=True,
+        "auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"), may_change=True
     )
     precision: str = option(
-        "auto",
-        "numbers in the networks: fp32, bf16, auto (bf16 on CUDA, else fp32)",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "auto: bf16 networks on CUDA, else fp32", choices=("auto", "fp32", "bf16")
     )
     graph: bool = option(True, "capture the training step in a CUDA graph")
     checkpoint: str = option("", "the trained model, a .pt file", group="use")
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
-    split: str = option("val", "the split to measure", choices=("val", "test"), needs="evaluate")
+    split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
-        "",
-        "measure with the judge.pt of another run; none: the run's own",
-        may_change=True,
-        file=True,
+        "", "measure with this judge.pt; none: the run's own", may_change=True, file=True
     )
-    train_judge: bool = option(
-        False, "train a judge, which segments generated photographs", may_change=True
-    )
-    judge_epochs: int = option(
-        20, "epochs of the judge's training", low=1, needs="train_judge", may_change=True
-    )
+    train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
+    judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)
     generate: tuple = option((), "images or folders to translate, or a photograph to edit")
-    overwrite: bool = option(
-        False, "generate results anew that --out already has", needs="generate"
-    )
+    overwrite: bool = option(False, "generate results anew that --out already has")
     serve: bool = option(False, "serve a local page to paint on, in a browser")
-    address: str = option("127.0.0.1", "network address of the page", needs="serve")
-    port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535, needs="serve")
+    address: str = option("127.0.0.1", "network address of the page")
+    port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535)
     window: int = option(0, "source pixels that --size spans; 0: as in training", low=0)
     norm_reach: float = option(
         2.0,
@@ -163,15 +144,10 @@ class EditOptions(Options):
     )
     use_ba: bool = option(False, "also train on the complement: all but the box is pasted")
     own: float = option(
-        0.0,
-        "share of edits that ask for the photograph's own land cover; its target is the photograph",
-        low=0.0,
-        high=1.0,
+        0.0, "share of edits that ask for the photograph's own land cover", low=0.0, high=1.0
     )
     composite: bool = option(
-        False,
-        "show D the generator's output inside the edit and the photograph outside; its losses are "
-        "those of the edit",
+        False, "show D the edit within its photograph, and count its losses at the edit alone"
     )
     erase: bool = option(True, "blank the edit in the generator's photograph", group="model")
     eval_norm: str = option(
@@ -181,12 +157,10 @@ class EditOptions(Options):
         choices=("batch", "running", "auto"),
     )
     show_samples: int = option(0, "draw N training edits, then stop; 0: train", group="run", low=0)
-    lc: str = option(
-        "", "land cover after the edit, or to --paint on", group="use", needs="generate"
-    )
-    lc_before: str = option("", "land cover before the edit", needs="generate")
-    paint: tuple = option((), "rectangle to paint: class:x,y,width,height", needs="generate")
-    keep_outside: bool = option(True, "keep the photograph outside the edit", needs="generate")
+    lc: str = option("", "land cover after the edit, or to --paint on", group="use")
+    lc_before: str = option("", "land cover before the edit")
+    paint: tuple = option((), "rectangle to paint: class:x,y,width,height")
+    keep_outside: bool = option(True, "keep the photograph outside the edit")
 
 
 def flag(name):
@@ -257,13 +231,7 @@ def _check_value(name, value, about):
         raise UserError(f"{name} is empty: pass a value, or leave it out")
     if about.get("file") and not Path(value).is_file():
         raise UserError(f"{name} {value}: no such file")
-    if type(value) not in LARGEST:
-        return
-    low = -math.inf if about["low"] is None else about["low"]
-    high = LARGEST[type(value)] if about["high"] is None else about["high"]
-    if not value >= low:  # NaN, too
-        raise UserError(f"{name} {value}: must be at least {low}")
-    if not value <= high:
-        raise UserError(f"{name} {str(value)[:20]}: must be at most {high}")
-    if 0 < abs(value) < SMALLEST:
-        raise UserError(f"{name} {value}: must be 0, or at least {SMALLEST}")
+    low, high = about["low"], about["high"]
+    if type(value) in (int, float) and not low <= value <= high:  # NaN, too
+        bound = f"at most {high}" if value > high else f"at least {low}"
+        raise UserError(f"{name} {str(value)[:20]}: must be {bound}")

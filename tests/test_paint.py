@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 
 import common
-import pix2pix
-from conftest import TABLE, geotiff, land_cover, line_of, picture, save, tiny
+from conftest import TABLE, geotiff, land_cover, picture, save, tiny
 from support import serve
 from support import studio as studios
 from support.canvases import EditCanvas, TranslationCanvas
@@ -583,19 +582,6 @@ def test_strangers_do_not_stop_the_page(server, monkeypatch):
     for connection in (friend, *strangers):
         connection.close()
     assert serve.Handler.timeout <= 5
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["--serve"], "--serve needs --checkpoint FILE"),
-        (["--port", "7"], "--port goes with --serve"),
-        (["--address", "0.0.0.0"], "--address goes with --serve"),
-        (["--serve", "--generate", "x.png"], "--serve goes without --generate"),
-    ],
-)
-def test_what_serve_goes_with(words, text, capsys):
-    assert text in line_of(pix2pix.main, words, capsys)
 
 
 # ------------------------------------------------------------------------------------------ browser
