@@ -9,7 +9,10 @@ import numpy as np
 
 from support.errors import UserError
 
-_COLOR = '"#e2a929" or "226,169,41"'
+_KEYS = {"name": str, "color": str, "value": int, "ignore": bool}
+_EXAMPLE = (
+    '[{"name": "water", "color": "#1445f9" or "20,69,249", "value": 5, "ignore": false}, ...]'
+)
 # Median distance of (r, g, b) to the table's colours. JPEG moves the demo world's labels by up to
 # 14 levels (quality 30 to 95); of photographs most lie 50 to 200 away, whatever the table.
 FAR = 32
@@ -76,7 +79,6 @@ class ClassTable:
             entries = [{"name": n, "value": int(value), "color": c} for value, c, n in rows]
             return ClassTable._build(entries, source == "maps")
         is_json = source.lstrip().startswith(("[", "{"))
-        name = source[:60] if is_json else source
         try:
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
             if isinstance(table, list):
@@ -85,29 +87,29 @@ class ClassTable:
         except FileNotFoundError:
             known = ", ".join(_TABLES)
             raise UserError(f"class table {source}: no such file (built in: {known})") from None
-        except UserError as error:
-            raise UserError(f"class table {name}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-            what = f"not a list of {{name, color, value, ignore}} ({repr(error)[:80]})"
-            raise UserError(f"class table {name}: {what}") from None
+            name = source[:60] if is_json else source
+            raise UserError(f"class table {name}: {str(error)[:80]}: write {_EXAMPLE}") from None
 
     @staticmethod
     def _build(entries, nearest):
         names, colors, rows = [], [], []
         for position, entry in enumerate(entries):
-            _check_types(entry)
-            color = _color(entry["color"])
-            index = IGNORED
+            for key, value in entry.items():
+                if type(value) is not _KEYS[key]:
+                    raise TypeError(f"{key} {value!r}")
+            color, index = _color(entry["color"]), IGNORED
             if not entry.get("ignore"):
                 index = len(names)
                 names.append(entry["name"])
                 colors.append(color)
             rows.append((entry.get("value", position), color, index))
-        if not 2 <= len(names) < IGNORED or len(set(names)) != len(names):
-            raise UserError("needs 2 to 254 classes, each with a name of its own")
-        for column, what in enumerate(("value", "color")):
-            if len({row[column] for row in rows}) != len(rows):
-                raise UserError(f"two classes have the same {what}")
+        if not 2 <= len(names) < IGNORED:
+            raise ValueError(f"{len(names)} classes, not 2 to 254")
+        values, shades = [row[0] for row in rows], [row[1] for row in rows]
+        for unique in (names, values, shades):
+            if len(set(unique)) != len(unique):
+                raise ValueError("two classes have the same name, value or color")
         text = json.dumps({"nearest": nearest, "classes": entries})
         return ClassTable(tuple(names), tuple(colors), tuple(rows), nearest, text)
 
@@ -153,14 +155,18 @@ class ClassTable:
         """
         used, counts = np.unique(levels, return_counts=True)
         graded = all(color == (value,) * 3 for value, color, _ in self.entries)
-        if set(used.tolist()) <= {self.unused, *self.values}:
+        if set(used.tolist()) <= {self.unused, *self.values} or not (
+            jpeg or self.nearest or graded
+        ):
             return False
-        if not (jpeg or self.nearest or graded):
-            return False
-        distance = [((used[:, None] - color) ** 2).sum(1) for _, color, _ in self.entries]
-        near = counts[np.min(distance, 0) <= FAR**2].sum()
-        several = jpeg or len(set(np.argmin(distance, 0))) > 1
-        return several and 2 * near >= counts.sum()
+        distance, row = self._nearest_row(used[:, None])
+        several = jpeg or len(set(row)) > 1
+        return several and 2 * counts[distance <= FAR**2].sum() >= counts.sum()
+
+    def _nearest_row(self, rgb):
+        """Colours (K, 3) -> the squared distance to the nearest one of the table, and its row."""
+        distance = np.stack([((rgb - color) ** 2).sum(1) for _, color, _ in self.entries])
+        return distance.min(0), distance.argmin(0)
 
     @functools.cached_property
     def unused(self):
@@ -208,21 +214,15 @@ class ClassTable:
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-        present_rgb = (present[:, None] >> (16, 8, 0)) & 255  # (K, 3)
-        distance = [((present_rgb - color) ** 2).sum(1) for _, color, _ in self.entries]
-        distance = np.stack(distance)  # (rows, K)
-        index = np.array([row[2] for row in self.entries], np.uint8)[distance.argmin(0)]
-        known = ", ".join(self.names[:6])
-        far = distance.min(0)[inverse] > FAR**2
-        if nearest and strict and 2 * far.sum() > far.size:
-            what = f"its colours are far from those of the class table ({known}, ...)"
+        distance, row = self._nearest_row((present[:, None] >> (16, 8, 0)) & 255)
+        known = distance <= (FAR**2 if nearest else 0)
+        if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
+            names = ", ".join(self.names[:6])
+            what = f"its colours are not those of the class table ({names}, ...)"
             raise UserError(f"{path}: {what}: is it a photograph?")
+        index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:
-            exact = distance.min(0) == 0
-            if strict and counts[exact].sum() < 0.01 * counts.sum():
-                what = "hardly a pixel has a colour of the class table"
-                raise UserError(f"{path}: {what} ({known}, ...)")
-            index[~exact] = IGNORED
+            index[~known] = IGNORED
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
@@ -230,25 +230,15 @@ class ClassTable:
 
         C  the number of classes, or of all rows of the table
         """
-        indices = {len(self): range(len(self)), len(self.entries): [row[2] for row in self.entries]}
-        if array.shape[-1] not in indices and array.shape[0] in indices:
-            array = np.moveaxis(array, 0, -1)
+        rows = [index for _, _, index in self.entries]
+        indices = {len(self): range(len(self)), len(rows): rows}
         if array.shape[-1] not in indices:
-            what = f"no one-hot of the class table's {len(self)} classes"
-            raise UserError(f"{path}: shape {array.shape} is {what}")
+            array = np.moveaxis(array, 0, -1)
+        alone = np.isin(array, (0, 1, 255)).all() and (array > 0).sum(-1).max() <= 1
+        if array.shape[-1] not in indices or not alone:
+            raise UserError(f"{path}: is no one-hot of the class table's {len(self)} classes")
         index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
-        if not np.isin(array, (0, 1, 255)).all() or (array > 0).sum(-1).max() > 1:
-            raise UserError(f"{path}: is no one-hot: a pixel has one class, or none")
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
-
-
-def _check_types(entry):
-    """Refuses a row of a table with an unknown key or a value of the wrong type."""
-    types = {"name": str, "value": int, "color": str, "ignore": bool}
-    examples = {"name": '"water"', "value": "5", "color": _COLOR, "ignore": "true"}
-    for key, value in entry.items():
-        if type(value) is not types[key]:
-            raise UserError(f"{key} {value!r}: write {examples[key]}")
 
 
 def _color(text):
@@ -260,4 +250,4 @@ def _color(text):
             r, g, b = bytes(int(level) for level in text.split(","))
         return r, g, b
     except ValueError:
-        raise UserError(f'color "{text}": write {_COLOR}') from None
+        raise ValueError(f'color "{text}"') from None

@@ -26,6 +26,7 @@ _FOLDERS = (  # layout, and where the images A and B of a split lie
     ("masks", "{}/images", "{}/masks"),
 )
 _ENDINGS = ("_A", "_B"), ("_sat", "_mask")
+_VALIDATES = re.compile("(austin|chicago|kitsap|tyrol-w|vienna)[1-5]")  # of Inria's images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,38 +51,25 @@ class Split:
 def image_files(folder, labels=False):
     """The images of a folder, and for labels arrays; says how much else is in it."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
-    found, others = [], []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.suffix.lower() in suffixes:
-            found.append(path)
-        elif path.suffix.lower() not in BESIDE and (path.is_file() or path.is_dir()):
-            others.append(path)
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in paths if path.suffix.lower() in suffixes]
+    others = [path for path in paths if path.suffix.lower() not in suffixes | BESIDE]
     for path in found:
         if not path.is_file():
-            what = "is no file (a link to nothing, a pipe or a folder): remove it"
-            raise UserError(f"{path}: {what}")
+            raise UserError(
+                f"{path}: is no file (a link to nothing, a pipe or a folder): remove it"
+            )
     if found and others:
         endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
         say_once(f"{folder}: {len(others)} other file(s) or sub-folder(s) ({endings}) are left out")
     return found
 
 
-def _match(a, b, where, endings=("", "")):
-    """Two lists of files matched by stem, without endings; refuses partners missing or double."""
-    named_a, named_b = (
-        {unicodedata.normalize("NFC", path.stem).removesuffix(ending): path for path in paths}
-        for paths, ending in zip((a, b), endings, strict=True)
-    )
-    lone = sorted(set(named_a) ^ set(named_b))
-    if lone:
-        path = named_a.get(lone[0]) or named_b.get(lone[0])
-        counts = f"{len(a)} images on one side, {len(b)} on the other"
-        raise UserError(f"{where}: {counts}; {path} has no partner")
-    if len(named_a) != len(a) or len(named_b) != len(b):
-        raise UserError(f"{where}: two files in one folder have the same name but for their ending")
-    return list(named_a.values()), [named_b[name] for name in named_a]
+def contents(folder):
+    """What a folder without images has, in words."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    shown = f"{', '.join(names[:4])} (sub-folders are not searched)"
+    return shown if names else "nothing in it"
 
 
 def find_images(data, split, lc_classes=""):
@@ -100,59 +88,17 @@ def find_images(data, split, lc_classes=""):
     if split == "val" and _is_inria(root):
         names.append("train")
     for name in names:
-        for layout, a, b in _FOLDERS:
-            folders = root / a.format(name), root / b.format(name)
-            if folders[0].is_dir() and folders[1].is_dir():
-                if layout in ("land cover", "masks"):
-                    _check_table(root, table, lc_classes)
-                return _two_folders(root, layout, name, split, folders, table)
-        files = image_files(root / name) if (root / name).is_dir() else []
-        endings = _endings(files)
-        if "_mask" in endings:
-            _check_table(root, table, lc_classes)
-        if endings:
-            sides = [[path for path in files if path.stem.endswith(end)] for end in endings]
-            a, b = _match(*sides, f"{root}, split {name}", endings)
-            return Split(root, "two endings", name, a, b, True, False, table)
-        if files:
-            return Split(root, "side by side", name, files, files, True, True, table)
-    raise UserError(_nothing_fits(root, names[0], split))
-
-
-def _endings(files):
-    """The two endings that all of these names have, such as ("_A", "_B"); () if they do not."""
-    for endings in _ENDINGS:
-        counts = [sum(path.stem.endswith(end) for path in files) for end in endings]
-        if all(counts) and sum(counts) == len(files):
-            return endings
-    return ()
-
-
-def _nothing_fits(root, name, split):
-    """The message that a directory has no layout: what its folder of the split holds instead."""
-    folder = root / name
-    found = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
-    return f"{root}: no layout with images of split {split}{found}; known are: {LAYOUTS}"
-
-
-def contents(folder):
-    """What a folder without images has, in words: sub-folders and the endings of its files."""
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    folders = [path.name for path in paths if path.is_dir()]
-    endings = sorted({path.suffix or path.name for path in paths if path.is_file()})
-    parts = []
-    if folders:
-        parts.append(f"sub-folders, which are not searched: {', '.join(folders[:4])}")
-    if endings:
-        parts.append(f"files of other kinds: {', '.join(endings[:4])}")
-    return "; ".join(parts) or "nothing in it"
-
-
-def _check_table(root, table, lc_classes):
-    """Refuses label maps without a class table, unless they are to be pictures."""
-    if not table and lc_classes != "pictures":
-        remedy = f"write {root}/classes.json or pass --lc-classes s2glc, maps or binary"
-        raise UserError(f"{root}: label maps need a class table: {remedy}")
+        found = _two_folders(root, name, split, table) or _one_folder(root, name, table)
+        if not found:
+            continue
+        masks = found.layout == "two endings" and found.B[0].stem.endswith("_mask")
+        if (masks or found.layout in ("land cover", "masks")) and not (table or lc_classes):
+            remedy = f"write {root}/classes.json or pass --lc-classes s2glc, maps or binary"
+            raise UserError(f"{root}: label maps need a class table: {remedy}")
+        return found
+    folder = root / names[0]
+    has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
+    raise UserError(f"{root}: no layout with images of split {split}{has}; known are: {LAYOUTS}")
 
 
 def _class_table(root, lc_classes):
@@ -167,27 +113,55 @@ def _class_table(root, lc_classes):
     return table
 
 
-def _two_folders(root, layout, name, split, folders, table):
-    """The Split of a layout with a folder of A and a folder of B."""
-    a, b = image_files(folders[0]), image_files(folders[1], labels=table is not None)
-    if name == "train" and layout == "Inria" and _is_inria(root):
-        a = [path for path in a if _validates(path) == (split == "val")]
-        b = [path for path in b if _validates(path) == (split == "val")]
-        name = "train, images 1-5 of each city" if split == "val" else name
-    for folder, files in zip(folders, (a, b), strict=True):
+def _two_folders(root, name, split, table):
+    """The Split of a layout with a folder of A and a folder of B; None where there are none."""
+    there = [row for row in _FOLDERS if all((root / x.format(name)).is_dir() for x in row[1:])]
+    if not there:
+        return None
+    layout, *folders = there[0]
+    sides = []
+    for folder, labels in zip(folders, (False, True), strict=True):
+        folder = root / folder.format(name)
+        files = image_files(folder, labels)
+        if layout == "Inria" and name == "train" and _is_inria(root):
+            kept = split == "val"
+            files = [path for path in files if bool(_VALIDATES.fullmatch(path.stem)) == kept]
         if not files:
-            raise UserError(f"{folder}: no images in split {name}: it has {contents(folder)}")
-    if layout != "unaligned":
-        a, b = _match(a, b, f"{root}, split {name}")
-    return Split(root, layout, name, a, b, layout != "unaligned", False, table)
+            raise UserError(f"{folder}: no images in split {split}: it has {contents(folder)}")
+        sides.append(files)
+    if split == "val" and name == "train":
+        name = "train, images 1-5 of each city"
+    paired = layout != "unaligned"
+    if paired:
+        sides = _match(*sides, f"{root}, split {name}")
+    return Split(root, layout, name, *sides, paired, False, table)
+
+
+def _one_folder(root, name, table):
+    """The Split of a folder with pairs side by side, or of two endings, if there is one."""
+    files = image_files(root / name) if (root / name).is_dir() else []
+    for endings in _ENDINGS:
+        sides = [[path for path in files if path.stem.endswith(end)] for end in endings]
+        if all(sides) and sum(map(len, sides)) == len(files):
+            sides = _match(*sides, f"{root}, split {name}", endings)
+            return Split(root, "two endings", name, *sides, True, False, table)
+    return Split(root, "side by side", name, files, files, True, True, table) if files else None
+
+
+def _match(a, b, where, endings=("", "")):
+    """Two lists of files matched by stem, without endings; refuses partners missing or double."""
+    named_a, named_b = (
+        {unicodedata.normalize("NFC", path.stem).removesuffix(ending): path for path in paths}
+        for paths, ending in zip((a, b), endings, strict=True)
+    )
+    for name in sorted(set(named_a) ^ set(named_b)):
+        path = named_a.get(name) or named_b.get(name)
+        raise UserError(f"{where}: {len(a)} images and {len(b)}: {path} has no partner")
+    if len(named_a) != len(a) or len(named_b) != len(b):
+        raise UserError(f"{where}: two files in one folder have the same name but for their ending")
+    return list(named_a.values()), [named_b[name] for name in named_a]
 
 
 def _is_inria(root):
     """Whether images 1-5 of each city validate: Inria's data has no validation split of its own."""
-    has = {name: (root / name / "gt").is_dir() for name in ("train", "val")}
-    return has["train"] and not has["val"] and (root / "train" / "images").is_dir()
-
-
-def _validates(path):
-    """Whether an image of Inria's is one that its authors keep for validation."""
-    return bool(re.fullmatch(r"(austin|chicago|kitsap|tyrol-w|vienna)[1-5]", path.stem))
+    return (root / "train" / "gt").is_dir() and not (root / "val" / "gt").is_dir()

@@ -103,8 +103,8 @@ NOT_LAYOUTS = {
     "nowhere": ("", "train", "no such directory"),
     "a file": (".", "train", "is a file, not a directory"),
     "other folders": ("train/sat/1.png train/map/1.png train/notes.txt", "train",
-                      f"train has sub-folders, which are not searched: map, sat; .*txt.*{KNOWN}"),
-    "sub-folders": ("train/A/x/1.png train/B/1.png", "train", "train/A: .*not searched: x"),
+                      f"train has map, notes.txt, sat .sub-folders are not searched.*{KNOWN}"),
+    "sub-folders": ("train/A/x/1.png train/B/1.png", "train", "train/A: .*has x .*not searched"),
     "twins on a Mac": ("train/A/\u00e9.png train/A/e\u0301.png train/B/\u00e9.png", "train",
                        "the same name but for"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "train", "2_A.png has no par"),
@@ -116,7 +116,7 @@ NOT_LAYOUTS = {
     "no test": ("train/1.png val/1.png", "test", "no layout with images of split test"),
     "one side": ("train/A/notes.txt train/B/x.png", "train", "train/A: no images in split train"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png", "train",
-                    "2 images on one side, 1 on the other.*y.png has no partner"),
+                    "2 images and 1: .*y.png has no partner"),
     "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "train", "but for their ending"),
     "no class table": ("train/rgb/x.png train/lc/x.png", "train", "pass --lc-classes s2glc"),
 }  # fmt: skip
@@ -290,9 +290,7 @@ def test_refuses_pictures_as_label_maps(tmp_path, table, name, nearest):
     table = dataclasses.replace(table, nearest=nearest)
     photo, _, classes = landscape(np.random.default_rng(0), 128)
     save(tmp_path / name, photo)
-    nearest = nearest or name == "x.jpg"
-    text = "far from those of" if nearest else "a pixel has a colour of"
-    with pytest.raises(UserError, match=f"{name}: .*{text} the class table"):
+    with pytest.raises(UserError, match=f"{name}: .*not those of the class table"):
         Raster(tmp_path / name, table).read()
     index = np.uint8(classes % 3)
     for quality in (30, 60, 95):

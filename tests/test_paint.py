@@ -347,7 +347,7 @@ def test_files_are_opened_and_do_not_stay(server, tmp_path, monkeypatch):
         (file(labels + 9, "../b.png"), b"b.png: label values"),
         (file(labels[:9], "c.png"), b"c.png: 60x9 pixels are too few"),
         (["d.png/../../e.png", broken], b"e.png: cannot be decoded"),
-        (file(photo), b"x.png: hardly a pixel has a colour"),
+        (file(photo), b"x.png: its colours are not those"),
     ):
         status, answer = request("POST", "open", json.dumps({"files": {"input": given}}))
         assert status == 400 and answer.startswith(text), answer
