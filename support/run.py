@@ -34,6 +34,7 @@ from support.processes import of_rank_0, rank, reduced, world_size
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     SIGNALS.append(signal.SIGHUP)  # nohup ignores it
+SAVED = ("epoch", "batch", "step", "histograms", "window", "window_B", "fingerprint", "id")
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
 
 
@@ -83,7 +84,7 @@ class Run:
         windows = [saved.get("window"), saved.get("window_B")] if saved else data.store.windows()
         self.window, self.window_B = windows
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
-        self.images = fingerprints(data.store, cfg.lc_classes)
+        self.fingerprint = fingerprint(data.store, cfg.lc_classes)
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
         for number in SIGNALS:
             signal.signal(number, self._interrupt)
@@ -94,7 +95,9 @@ class Run:
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
             self._prepare_folder(saved)
-        self._compare_images(saved.get("images", {}))
+        if saved.get("fingerprint", self.fingerprint) != self.fingerprint:
+            self.say(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
+            self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
         """Makes the folders, removes what a killed process left, and cuts metrics.csv."""
@@ -108,16 +111,6 @@ class Run:
             self._keep()
         self.tracker = _tracker(self.cfg, self.id) if self.cfg.track else None
         self.say(f"run folder {self.out}")
-
-    def _compare_images(self, before):
-        """Reports images that were exchanged; of other training images an epoch begins anew."""
-        for kind in before:
-            if before[kind] == self.images[kind]:
-                continue
-            self.say(f"the {kind} images are not those of before")
-            if kind == "training":
-                self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
-                self.say(f"epoch {self.epoch + 1} begins anew")
 
     def say(self, text):
         """A line on stderr, above the progress bar."""
@@ -237,8 +230,7 @@ class Run:
         about = {"of_row": self.of_row.saved(), "of_epoch": self.of_epoch.saved()}
         if rank():
             return
-        names = ("epoch", "batch", "step", "histograms", "window", "window_B", "images", "id")
-        about |= {name: getattr(self, name) for name in names}
+        about |= {name: getattr(self, name) for name in SAVED}
         about |= {"script": self.cfg.script, "config": dataclasses.asdict(self.cfg)}
         about |= {"world": world_size(), "state": content}
         about["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.is_file() else 0
@@ -278,16 +270,14 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def fingerprints(store, lc_classes):
-    """{"training": hash of files' names and some pixels, "validation": hash of files' names}."""
-    found = {}
+def fingerprint(store, lc_classes):
+    """A hash of the names of all images, and of the pixels of some that are trained on."""
     val = find_images(store.split.root, "val", lc_classes)
-    for kind, split in (("training", store.split), ("validation", val)):
-        names = [path.name for path in split.A + split.B]
-        found[kind] = hashlib.sha256(repr(names).encode())
+    names = [path.name for split in (store.split, val) for path in split.A + split.B]
+    found = hashlib.sha256(repr(names).encode())
     for images in (store.A, store.B):
-        found["training"].update(images[spread(100, len(images))].tobytes())
-    return {kind: hashed.hexdigest()[:16] for kind, hashed in found.items()}
+        found.update(images[spread(100, len(images))].tobytes())
+    return found.hexdigest()[:16]
 
 
 def cut_metrics(path, length):
@@ -332,12 +322,11 @@ def _tracker(cfg, run_id):
             import wandb
 
             about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id}
-            config = dataclasses.asdict(cfg)
-            wandb.init(**about, config=config, resume="allow", sync_tensorboard=True)
+            about["config"] = dataclasses.asdict(cfg)
+            wandb.init(**about, resume="allow", sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        packages = "tensorboard wandb" if cfg.track == "wandb" else "tensorboard"
-        raise UserError(f"--track {cfg.track}: not installed: pip install {packages}") from None
+        raise UserError(f"--track {cfg.track}: pip install tensorboard wandb") from None
     writer = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
 
     def track(scalars, images, step):
