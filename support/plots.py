@@ -23,14 +23,12 @@ def read_metrics(path):
         return list(csv.DictReader(file))
 
 
-def _pyplot():
-    """matplotlib, which is slow to import, drawing to files."""
-    import matplotlib
+def _figure(width, height, rows=1, columns=1):
+    """A figure, in inches, and its axes (rows, columns). matplotlib is slow to import."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save_figure(figure, path):
@@ -38,15 +36,13 @@ def _save_figure(figure, path):
     figure.tight_layout()
     with whole_or_absent(path) as aside:
         figure.savefig(aside, dpi=90)
-    _pyplot().close(figure)
 
 
 def plot_metrics(rows, path):
     """losses.png: one panel for each column of metrics.csv, over steps."""
-    pyplot = _pyplot()
     names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
     height = -(-len(names) // 3)
-    figure, axes = pyplot.subplots(height, 3, figsize=(13, 2.6 * height), squeeze=False)
+    figure, axes = _figure(13, 2.6 * height, height, 3)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -64,10 +60,9 @@ def plot_confusion(confusion, names, path):
 
     Cells are shares of their row.
     """
-    pyplot = _pyplot()
     share = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
     side = 0.6 * len(names)
-    figure, axis = pyplot.subplots(figsize=(2.5 + side, 2 + side))
+    figure, ((axis,),) = _figure(2.5 + side, 2 + side)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axis.set(xlabel="generated", ylabel="target")
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", parse_math=False)
