@@ -132,9 +132,7 @@ class Scores:
         for name, values in measure_images(guess, target, self.brief, known).items():
             self._add(row, name, values)
         if not self.brief:
-            both = known[1:] & known[:-1]
-            changes = (x.double().diff(dim=0).abs() * both for x in (guess, target))
-            self._add_variety(row, "variety", *changes)
+            self._add_variety(row, "variety", guess, target, known)
 
     def add_distances(self, row, guess, real, paired=True):
         """With fid: Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
@@ -146,31 +144,28 @@ class Scores:
     def add_edit(self, row, guess, target, source, mask):
         """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
 
-        L1 in levels 0-255 and PSNR in dB, inside and outside the edit; inside, L1 to the source.
+        L1 in levels 0-255, inside and outside the edit; inside, also L1 to the source.
         """
         known, known_source = has_data(target), has_data(source)
         guess, target, source = (to_bytes(filled(x)).double() for x in (guess, target, source))
         for area, where in (("inside", mask & known), ("outside", ~mask & known)):
             self._add(row, f"l1_{area}", (guess - target).abs(), where.double())
-            self._add(row, f"psnr_{area}", (guess - target).square(), where.double())
         self._add(row, "l1_to_input", (guess - source).abs(), (mask & known_source).double())
-        both = (mask & known)[1:] & (mask & known)[:-1]
-        changes = (x.diff(dim=0).abs() * both for x in (guess, target))
-        self._add_variety(row, "variety", *changes)
+        self._add_variety(row, "variety", guess, target, mask & known)
 
     def add_labels(self, row, predicted, target, classes, by=""):
         """Class indices (B, S, S), by measure_labels: of all pixels; `by` says who predicted."""
         self.sums.setdefault(row, {})
         if not by:
-            seen = (target[1:] != IGNORED) & (target[:-1] != IGNORED)
-            changes = ((x[1:] != x[:-1]) & seen for x in (predicted, target))
-            self._add_variety(row, "class_variety", *changes)
+            self._add_variety(row, "class_variety", predicted, target, target != IGNORED, most=1)
         confusion = confusion_matrix(predicted, target, classes).cpu()
         self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
 
-    def _add_variety(self, row, name, guess, target):
+    def _add_variety(self, row, name, guess, target, known, most=255):
         """Adds by how much each guess, and each target, differs from the one before it."""
-        amounts = torch.stack([guess.sum(), target.sum()]).double().cpu()
+        both = known[1:] & known[:-1]
+        changes = [x.double().diff(dim=0).abs().clamp(max=most) * both for x in (guess, target)]
+        amounts = torch.stack([change.sum() for change in changes]).cpu()
         if amounts[1] > 0:
             cells = self.sums.setdefault(row, {})
             cells[name] = cells.get(name, 0) + amounts
@@ -184,8 +179,6 @@ class Scores:
                 mean = (total / count).item()
                 if name in ("mse", "mse_units"):
                     name, mean = f"r{name}", math.sqrt(mean)
-                elif name.startswith("psnr_"):  # so far the mean squared error in an area
-                    mean = 10 * math.log10(255**2 / max(mean, 1e-10))
                 rows[row][name] = mean
         for row, distances in self.distances.items():
             rows.setdefault(row, {}).update(distances.measures())
@@ -244,10 +237,8 @@ def copy_verdict(rows):
         verdict = "it copies its input"
     else:
         verdict = "it neither copies its input nor hits the target"
-    return (
-        f"inside the edit the model is {target:.2f} levels from the target "
-        f"(a copy of rgb_a {copy:.2f}) and {to_input:.2f} from its input: {verdict}"
-    )
+    levels = f"{target:.2f} levels from the target (a copy of rgb_a {copy:.2f})"
+    return f"inside the edit the model is {levels} and {to_input:.2f} from its input: {verdict}"
 
 
 def write_evaluation(cfg, rows, **about):
@@ -279,8 +270,6 @@ def print_table(rows):
     titles = max(map(len, rows)) + 2
     print(" " * titles + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for title, row in rows.items():
-        line = f"{title:<{titles}}"
-        for name, width in widths.items():
-            cell = f"{row[name]:.4f}" if name in row else ""
-            line += f"{cell:>{width}}"
-        print(line)
+        cells = {name: f"{value:.4f}" for name, value in row.items()}
+        aligned = (f"{cells.get(name, ''):>{width}}" for name, width in widths.items())
+        print(f"{title:<{titles}}" + "".join(aligned))
