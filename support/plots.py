@@ -81,21 +81,21 @@ def write_page(folder):
     runs that are no whole run are left out.
     """
     folder = folder.resolve()
-    _fill("run.html", _page_data(folder, 2000), folder)
+    write_text(folder / "index.html", page_of("run.html", _page_data(folder, 2000)))
     if folder.parent.name != "runs":
         return
     runs = []
     for path in sorted(folder.parent.glob("*/config.json")):
         with contextlib.suppress(Exception):  # another program's, half-written, not ours to read
             runs.append(_page_data(path.parent, 300))
-    _fill("runs.html", runs, folder.parent)
+    write_text(folder.parent / "index.html", page_of("runs.html", runs))
 
 
-def _fill(template, data, folder):
-    """Writes a page with its data as JSON, in which no name can end the script element."""
+def page_of(template, data):
+    """The text of a page with its data as JSON, in which no name can end the script element."""
     text = json.dumps(data).replace("<", "\\u003c")
     page = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    write_text(folder / "index.html", page.replace("__DATA__", text))
+    return page.replace("__DATA__", text)
 
 
 def _page_data(folder, most):

@@ -13,8 +13,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
-import torch
-
 from support.canvases import EditCanvas, TranslationCanvas
 from support.errors import UserError
 from support.pictures import as_array
@@ -70,25 +68,19 @@ def serve(studio):
 
 def listening(studio):
     """A Server that listens from now on, and answers once it is told to."""
-    cfg = studio.cfg
+    asked = f"--address {studio.cfg.address} --port {studio.cfg.port}"
     try:
         server = Server(studio)
-    except socket.gaierror:
-        raise UserError(f"--address {cfg.address}: no address of this machine") from None
     except OSError as error:
-        what = f"cannot listen there ({error.strerror}): --port 0 finds one that is free"
-        raise UserError(f"--address {cfg.address} --port {cfg.port}: {what}") from None
+        reason = f"cannot listen there ({error.strerror}): --port 0 finds a free one"
+        raise UserError(f"{asked}: {reason}") from None
     host, port = server.server_address[:2]
     if not ipaddress.ip_address(host).is_loopback:
-        what = "whoever reaches this machine and has the address below may use this model"
-        print(f"warning: --address {cfg.address}: {what}", file=sys.stderr)
-    print(f"paint at http://{host_of(host, port)}/{server.token}/ (Ctrl-C ends it)", flush=True)
+        print(f"warning: {asked}: whoever has the address below may use it", file=sys.stderr)
+        server.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+    host = f"[{host}]" if ":" in host else host
+    print(f"paint at http://{host}:{port}/{server.token}/ (Ctrl-C ends it)", flush=True)
     return server
-
-
-def host_of(name, port):
-    """A name or address and a port, as they stand in a URL."""
-    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
 class Server(ThreadingHTTPServer):
@@ -100,7 +92,7 @@ class Server(ThreadingHTTPServer):
         address = studio.cfg.address
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.studio, self.strangers = studio, collections.deque()
-        self.token = secrets.token_urlsafe(24)
+        self.token, self.names = secrets.token_urlsafe(24), {address.lower(), "localhost"}
         super().__init__((address, studio.cfg.port), Handler)
 
     def process_request(self, request, client_address):
@@ -156,23 +148,15 @@ class Handler(BaseHTTPRequestHandler):
             self._send(400, "text/plain", f"not understood: {error!r}"[:200].encode())
         except (ConnectionError, TimeoutError):
             self.close_connection = True
-        except (MemoryError, torch.OutOfMemoryError):
-            self._send(507, "text/plain", b"out of memory: open a smaller picture")
         except Exception as error:  # a bug of ours: the page says so, too
             self._send(500, "text/plain", repr(error)[:300].encode())
             raise
 
     def _check(self, token):
         """Refuses what does not come from the page: by its host, its origin and its token."""
-        address, port = self.server.server_address[:2]
-        names = {self.server.studio.cfg.address, self.connection.getsockname()[0], "localhost"}
-        if not ipaddress.ip_address(address).is_loopback:
-            names |= {socket.gethostname(), socket.getfqdn()}
-        hosts = {host_of(name, port).lower() for name in names}
-        if port == 80:  # which browsers leave out
-            hosts |= {host.removesuffix(":80") for host in hosts}
         host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
-        if host not in hosts or origin not in (None, f"http://{host}"):
+        names = {*self.server.names, self.connection.getsockname()[0]}
+        if urlsplit(f"//{host}").hostname not in names or origin not in (None, f"http://{host}"):
             raise Refused(403, "asked for by another name, or from another page")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
             raise Refused(403, "the address is incomplete: copy the one that --serve printed")
@@ -181,10 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.strangers.remove(self.connection)
 
     def _content(self):
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            raise Refused(411, "without a length") from None
+        length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= MOST_BYTES:
             self.close_connection = True
             raise Refused(413, f"{length} bytes: at most {MOST_BYTES} are read")

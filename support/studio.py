@@ -5,7 +5,6 @@ import collections
 import concurrent.futures
 import io
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.opening import UPLOADS
 from support.pictures import resize
+from support.plots import page_of
 from support.rasters import Raster
 from support.store import ImageStore
 from support.windows import around, filled, sides_of
@@ -86,8 +86,7 @@ class Studio:
             "most": MOST_ANSWERS,
             "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
         }
-        text = json.dumps(about).replace("<", "\\u003c")  # whatever a class is called
-        return (Path(__file__).parent / "paint.html").read_text().replace("__DATA__", text)
+        return page_of("paint.html", about)
 
     def _shown(self, pixels, photo):
         """What stands for an example: the photograph to edit, or else what the model is given."""
@@ -96,9 +95,7 @@ class Studio:
         return self.classes.palette[pixels] if self.classes else pixels
 
     def open(self, wanted):
-        """Opens {"example": k}, {"files": ...}, {"height", "width"} of a blank canvas, or again
-        a {"canvas": number} that is open.
-        """
+        """Opens an example, files, a blank canvas of a height and width, or a canvas once more."""
         if "canvas" in wanted:
             return self._described(str(wanted["canvas"]))
         if "example" in wanted:
@@ -117,9 +114,7 @@ class Studio:
         canvas.start, canvas.latest, canvas.dirty, canvas.beside = pixels, 0, None, photo
         key = str(next(self.numbers))
         self.canvases[key] = canvas
-        while sum(kept.start.size for kept in self.canvases.values()) > KEPT:
-            if len(self.canvases) == 1:
-                break
+        while len(self.canvases) > 1 and sum(x.start.size for x in self.canvases.values()) > KEPT:
             self.canvases.popitem(last=False)
         return self._described(key)
 
@@ -137,25 +132,20 @@ class Studio:
             return pixels, None
         photo = self._read(*files["photo"], None)
         if photo.shape[:2] != pixels.shape[:2]:
-            a, b = (f"{image.shape[1]}x{image.shape[0]}" for image in (photo, pixels))
-            raise UserError(f"the photograph is {a}, its land cover {b}: sizes must agree")
+            raise UserError("the photograph and its land cover differ in size")
         return pixels, photo
 
     def _read(self, name, content, table):
         """The pixels of a file that came as base64, or its class indices; it does not stay."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
+        bands = self.cfg.bands("A" if self.edits or self.cfg.direction == "AtoB" else "B")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)
             try:
-                side = "A" if self.edits or self.cfg.direction == "AtoB" else "B"
-                bands = self.cfg.bands(side)
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands) as raster:
-                    size = f"{raster.width}x{raster.height}"
                     if raster.height * raster.width > MOST_PIXELS:
-                        raise UserError(f"{path}: {size} pixels are too many for this page")
-                    if min(raster.height, raster.width) < 16:
-                        raise UserError(f"{path}: {size} pixels are too few")
+                        raise UserError(f"{path}: too many pixels for this page")
                     return filled(raster, 0, 0, raster.height, raster.width)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
