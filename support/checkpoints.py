@@ -27,18 +27,13 @@ def save_checkpoint(path, content):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        remedy = "free some space; what was saved before is kept"
-        raise UserError(f"{path}: cannot be written ({reason}): {remedy}") from None
+        raise UserError(f"{path}: cannot be written ({reason}): free some space") from None
 
 
 def load_weights(path):
     """A file of tensors, read with weights_only=True onto the CPU."""
-    path = Path(path)
-    if path.is_dir():
-        example = path / "checkpoints" / "last.pt"
-        raise UserError(f"{path}: is a directory: name a file, such as {example}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file (in a run folder: checkpoints/last.pt)")
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         if damaged:  # torch.load checks no sums
@@ -51,16 +46,14 @@ def load_weights(path):
 def load_checkpoint(path, script):
     """A checkpoint that script ("pix2pix", ...) wrote; refuses another script's."""
     content = load_weights(path)
-    theirs = content.get("script", script) if isinstance(content, dict) else script
-    if theirs != script:
+    content = content if isinstance(content, dict) else {}
+    if content.get("script", script) != script:
+        theirs = content["script"]
         raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
-    try:
-        whole = content["config"].keys() and content["state"].keys()
-    except (TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        hint = "published generator weights go with --init"
-        raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
+    for part in (content.get("config"), content.get("state")):
+        if not part or not isinstance(part, dict):
+            hint = "published generator weights go with --init"
+            raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
     return content
 
 
@@ -168,13 +161,9 @@ def load_network(module, path, cfg, key, optional=False):
     if not any("running_mean" in name for name in own):
         buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
         content = {name: value for name, value in content.items() if not buffer.search(name)}
-    options = ("generator", "norm", "size", "width", "blocks", "patch_gan", "lc_classes", "bands_A")
-    remedy = f"check {', '.join(flag(name) for name in options if hasattr(cfg, name))}"
-    if len(own) != len(content):
-        counts = f"{len(content)} tensors, but this {key} has {len(own)}"
-        raise UserError(f"{path}: {counts}: {remedy}")
-    for (name, mine), (theirs, value) in zip(own.items(), content.items(), strict=True):
-        if mine.shape != value.shape:
-            shapes = f"{theirs} is {tuple(value.shape)}, but our {name} is {tuple(mine.shape)}"
-            raise UserError(f"{path}: {shapes}: {remedy}")
-    module.load_state_dict(dict(zip(own, content.values(), strict=True)))
+    values = list(content.values())
+    if [value.shape for value in values] != [value.shape for value in own.values()]:
+        options = "generator norm size width blocks patch_gan lc_classes bands_A"
+        given = ", ".join(flag(name) for name in options.split() if hasattr(cfg, name))
+        raise UserError(f"{path}: its weights do not fit this {key}: check {given}")
+    module.load_state_dict(dict(zip(own, values, strict=True)))
