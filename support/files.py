@@ -26,8 +26,7 @@ def lock(folder):
     try:
         LOCKS.append(FileLock(Path(folder) / ".lock").acquire(timeout=0).lock)
     except Timeout:
-        what = "another process is training in it: wait, stop it, or choose another --out"
-        raise UserError(f"--out {folder}: {what}") from None
+        raise UserError(f"--out {folder}: another process is training in it") from None
 
 
 @contextlib.contextmanager

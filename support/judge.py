@@ -63,21 +63,19 @@ def find_judge(cfg, device):
         return None
     torch.manual_seed(cfg.seed)
     judge = Judge(len(cfg.classes), cfg.channels("A")).to(device)
-    if not cfg.judge and not path.is_file():
-        train_judge(judge, cfg, device)
-        if rank() == 0:
-            save_checkpoint(
-                path, {"state": {"judge": judge.state_dict()}, "classes": cfg.classes.names}
-            )
-    else:
+    classes = list(cfg.classes.names)
+    if cfg.judge or path.is_file():
         content = load_weights(path)
         try:
             judge.load_state_dict(content["state"]["judge"])
         except (KeyError, TypeError, RuntimeError):
-            raise UserError(f"{path}: is no judge of {len(cfg.classes)} classes") from None
-        known = content.get("classes", cfg.classes.names)
-        if list(known) != list(cfg.classes.names):
-            raise UserError(f"{path}: judges other classes: {', '.join(known)}")
+            raise UserError(f"{path}: is no judge of {len(classes)} classes") from None
+        if list(content.get("classes", classes)) != classes:
+            raise UserError(f"{path}: judges other classes: {', '.join(content['classes'])}")
+    else:
+        train_judge(judge, cfg, device)
+        if rank() == 0:
+            save_checkpoint(path, {"state": {"judge": judge.state_dict()}, "classes": classes})
     judge.name = f"{path.name} {weights_digest(judge)}"
     print(f"the judge is {path}")
     return judge

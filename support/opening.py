@@ -47,8 +47,7 @@ def decoding(path):
     except UnicodeEncodeError:
         raise UserError(f"{path}: its name is not UTF-8: rename it") from None
     except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
-        what = f"cannot be decoded ({error}): replace or remove the file"
-        raise UserError(f"{path}: {what}") from None
+        raise UserError(f"{path}: cannot be decoded ({error}): replace or remove it") from None
 
 
 def check_ending(path, endings):
@@ -57,8 +56,7 @@ def check_ending(path, endings):
         what = "is no file, but a folder or a pipe" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}")
     if path.suffix.lower() not in endings:
-        known = " ".join(sorted(endings))
-        raise UserError(f"{path}: cannot be decoded: the endings to use are {known}")
+        raise UserError(f"{path}: cannot be decoded: endings are {' '.join(sorted(endings))}")
 
 
 def open_image(path):
@@ -154,8 +152,7 @@ def shape_of_array(path, most):
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.kind not in "biuf" or len(shape) not in (2, 3):
-        what = "(H, W), or one-hot (H, W, C) or (C, H, W) of numbers is needed"
-        raise UserError(f"{path}: holds an array of shape {shape}: {what}")
+        raise UserError(f"{path}: holds an array of shape {shape}: (H, W), or one-hot, is needed")
     if math.prod(shape) * dtype.itemsize > most:
         raise UserError(f"{path}: claims more pixels than memory can hold")
     return shape

@@ -39,10 +39,8 @@ class VGG16Features(nn.Module):
         super().__init__()
         known = [(f"relu{s}_{k}", s, k) for s, n in self.depths.items() for k in range(1, n + 1)]
         names = [name for name, _, _ in known]
-        wrong = [name for name in layers if name not in names]
-        if wrong or not layers:
-            what = f"no layer {wrong[:1]}; there are {', '.join(names)}"
-            raise UserError(f"--style-layers {','.join(layers)}: {what}")
+        if not layers or not set(layers) <= set(names):
+            raise UserError(f"--style-layers {','.join(layers)}: choose from {','.join(names)}")
         deepest = max(names.index(name) for name in layers)
         self.layers, self.steps = set(layers), known[: deepest + 1]
         given = None if weights == "random" else _imagenet(path)
@@ -106,14 +104,13 @@ def _imagenet(path):
     try:
         return torch.hub.load_state_dict_from_url(url, **how)
     except Exception as error:
-        remedy = f"fetch {url} and pass it with --vgg16 FILE"
-        raise UserError(f"VGG16 is not at hand ({type(error).__name__}): {remedy}") from None
+        reason = f"VGG16 is not at hand ({type(error).__name__})"
+        raise UserError(f"{reason}: fetch {url} and pass it with --vgg16 FILE") from None
 
 
 def _part(weights, key, shape, path):
     """A tensor of a state dict; refuses a file without it."""
     tensor = weights.get(key) if isinstance(weights, dict) else None
     if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
-        what = f"no {key} of shape {shape} in it"
-        raise UserError(f"--vgg16 {path}: {what}: torchvision's vgg16 state dict is needed")
+        raise UserError(f"--vgg16 {path}: no {key} {shape}: pass torchvision's vgg16 weights")
     return tensor
