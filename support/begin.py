@@ -98,8 +98,10 @@ def begin(config, doc, quick, argv=None):
     deep = cfg.limits_A or cfg.limits_B
     if cfg.serve and (deep or (cfg.channels("A"), cfg.channels("B")) != (3, 3)):
         raise UserError("--serve: the page is for three bands of 8 bits: use --generate")
-    if cfg.evaluate:
-        _check_results(Path(cfg.out))
+    results = Path(cfg.out) / "evaluation.json"
+    ours = not results.is_file() or '"rows": {' in results.read_text(errors="replace")
+    if cfg.evaluate and not ours:
+        raise UserError(f"{results}: is another program's: choose another --out")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # a resumed run stays on it
     if not cfg.using and not checkpoint:
@@ -120,13 +122,6 @@ def _check_modes(cfg):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
 
 
-def _check_results(folder):
-    """Refuses to replace an evaluation.json that no script wrote."""
-    path = folder / "evaluation.json"
-    if path.is_file() and '"rows": {' not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{path}: is another program's: choose another --out")
-
-
 def _resume(cfg, given):
     """(cfg, checkpoint) of the run that --resume continues, whose folder is reserved."""
     run = _newest_run(cfg)
@@ -136,8 +131,7 @@ def _resume(cfg, given):
     saved, fields = checkpoint["config"], cfg.__dataclass_fields__
     unknown = ", ".join(sorted(saved.keys() - fields.keys()))
     if unknown:
-        remedy = "go on with the version that began the run"
-        raise UserError(f"{path}: this version has no option {unknown}: {remedy}")
+        raise UserError(f"{path}: this version has no option {unknown}: use that of the run")
     world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
     if world != here:
         remedy = f"torchrun --nproc-per-node {world} {cfg.script}.py --resume"
@@ -149,26 +143,24 @@ def _resume(cfg, given):
             fixed.add(name)
     cfg = _merged(cfg, given, saved, fixed, path)
     if cfg.epochs < checkpoint["epoch"]:
-        done = f"the run has done {checkpoint['epoch']} already"
-        raise UserError(f"--epochs {cfg.epochs}: {done}: leave it out, or pass more")
+        raise UserError(f"--epochs {cfg.epochs}: the run has done {checkpoint['epoch']} already")
     return dataclasses.replace(cfg, resume=True, out=str(run)), checkpoint
 
 
 def _use(cfg, given):
     """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
     path = Path(cfg.checkpoint)
-    inside = path.parent.name == "checkpoints"
-    run = path.parent.parent if inside else Path("runs") / path.stem
     checkpoint = load_checkpoint(path, cfg.script)
     if cfg.evaluate and "histograms" not in checkpoint:
         raise UserError(f"{path}: written by an older version: it has nothing to compare with")
     groups = {field.name: group for group, field in grouped_fields(type(cfg))}
-    fixed = {name for name, group in groups.items() if group == "model"}
-    typed = {name: getattr(cfg, name) for name in groups if groups[name] == "use"}
-    typed |= {"device": cfg.device, "resume": False}
-    new = _merged(cfg, given, checkpoint["config"], fixed, path)
+    fixed = {name for name in groups if groups[name] == "model"}
+    saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
+    new = _merged(cfg, given, saved, fixed, path)
+    inside = path.parent.name == "checkpoints"
+    run = path.parent.parent if inside else Path("runs") / path.stem
     out = cfg.out or (run if cfg.evaluate else run / "generated")
-    new = dataclasses.replace(new, **typed | {"out": str(out)})
+    new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
     from_B = getattr(new, "direction", "") == "BtoA"
     window = (from_B and checkpoint.get("window_B")) or checkpoint.get("window", new.patch)
     return dataclasses.replace(new, window=cfg.window or window), checkpoint
@@ -180,7 +172,7 @@ def _merged(cfg, given, saved, fixed, path):
     saved = defaults | {name: value for name, value in saved.items() if name in defaults}
     for name, value in given.items():
         same = value == saved[name]
-        if name == "lc_classes" and saved[name]:
+        if name == "lc_classes":
             same = ClassTable.load(value) == ClassTable.load(saved[name])
         if name.startswith("limits_"):
             same = saved[name].startswith(f"{value} ")
@@ -195,8 +187,7 @@ def _merged(cfg, given, saved, fixed, path):
 
 def _newest_run(cfg):
     """The run folder that --resume means: --out, or the newest of runs/script, runs/script-2..."""
-    runs = Path("runs")
-    folders = [*runs.glob(cfg.script), *runs.glob(f"{cfg.script}-[0-9]*")]
+    folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
     if cfg.out:
         folders = [Path(cfg.out)]
     saved = [folder / "checkpoints" / "last.pt" for folder in folders]
