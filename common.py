@@ -33,7 +33,6 @@ from support.pictures import class_index, draw, filled, holes_of, one_hot, from_
 from support.measures import Scores, constant_colors, constant_guesses, copy_verdict
 from support.measures import write_evaluation
 from support.judge import find_judge
-from support.plots import plot_confusion
 
 # features of VGG16, for content and style losses
 from support.vgg16 import VGG16Features, gram

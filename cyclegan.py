@@ -25,7 +25,6 @@ Differences from the paper:
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -605,10 +604,10 @@ def report(state, val, cfg, histograms):
     judge = common.find_judge(cfg, val.loader_A.device) if val.paired else None
     scores = evaluate(state, val, cfg, np.arange(len(val)), constants, judge)
     about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
-    common.write_evaluation(cfg, scores.table(), images=len(val), **about)
     confusion = scores.confusions.get(("A to B: model", ""))
     if confusion is not None:
-        common.plot_confusion(confusion, cfg.classes.names, Path(cfg.out) / "confusion.png")
+        about["confusion"] = confusion.tolist()  # rows are the target's classes
+    common.write_evaluation(cfg, scores.table(), images=len(val), **about)
 
 
 def generate(state, cfg, device):

@@ -1,4 +1,4 @@
-"""Curves, confusion matrices, and the pages of runs."""
+"""Curves, and the pages of runs."""
 
 import contextlib
 import csv
@@ -8,8 +8,6 @@ import shlex
 import time
 import urllib.parse
 from pathlib import Path
-
-import numpy as np
 
 from support.batches import spread
 from support.files import whole_or_absent, write_text
@@ -23,26 +21,14 @@ def read_metrics(path):
         return list(csv.DictReader(file))
 
 
-def _figure(width, height, rows=1, columns=1):
-    """A figure, in inches, and its axes (rows, columns). matplotlib is slow to import."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _save_figure(figure, path):
-    """Writes a figure aside, and renames: whole or absent."""
-    figure.tight_layout()
-    with whole_or_absent(path) as aside:
-        figure.savefig(aside, dpi=90)
-
-
 def plot_metrics(rows, path):
-    """losses.png: one panel for each column of metrics.csv, over steps."""
+    """losses.png: one panel for each column of metrics.csv, over steps; whole or absent."""
+    from matplotlib.figure import Figure  # slow to import
+
     names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
     height = -(-len(names) // 3)
-    figure, axes = _figure(13, 2.6 * height, height, 3)
+    figure = Figure(figsize=(13, 2.6 * height))
+    axes = figure.subplots(height, 3, squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -52,26 +38,9 @@ def plot_metrics(rows, path):
         axis.plot(steps, values, linewidth=1, marker="o" if len(steps) == 1 else "")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    _save_figure(figure, path)
-
-
-def plot_confusion(confusion, names, path):
-    """A confusion matrix (classes, classes) as a picture: rows are the target's classes.
-
-    Cells are shares of their row.
-    """
-    share = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()
-    side = 0.6 * len(names)
-    figure, ((axis,),) = _figure(2.5 + side, 2 + side)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="generated", ylabel="target")
-    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", parse_math=False)
-    axis.set_yticks(range(len(names)), names, parse_math=False)
-    for row, column in np.ndindex(*share.shape):
-        color = "white" if share[row, column] > 0.5 else "black"
-        text = f"{share[row, column]:.2f}"
-        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    _save_figure(figure, path)
+    figure.tight_layout()
+    with whole_or_absent(path) as aside:
+        figure.savefig(aside, dpi=90)
 
 
 def write_page(folder):
