@@ -265,7 +265,8 @@ class ImageStore:
                 for patches in zip(*map(self._patches, strips + planes), strict=True):
                     record = np.concatenate(patches)
                     if planes and self.classes and self.paired:
-                        record[-2] = np.where(record[-1], record[-2], IGNORED)
+                        labels, known = record[-2:]
+                        labels[known == 0] = IGNORED
                     yield record
 
     def _planes(self, rasters, top, step):
