@@ -23,7 +23,7 @@ def load_size(cfg):
 
 
 class Loader:
-    """Images of a uint8 array (N, C, side, side), taken in batches onto the device.
+    """Images of an array (N, C, side, side), uint8 or int16, taken in batches onto the device.
 
     On a GPU the array lives there when it fits in share of the free memory; otherwise a
     background thread gathers the next batches into pinned memory. On the CPU rows are views into
@@ -33,7 +33,7 @@ class Loader:
     def __init__(self, array, device, share=0.4):
         self.device = device
         on_cpu = device.type == "cpu"
-        self.resident = on_cpu or array.size < share * torch.cuda.mem_get_info(device)[0]
+        self.resident = on_cpu or array.nbytes < share * torch.cuda.mem_get_info(device)[0]
         rows = torch.from_numpy(array)
         self.images = rows.to(device) if self.resident else rows
 
