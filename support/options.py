@@ -59,7 +59,7 @@ class Options:
     bands_B: str = option("", "bands of B, where B has pictures; none: red, green and blue")
     limits_A: str = option(
         "",
-        "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 of 8 "
+        "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 for 8 "
         "bits, else the 2nd and 98th percentile of the training images",
     )
     limits_B: str = option("", "the same of B, where B has pictures")
