@@ -25,6 +25,7 @@ from conftest import (
 )
 from support.demo import landscape
 from support.limits import Limits
+from support.pictures import eight_bits
 from support.rasters import Raster
 
 REFLECTANCE = {"dtype": "uint16", "nodata": 0}
@@ -185,6 +186,9 @@ def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(script, deep, tmp_pa
     main, out = importlib.import_module(script).main, tmp_path / "run"
     main(tiny_run(script, root, out, "--epochs 1 --bands-A 4,3,2,1"))
     photo = next((root / "val" / "rgb").iterdir())
+    for path in (photo, root / "val" / "lc" / photo.name):  # larger than the windows of an edit
+        with rasterio.open(path) as file:
+            geotiff(path, np.moveaxis(np.tile(file.read(), (1, 3, 3)), 0, -1))
     more = f"--lc {root}/val/lc/{photo.name} --paint water:0,0,20,20"
     main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
     with rasterio.open(tmp_path / "new" / photo.name) as result, rasterio.open(photo) as before:
@@ -205,6 +209,19 @@ def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path):
     main(use(tmp_path / "run", f"--generate {photo}", more))
     with rasterio.open(tmp_path / "new" / photo.name) as result:
         assert result.dtypes == ("uint16", "uint16")
+
+
+@pytest.mark.parametrize(("count", "bands"), [(1, "1"), (2, "1,2"), (3, ""), (4, "")])
+def test_all_of_one_or_two_deep_bands_are_read(count, bands, tmp_path):
+    for split in ("train", "val"):
+        geotiff(tmp_path / split / "A" / "0.tif", np.ones((64, 64, count), np.int16))
+        save(tmp_path / split / "B" / "0.png", np.ones((64, 64, 3), np.uint8))
+    assert started(tmp_path, tmp_path).bands_A == bands
+
+
+def test_levels_are_shown_in_eight_bits():
+    levels = np.array([-32768, -32513, -32512, 0, 32511, 32512, 32767], np.int16)
+    assert eight_bits(levels).tolist() == [0, 0, 1, 128, 254, 255, 255]
 
 
 @pytest.mark.parametrize("limits", ["5", "1,2,3", "3,2", "1,x", "1,2,3,4,5,6,7,8", "nan,1"])
