@@ -76,17 +76,10 @@ def find_judge(cfg, device):
         train_judge(judge, cfg, device)
         if rank() == 0:
             save_checkpoint(path, {"state": {"judge": judge.state_dict()}, "classes": classes})
-    judge.name = f"{path.name} {weights_digest(judge)}"
+    weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
+    judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
     print(f"the judge is {path}")
     return judge
-
-
-def weights_digest(net):
-    """Eight hexadecimal digits that tell networks with other weights apart."""
-    total = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        total.update(tensor.half().cpu().numpy().tobytes())
-    return total.hexdigest()[:8]
 
 
 def train_judge(judge, cfg, device):

@@ -76,10 +76,6 @@ def _page_data(folder, most):
     columns = {}
     for name in rows[0] if rows else ():
         columns[name] = [float(row[name]) if row[name] else None for row in rows]
-    changed = {}
-    for name, value in about["options"].items():
-        if value != about["defaults"].get(name) and name not in _ELSEWHERE:
-            changed[name] = value
     evaluation = folder / "evaluation.json"
     return about | {
         "name": folder.name,
@@ -91,13 +87,9 @@ def _page_data(folder, most):
         "steps": columns.pop("step", []),
         "columns": {name: columns[name] for name in columns if name != "epoch"},
         "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
-        "changed": changed,
     }
 
 
 def _link(path):
     """A path's name as part of a link: whatever characters it has, or bytes that are no text."""
     return urllib.parse.quote(os.fsencode(path.name))
-
-
-_ELSEWHERE = ("out", "cache", "device", "lc_classes")  # they tell nothing about the model

@@ -177,16 +177,15 @@ class Run:
         """Writes a row of metrics.csv: the means since the last one, and scores {name: value}."""
         means = self.of_row.read()
         values = means | scores
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            self._refuse(", ".join(bad))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._refuse(name)
         self.of_row = Means()
         if rank():
             return values
         header = ["epoch", "step", "lr", *means, *self.scores]
-        numbers = [*means.values(), *(scores.get(name) for name in self.scores)]
         row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
-        row += ["" if number is None else f"{number:.8g}" for number in numbers]
+        row += [f"{values[name]:.8g}" if name in values else "" for name in header[3:]]
         with open(self.metrics, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([row] if file.tell() else [header, row])
         if self.tracker:
@@ -310,9 +309,8 @@ def write_config(cfg):
 def _git_commit():
     """The commit of these scripts, or None where they are not in a repository."""
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(call, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 def _tracker(cfg, run_id):

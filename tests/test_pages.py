@@ -41,8 +41,8 @@ def test_a_runs_page_holds_what_the_run_came_to(runs):
     assert data["steps"] == [1, 2, 3, 4, 5, 6] and data["columns"]["g_l1"][0] > 0
     scores = data["columns"]["val_rmse"]
     assert scores[:2] == [None, None] and scores[2] > 0 and scores[5] > 0
-    assert "model" in data["evaluation"]["rows"] and data["changed"]["lambda_l1"] == 10
-    assert data["defaults"]["lambda_l1"] == 100
+    assert "model" in data["evaluation"]["rows"]
+    assert (data["options"]["lambda_l1"], data["defaults"]["lambda_l1"]) == (10, 100)
 
 
 def test_the_page_of_all_runs_lists_them(runs):
