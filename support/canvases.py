@@ -34,7 +34,7 @@ class MemoryRaster(Raster):
 class TranslationCanvas(Windows):
     """A label map or a picture, and what a model makes of it, window by window.
 
-    pixels     (H, W) class indices, or (H, W, 3) uint8: strokes change them
+    pixels     (H, W) class indices, or (H, W, 3) uint8: strokes change them; start: before all
     generated  after a change, the picture of the windows around it; at the first, of all
 
     The windows, their weights and their noise are those of --generate, and so is the picture.
@@ -43,6 +43,7 @@ class TranslationCanvas(Windows):
 
     def __init__(self, cfg, predict, net, pixels, table, show):
         self.seed, self.pixels, self.show = cfg.seed, pixels, show
+        self.start, self.photo = pixels.copy(), None
         self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
         raster = MemoryRaster(pixels, table)
         window = window_of(cfg, raster)
@@ -85,7 +86,7 @@ class TranslationCanvas(Windows):
 class EditCanvas:
     """A photograph, its land cover, which strokes change, and the photograph that follows.
 
-    pixels     (H, W) class indices: strokes change them
+    pixels     (H, W) class indices: strokes change them; start: before all
     generated  after a change, the picture of the regions that it changed
 
     The regions, their windows and how they are blended are those of --generate.
@@ -93,7 +94,8 @@ class EditCanvas:
 
     def __init__(self, cfg, predict, net, labels, photo):
         self.predict, self.net, self.photo, self.pixels = predict, net, photo, labels
-        maps = MemoryRaster(labels, cfg.classes), MemoryRaster(labels.copy(), cfg.classes)
+        self.start = labels.copy()
+        maps = MemoryRaster(labels, cfg.classes), MemoryRaster(self.start, cfg.classes)
         self.edit = PhotoEdit(cfg, MemoryRaster(photo), *maps)
         self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
 

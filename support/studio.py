@@ -111,7 +111,7 @@ class Studio:
                 pixels = np.full((*shape, 3), ClassTable.load("maps").colors[0], np.uint8)
         # with the paintings, which change how the network normalises
         canvas = self.worker.submit(self.make, pixels.copy(), photo).result()
-        canvas.start, canvas.latest, canvas.dirty, canvas.beside = pixels, 0, None, photo
+        canvas.latest, canvas.dirty = 0, None  # number of strokes; what waits to be painted
         key = str(next(self.numbers))
         self.canvases[key] = canvas
         while len(self.canvases) > 1 and sum(x.start.size for x in self.canvases.values()) > KEPT:
@@ -123,7 +123,7 @@ class Studio:
         start, now = (base64.b64encode(x.tobytes()).decode() for x in (canvas.start, canvas.pixels))
         height, width = canvas.pixels.shape[:2]
         about = {"canvas": key, "height": height, "width": width, "start": start, "pixels": now}
-        return about | {"photo": None if canvas.beside is None else png(canvas.beside)}
+        return about | {"photo": None if canvas.photo is None else png(canvas.photo)}
 
     def _decoded(self, files):
         """(pixels, photograph or None) of {"input": [name, base64], and of edits "photo"}."""
