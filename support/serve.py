@@ -119,38 +119,49 @@ class Handler(BaseHTTPRequestHandler):
     }
 
     def do_GET(self):
-        """The page, and the label map to take away."""
-        self._answer({"": self._page, "labels.png": self._labels})
-
-    def do_POST(self):
-        """Opening a canvas, and strokes."""
-        self._answer({"open": self._open, "stroke": self._stroke})
-
-    def _answer(self, known):
+        """Answers a request, also by POST."""
         try:
             address = urlsplit(self.path)
             _, token, *name = address.path.split("/", 2)
             self._check(token)
-            if not name:  # the last slash is missing
+            if name:
+                content = self._content(name[0], dict(parse_qsl(address.query)))
+                self._send(200, *content)
+            else:  # the last slash is missing
                 self._send(301, "text/plain", b"", Location=f"/{token}/")
-                return
-            (name,) = name
-            if name not in known:
-                raise Refused(404, "there is nothing of that name")
-            self.query = dict(parse_qsl(address.query))
-            kind, content = known[name]()
-            self._send(200, kind, content)
-        except Refused as error:
-            self._send(error.status, "text/plain", error.text.encode())
         except UserError as error:
-            self._send(400, "text/plain", str(error).encode(errors="replace"))
+            status = getattr(error, "status", 400)
+            self._send(status, "text/plain", str(error).encode(errors="replace"))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             self._send(400, "text/plain", f"not understood: {error!r}"[:200].encode())
         except (ConnectionError, TimeoutError):
-            self.close_connection = True
+            pass  # the page is gone
         except Exception as error:  # a bug of ours: the page says so, too
             self._send(500, "text/plain", repr(error)[:300].encode())
             raise
+
+    do_POST = do_GET
+
+    def _content(self, name, query):
+        """What a name stands for: the kind of content, and its bytes."""
+        studio, wanted = self.server.studio, (self.command, name)
+        if wanted == ("GET", ""):
+            return "text/html; charset=utf-8", studio.page().encode()
+        if wanted == ("GET", "labels.png"):
+            return "image/png", studio.label_map(query)
+        if wanted == ("POST", "open"):
+            answer = studio.open(json.loads(self._body()))
+        elif wanted == ("POST", "stroke"):
+            answer = studio.stroke(query, self._body())
+        else:
+            raise Refused(404, "there is nothing of that name")
+        return "application/json", json.dumps(answer).encode()
+
+    def _body(self):
+        length = int(self.headers.get("Content-Length", -1))
+        if not 0 <= length <= MOST_BYTES:
+            raise Refused(413, f"{length} bytes: at most {MOST_BYTES} are read")
+        return self.rfile.read(length)
 
     def _check(self, token):
         """Refuses what does not come from the page: by its host, its origin and its token."""
@@ -163,27 +174,6 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(60)
         with contextlib.suppress(ValueError):  # dropped a moment ago
             self.server.strangers.remove(self.connection)
-
-    def _content(self):
-        length = int(self.headers.get("Content-Length", -1))
-        if not 0 <= length <= MOST_BYTES:
-            self.close_connection = True
-            raise Refused(413, f"{length} bytes: at most {MOST_BYTES} are read")
-        return self.rfile.read(length)
-
-    def _page(self):
-        return "text/html; charset=utf-8", self.server.studio.page().encode()
-
-    def _labels(self):
-        return "image/png", self.server.studio.label_map(self.query)
-
-    def _open(self):
-        wanted = json.loads(self._content())
-        return "application/json", json.dumps(self.server.studio.open(wanted)).encode()
-
-    def _stroke(self):
-        done = self.server.studio.stroke(self.query, self._content())
-        return "application/json", json.dumps(done).encode()
 
     def _send(self, status, kind, content, **more):
         with contextlib.suppress(ConnectionError):  # the page is gone
@@ -198,9 +188,9 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet: the token stands in every line."""
 
 
-class Refused(Exception):
-    """A request that is not the page's: an HTTP status and a text."""
+class Refused(UserError):
+    """A request that is not the page's, with an HTTP status."""
 
     def __init__(self, status, text):
         super().__init__(text)
-        self.status, self.text = status, text
+        self.status = status
