@@ -43,7 +43,7 @@ class TranslationCanvas(Windows):
 
     def __init__(self, cfg, predict, net, pixels, table, show):
         self.seed, self.pixels, self.show = cfg.seed, pixels, show
-        self.start, self.photo = pixels.copy(), None
+        self.start = pixels.copy()
         self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
         raster = MemoryRaster(pixels, table)
         window = window_of(cfg, raster)

@@ -111,7 +111,7 @@ class Studio:
                 pixels = np.full((*shape, 3), ClassTable.load("maps").colors[0], np.uint8)
         # with the paintings, which change how the network normalises
         canvas = self.worker.submit(self.make, pixels.copy(), photo).result()
-        canvas.latest, canvas.dirty = 0, None  # number of strokes; what waits to be painted
+        canvas.photo, canvas.latest, canvas.dirty = photo, 0, None  # strokes, what waits
         key = str(next(self.numbers))
         self.canvases[key] = canvas
         while len(self.canvases) > 1 and sum(x.start.size for x in self.canvases.values()) > KEPT:

@@ -249,7 +249,8 @@ def test_the_page_knows_the_model(server):
     about = json.loads(about)
     assert status == 200 and [name for name, _ in about["classes"]] == ["land", "water", "road"]
     assert about["labels"] and not about["edits"] and len(about["examples"]) == 2
-    assert opened(request, example=1)
+    _, example = request("POST", "open", '{"example": 1}')
+    assert example["photo"] and opened(request, example=1)  # to compare with
 
 
 @pytest.mark.parametrize(("window", "shape"), [(40, (40, 40)), ((100, 200), (64, 128)), (0, 64)])
