@@ -200,16 +200,30 @@ def _newest_run(cfg):
 
 def _new_run(cfg):
     """cfg of a run that begins: with its class table, and a folder that it has to itself."""
+    if cfg.out and not rank():
+        _check_folder(Path(cfg.out), cfg.script)
     split = find_images(source(cfg), "train", cfg.lc_classes)
     for name in ("bands_B", "limits_B"):
         if split.classes and getattr(cfg, name):
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: B has land cover: leave it out")
     text = split.classes.text if split.classes else "pictures"
-    cfg = dataclasses.replace(cfg, lc_classes=text, out=of_rank_0(_claim_folder(cfg)))
-    if not rank():
-        _check_folder(cfg)
+    cfg = with_limits(dataclasses.replace(cfg, lc_classes=text), split)
+    cfg = dataclasses.replace(cfg, out=of_rank_0(_claim_folder(cfg)))
     lock(cfg.out)
-    return with_limits(cfg, split)
+    return cfg
+
+
+def _check_folder(folder, script):
+    """Refuses a folder that holds anything but a run that began and saved nothing."""
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file, not a folder")
+    if any(folder.glob("checkpoints/[!.]*.pt")):
+        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
+    about = folder / "config.json"
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    if any(files) and f'"script": "{script}"' not in text:
+        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
 
 
 def _claim_folder(cfg):
@@ -217,23 +231,9 @@ def _claim_folder(cfg):
     folder = Path(cfg.out or f"runs/{cfg.script}")
     if rank():
         return cfg.out
-    if folder.is_file():
-        raise UserError(f"--out {folder}: is a file, not a folder")
     for k in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=bool(cfg.out))
             break
         folder = Path(f"runs/{cfg.script}-{k}")
     return str(folder)
-
-
-def _check_folder(cfg):
-    """Refuses a folder that holds anything but a run that began and saved nothing."""
-    folder = Path(cfg.out)
-    if any(folder.glob("checkpoints/[!.]*.pt")):
-        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
-    about = folder / "config.json"
-    text = about.read_text(errors="replace") if about.is_file() else ""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    if any(files) and f'"script": "{cfg.script}"' not in text:
-        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")

@@ -10,9 +10,7 @@ import numpy as np
 from support.errors import UserError
 
 _KEYS = {"name": str, "color": str, "value": int, "ignore": bool}
-_EXAMPLE = (
-    '[{"name": "water", "color": "#1445f9" or "20,69,249", "value": 5, "ignore": false}, ...]'
-)
+_EXAMPLE = '[{"name": "lake", "color": "#1445f9" or "20,69,249", "value": 5, "ignore": false}, ...]'
 # Median distance of (r, g, b) to the table's colours. JPEG moves the demo world's labels by up to
 # 14 levels (quality 30 to 95); of photographs most lie 50 to 200 away, whatever the table.
 FAR = 32
@@ -106,9 +104,8 @@ class ClassTable:
             rows.append((entry.get("value", position), color, index))
         if not 2 <= len(names) < IGNORED:
             raise ValueError(f"{len(names)} classes, not 2 to 254")
-        values, shades = [row[0] for row in rows], [row[1] for row in rows]
-        for unique in (names, values, shades):
-            if len(set(unique)) != len(unique):
+        for column in (names, [row[0] for row in rows], [row[1] for row in rows]):
+            if len(set(column)) != len(column):
                 raise ValueError("two classes have the same name, value or color")
         text = json.dumps({"nearest": nearest, "classes": entries})
         return ClassTable(tuple(names), tuple(colors), tuple(rows), nearest, text)
@@ -155,9 +152,8 @@ class ClassTable:
         """
         used, counts = np.unique(levels, return_counts=True)
         graded = all(color == (value,) * 3 for value, color, _ in self.entries)
-        if set(used.tolist()) <= {self.unused, *self.values} or not (
-            jpeg or self.nearest or graded
-        ):
+        coded = set(used.tolist()) <= {self.unused, *self.values}
+        if coded or not (jpeg or self.nearest or graded):
             return False
         distance, row = self._nearest_row(used[:, None])
         several = jpeg or len(set(row)) > 1

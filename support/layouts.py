@@ -56,9 +56,7 @@ def image_files(folder, labels=False):
     others = [path for path in paths if path.suffix.lower() not in suffixes | BESIDE]
     for path in found:
         if not path.is_file():
-            raise UserError(
-                f"{path}: is no file (a link to nothing, a pipe or a folder): remove it"
-            )
+            raise UserError(f"{path}: is no file (a link to nothing, a pipe, a folder): remove it")
     if found and others:
         endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
         say_once(f"{folder}: {len(others)} other file(s) or sub-folder(s) ({endings}) are left out")
