@@ -179,7 +179,7 @@ def _merged(cfg, given, saved, fixed, path):
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60], "leave it out"
             if name == "epochs":
-                remedy = "its schedule ends there; a new run with its weights trains on"
+                remedy = "its schedule ends there; a new run with --init trains on"
             raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): {remedy}")
     changes = {name: value for name, value in given.items() if name not in fixed}
     return type(cfg)(**saved | changes)

@@ -96,7 +96,7 @@ CASES = {
     "pix2pix --generate no --checkpoint model.pt": "no such file or directory",
     "pix2pix --generate empty --checkpoint model.pt": "no images in it",
     "pix2pix --resume --out run --lambda-l1 50": "--lambda-l1 50.0 contradicts",
-    "pix2pix --resume --out run --epochs 9": "ends there; a new run with its weights",
+    "pix2pix --resume --out run --epochs 9": "ends there; a new run with --init trains on",
     "pix2pix --resume --out empty": "no checkpoints/last.pt in empty",
     "pix2pix --out run": "--out run holds a run: go on with --resume",
     "pix2pix --out stranger": "--out stranger holds other files",
