@@ -41,6 +41,7 @@ TABLE = [
     {"name": "unlabeled", "color": "#9b9b9b", "ignore": True},
 ]
 LABELS = {"lc_classes": json.dumps(TABLE)}
+CLASSES = ClassTable.load(json.dumps(TABLE))
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +69,27 @@ def save(path, array, **options):
     Image.fromarray(array).save(path, **options)
 
 
-def geotiff(path, pixels, **profile):
-    """Writes (H, W, bands) or (H, W) as a GeoTIFF in PLACE."""
+def pixels_of(path):
+    """The pixels of an image file, (H, W) or (H, W, C)."""
+    return np.asarray(Image.open(path))
+
+
+def refused(text):
+    """A context in which a UserError must be raised, whose line matches text."""
+    return pytest.raises(common.UserError, match=text)
+
+
+def geotiff(path, pixels, valid=None, **profile):
+    """Writes (H, W, bands) or (H, W) as a GeoTIFF in PLACE, with an internal mask if given."""
     rasterio = pytest.importorskip("rasterio")  # a test without GeoTIFFs runs without it
     path.parent.mkdir(parents=True, exist_ok=True)
     bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
     about = {"driver": "GTiff", "dtype": bands.dtype, "count": len(bands), **PLACE, **profile}
     with rasterio.open(path, "w", height=bands.shape[1], width=bands.shape[2], **about) as target:
         target.write(bands)
+    if valid is not None:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as target:
+            target.write_mask(valid)
     return path
 
 
