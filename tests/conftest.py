@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ SMALLEST = {
     "mixlc_acgan": "--style-features random --style-layers relu1_1",
 }
 JUDGED = "--train-judge --judge-epochs 1"
-RUNS = dict.fromkeys(SCRIPTS, "--epochs 2") | {"mixlc_acgan": f"--epochs 2 {JUDGED}"}
+RUNS = dict.fromkeys(SCRIPTS, "--epochs 2")
+RUNS |= {"pix2pix": "--epochs 2 --save-every 1", "mixlc_acgan": f"--epochs 2 {JUDGED}"}
 try:
     from rasterio.transform import from_origin
 
@@ -155,9 +157,9 @@ def trained(data, tmp_path_factory):
 
 def tiny_run(script, data, out, more=""):
     """The command line of a run of a script's smallest networks; `more` is split at blanks."""
-    line = f"--data {data} --out {out} --cache {out.parent}/cache {more}"
+    line = f"--data {data} --out {out} --cache {Path(out).parent}/cache"
     line += " --size 64 --width 4 --batch-size 2 --log-every 2 --device cpu"
-    return f"{line} {SMALLEST[script]}".split()
+    return f"{line} {SMALLEST[script]} {more}".split()
 
 
 def use(run, action, more=""):

@@ -432,14 +432,6 @@ def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
     assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err
 
 
-def test_several_images_and_folders_are_generated(trained, tmp_path):
-    for name in ("a.png", "b.png", "in/c.png"):
-        save(tmp_path / name, np.full((70, 70, 3), 90, np.uint8))
-    names = " ".join(str(tmp_path / name) for name in ("a.png", "b.png", "in"))
-    pix2pix.main(use(trained("pix2pix"), f"--generate {names}", f"--out {tmp_path}/out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png"]
-
-
 def test_a_folder_that_was_stopped_goes_on_where_it_was(tmp_path, capsys):
     cfg = translation(tmp_path, "a.png", "b.png", "c.png")
     calls = []
