@@ -7,16 +7,12 @@ import importlib
 import io
 import json
 import os
-import shlex
 import shutil
 import signal
 import struct
-import subprocess
 import sys
-import time
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +23,20 @@ import common
 import mixlc
 import pix2pix
 import support.run
-from conftest import TABLE, land_cover, line_of, picture, same, save, side_by_side, state_of
+from conftest import (
+    CLASSES,
+    TABLE,
+    land_cover,
+    last,
+    line_of,
+    picture,
+    same,
+    save,
+    side_by_side,
+    state_of,
+    tiny_run,
+    use,
+)
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.errors import Patient, say_once
@@ -36,7 +45,6 @@ from support.layouts import find_images
 from support.rasters import Raster
 from support.store import cache_folder
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
 
 # a command in a world of pairs/, landcover/ and model.pt, and a part of the line
@@ -53,12 +61,13 @@ CASES = {
     "pix2pix --load-size 99999999": "must be --size 64 to 4096",
     "pix2pix --cache model.pt/c": "Not a directory; choose another",
     "pix2pix --data nope": "--data nope: no such directory",
+    "pix2pix --data unaligned": "cyclegan.py",
     "mixlc --lc-classes nope.json": "nope.json: no such file",
     "pix2pix --generate pairs/val --checkpoint model.pt --out pairs/val": "0.png is an input",
     "pix2pix --generate pairs/val --checkpoint nan.pt --out o": "G has weights that are not",
     "pix2pix --data dangling": "0.png: is no file (a link to nothing",
     "pix2pix --data fifo": "0.png: is no file (a link to nothing, a pipe",
-    "pix2pix --data terabytes": "0.png: 2000000x1000000 pixels are too many for its format",
+    "pix2pix --data terabytes": "too many for its format: gdal_translate 0.png 0.tif",
     "mixlc --data arrays --patch 40": "0.npz: claims more pixels than memory can hold",
     "mixlc --data axes": "0.npy: holds an array of shape (1, 3, 80, 80): (H, W), or one-hot",
     "mixlc --data utf16": "classes.json: 'utf-8' codec",
@@ -82,9 +91,21 @@ CASES = {
     "pix2pix --vgg16 nowhere.pth": "--vgg16 nowhere.pth: no such file",
     "pix2pix --content vgg --vgg16 odd.pt": "no features.0.weight (64, 3, 3, 3): pass",
     "pix2pix --init odd.pt": "no network G in it",
-    "pix2pix --init model.pt --generator resnet": "do not fit this G: check --gen",
-    "pix2pix --serve": "--serve need --checkpoint FILE",
-    "pix2pix --evaluate": "--serve need --checkpoint FILE",
+    "pix2pix --init model.pt --generator resnet": "tensors, but this G has",
+    "pix2pix --serve": "--serve needs --checkpoint FILE",
+    "pix2pix --port 7": "--port goes with --serve",
+    "pix2pix --address 0.0.0.0": "--address goes with --serve",
+    "pix2pix --serve --generate x.png": "--serve goes without --generate",
+    "mixlc --paint a:1,2,3,4": "--paint goes with --generate",
+    "mixlc --data pairs": "--lc-classes",
+    "mixlc --data tiles_of_60": "0.jpg: 60x60 is smaller than --size 64",
+    "mixlc --data lone": "has one image",
+    "pix2pix --bands-A 0": "write 1 to 32 numbers from 1, such as 8,4,3",
+    "pix2pix --bands-A 1,x": "write 1 to 32 numbers from 1, such as 8,4,3",
+    "pix2pix --bands-A 1,": "write 1 to 32 numbers from 1, such as 8,4,3",
+    f"pix2pix --bands-A {','.join('1' * 33)}": "write 1 to 32 numbers from 1",
+    "pix2pix --load-size 63": "--load-size 63: must be --size 64",
+    "pix2pix --evaluate": "--evaluate needs --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint goes with",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint other.pt": "written by cyclegan.py",
@@ -102,29 +123,39 @@ CASES = {
     "pix2pix --out stranger": "--out stranger holds other files",
     "pix2pix --out odd.pt": "--out odd.pt: is a file",
 }
+if not torch.cuda.is_available():
+    CASES["pix2pix --device cuda"] = "--device cuda: no CUDA device"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """The folder in which the commands of CASES run."""
     root = tmp_path_factory.mktemp("world")
     side_by_side(root / "pairs")
     land_cover(root / "landcover")
-    run = ["--data", str(root / "pairs"), "--out", str(root / "run"), *SMALL]
-    pix2pix.main([*run, "--cache", str(root / "cache")])
+    land_cover(root / "tiles_of_60", side=60)
+    land_cover(root / "lone", train=1)
+    pix2pix.main(run_of(root, root / "run"))
     shutil.copy(root / "run" / "checkpoints" / "last.pt", root / "model.pt")
-    content = state_of(root / "model.pt")
-    next(iter(content["state"]["G"].values())).fill_(float("nan"))
-    torch.save(content, root / "nan.pt")
+    for name in ("trainA", "trainB", "testA", "testB"):
+        save(root / "unaligned" / name / "0.png", np.zeros((8, 8, 3), np.uint8))
+    for name in ("empty", "stranger", "judged"):
+        (root / name).mkdir()
+    (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
+    (root / "judged" / "judge.pt").write_bytes(b"rubbish")
     (root / "v.pth").touch()
-    (root / "empty").mkdir()
-    (root / "corrupt.pt").write_bytes((root / "model.pt").read_bytes()[:5000])
-    torch.save({"script": "cyclegan", "config": {}, "state": {}}, root / "other.pt")
-    torch.save({"state": 3, "script": "pix2pix", "config": {}}, root / "odd.pt")
-    content = state_of(root / "model.pt")
-    del content["histograms"]
-    torch.save(content, root / "old.pt")
-    save(root / "full" / "0.png", np.zeros((8, 8, 3), np.uint8))
     Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")
+    wrong_data(root)
+    wrong_checkpoints(root)
+    return root
+
+
+def run_of(world, out, more=""):
+    """The command line of a run of one epoch."""
+    return tiny_run("pix2pix", world / "pairs", out, f"--width 2 --epochs 1 {more}")
+
+
+def wrong_data(root):
     for name in ("dangling", "fifo", "terabytes"):
         shutil.copytree(root / "pairs", root / name)
         (root / name / "train" / "0.png").unlink()
@@ -142,22 +173,30 @@ def world(tmp_path_factory):
         file.writestr("arr_0.npy", header.getvalue())
     np.save(root / "axes" / "train" / "lc" / "0.npy", np.zeros((1, 3, 80, 80), np.uint8))
     (root / "utf16" / "classes.json").write_text(json.dumps(TABLE), encoding="utf-16")
+
+
+def wrong_checkpoints(root):
+    """Checkpoints that are not what the commands need, most of them model.pt with a change."""
     content = state_of(root / "model.pt")
-    options = content["config"] | {"schedule": "constant", "epochs": 2}
-    renamed = {"config": options | {"alpha": 1.0, "adv_lambda": 1.0}}
-    for name, change in (("done", {"epoch": 2}), ("two", {"world": 2}), ("renamed", renamed)):
-        (root / name / "checkpoints").mkdir(parents=True)
-        changed = content | {"config": options} | change
-        torch.save(changed, root / name / "checkpoints" / "last.pt")
-    (root / "stranger").mkdir()
-    (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
-    torch.save({"script": "pix2pix", "config": {}, "state": {"judge": {}}}, root / "judge_alone.pt")
-    (root / "judged").mkdir()
-    changed = content | {"config": options | {"lc_classes": json.dumps(TABLE)}}
-    changed["config"]["data"] = str(root / "landcover")
-    torch.save(changed, root / "judged" / "last.pt")
-    (root / "judged" / "judge.pt").write_bytes(b"rubbish")
-    return root
+    config = content["config"] | {"schedule": "constant", "epochs": 2}
+    classes = {"lc_classes": CLASSES.text, "data": str(root / "landcover")}
+    odd = {"script": "pix2pix", "config": {}, "state": 3}
+    for name, changed in {
+        "done/checkpoints/last.pt": content | {"config": config, "epoch": 2},
+        "two/checkpoints/last.pt": content | {"config": config, "world": 2},
+        "renamed/checkpoints/last.pt": content
+        | {"config": config | {"alpha": 1.0, "adv_lambda": 1.0}},
+        "judged/last.pt": content | {"config": config | classes},
+        "old.pt": {key: content[key] for key in content if key != "histograms"},
+        "other.pt": {"script": "cyclegan", "config": {}, "state": {}},
+        "odd.pt": odd,
+        "judge_alone.pt": odd | {"state": {"judge": {}}},
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(changed, root / name)
+    next(iter(content["state"]["G"].values())).fill_(float("nan"))
+    torch.save(content, root / "nan.pt")
+    (root / "corrupt.pt").write_bytes((root / "model.pt").read_bytes()[:5000])
 
 
 def png_header(width, height):
@@ -211,8 +250,8 @@ def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
     content = state_of(world / "model.pt")
     del content["config"]["patch"], content["config"]["schedule"]
     torch.save(content, tmp_path / "model.pt")
-    call = f"--generate {world / 'pairs' / 'val'} --out {tmp_path / 'out'}".split()
-    pix2pix.main([*call, "--checkpoint", str(tmp_path / "model.pt")])
+    call = f"--generate {world}/pairs/val --out {tmp_path}/out --checkpoint {tmp_path}/model.pt"
+    pix2pix.main(call.split())
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
@@ -226,11 +265,26 @@ def test_files_of_other_kinds_and_sub_folders_are_counted(world, tmp_path, capsy
     assert "train: 4 other file(s) or sub-folder(s) (.heic, .txt, old) are left out" in said
 
 
+def damaged(content, rng):
+    """Some bytes changed, removed or put in."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        place, count = int(rng.integers(len(content))), int(rng.integers(1, 50))
+        how = rng.integers(3)
+        if how == 0:
+            content[place] = rng.integers(256)
+        elif how == 1:
+            del content[place : place + count]
+        else:
+            content[place:place] = rng.bytes(count)
+        content = content or bytearray(b"x")
+    return content
+
+
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "npz", "json", "pt"])
 def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
-    """Random bytes changed, removed and put in: it is read, or refused by name."""
-    rng, table = np.random.default_rng(0), ClassTable.load(json.dumps(TABLE))
-    path = tmp_path / f"x.{kind}"
+    """It is read, or refused by name."""
+    rng, path, refused = np.random.default_rng(0), tmp_path / f"x.{kind}", 0
     if kind == "npz":
         np.savez_compressed(path, rng.integers(0, 3, (40, 50), np.uint8))
     elif kind == "json":
@@ -239,79 +293,30 @@ def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
         shutil.copy(world / "model.pt", path)
     else:
         save(path, picture(rng, 40, 50))
-    whole, refused = path.read_bytes(), 0
+    whole = path.read_bytes()
     for _ in range(20 if kind == "pt" else 60):
-        content = bytearray(whole)
-        for _ in range(rng.integers(1, 6)):
-            place = int(rng.integers(len(content)))
-            how = rng.integers(3)
-            if how == 0:
-                content[place] = rng.integers(256)
-            elif how == 1:
-                del content[place : place + int(rng.integers(1, 50))]
-            else:
-                content[place:place] = rng.bytes(int(rng.integers(1, 50)))
-            content = content or bytearray(b"x")
-        path.write_bytes(content)
+        path.write_bytes(damaged(whole, rng))
         try:
             if kind == "json":
                 ClassTable.load(str(path))
             elif kind == "pt":
                 load_checkpoint(path, "pix2pix")
             else:
-                with Raster(path, table if kind == "npz" else None) as raster:
-                    raster.read()
+                Raster(path, CLASSES if kind == "npz" else None).read()
         except common.UserError as error:
             assert "x." in str(error)
             refused += 1
     assert refused > 5
 
 
-CLASS_TABLES = {
-    "a fraction": {"value": 1.5},
-    "a truth value": {"value": True},
-    "a text for a truth value": {"ignore": "no"},
-    "an unknown key": {"colour": "#000000"},
-    "a colour of two parts": {"color": "1,2"},
-    "a colour of fractions": {"color": [1.5, 2, 3]},
-    "a colour of eight digits": {"color": "#00112233"},
-    "a name that is a number": {"name": 7},
-    "infinity": {"value": float("inf")},
-    "a colour of seven digits": {"color": "#e2a9291"},
-    "a colour of signs": {"color": "#+1+2+3"},
-    "a colour of three numbers": {"color": [255, 0, 0]},
-    "a colour beyond 255": {"color": "300,0,0"},
-    "a colour below 0": {"color": "0,-1,0"},
-    "a colour's name": {"color": "red"},
-}
-
-
-@pytest.mark.parametrize("case", CLASS_TABLES)
-def test_class_tables_are_read_strictly(case):
-    table = [dict(entry) for entry in TABLE]
-    table[1] |= CLASS_TABLES[case]
-    (key,) = CLASS_TABLES[case]
-    with pytest.raises(common.UserError, match=f"class table .*{key}.*: write "):
-        ClassTable.load(json.dumps(table))
-
-
-@pytest.mark.parametrize("array", [np.ones((4, 4, 3)), np.full((4, 4, 3), np.nan)])
-def test_one_hots_have_one_class_or_none(tmp_path, array):
-    np.save(tmp_path / "x.npy", array)
-    table = ClassTable.load(json.dumps(TABLE[:3]))
-    with pytest.raises(common.UserError, match=r"x.npy: is no one-hot"):
-        Raster(tmp_path / "x.npy", table).read()
-
-
 def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     """Same data, order of the classes reversed, since the run began."""
     root = land_cover(tmp_path / "data")
-    run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL]
-    mixlc.main([*run, "--cache", str(tmp_path / "cache")])
+    mixlc.main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1"))
     assert "is another class table" not in capsys.readouterr().err
     (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
     say_once.cache_clear()
-    mixlc.main(f"--evaluate --checkpoint {tmp_path / 'run' / 'checkpoints' / 'last.pt'}".split())
+    mixlc.main(use(tmp_path / "run", "--evaluate"))
     said = capsys.readouterr().err
     assert "classes.json: is another class table than the one in use (land, water, road)" in said
 
@@ -319,83 +324,71 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
 # --------------------------------------------------------------------------------- failing machines
 
 
-def start(*words):
-    call = [sys.executable, str(ROOT / "pix2pix.py"), *map(str, words)]
-    return subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def test_a_run_folder_has_one_run_at_a_time(world, tmp_path):
-    """Two started together, and a resume of a run that goes on; a dead one does not hinder."""
-    run = ["--data", world / "pairs", "--cache", tmp_path, "--out", tmp_path / "run"]
-    first = start(*run, *SMALL, "--epochs", "1000", "--save-every", "1")
-    while not (tmp_path / "run" / "checkpoints" / "last.pt").is_file():
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.05)
-    second = start("--resume", "--out", tmp_path / "run")
-    assert second.wait(60) == 2
-    assert "another process is training in it" in second.stderr.read()
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    lock(tmp_path / "run")  # free again
-    LOCKS.pop().release()
+def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys):
+    """A second one is refused while the first goes on, whether it begins or resumes."""
+    shutil.copytree(world / "done", tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    for name, words in (
+        ("new", run_of(world, tmp_path / "new")),
+        ("run", f"--resume --out {tmp_path}/run --epochs 3".split()),
+    ):
+        lock(tmp_path / name)
+        first = LOCKS.pop()
+        assert "another process is training in it" in line_of(pix2pix.main, words, capsys)
+        first.release()  # as the system does when a process ends
+        pix2pix.main(words)
 
 
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     """Folders and temporary files are all that it left."""
-    for folder in ("checkpoints", "samples"):
-        (tmp_path / "run" / folder).mkdir(parents=True)
-    (tmp_path / "run" / ".unfinished-0123456789abcdef.json").write_text("{")
-    (tmp_path / "run" / "checkpoints" / ".unfinished-00ff.pt").write_text("")
-    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
-    assert (tmp_path / "run" / "evaluation.json").is_file()
-    assert not list((tmp_path / "run").rglob(".unfinished*"))
-    names = ".2024-plan.json", "generated/.unfinished-77.png"
-    others = [tmp_path / "run" / name for name in names]
-    for path in others:  # a user's, and that of a generation that goes on
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    pix2pix.main(f"--resume --out {tmp_path / 'run'}".split())
+    run = tmp_path / "run"
+    left = run / ".unfinished-0123456789abcdef.json", run / "checkpoints" / ".unfinished-00ff.pt"
+    others = run / ".2024-plan.json", run / "generated" / ".unfinished-77.png"
+    (run / "samples").mkdir(parents=True)
+    touch(*left)
+    pix2pix.main(run_of(world, run))
+    assert (run / "evaluation.json").is_file() and not list(run.rglob(".unfinished*"))
+    touch(*others)  # a user's, and that of a generation that goes on
+    pix2pix.main(f"--resume --out {run}".split())
     assert all(path.is_file() for path in others)
 
 
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
-    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache"), "--save-every", "1"])
+    pix2pix.main(run_of(world, tmp_path / "run", "--save-every 1"))
     kept = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
     kept.unlink()  # as if killed between replacing last.pt and this
     pix2pix.main(f"--resume --out {tmp_path / 'run'}".split())
-    assert same(state_of(kept)["state"], state_of(kept.with_name("last.pt"))["state"])
-
-
-def other_pictures(root, split, names):
-    rng = np.random.default_rng(5)
-    for name in names:
-        save(root / split / f"{name}.bmp", np.concatenate([picture(rng, 80, 80)] * 2, 1))
+    assert same(state_of(kept)["state"], last(tmp_path / "run")["state"])
 
 
 @pytest.mark.parametrize(
     ("split", "names", "steps"),
     [
-        ("train", range(6, 10), 3 + 5),
-        ("train", range(6), 3 + 3),  # of the same sizes
-        ("val", range(3, 9), 3 + 3),
+        ("train", range(6, 10), "training", 3 + 5),
+        ("train", range(6), "training", 3 + 3),  # of the same sizes
+        ("val", range(3, 9), "validation", 3 + 1),
     ],
 )
-def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsys):
-    """Its epoch begins anew."""
-    root = side_by_side(tmp_path / "data", suffix=".bmp")
-    run = ["--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--schedule", "constant"]
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
-    content = state_of(tmp_path / "run" / "checkpoints" / "last.pt")
-    content |= {"epoch": 0, "batch": 2}  # stopped in the middle
-    torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
-    other_pictures(root, split, names)
+def test_a_resume_with_other_images_says_so(split, names, said, steps, tmp_path, capsys):
+    """With other training images its epoch begins anew."""
+    root, run = side_by_side(tmp_path / "data", suffix=".bmp"), tmp_path / "run"
+    pix2pix.main(tiny_run("pix2pix", root, run, "--epochs 1 --schedule constant"))
+    content = last(run) | {"epoch": 0, "batch": 2}  # stopped in the middle
+    torch.save(content, run / "checkpoints" / "last.pt")
+    rng = np.random.default_rng(5)
+    for name in names:
+        save(root / split / f"{name}.bmp", picture(rng, 80, 160))
     capsys.readouterr()
-    pix2pix.main(f"--resume --out {tmp_path / 'run'}".split())
+    pix2pix.main(f"--resume --out {run}".split())
     err = capsys.readouterr().err
-    assert "the images are not those of before: epoch 1 begins anew" in err
-    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == steps
+    assert f"the {said} images are not those of before" in err and last(run)["step"] == steps
+    assert ("epoch 1 begins anew" in err) == (split == "train")
 
 
 # ------------------------------------------------------------------------------ nowhere to print to
@@ -423,32 +416,10 @@ def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, mon
     monkeypatch.setattr(pix2pix, "train_step", step)
     monkeypatch.setattr(sys, "stdout", stream(kind))
     monkeypatch.setattr(sys, "stderr", stream(kind))
-    run = ["--data", str(world / "pairs"), "--out", str(tmp_path / "run"), *SMALL]
     with pytest.raises(SystemExit) as stopped:
-        pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+        pix2pix.main(run_of(world, tmp_path / "run"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert stopped.value.code == 128 + signal.SIGINT
-    assert state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
-
-
-@pytest.mark.slow
-def test_ctrl_c_on_a_pipe_saves(world, tmp_path):
-    """The reader gets the signal, too, and is gone before the message is written."""
-    words = ["--data", world / "pairs", "--cache", tmp_path, "--out", tmp_path / "run", *SMALL]
-    command = shlex.join(map(str, [sys.executable, ROOT / "pix2pix.py", *words]))
-    shell = f"{command} --epochs 1000 2>&1 | tee {tmp_path}/log"
-    group = subprocess.Popen(["bash", "-c", shell], start_new_session=True)
-    while not (tmp_path / "run" / "checkpoints" / "last.pt").is_file():
-        assert group.poll() is None
-        time.sleep(0.05)
-    before = state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
-    time.sleep(1)  # many steps
-    os.killpg(group.pid, signal.SIGINT)
-    group.wait(60)
-    deadline = time.monotonic() + 60
-    while state_of(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert stopped.value.code == 128 + signal.SIGINT and last(tmp_path / "run")["step"] == 1
 
 
 def test_text_that_a_stream_cannot_encode_is_escaped():
@@ -470,29 +441,28 @@ def test_other_programs_in_runs_cost_nothing(world, tmp_path, monkeypatch, capsy
     shutil.copytree(world / "run", tmp_path / "runs" / "notes")
     (tmp_path / "runs" / "notes" / "metrics.csv").write_text("my notes\n1,2,3\n")
     out = tmp_path / "runs" / "mine"
-    run = ["--data", str(world / "pairs"), "--out", str(out), *SMALL]
 
     def draw(rows, path):
         assert (out / "checkpoints" / "last.pt").is_file()
         raise OSError("no room for a picture")
 
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    pix2pix.main(run_of(world, out))
     text = (tmp_path / "runs" / "index.html").read_text()
     assert '"name": "mine"' in text and '"name": "tool"' not in text and "notes" not in text
     monkeypatch.setattr(support.run, "plot_metrics", draw)
     (out / "checkpoints" / "last.pt").unlink()
-    pix2pix.main([*run, "--cache", str(tmp_path / "cache")])
+    pix2pix.main(run_of(world, out))
     said = capsys.readouterr().err
     assert f"{out}: cannot be drawn (OSError: no room for a picture)" in said
 
 
 def test_a_damaged_config_costs_an_evaluation_its_page(world, tmp_path, capsys):
-    shutil.copytree(world / "run", tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text("{")
-    (tmp_path / "run" / "evaluation.json").unlink()
-    pix2pix.main(f"--evaluate --checkpoint {tmp_path / 'run' / 'checkpoints' / 'last.pt'}".split())
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    (run / "config.json").write_text("{")
+    (run / "evaluation.json").unlink()
+    pix2pix.main(use(run, "--evaluate"))
     assert "index.html: cannot be drawn (JSONDecodeError" in capsys.readouterr().err
-    assert (tmp_path / "run" / "evaluation.json").is_file()
+    assert (run / "evaluation.json").is_file()
 
 
 EDITED = {
@@ -505,18 +475,16 @@ EDITED = {
 @pytest.mark.parametrize("case", EDITED)
 def test_a_resume_cuts_its_own_metrics_alone(case, world, tmp_path):
     """Not those that somebody edited, nor those of a backup by hard links."""
-    shutil.copytree(world / "done", tmp_path / "run")
-    path, backup = tmp_path / "run" / "metrics.csv", tmp_path / "backup.csv"
+    run = shutil.copytree(world / "done", tmp_path / "run")
     saved = (world / "run" / "metrics.csv").read_bytes()
-    written = EDITED[case](saved + b"1,4,0.1,written,after,the,save\r\n")
-    path.write_bytes(written)
-    os.link(path, backup)
-    pix2pix.main(f"--resume --out {tmp_path / 'run'} --epochs 3".split())
-    now = path.read_bytes()
-    assert now.startswith(written if case != "as it was" else saved) and b"\n3," in now
-    assert (b"after" in now) == (case != "as it was")
-    if case == "as it was":
-        assert backup.read_bytes() == written
+    written = EDITED[case](saved + b"1,4,0.1,written,after,the,save,\xff\xfe\r\n")
+    (run / "metrics.csv").write_bytes(written)
+    os.link(run / "metrics.csv", tmp_path / "backup.csv")
+    pix2pix.main(f"--resume --out {run} --epochs 3".split())
+    now, cut = (run / "metrics.csv").read_bytes(), case == "as it was"
+    assert now.startswith(saved if cut else written) and b"\n3," in now
+    assert (b"after" in now) != cut
+    assert not cut or (tmp_path / "backup.csv").read_bytes() == written
 
 
 def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):

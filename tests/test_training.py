@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import common
-import pix2pix
 from conftest import (
     PLACE,
     RUNS,
@@ -78,24 +77,26 @@ def test_crops_reach_both_ends(script, train, monkeypatch):
     assert len(set(zip(top, left, strict=True))) > 40
 
 
-@pytest.mark.parametrize(
-    ("script", "flip", "turns"),
-    [
-        *[("pix2pix", flip, LEFT_RIGHT) for flip in ("auto", "horizontal")],
-        ("pix2pix", "none", {(0, 0)}),
-        ("pix2pix", "both", ALL_TURNS),
-        ("cyclegan", "auto", LEFT_RIGHT),
-        ("cyclegan", "none", {(0, 0)}),
-        ("cyclegan labels", "auto", ALL_TURNS),
-        ("mixlc", "auto", ALL_TURNS),
-        ("mixlc", "horizontal", LEFT_RIGHT),
-        ("mixlc_acgan", "auto", ALL_TURNS),
-    ],
-)
-def test_flips(script, flip, turns, pairs, landcover, cache, monkeypatch):
+# script, --flip: how images are turned; a script's default is auto
+FLIPS = {
+    "pix2pix auto": LEFT_RIGHT,
+    "pix2pix horizontal": LEFT_RIGHT,
+    "pix2pix none": {(0, 0)},
+    "pix2pix both": ALL_TURNS,
+    "cyclegan auto": LEFT_RIGHT,
+    "cyclegan none": {(0, 0)},
+    "cyclegan auto labels": ALL_TURNS,
+    "mixlc auto": ALL_TURNS,
+    "mixlc horizontal": LEFT_RIGHT,
+    "mixlc_acgan auto": ALL_TURNS,
+}
+
+
+@pytest.mark.parametrize("case", FLIPS)
+def test_flips(case, pairs, landcover, cache, monkeypatch):
     """Domains, and the tiles a and b of an edit, are flipped independently of each other."""
-    labels, script = "mixlc" in script or "labels" in script, script.split()[0]
-    train = open_data(script, landcover if labels else pairs, cache, flip=flip)
+    (script, flip, *labels), turns = case.split(), FLIPS[case]
+    train = open_data(script, landcover if labels or "mixlc" in script else pairs, cache, flip=flip)
     name = "mirror" if "mixlc" in script else "jitter"
     calls = calls_of(monkeypatch, importlib.import_module(script), name)
     for epoch in range(30):
@@ -148,8 +149,6 @@ def test_load_size_and_max_images(script, pairs, cache):
     assert data.store.side == 80 and len(data) == 4
     assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
     assert next(data.batches(0))[0].shape[-1] == 64
-    with pytest.raises(common.UserError, match="--load-size 63: must be --size 64"):
-        open_data(script, pairs, cache, load_size=63)
 
 
 @pytest.mark.cuda
@@ -182,12 +181,9 @@ def test_rate_is_constant_then_falls_to_zero(script):
 
 # --------------------------------------------------------------------------------------------- runs
 
-EDITED = {"l1_inside", "l1_outside", "l1_to_input", "variety"}
-JUDGED_BY = {
-    f"{by}_{measure}"
-    for by in ("own", "judge")
-    for measure in ("pixel_accuracy", "class_accuracy", "mean_iou")
-}
+EDITED = {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input", "variety"}
+LABELLED = "pixel_accuracy", "class_accuracy", "mean_iou"
+JUDGED_BY = {f"{by}_{measure}" for by in ("own", "judge") for measure in LABELLED}
 # the losses and scores in metrics.csv; rows that evaluation.json holds at least
 COLUMNS = {
     "pix2pix": "g_total,g_adv,g_l1,d_total,d_real,d_fake,val_psnr,val_rmse",
@@ -198,11 +194,11 @@ COLUMNS = {
     "val_l1_inside,val_l1_outside,val_own_mean_iou",
 }
 ROWS = {
-    "pix2pix": {"model", "copy of the input"},
-    "cyclegan": {"A to B: model", "B to A: model", "A to B: copy of the input"}
-    | {"A to B to A: model", "B to A to B: model"},
-    "mixlc": {"model", "copy of rgb_a"},
-    "mixlc_acgan": {"model", "copy of rgb_a", "photograph b"},
+    "pix2pix": "model,copy of the input",
+    "cyclegan": "A to B: model,B to A: model,A to B: copy of the input,A to B to A: model,"
+    "B to A to B: model",
+    "mixlc": "model,copy of rgb_a",
+    "mixlc_acgan": "model,copy of rgb_a,photograph b",
 }
 
 
@@ -225,7 +221,7 @@ def test_a_generator_that_does_not_listen_is_told(script, trained, tmp_path, cap
 def test_run_folder(script, trained):
     rows, out = rows_of(trained(script)), trained(script)
     assert (out / "metrics.csv").read_text().splitlines()[0] == f"epoch,step,lr,{COLUMNS[script]}"
-    assert set(rows) >= ROWS[script]
+    assert set(rows) >= set(ROWS[script].split(","))
     if "mixlc" in script:
         measures = EDITED | JUDGED_BY if script == "mixlc_acgan" else EDITED
         assert set(rows["model"]) == set(rows["copy of rgb_a"]) == measures
@@ -237,23 +233,17 @@ def test_run_folder(script, trained):
 
 
 @pytest.mark.parametrize(
-    ("script", "steps", "batch"),
-    [
-        ("pix2pix", 4, 1),
-        ("cyclegan", 4, 1),
-        ("mixlc", 2, 2),
-        ("mixlc", 3, 1),
-        ("mixlc_acgan", 3, 1),
-    ],
+    "case", ["pix2pix 4 1", "cyclegan 4 1", "mixlc 2 2", "mixlc 3 1", "mixlc_acgan 3 1"]
 )
-def test_resume_is_exact(script, steps, batch, data, trained, tmp_path, monkeypatch):
+def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, or (mixlc) at the last step of the first."""
+    script, steps, batch = case.split()
     main, out = importlib.import_module(script).main, tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_after(patch, steps)
+        stop_after(patch, int(steps))
         with pytest.raises(SystemExit):
             main(tiny_run(script, data[script], out, RUNS[script]))
-    assert last(out)["batch"] == batch
+    assert last(out)["batch"] == int(batch)
     main(f"--resume --out {out}".split())
     assert same(last(out)["state"], last(trained(script))["state"])
     whole = trained(script) / "metrics.csv"
@@ -327,9 +317,3 @@ def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
     plain = common.ImageStore(tiny("pix2pix", **about)[1], "train", 64)
     store = common.ImageStore(tiny("pix2pix", bands_A="3,1", bands_B="2", **about)[1], "train", 64)
     assert (plain.A[:, [2, 0]] == store.A).all() and (plain.B[:, [1]] == store.B).all()
-
-
-@pytest.mark.parametrize("bands", ["0", "1,x", ",".join("1" * 33), "1,"])
-def test_wrong_bands_are_one_line(bands, pairs, tmp_path, capsys):
-    line = line_of(pix2pix.main, tiny_run("pix2pix", pairs, tmp_path, f"--bands-A {bands}"), capsys)
-    assert "write 1 to 32 numbers from 1, such as 8,4,3" in line
