@@ -1,9 +1,7 @@
 """mixlc alone: pasted edits, the networks' crops, the local loss, edits of photographs."""
 
 import dataclasses
-import importlib
 import json
-import types
 
 import numpy as np
 import pytest
@@ -16,12 +14,11 @@ import mixlc
 from conftest import (
     CPU,
     batch_of,
-    calls_of,
-    inputs_of,
     land_cover,
     line_of,
     open_data,
     picture,
+    pixels_of,
     rows_of,
     save,
     side_by_side,
@@ -92,74 +89,8 @@ def test_the_center_box_is_96_of_256(landcover, cache):
 def test_random_boxes_reach_every_side_and_both_edges(landcover, cache):
     boxes = choices(open_data("mixlc", landcover, cache, box="random"), 600)[1].reshape(-1, 4)
     assert set(boxes[:, 2]) == set(range(8, 33)) and (boxes[:, 2] == boxes[:, 3]).all()
-    ends = boxes[:, :2] + boxes[:, 2:]
-    assert boxes.min() == 0 and ends.max() == 64
-
-
-def test_b_is_never_a_and_may_be_any_other(landcover, cache):
-    partners = choices(open_data("mixlc", landcover, cache), 100)[0]
-    pairs = {(a, b) for epoch in partners.tolist() for a, b in enumerate(epoch)}
-    assert pairs == {(a, b) for a in range(4) for b in range(4) if a != b}
-
-
-def test_real_is_a_file_and_the_collage_is_none(landcover, cache):
-    train = open_data("mixlc", landcover, cache)
-    whole = np.array(train.store.records[:, :3])
-    known = {image[:, ::v, ::h].tobytes() for image in whole for v in (1, -1) for h in (1, -1)}
-    for edit in train.batches(0):
-        for image, collage in zip(edit.rgb_b, edit.rgb_ab, strict=True):
-            assert to_bytes(image).contiguous().numpy().tobytes() in known
-            assert to_bytes(collage).contiguous().numpy().tobytes() not in known
-
-
-def test_use_ba_adds_the_complement(landcover, cache):
-    edit = next(open_data("mixlc", landcover, cache, use_ba=True).batches(0))
-    assert len(edit.rgb_a) == 4 and edit.inside.tolist() == [True, True, False, False]
-    outside = ~edit_mask(edit.box, edit.inside, 64)  # what is no edit is the input's
-    for kind in ("rgb", "lc"):
-        a, b, ab = (getattr(edit, f"{kind}_{name}") for name in ("a", "b", "ab"))
-        assert torch.equal(a[2:], b[:2]) and torch.equal(b[2:], a[:2])
-        assert torch.equal(ab[:2], ab[2:]) and len(ab) == 4
-        assert torch.equal(a.masked_select(outside), ab.masked_select(outside))
-    val = open_data("mixlc", landcover, cache, "val", use_ba=True)
-    assert all(edit.inside.all() for edit in val.in_order(np.arange(2)))
-
-
-each_edit_script = pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
-
-
-@each_edit_script
-def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
-    """And nothing else is; in evaluation the copy of rgb_a stays whole."""
-    module, cfg = tiny(script)
-    state, batch = module.build(cfg, CPU), module.Edit(*batch_of(script, cfg))
-    shown, mask = inputs_of(state.G), edit_mask(batch.box, batch.inside, 64)
-    blank = module.visible(batch, cfg)
-    whole = module.visible(batch, dataclasses.replace(cfg, erase=False))
-    assert torch.equal(whole, batch.rgb_a)
-    assert (blank.masked_select(mask) == 0).all()
-    assert torch.equal(blank.masked_select(~mask), batch.rgb_a.masked_select(~mask))
-    module.train_step(state, batch, cfg)
-    val = types.SimpleNamespace(in_order=lambda images: [batch], classes=cfg.classes)
-    rows = module.evaluate(state, val, cfg, np.arange(2)).table()
-    columns = module.sample(state, val, cfg, np.arange(2))
-    assert len(shown) >= 3 and all(torch.equal(image, blank) for image in shown)
-    assert torch.equal(columns["input"], blank) and rows["copy of rgb_a"]["l1_to_input"] == 0
-
-
-@each_edit_script
-def test_an_edit_is_blanked_in_a_users_photograph(script, trained, photo, tmp_path, monkeypatch):
-    module, run = importlib.import_module(script), trained(script)
-    calls = calls_of(monkeypatch, module, "translate")
-    module.main(use(run, photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
-    grey = torch.cat([(rgb == 0).all(1) for _, (rgb, lc), _ in calls])
-    water = torch.cat([lc[:, 1] == 1 for _, (rgb, lc), _ in calls])
-    assert water.any() and torch.equal(grey, water)
-
-
-def test_ignored_pixels_have_no_class(landcover, cache):
-    edit = next(open_data("mixlc", landcover, cache).batches(0))
-    assert set(edit.lc_ab.sum(1).unique().tolist()) == {0.0, 1.0}
+    ends = "copies its input", "does not copy its input", "neither copies its input nor hits"
+    assert all(f"it {end}" in answer for answer, end in zip(answers, ends, strict=True))
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -199,34 +130,26 @@ def test_edit_mask():
     assert torch.equal(mask[0, 0], want) and torch.equal(mask[1, 0], ~want)
 
 
-def test_local_loss_by_hand_with_its_border_at_the_images_edge():
-    """A box in the corner of a 64 pixel image: a border of 3 pixels on two sides."""
-    mask, fake, target = mask_of(0, 0, 8, 10), torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
-    target[..., :11, :13] = 0.5  # the box and its border
-    near = grown(mask)
+@pytest.mark.parametrize(
+    ("size", "box", "rows", "columns"),
+    [(64, (0, 0, 8, 10), (0, 11), (0, 13)), (256, (100, 100, 20, 20), (88, 132), (88, 132))],
+)
+def test_local_loss_by_hand(size, box, rows, columns):
+    """The border is 12 pixels at 256 and 3 at 64, and less at the image's edge."""
+    near = grown(mask_of(*box, size=size))
+    fake, target = torch.zeros(1, 3, size, size), torch.full((1, 3, size, size), 9.0)
+    inside = target[..., slice(*rows), slice(*columns)]
+    inside[:] = 0.5
     assert masked_l1_loss(fake, target, near).item() == pytest.approx(0.5)
-    target[..., 11:, :] = 9.0  # outside it: no effect
-    target[..., 10, 12] = 0.5 + 11 * 13  # its last pixel
-    assert masked_l1_loss(fake, target, near).item() == pytest.approx(1.5)
-
-
-def test_the_border_of_the_local_loss_is_12_pixels_at_256():
-    mask = mask_of(100, 100, 20, 20, size=256)
-    fake, target = torch.zeros(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
-    target[..., 88:132, 88:132] = 0
-    assert masked_l1_loss(fake, target, grown(mask)).item() == 0
-    target[..., 88, 88] = 1
-    assert masked_l1_loss(fake, target, grown(mask)).item() == pytest.approx(1 / 44**2)
+    inside[..., -1, -1] = inside[..., 0, 0] = 0.5 + inside[0, 0].numel()  # its first, its last
+    assert masked_l1_loss(fake, target, near).item() == pytest.approx(2.5)
 
 
 def test_adversarial_losses_are_means_over_the_patches_at_the_edit():
     """At 64 pixels a PatchGAN gives 6x6 logits; those of the corner's 2x2 touch the edit."""
-    near = mask_of(0, 0, 16, 12)
-    logits = torch.zeros(1, 1, 6, 6)
-    logits[..., :2, :2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    want = torch.log1p(torch.exp(-torch.tensor([1.0, 2.0, 3.0, 4.0]))).mean()
-    assert gan_loss(logits, True, near).item() == pytest.approx(want.item())
-    logits[..., 2:, :] = 9.0  # elsewhere: no effect
+    near, logits = mask_of(0, 0, 16, 12), torch.full((1, 1, 6, 6), 9.0)
+    logits[..., :2, :2] = there = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    want = torch.log1p(torch.exp(-there)).mean()
     assert gan_loss(logits, True, near).item() == pytest.approx(want.item())
     assert gan_loss(torch.zeros(1, 1, 1, 1), False, near).item() == pytest.approx(np.log(2))
 
@@ -265,18 +188,22 @@ def test_the_verdict_on_copying(landcover, cache, monkeypatch):
     for guess in ((edit.rgb_a + 1) * 0.8 - 1, edit.rgb_ab):
         monkeypatch.setattr(mixlc, "translate", lambda state, x, cfg, guess=guess: guess)
         answers.append(common.copy_verdict(mixlc.evaluate(None, val, val.cfg, [0, 1]).table()))
-    assert answers[0].endswith("it copies its input")
-    assert answers[1].endswith("it does not copy its input")
-    assert "0.00 levels from the target" in answers[1]
     rows = {"model": {"l1_inside": 57.0, "l1_to_input": 53.0}, "copy of rgb_a": {"l1_inside": 73.0}}
-    assert common.copy_verdict(rows).endswith("it neither copies its input nor hits the target")
+    answers.append(common.copy_verdict(rows))
+    assert "0.00 levels from the target" in answers[1]
+    ends = (
+        "copies its input",
+        "does not copy its input",
+        "neither copies its input nor hits the target",
+    )
+    assert all(answer.endswith(f"it {end}") for answer, end in zip(answers, ends, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- use
 
 
 def pixels(path):
-    return np.asarray(Image.open(path)).astype(int)
+    return pixels_of(path).astype(int)
 
 
 def test_painting_strokes_keeps_what_lies_outside(trained, photo, tmp_path):
@@ -312,23 +239,19 @@ def test_an_edited_land_cover_file(trained, landcover, photo, tmp_path, capsys):
     assert (kept[:, :60] == pixels(tmp_path / "photo.png")[:, :60]).all()
 
 
-@pytest.mark.parametrize(
-    ("stroke", "line"),
-    [
-        ("lake:1,1,5,5", "no such class; there are land, water, road"),
-        (":1,1,5,5", "several begin so; there are"),
-        ("water:1,1", "write class:x,y,width,height"),
-        ("water:200,1,5,5", "lies outside the image, 140x100"),
-    ],
-)
-def test_a_wrong_stroke_is_one_line(stroke, line, trained, photo, tmp_path, capsys):
-    arguments = use(trained("mixlc"), photo, f"--out {tmp_path}/out --paint {stroke}")
-    assert line in line_of(main, arguments, capsys)
+STROKES = {
+    "lake:1,1,5,5": "no such class; there are land, water, road",
+    ":1,1,5,5": "several begin so; there are",
+    "water:1,1": "write class:x,y,width,height",
+    "water:200,1,5,5": "lies outside the image, 140x100",
+}
 
 
-def test_wrong_files_of_an_edit_are_one_line(trained, photo, tmp_path, capsys):
-    save(tmp_path / "lc.png", np.zeros((10, 10), np.uint8))
+def test_wrong_strokes_and_files_of_an_edit_are_one_line(trained, photo, tmp_path, capsys):
     arguments = use(trained("mixlc"), photo, f"--out {tmp_path}/out")
+    for stroke, line in STROKES.items():
+        assert line in line_of(main, [*arguments, "--paint", stroke], capsys)
+    save(tmp_path / "lc.png", np.zeros((10, 10), np.uint8))
     assert "lc.png is 10x10: sizes must agree" in line_of(main, arguments, capsys)
     assert "needs --lc" in line_of(main, arguments[:2] + arguments[4:], capsys)
     assert "need --checkpoint" in line_of(main, arguments[:4], capsys)
@@ -342,32 +265,16 @@ def test_the_beginning_of_a_name_is_enough():
     assert strokes == [(0, 2, 1, 6, 4), (1, 2, 1, 6, 4), (2, 2, 1, 6, 4)]
 
 
-def test_data_that_does_not_do(pairs, tmp_path, capsys):
-    cases = {
-        "--lc-classes": tiny_run("mixlc", pairs, tmp_path / "2"),
-        "0.jpg: 60x60 is smaller than --size 64": tiny_run(
-            "mixlc", land_cover(tmp_path / "small", side=60), tmp_path / "3"
-        ),
-        "has one image": tiny_run("mixlc", land_cover(tmp_path / "lone", train=1), tmp_path / "4"),
-    }
-    for line, arguments in cases.items():
-        assert line in line_of(main, arguments, capsys)
-
-
 def test_every_layout_works_through_lc_classes(tmp_path):
+    """Pairs side by side, and one-hot arrays."""
     pairs = side_by_side(tmp_path / "pairs", train=2, val=2, drawn=True)
-    main(tiny_run("mixlc", pairs, tmp_path / "run", "--epochs 1 --lc-classes maps --local-d"))
-    assert "model" in rows_of(tmp_path / "run")
-
-
-def test_one_hot_array_files(tmp_path):
-    root = land_cover(tmp_path / "data", train=2)
-    for path in sorted(root.rglob("lc/*.png")):
-        index = np.asarray(Image.open(path))
-        np.savez_compressed(path.with_suffix(".npz"), index[..., None] == np.arange(3))
+    arrays = land_cover(tmp_path / "arrays", train=2)
+    for path in sorted(arrays.rglob("lc/*.png")):
+        np.savez_compressed(path.with_suffix(".npz"), pixels_of(path)[..., None] == np.arange(3))
         path.unlink()
-    main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1 --use-ba"))
-    assert "model" in rows_of(tmp_path / "run")
+    for root, more in ((pairs, "--lc-classes maps --local-d"), (arrays, "--use-ba")):
+        main(tiny_run("mixlc", root, tmp_path / f"of_{root.name}", f"--epochs 1 {more}"))
+        assert "model" in rows_of(tmp_path / f"of_{root.name}")
 
 
 @pytest.mark.slow

@@ -6,14 +6,24 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import common
 import mixlc_acgan
-from conftest import CPU, batch_of, last, maps, picture, pictures, save, tiny, tiny_run, use
-from mixlc_acgan import Discriminator, build, gan_loss, main, style_loss, translate
+from conftest import (
+    CPU,
+    batch_of,
+    last,
+    maps,
+    picture,
+    pictures,
+    pixels_of,
+    save,
+    tiny,
+    tiny_run,
+    use,
+)
+from mixlc_acgan import Discriminator, build, main, style_loss, translate
 
 TINY = tiny("mixlc_acgan")[1]
 
@@ -33,31 +43,6 @@ def test_the_adversarial_head_joins_photograph_and_land_cover():
     interaction = logits[0][0] - logits[0][1] - logits[1][0] + logits[1][1]
     effect = (logits[0][0] - logits[0][1]).abs().mean()
     assert interaction.abs().mean() > 1e-3 * effect > 0
-
-
-def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
-    """Red ground is class 0, green ground class 1: trained for seconds, it ranks over 90 %."""
-    torch.manual_seed(0)
-    D = mixlc_acgan.init_weights(Discriminator(2, 3, 8))
-    adam = torch.optim.Adam(D.parameters(), 1e-3, (0.5, 0.999))
-    everywhere = torch.ones(16, 1, 64, 64) > 0
-
-    def batch():
-        cover = common.one_hot(torch.randint(2, (16, 2, 2), dtype=torch.uint8), 2)
-        cover = F.interpolate(cover, scale_factor=32)
-        picture = torch.cat([cover * 2 - 1, torch.zeros(16, 1, 64, 64)], 1)
-        return picture + 0.3 * torch.randn_like(picture), cover
-
-    for _ in range(60):
-        picture, cover = batch()
-        right, wrong = D(picture, cover), D(picture, cover.flip(1))
-        loss = gan_loss(right, True, everywhere) + gan_loss(wrong, False, everywhere)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    picture, cover = batch()
-    right, wrong = D(picture, cover).mean((1, 2, 3)), D(picture, cover.flip(1)).mean((1, 2, 3))
-    assert (right > wrong).float().mean().item() > 0.9
 
 
 def test_the_class_head_never_sees_land_cover():
@@ -90,17 +75,6 @@ def test_gram_style_loss_on_a_2x2x2_tensor():
     assert once == pytest.approx((30**2 + 2 * 6**2 + 2**2) / 64) and twice == pytest.approx(
         2 * once
     )
-
-
-def test_style_is_float32_under_autocast():
-    vgg, seen = common.VGG16Features(["relu1_2"], "random", ""), []
-    vgg.register_forward_hook(lambda _, x, y: seen.extend([x[0].dtype, y[0].dtype]))
-    fake = pictures().bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = style_loss(vgg, fake, pictures(1).bfloat16())
-    assert set(seen) == {torch.float32} and loss.dtype == torch.float32
-    loss.backward()
-    assert fake.grad.abs().sum() > 0
 
 
 def test_class_weights_by_hand():
@@ -155,14 +129,10 @@ def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
 # --------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained):
+def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_path):
     state = last(trained("mixlc_acgan"))["state"]
     assert set(state) == {"G", "D", "class_weights", "opt_G", "opt_D"}
-    assert state["class_weights"].shape == (3,)
     assert not torch.equal(state["class_weights"], torch.ones(3))
-
-
-def test_without_class_weights_all_classes_weigh_the_same(landcover, tmp_path):
     more = "--epochs 1 --no-class-weights"
     main(tiny_run("mixlc_acgan", landcover, tmp_path / "run", more))
     assert torch.equal(last(tmp_path / "run")["state"]["class_weights"], torch.ones(3))
@@ -175,17 +145,13 @@ def test_samples_differ_and_one_seed_repeats(trained, tmp_path):
 
     def generate(folder, more=""):
         main(use(trained("mixlc_acgan"), edit, f"--out {tmp_path}/{folder} {more}"))
-        return {path.name: np.asarray(Image.open(path)) for path in (tmp_path / folder).iterdir()}
+        return {path.stem: pixels_of(path) for path in (tmp_path / folder).iterdir()}
 
-    a = generate("a", "--samples 3 --seed 1")
-    b = generate("b", "--samples 3 --seed 1")
-    c = generate("c", "--samples 3 --seed 2")
-    samples = {f"photo_{k}.png" for k in (1, 2, 3)}
-    assert set(a) == samples | {"photo_differences.png", "photo_sheet.png"}
-    assert (a["photo_1.png"] == b["photo_1.png"]).all()
-    assert (a["photo_1.png"] != a["photo_2.png"]).any()
-    assert (a["photo_1.png"] != c["photo_1.png"]).any()
-    differences = a["photo_differences.png"]
-    assert differences[16:64, 16:64].max() > 0
-    assert differences[:10].max() == 0  # outside, the photograph is kept
-    assert set(generate("one")) == {"photo.png", "photo_sheet.png"}
+    a, b, c = (generate(f"{k}", f"--samples 3 --seed {k // 2}") for k in (2, 3, 4))
+    samples = {f"photo_{k}" for k in (1, 2, 3)}
+    assert set(a) == samples | {"photo_differences", "photo_sheet"}
+    assert (a["photo_1"] == b["photo_1"]).all()
+    assert (a["photo_1"] != a["photo_2"]).any() and (a["photo_1"] != c["photo_1"]).any()
+    differences = a["photo_differences"]  # outside, the photograph is kept
+    assert differences[16:64, 16:64].max() > 0 == differences[:10].max()
+    assert set(generate("one")) == {"photo", "photo_sheet"}
