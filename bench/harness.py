@@ -123,13 +123,14 @@ def parameters(state):
 
 
 @functools.cache
-def step_flops(script, size, batch_size):
+def step_flops(script, size, batch_size, **options):
     """Floating-point operations of convolutions and matrix products in one train_step.
 
     Forward and backward; two to a multiplication with its addition. Counted on tensors without
     values, which takes no time, once for all variants.
     """
-    module, cfg = config(script, size=size, batch_size=batch_size, precision="fp32")
+    options |= {"size": size, "batch_size": batch_size, "precision": "fp32"}
+    module, cfg = config(script, **options)
     state = module.build(cfg, torch.device("cpu"))
     for name, value in vars(state).items():
         if isinstance(value, (nn.Module, torch.Tensor)):

@@ -223,13 +223,13 @@ def as_rank(monkeypatch, rank, world=2):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
 
 
-def calls_of(monkeypatch, module, name):
-    """The arguments of every call of module.name from now on; it still does its work."""
-    honest, calls = getattr(module, name), []
+def calls_of(monkeypatch, module, name, instead=None):
+    """The arguments of every call of module.name from now on; it, or another, does its work."""
+    honest, calls = instead or getattr(module, name), []
 
-    def call(*arguments):
+    def call(*arguments, **more):
         calls.append(arguments)
-        return honest(*arguments)
+        return honest(*arguments, **more)
 
     monkeypatch.setattr(module, name, call)
     return calls

@@ -21,65 +21,47 @@ import harness
 import mixlc_acgan
 import pix2pix
 import support.device
-from conftest import as_rank, pictures, tiny, vgg_file
+from conftest import as_rank, calls_of, line_of, pictures, tiny, vgg_file
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
 from support.processes import reduced
 
 
-class FakeStream:
-    made = 0
-
-    def __init__(self):
-        FakeStream.made += 1
-
+class Stream:
     def wait_stream(self, other):
         pass
+
+
+class Graph:
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """torch.cuda as far as GraphedStep touches it; capturing runs the step, replaying nothing."""
-
-    class Graph:
-        replays = 0
-
-        def replay(self):
-            self.replays += 1
-
-    FakeStream.made = 0
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
+    for name, replaced in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, **_: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, replaced)
 
 
-def test_losses_of_a_graph_hold_no_autograd_graph(fake_cuda):
-    weight = torch.ones(1, requires_grad=True)
+def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(fake_cuda):
+    """The batch that it was captured with stays the loader's; warm-ups share one side stream."""
+    weight, sides = torch.ones(1, requires_grad=True), set()
     step = GraphedStep(lambda state, batch, cfg: {"loss": (weight * batch[0]).sum()})
-    for k in range(6):
-        losses = step(None, (torch.full((2,), float(k)),), None)
-        assert not losses["loss"].requires_grad
-    assert step.graph.replays == 3 and torch.equal(step.batch[0], torch.full((2,), 5.0))
-
-
-def test_a_graph_has_tensors_of_its_own(fake_cuda):
-    """The batch that it was captured with stays the loader's."""
-    step = GraphedStep(lambda state, batch, cfg: {"loss": batch[0].sum()})
     batches = [(torch.full((2,), float(k)),) for k in range(6)]
-    for batch in batches:
-        step(None, batch, None)
-    assert [batch[0][0].item() for batch in batches] == [0, 1, 2, 3, 4, 5]
-
-
-def test_warm_up_steps_share_one_side_stream(fake_cuda):
-    step = GraphedStep(lambda state, batch, cfg: {"loss": batch[0].sum()})
-    sides = set()
-    for _ in range(GraphedStep.warmup):
-        step(None, (torch.zeros(1),), None)
-        sides.add(step.side)
-    assert len(sides) == 1
+    for k, batch in enumerate(batches):
+        assert not step(None, batch, None)["loss"].requires_grad
+        sides |= {step.side} if k < GraphedStep.warmup else set()
+    assert step.graph.replays == 3 and torch.equal(step.batch[0], torch.full((2,), 5.0))
+    assert [batch[0][0].item() for batch in batches] == [0, 1, 2, 3, 4, 5] and len(sides) == 1
 
 
 def test_out_of_memory_while_capturing_is_one_line(fake_cuda, monkeypatch, capsys):
@@ -92,50 +74,32 @@ def test_out_of_memory_while_capturing_is_one_line(fake_cuda, monkeypatch, capsy
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error")
 
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-
     def train_step(state, batch, cfg):
         if step.calls > GraphedStep.warmup:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"loss": batch[0].sum()}
 
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     step = GraphedStep(train_step)
-
-    @common.command
-    def main(argv=None):
-        for _ in range(9):
-            step(None, (torch.zeros(1),), None)
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2 and step.graph is None
-    assert capsys.readouterr().err.startswith("error: out of memory: lower --batch-size")
-
-
-def test_other_errors_while_capturing_stay_errors(fake_cuda):
-    @common.command
-    def main(argv=None):
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        main()
+    main = common.command(lambda argv: [step(None, (torch.zeros(1),), None) for _ in range(9)])
+    assert "out of memory: lower --batch-size" in line_of(main, None, capsys)
+    assert step.graph is None
 
 
 def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
     calls = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(atexit, "register", lambda f: calls.append(("exit", f)))
-
-    def init(backend, **about):
-        calls.append((backend, about))
-
-    monkeypatch.setattr(torch.distributed, "init_process_group", init)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for module, name, replaced in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "set_device", lambda device: calls.append(("set", device))),
+        (torch.distributed, "is_initialized", lambda: False),
+        (torch.distributed, "init_process_group", lambda *a, **how: calls.append((*a, how))),
+        (atexit, "register", lambda f: calls.append(("exit", f))),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.backends.cudnn, "allow_tf32", True),
+    ):
+        monkeypatch.setattr(module, name, replaced)
     device = start(tiny("pix2pix", device="cuda")[1])
     assert device == torch.device("cuda", 1)
     (_, first), (backend, about), (_, destroy) = calls
@@ -147,20 +111,14 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
 
 def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     """NCCL refuses tensors of the CPU: the sums of a run that goes on come from a file."""
-    seen = []
     as_rank(monkeypatch, 0)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda tensor, how: seen.append(tensor.device)
-    )
+    seen = calls_of(monkeypatch, torch.distributed, "all_reduce", lambda *_: None)
     honest = torch.Tensor.to
-
-    def to(tensor, device, **more):
-        return honest(tensor, "meta" if device == "cuda" else device)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
+    gpu = lambda x, device, **how: honest(x, "meta" if device == "cuda" else device)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "to", gpu)
     reduced(torch.ones(3))
-    assert seen == [torch.device("meta")]
+    assert seen[0][0].device == torch.device("meta")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -259,35 +217,29 @@ def test_vgg_in_bf16_keeps_the_direction_of_the_gradient(tmp_path):
     assert random.autocast is not autocast
 
 
+PAGE_FAULTS = """
+import resource, sys, torch
+from support.device import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+for k in range(12):  # the heap has grown by then
+    if k == 8:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**24) for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own switch")
 def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     """Four blocks of 64 MiB, freed, are there again without a page fault for each of theirs."""
-    code = (
-        "import resource, sys, torch\n"
-        "from support.device import keep_memory\n"
-        "if sys.argv[1] == 'keep':\n"
-        "    keep_memory()\n"
-        "for k in range(12):  # the heap has grown by then\n"
-        "    if k == 8:\n"
-        "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    blocks = [torch.ones(2**24) for _ in range(4)]\n"
-        "    del blocks\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("glibc's own switch")
-    kept, given_back = (
-        int(
-            subprocess.check_output(
-                [sys.executable, "-c", code, how], cwd=Path(__file__).parent.parent
-            )
-        )
-        for how in ("keep", "default")
-    )
-    assert kept < 0.5 * given_back
-    calls = []
-    monkeypatch.setattr(support.device, "keep_memory", lambda: calls.append(True))
+    call, root = [sys.executable, "-c", PAGE_FAULTS], Path(__file__).parent.parent
+    faults = [int(subprocess.check_output([*call, how], cwd=root)) for how in ("keep", "default")]
+    assert faults[0] < 0.5 * faults[1]
+    calls = calls_of(monkeypatch, support.device, "keep_memory")
     start(tiny("pix2pix", device="cpu")[1])
-    assert calls == [True]
+    assert calls == [()]
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):
@@ -316,13 +268,11 @@ def test_the_reference_step_trains_as_the_scripts_do(script):
 
 def test_the_roofline_counts_every_convolution_of_a_step():
     """As PyTorch counts; it takes the gradients of D's weights in G's update for wanted, too."""
-    script = "mixlc_acgan"
-    state, cfg, step = harness.prepare(script, harness.FAST, "cpu", size=64, batch_size=1)
-    batch = harness.random_batch(script, cfg, "cpu")
+    script, small = "mixlc_acgan", {"size": 64, "batch_size": 1, "width": 32}
+    state, cfg, step = harness.prepare(script, harness.FAST, "cpu", **small)
+    batch, gflop = harness.random_batch(script, cfg, "cpu"), 0
     found = roofline.convolutions(lambda: step(state, batch, cfg))
-    gflop = sum(
-        roofline.gflop(call) * (forwards + sum(call.gradients) * backwards)
-        for call, (forwards, backwards) in found.items()
-    )
-    want = harness.step_flops(script, size=64, batch_size=1) / 1e9
+    for call, (forwards, backwards) in found.items():
+        gflop += roofline.gflop(call) * (forwards + sum(call.gradients) * backwards)
+    want = harness.step_flops(script, **small) / 1e9
     assert want <= gflop < 1.1 * want
