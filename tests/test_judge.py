@@ -1,18 +1,15 @@
 """The judge: what it learns, that it repeats, and where it stands in the evaluation of a run."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
 import pytest
-import torch
 
 import common
-import cyclegan
-import mixlc
-import mixlc_acgan
 import pix2pix
-from conftest import CPU, TABLE, save
+from conftest import CPU, TABLE, refused, rows_of, same, save, tiny_run
 from support.judge import Judge, train_judge
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
@@ -34,31 +31,20 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("size", [64, 128, 256, 512])
-def test_shapes(size):
-    with torch.no_grad():
-        logits = Judge(5, width=2)(torch.zeros(1, 3, size, size))
-    assert logits.shape == (1, 5, size, size)
-
-
 def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
     cfg = dataclasses.replace(CFG, data=str(data), cache=str(tmp_path / "cache"))
-    one, two = (
-        common.find_judge(dataclasses.replace(cfg, out=str(tmp_path / name)), CPU) for name in "ab"
-    )
-    weights = zip(one.parameters(), two.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in weights)
-    kept = common.find_judge(
-        dataclasses.replace(cfg, out=str(tmp_path / "a"), train_judge=False), CPU
-    )
+
+    def found(out, **options):
+        return common.find_judge(dataclasses.replace(cfg, out=str(tmp_path / out), **options), CPU)
+
+    one, two, kept = found("a"), found("b"), found("a", train_judge=False)
+    assert same(dict(one.state_dict()), dict(two.state_dict()))
     assert "the judge is" in capsys.readouterr().out
-    given = tmp_path / "a" / "judge.pt"
-    lent = dataclasses.replace(cfg, out=str(tmp_path / "c"), train_judge=False, judge=str(given))
-    assert common.find_judge(lent, CPU).name == kept.name == one.name
+    given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
+    assert found("c", **given).name == kept.name == one.name
     assert not (tmp_path / "c").exists()
-    other = json.dumps(TABLE).replace(TABLE[0]["name"], "renamed")
-    with pytest.raises(common.UserError, match="judges other classes"):
-        common.find_judge(dataclasses.replace(lent, lc_classes=other), CPU)
+    with refused("judges other classes"):
+        found("c", **given, lc_classes=json.dumps(TABLE).replace("water", "renamed"))
     val = pix2pix.Pairs(dataclasses.replace(cfg, out=str(tmp_path / "a")), "val", CPU)
     scores = common.Scores()
     for records in val.in_order(np.arange(4)):
@@ -85,39 +71,26 @@ def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
     assert common.find_judge(dataclasses.replace(CFG, lc_classes="pictures", **out), CPU) is None
 
 
-def test_a_run_is_judged(data, tmp_path):
-    tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
-    judged = ["--train-judge", "--judge-epochs", "6"]
-    out = f"--out {tmp_path / 'run'} --cache {tmp_path / 'cache'}".split()
-    pix2pix.main(["--data", str(data), *out, *tiny, *judged])
-    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
-    real, elsewhere = rows["real photograph"], rows["real, of another place"]
-    assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
-    assert "judge_pixel_accuracy" in rows["model"]
-
-
 @pytest.mark.parametrize(
     ("script", "way", "measure", "noise"),
     [
-        (pix2pix, "", "rmse", 20),
-        (cyclegan, "B to A: ", "rmse", 20),
-        (mixlc, "", "l1_inside", 16),
-        (mixlc_acgan, "", "l1_inside", 16),
+        ("pix2pix", "", "rmse", 20),
+        ("cyclegan", "B to A: ", "rmse", 20),
+        ("mixlc", "", "l1_inside", 16),
+        ("mixlc_acgan", "", "l1_inside", 16),
     ],
 )
 def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, measure, noise):
-    """The baseline that sees the land cover, where that is all there is to see."""
-    tiny = ["--size", "64", "--width", "2", "--batch-size", "8", "--epochs", "1"]
-    tiny += ["--blocks", "1"] if script is cyclegan else []
-    tiny += ["--style-features", "random"] if script is mixlc_acgan else []
-    out = f"--out {tmp_path / 'run'} --cache {tmp_path / 'cache'}".split()
-    script.main(["--data", str(data), *out, *tiny])
-    evaluation = tmp_path / "run" / "evaluation.json"
-    rows = json.loads(evaluation.read_text())["rows"]
+    """The baseline that sees the land cover, where that is all there is to see; and the judge."""
+    run, judged = tmp_path / "run", "--train-judge --judge-epochs 6" * (script == "pix2pix")
+    more = f"--width 2 --batch-size 8 --epochs 1 {judged}"
+    importlib.import_module(script).main(tiny_run(script, data, run, more))
+    rows = rows_of(run)
     for average in ("mean", "median"):
         found = rows[f"{way}{average} colour of the class"][measure]
         assert found == pytest.approx(noise, rel=0.1)
         assert found < rows[f"{way}{average} training colour"][measure] / 2
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.pt")
-    script.main(["--evaluate", "--checkpoint", checkpoint, *out[2:]])
-    assert json.loads(evaluation.read_text())["rows"] == rows
+    if judged:
+        real, elsewhere = rows["real photograph"], rows["real, of another place"]
+        assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
+        assert "judge_pixel_accuracy" in rows["model"]
