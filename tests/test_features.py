@@ -1,5 +1,7 @@
 """VGG16's layers: from a file, from torch.hub, with random weights, and what they refuse."""
 
+import types
+
 import numpy as np
 import plain
 import pytest
@@ -8,7 +10,7 @@ import torch
 import common
 import pix2pix
 from common import VGG16Features
-from conftest import CONVOLUTIONS, pictures, vgg_file
+from conftest import CONVOLUTIONS, pictures, refused, vgg_file
 from support.demo import landscape
 
 FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
@@ -17,11 +19,9 @@ FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
 def test_activations_of_a_file_with_torchvisions_keys(tmp_path):
     weights = vgg_file(tmp_path / "vgg.pth")
     vgg = VGG16Features(["relu3_3", "relu1_1", "relu2_2"], "vgg16", str(tmp_path / "vgg.pth"))
-    tensors = [
-        weights[f"features.{k}.{part}"] for k, _ in CONVOLUTIONS[:7] for part in ("weight", "bias")
-    ]
-    stored = torch.nn.ParameterList(tensors)
-    stored.buffers, stored.scales = (lambda: tensors), vgg.scales
+    parts = [(k, part) for k, _ in CONVOLUTIONS[:7] for part in ("weight", "bias")]
+    tensors = [weights[f"features.{k}.{part}"] for k, part in parts]
+    stored = types.SimpleNamespace(buffers=lambda: tensors, scales=vgg.scales)
     want = plain.vgg16(stored, pictures(), [0, 3, 6])
     for a, b in zip(vgg(pictures()), want, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -52,25 +52,23 @@ def test_gram_matrices_have_norm_1_whatever_the_weights(tmp_path, weights):
         assert norms.mean().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_only_the_layers_in_use_are_needed(tmp_path):
-    vgg_file(tmp_path / "short.pth", last=2)
-    (features,) = VGG16Features(["relu1_2"], "vgg16", str(tmp_path / "short.pth"))(pictures())
-    assert features.shape == (2, 64, 64, 64)
-
-
 def test_refusals(tmp_path, monkeypatch):
-    vgg_file(tmp_path / "short.pth", last=2)
-    with pytest.raises(common.UserError, match="no features.5.weight"):
-        VGG16Features(["relu3_3"], "vgg16", str(tmp_path / "short.pth"))
+    """Only the layers in use are needed of a file."""
+    file = str(tmp_path / "short.pth")
+    vgg_file(file, last=2)
+    (features,) = VGG16Features(["relu1_2"], "vgg16", file)(pictures())
+    assert features.shape == (2, 64, 64, 64)
+    with refused("no features.5.weight"):
+        VGG16Features(["relu3_3"], "vgg16", file)
     for layers in (["relu9_1"], ["relu1_2", "pool1"], []):
-        with pytest.raises(common.UserError, match="choose from relu1_1"):
+        with refused("no layer .*there are relu1_1"):
             VGG16Features(layers, "random", "")
 
     def offline(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(common.UserError, match="--vgg16 FILE"):
+    with refused("vgg16-397923af.pth .*--vgg16 FILE"):
         VGG16Features(["relu1_2"], "vgg16", "")
 
 

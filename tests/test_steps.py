@@ -14,7 +14,7 @@ from torch import nn
 
 import common
 import support.vgg16
-from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, inputs_of, maps, tiny
+from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, tiny
 
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
 CASES = {
@@ -163,20 +163,6 @@ def test_each_update_leaves_the_other_networks_gradients_untouched(case, monkeyp
 
 
 @every
-def test_gradients_do_not_add_up_over_steps(case):
-    module, cfg, state, batch = prepared(case)
-    if hasattr(state, "pool_A"):  # what it returns differs from step to step
-        state.pool_A.size = state.pool_B.size = 0
-    state.opt_D.step = state.opt_G.step = lambda: None
-    seen = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        module.train_step(state, batch, cfg)
-        seen.append(gradients(state))
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*seen, strict=True))
-
-
-@every
 def test_step_reads_no_value_on_the_host(case, monkeypatch):
     """On the meta device tensors have no values: .item() or a branch on one would raise."""
     nothing = contextlib.nullcontext()  # there is no autocast for meta
@@ -190,16 +176,6 @@ def test_step_reads_no_value_on_the_host(case, monkeypatch):
         setattr(state, f"opt_{name}", torch.optim.SGD(net.parameters(), lr=0.1))
     losses = module.train_step(state, tuple(x.to("meta") for x in batch), cfg)
     assert all(loss.shape == () for loss in losses.values())
-
-
-@every
-def test_step_changes_every_weight(case):
-    module, cfg, state, batch = prepared(case)
-    before = copy.deepcopy(sides(state))
-    module.train_step(state, batch, cfg)
-    for name, net in sides(state).items():
-        pairs = zip(before[name].parameters(), net.parameters(), strict=True)
-        assert all(not torch.equal(old, new) for old, new in pairs)
 
 
 @every
@@ -256,17 +232,6 @@ def test_gradients_of_a_batch_are_the_mean_of_those_of_its_images(case, layout, 
         assert torch.allclose(whole, (one + other) / 2, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
-def test_real_is_an_untouched_photograph_and_never_a_collage(script):
-    module, cfg, state, batch = prepared(script)
-    edit = module.Edit(*batch)
-    shown = inputs_of(state.D.global_trunk if script == "mixlc" else state.D.trunk)
-    module.train_step(state, batch, cfg)
-    fake, real, again = shown
-    assert torch.equal(real, edit.rgb_b) and torch.equal(fake, again)
-    assert not torch.equal(fake, edit.rgb_ab)
-
-
 @pytest.mark.cuda
 @every
 def test_cuda_step_never_synchronises(case):
@@ -294,13 +259,11 @@ def gan_options(script, kind="bce"):
     return [kind] if script == "pix2pix" else edits
 
 
-@pytest.mark.parametrize(
-    ("script", "kind"),
-    [("pix2pix", "bce"), ("pix2pix", "lsgan"), ("cyclegan", "lsgan")]
-    + [("mixlc", "bce"), ("mixlc_acgan", "bce")],
-)
-def test_gan_loss_by_hand(script, kind):
+@pytest.mark.parametrize("case", [*SCRIPTS, "pix2pix lsgan"])
+def test_gan_loss_by_hand(case):
     """The mean is over the losses of the patches, not over their logits."""
+    script, *kind = case.split()
+    kind = "lsgan" if kind or script == "cyclegan" else "bce"
     loss, options = importlib.import_module(script).gan_loss, gan_options(script, kind)
     logits = torch.tensor([[[[-4.0, 3.0]]]])
     real = {"bce": (softplus(4) + softplus(-3)) / 2, "lsgan": (5**2 + 2**2) / 2}[kind]
@@ -341,15 +304,6 @@ def test_loss_of_classes_by_hand_leaves_out_ignored_pixels(script, weights):
     reference = F.cross_entropy(logits, index, weight=weight, ignore_index=255)
     assert want == pytest.approx(reference.item())
     assert class_loss(script, logits, target * 0, weights) == 0  # not NaN
-
-
-@pytest.mark.parametrize("script", ["cyclegan", "mixlc_acgan"])
-def test_loss_of_classes_takes_logits(script):
-    """After a softmax it could not fall below 1.755 for 14 classes."""
-    target = maps(classes=14)
-    assert class_loss(script, target * 40, target, [1.0] * 14) < 1e-6
-    probabilities = (target * 40).softmax(1)
-    assert class_loss(script, probabilities, target, [1.0] * 14) == pytest.approx(1.755, abs=1e-3)
 
 
 @pytest.mark.parametrize(("given", "result"), [("bfloat16", "float32"), ("float64", "float64")])
