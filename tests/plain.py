@@ -1,7 +1,7 @@
 """A plain twin of every training step: each network and each loss written out, nothing merged.
 
-Networks are functions of their stored tensors, taken one after the other; losses are formulas;
-Adam is its update rule. Nothing here calls the scripts. Everything is in float64.
+Networks are functions of their stored tensors, taken one after the other; losses are formulas.
+Nothing here calls the scripts. Everything is in float64.
 """
 
 from collections import namedtuple
@@ -86,45 +86,31 @@ def reflect(x, border):
     return F.pad(x, (border,) * 4, mode="reflect")
 
 
-class Adam:
-    """Kingma and Ba 2015, algorithm 1, over the parameters of some networks."""
+class Adam(torch.optim.Adam):
+    """Of some networks, with the papers' momentum of 0.5."""
 
     def __init__(self, nets, lr):
-        self.nets, self.lr, self.t = nets, lr, 0
-        self.m = [dict.fromkeys(net.names, 0.0) for net in nets]
-        self.v = [dict.fromkeys(net.names, 0.0) for net in nets]
+        super().__init__(
+            [net.tensors[name] for net in nets for name in net.names], lr, (0.5, 0.999)
+        )
 
     def minimise(self, loss):
-        self.t += 1
-        where = [(k, name) for k, net in enumerate(self.nets) for name in net.names]
-        parameters = [self.nets[k].tensors[name] for k, name in where]
+        parameters = self.param_groups[0]["params"]
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-        with torch.no_grad():
-            for (k, name), parameter, g in zip(where, parameters, gradients, strict=True):
-                self.m[k][name] = 0.5 * self.m[k][name] + 0.5 * g
-                self.v[k][name] = 0.999 * self.v[k][name] + 0.001 * g * g
-                m = self.m[k][name] / (1 - 0.5**self.t)
-                v = self.v[k][name] / (1 - 0.999**self.t)
-                parameter -= self.lr * m / (v.sqrt() + 1e-8)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.step()
 
 
 # ------------------------------------------------------------------------------------------- losses
 
 
-def bce_real(logits):
-    return torch.log(1 + torch.exp(-logits)).mean()
+def bce(logits, real):
+    return torch.log(1 + torch.exp(-logits if real else logits)).mean()
 
 
-def bce_fake(logits):
-    return torch.log(1 + torch.exp(logits)).mean()
-
-
-def lsgan_real(logits):
-    return ((logits - 1) ** 2).mean()
-
-
-def lsgan_fake(logits):
-    return (logits**2).mean()
+def lsgan(logits, real):
+    return ((logits - float(real)) ** 2).mean()
 
 
 def l1(a, b):
@@ -207,14 +193,13 @@ class Pix2pix:
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
     def step(self, x, y):
-        bce = self.cfg.gan == "bce"
-        real, fake = (bce_real, bce_fake) if bce else (lsgan_real, lsgan_fake)
+        gan = bce if self.cfg.gan == "bce" else lsgan
         image = self.G(x)
-        d_fake = fake(self.D(x, image.detach()))
-        d_real = real(self.D(x, y))
+        d_fake = gan(self.D(x, image.detach()), False)
+        d_real = gan(self.D(x, y), True)
         d_total = self.cfg.d_weight * d_real + self.cfg.d_weight * d_fake
         self.adam_D.minimise(d_total)
-        g = {"g_adv": real(self.D(x, image)), "g_l1": l1(image, y)}
+        g = {"g_adv": gan(self.D(x, image), True), "g_l1": l1(image, y)}
         if self.cfg.content == "vgg":
             (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, y))
             g["g_content"] = ((a - b) ** 2).mean()
@@ -293,8 +278,8 @@ class CycleGAN:
         else:
             cycle_B = l1(cycled_B, b)
         losses = {
-            "adv_AB": lsgan_real(self.D_B(fake_B)),
-            "adv_BA": lsgan_real(self.D_A(fake_A)),
+            "adv_AB": lsgan(self.D_B(fake_B), True),
+            "adv_BA": lsgan(self.D_A(fake_A), True),
             "cycle_A": l1(cycled_A, a),
             "cycle_B": cycle_B,
         }
@@ -308,8 +293,8 @@ class CycleGAN:
             loss = loss + weight * losses["identity_A"] + weight * losses["identity_B"]
         self.adam_G.minimise(loss)
         old_A, old_B = self.pool_A(fake_A.detach()), self.pool_B(fake_B.detach())
-        losses["d_A"] = (lsgan_real(self.D_A(a)) + lsgan_fake(self.D_A(old_A))) / 2
-        losses["d_B"] = (lsgan_real(self.D_B(b)) + lsgan_fake(self.D_B(old_B))) / 2
+        losses["d_A"] = (lsgan(self.D_A(a), True) + lsgan(self.D_A(old_A), False)) / 2
+        losses["d_B"] = (lsgan(self.D_B(b), True) + lsgan(self.D_B(old_B), False)) / 2
         self.adam_D.minimise(losses["d_A"] + losses["d_B"])
         return losses
 
@@ -454,11 +439,11 @@ class Mixlc:
             patches = self.cfg.composite and self.cfg.d == "patch"
             return at_the_edit(logits, near) if patches else logits
 
-        d_fake = bce_fake(judged(shown.detach(), edit.lc_ab))
-        d_real = bce_real(judged(edit.rgb_b, edit.lc_b))
+        d_fake = bce(judged(shown.detach(), edit.lc_ab), False)
+        d_real = bce(judged(edit.rgb_b, edit.lc_b), True)
         d_total = d_real / 2 + d_fake / 2
         self.adam_D.minimise(d_total)
-        g_adv = bce_real(judged(shown, edit.lc_ab))
+        g_adv = bce(judged(shown, edit.lc_ab), True)
         known = torch.ones_like(mask)  # without the collage: outside, and all of own edits
         if not self.cfg.collage:
             known = torch.stack([own | ~where for own, where in zip(edit.own, mask, strict=True)])
@@ -540,13 +525,13 @@ class MixlcACGAN:
         fake = self.G(rgb, edit.lc_ab)
         shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
         logits = self.D(shown.detach(), edit.lc_ab, "adversarial")[0]
-        d_fake = bce_fake(at_the_edit(logits, near))
+        d_fake = bce(at_the_edit(logits, near), False)
         logits, classes = self.D(edit.rgb_b, edit.lc_b)
-        d_real = bce_real(at_the_edit(logits, near))
+        d_real = bce(at_the_edit(logits, near), True)
         d_class = class_loss(classes, edit.lc_b, self.weights)
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
         logits, classes = self.D(shown, edit.lc_ab)
-        g_adv, g_pixel = bce_real(at_the_edit(logits, near)), l1(fake, edit.rgb_ab)
+        g_adv, g_pixel = bce(at_the_edit(logits, near), True), l1(fake, edit.rgb_ab)
         g_style = self.style(fake, edit.rgb_ab)
         g_class = class_loss(classes, edit.lc_ab * near, self.weights)
         g_total = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
