@@ -21,7 +21,6 @@ import torch
 import common
 import pix2pix
 from conftest import calls_of, land_cover, line_of, tiny_run
-from support.classes import ClassTable
 from support.windows import tiles
 
 ROOT = Path(__file__).parent.parent
@@ -45,31 +44,6 @@ def test_photograph_and_mask_are_turned_together():
     records = torch.randint(0, 256, (1, 1, 16, 16), dtype=torch.uint8).repeat(100, 4, 1, 1)
     seen = forged_masks.turned(records, np.random.default_rng(0))
     assert torch.equal(seen[:, 0], seen[:, 3]) and len(seen.unique(dim=0)) == 8
-
-
-def test_the_segmenter_learns_what_is_there_and_is_measured_on_what_is_held_out():
-    """Brightness says the class; with the held-out classes exchanged it is always wrong."""
-    labels = (torch.arange(32) % 2)[:, None, None].repeat(1, 16, 16).to(torch.uint8)
-    photographs = (labels * 200 + 20)[:, None].repeat(1, 3, 1, 1)
-    records = torch.cat([photographs, labels[:, None]], 1)
-    wrong = torch.cat([photographs, 1 - labels[:, None]], 1)
-    for val, iou in ((records, 1.0), (wrong, 0.0)):
-        assert forged_masks.mean_iou(records, val, 2, True, 0, steps=30) == pytest.approx(iou)
-
-
-def test_the_painter_learns_photographs_from_land_cover():
-    """Red where class 1 is asked for, else blue; the masks stay beside what is painted."""
-    labels = (torch.arange(8) % 2)[:, None, None].repeat(1, 64, 64).to(torch.uint8)
-    labels[:, :, 32:] = 1 - labels[:, :, 32:]  # both classes in each: BatchNorm sees no constant
-    photographs = torch.stack([labels * 200, labels * 0, 200 - labels * 200], 1)
-    classes = ClassTable.load("binary")
-    cfg = pix2pix.Config(size=64, width=8, batch_size=4, lc_classes=classes.text)
-    records = torch.cat([photographs, labels[:, None]], 1)
-    state = forged_masks.learn_to_paint(records, cfg, 60)
-    painted = forged_masks.paint(state, 1 - labels, cfg)
-    assert torch.equal(painted[:, 3], 1 - labels) and painted.dtype == torch.uint8
-    redness = painted[:, 0].float() - painted[:, 2].float()
-    assert redness[labels == 0].mean() > 20 and redness[labels == 1].mean() < -20
 
 
 def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, monkeypatch, capsys):

@@ -134,18 +134,13 @@ def test_blocks_follow_the_size(script):
         assert sum(isinstance(m, module.ResidualBlock) for m in G.modules()) == blocks
 
 
-@pytest.mark.parametrize(
-    ("script", "size", "count"),
-    [*[("pix2pix", 2**n, n - 5) for n in (6, 7, 8, 9)], ("mixlc_acgan", 64, 12)],
-)
-def test_dropout_layers(script, size, count):
-    G = made(script, size=size).G
-    assert sum(isinstance(m, nn.Dropout) for m in G.modules()) == count
-
-
-def test_dropout_of_the_acgans_discriminator():
-    D = made("mixlc_acgan", d_dropout=0.3).D
-    assert [m.p for m in D.modules() if isinstance(m, nn.Dropout)] == [0.3] * 5
+@pytest.mark.parametrize("n", [6, 7, 8, 9])
+def test_dropout_layers(n):
+    """Of pix2pix's inner decoder blocks, and of the acgan's generator and discriminator."""
+    acgan = made("mixlc_acgan", d_dropout=0.3)
+    nets = made("pix2pix", size=2**n).G, acgan.G, acgan.D
+    layers = [[m.p for m in net.modules() if isinstance(m, nn.Dropout)] for net in nets]
+    assert layers == [[0.5] * (n - 5), [0.5] * 12, [0.3] * 5]
 
 
 @pytest.mark.parametrize("case", ["pix2pix", "cyclegan", "mixlc dilated", "mixlc_acgan"])

@@ -108,19 +108,6 @@ def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
         assert (sheet[84 : 84 + 64, 140 : 140 + 64] == np.asarray(target)).all()
 
 
-def test_the_time_left_leaves_the_first_steps_out(pairs, tmp_path, monkeypatch):
-    """A CUDA graph is captured within them."""
-    done, honest = [], support.run.tqdm.reset
-
-    def reset(bar):
-        done.append(bar.n)
-        honest(bar)
-
-    monkeypatch.setattr(support.run.tqdm, "reset", reset)
-    train(pairs, tmp_path / "run", "--epochs 2")
-    assert done == [10]
-
-
 @pytest.mark.parametrize(("seconds", "grids"), [(1e9, [1, 4, 5]), (0, [1, 2, 3, 4, 5])])
 def test_what_is_written_on_the_way_is_written_on_a_clock(
     pairs, tmp_path, monkeypatch, seconds, grids
