@@ -8,7 +8,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import common
@@ -255,21 +254,6 @@ def test_the_verdict_on_copying(landcover, cache, monkeypatch):
 
 def pixels(path):
     return pixels_of(path).astype(int)
-
-
-def test_painting_strokes_keeps_what_lies_outside(trained, photo, tmp_path):
-    strokes = f"--paint water:40,30,50,40 --paint Road:60,40,10,10 --out {tmp_path}/out"
-    main(use(trained("mixlc"), photo, strokes))
-    border = round(12 * 100 / 256)
-    before, after = pixels(tmp_path / "photo.png"), pixels(tmp_path / "out" / "photo.png")
-    changed = (after != before).any(-1)
-    assert changed[30:70, 40:90].mean() > 0.9
-    changed[30 - border : 70 + border, 40 - border : 90 + border] = False
-    assert not changed.any()
-    sheet = Image.open(tmp_path / "out" / "photo_sheet.png")
-    assert sheet.size == (4 * 144 + 4, 16 + 104)
-    colors = {color for _, color in sheet.getcolors(1 << 20)}
-    assert {(0x84, 0x29, 0xF6), (0xE2, 0xA9, 0x29), (0x6E, 0xC1, 0xE4)} <= colors
 
 
 def test_an_edited_land_cover_file(trained, landcover, photo, tmp_path, capsys):

@@ -94,18 +94,6 @@ def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path):
         assert out.nodata is None and not valid[:7].any() and valid[7:].all()
 
 
-def test_what_is_painted_never_looks_like_no_data(tmp_path):
-    """Only a pixel that has the value of no data in every band is moved, by one level."""
-    pixels = np.full((20, 30, 3), 9, np.uint8)
-    pixels[:7] = 0
-    painted = np.tile(np.array([0, 200, 100], np.uint8), (20, 30, 1))
-    painted[:, 15:] = 0
-    with rewritten(geotiff(tmp_path / "x.tif", pixels, nodata=0), painted) as out:
-        written = np.moveaxis(out.read(), 0, -1)
-    assert (written[7:, :15] == (0, 200, 100)).all() and (written[7:, 15:] == 1).all()
-    assert (written[:7] == 0).all()
-
-
 @pytest.mark.parametrize(("crs", "points"), [("EPSG:25832", 1), (None, 1), ("EPSG:25832", 0)])
 @pytest.mark.parametrize("pixel", ["Area", "Point"])
 def test_points_tags_and_the_meaning_of_a_pixel_are_kept(tmp_path, crs, pixel, points):
@@ -183,20 +171,12 @@ def test_deep_rasters_are_refused_with_the_command_that_converts_them(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["x.tif", "x.png"])
-def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
-    geotiff(tmp_path / "in.tif", np.zeros((64, 64, 3), np.uint8))
-    child = os.fork()
-    if child == 0:
-        raster = Raster(tmp_path / "in.tif")
-        with writing(tmp_path / "out" / name, raster) as put:
-            put(np.ones((32, 64, 3), np.uint8), 0)
-            os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert not (tmp_path / "out" / name).exists()
-    out, raster = tmp_path / "out2" / name, Raster(tmp_path / "in.tif")
-    with pytest.raises(ValueError, match="predicting"), writing(out, raster):
+def test_what_is_not_written_whole_leaves_nothing(tmp_path, name):
+    source = Raster(geotiff(tmp_path / "in.tif", np.zeros((64, 64, 3), np.uint8)))
+    with pytest.raises(ValueError, match="predicting"), writing(tmp_path / "out" / name, source):
+        assert not (tmp_path / "out" / name).exists()
         raise ValueError("predicting failed")
-    assert list((tmp_path / "out2").iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", [(10, 13), (3, 40), (40, 7)])
@@ -230,16 +210,10 @@ def test_a_photograph_with_damaged_exif_is_turned_upright(tmp_path):
         assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
 
 
-def test_bands_and_palettes_of_photographs(tmp_path):
-    pixels = np.moveaxis(noise(20, 30, 4), 0, -1)
-    geotiff(tmp_path / "four.tif", pixels)
-    geotiff(tmp_path / "one.tif", pixels[..., 0])
-    palette = Image.fromarray(pixels[..., :3]).quantize(9)
-    palette.save(tmp_path / "palette.tif")
-    wanted = {"four": pixels[..., :3], "one": pixels[..., [0, 0, 0]], "palette": palette}
-    wanted["palette"] = np.asarray(palette.convert("RGB"))
-    for name, want in wanted.items():
-        assert (Raster(tmp_path / f"{name}.tif").read() == want).all(), name
+def test_palettes_of_photographs(tmp_path):
+    palette = Image.fromarray(np.moveaxis(noise(20, 30), 0, -1)).quantize(9)
+    palette.save(tmp_path / "x.tif")
+    assert (Raster(tmp_path / "x.tif").read() == np.asarray(palette.convert("RGB"))).all()
 
 
 # the colours that a TIFF names, the bands asked for, the bands that are read
@@ -250,6 +224,7 @@ BANDS = [
     ("undefined undefined undefined red green blue", (), (4, 5, 6)),
     ("gray undefined undefined undefined undefined", (), (1, 2, 3)),
     ("gray alpha", (), (1, 1, 1)),
+    ("gray", (), (1, 1, 1)),
     ("red green blue undefined", (4, 3, 2), (4, 3, 2)),
     ("red green blue undefined", (4,), (4,)),
     ("gray undefined undefined undefined", (4, 1, 3, 2), (4, 1, 3, 2)),
