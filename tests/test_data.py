@@ -1,6 +1,7 @@
 """Layouts and their refusals, label maps, the store, the demo world."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -149,6 +150,18 @@ NEAREST = {"nearest": True, "classes": EXACT}
 S2GLC = "values [1] are outside the class table, whose values are [0, 62,"
 GREYS = [0, 90, 200, 255]
 
+
+def paletted(*levels):
+    """The codes 1, 2, 3 and 4 in shades of red."""
+    image = Image.fromarray(np.array([[1, 2, 3, 4]], np.uint8))
+    image.putpalette([0, 0, 0, *(part for level in levels for part in (level, 0, 0))])
+    return image
+
+
+REDS = [{"name": f"n{k}", "color": f"{40 * k},0,0"} for k in range(1, 5)]
+VALUED_REDS = [row | {"value": k} for k, row in enumerate(REDS, 1)]
+FAR_REDS = [row | {"value": k} for k, row in enumerate(REDS, 50)]  # none of the values occurs
+
 # case: (class table, file, pixels or a row of codes, indices or the end of a message)
 LABELS = {
     "indices": (TABLE, "x.png", CODES, INDEX),
@@ -182,6 +195,13 @@ LABELS = {
     "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], "[90, 100, 140] are outside"),
     "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are outside"),
 }
+for name in ("x.png", "x.tif"):  # values that a table names decide, else most of the colours
+    LABELS |= {
+        f"another red, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 240), [0, 1, 2, 3]),
+        f"one red twice, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 120), [0, 1, 2, 3]),
+        f"no values, {name}": (REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
+        f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
+    }
 
 
 def table_of(table):
@@ -194,8 +214,10 @@ def test_label_maps(tmp_path, case):
     table, name, pixels, want = LABELS[case]
     if isinstance(pixels, list):
         pixels = np.array([pixels], np.uint8 if isinstance(pixels[0], int) else float)
-    write = {".npy": np.save, ".npz": np.savez}.get(name[1:], save)
-    write(tmp_path / name, pixels)
+    if isinstance(pixels, Image.Image):
+        pixels.save(tmp_path / name)
+    else:
+        {".npy": np.save, ".npz": np.savez}.get(name[1:], save)(tmp_path / name, pixels)
     if isinstance(want, str):
         with refused(re.escape(want)):
             Raster(tmp_path / name, table_of(table)).read()
@@ -561,49 +583,51 @@ def test_label_measures_by_hand():
     assert measured["mean_iou"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
+def histograms_of(images, labels=None):
+    """Of arrays (N, 3, S, S) and (N, 1, S, S), or of pairs of the same images."""
+    rows = {"A": images, "B": images if labels is None else labels}
+    classes = None if labels is None else CLASSES
+    about = {"paired": True, "classes": classes, "rows": rows, "known": lambda *_: None}
+    return ImageStore.histograms(types.SimpleNamespace(**rows, **about))
+
+
 def test_constant_guesses():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     images[0, 0], images[1, 1, :1] = 200, 80
-    store = types.SimpleNamespace(A=images, B=images, paired=True, classes=None)
-    store.rows, store.known = {"A": images, "B": images}, lambda *_: None
-    counts = ImageStore.histograms(store)["A"]
-    guesses = common.constant_colors(counts)
+    guesses = common.constant_colors(histograms_of(images)["A"])
     bytes_of = {name: to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
-    table = CLASSES
-    labels = np.array([0, 1, 1, 2, 1, 255, 255, 255, 255], np.uint8).reshape(1, 1, 3, 3)
-    counts = torch.from_numpy(np.bincount(labels.ravel(), minlength=256)[None])
-    frequent = to_bytes(common.constant_colors(counts, table)["most frequent class"])
-    assert tuple(frequent.tolist()) == table.colors[1]
-    drawn = torch.tensor(table.colors[2]).view(1, 3, 1, 1)
-    assert pix2pix.nearest_class(common.from_bytes(drawn), table).item() == 2
+    counts = torch.zeros(1, 256)
+    counts[0, [0, 1, 2, 255]] = torch.tensor([1.0, 3, 1, 4])
+    frequent = to_bytes(common.constant_colors(counts, CLASSES)["most frequent class"])
+    assert tuple(frequent.tolist()) == CLASSES.colors[1]
+    drawn = torch.tensor(CLASSES.colors[2]).view(1, 3, 1, 1)
+    assert pix2pix.nearest_class(common.from_bytes(drawn), CLASSES).item() == 2
 
 
 def test_colours_of_the_classes():
     """By hand: what each class looked like; all pixels' colour for classes that were not seen."""
-    table = ClassTable.load(json.dumps(TABLE))
     labels = np.array([[0, 0, 0, 1], [1, 1, 1, 255]], np.uint8).reshape(2, 1, 2, 2)
     images = np.zeros((2, 3, 2, 2), np.uint8)
     images[0, 0] = [[10, 20], [90, 200]]  # red, of the first image: three of class 0, one of 1
     images[1, 1] = [[4, 4], [4, 80]]  # green, of the second: three of class 1, one ignored
-    store = types.SimpleNamespace(A=images, B=labels, paired=True, classes=table)
-    store.rows, store.known = {"A": images, "B": labels}, lambda *_: None
-    counts = ImageStore.histograms(store)
+    counts = histograms_of(images, labels)
     assert counts["A of classes"].shape == (3, 3, 256) and counts["A of classes"].sum() == 7 * 3
     colors = common.constant_colors(counts["A"], by_class=counts["A of classes"])
     levels = {name: (color + 1) * 127.5 for name, color in colors.items()}
-    everywhere = [320 / 8, 92 / 8, 0.0]
-    assert levels["mean training colour"].tolist() == pytest.approx(everywhere, abs=1e-3)
+    everywhere = torch.tensor([320 / 8, 92 / 8, 0.0])
+    close = functools.partial(torch.testing.assert_close, atol=1e-3, rtol=0)
+    close(levels["mean training colour"], everywhere)
     mean, median = levels["mean colour of the class"], levels["median colour of the class"]
-    assert mean[0].tolist() == pytest.approx([40, 0, 0], abs=1e-3)
-    assert mean[1].tolist() == pytest.approx([50, 3, 0], abs=1e-3)
-    assert mean[2].tolist() == mean[255].tolist() == pytest.approx(everywhere, abs=1e-3)
-    assert median[0].tolist() == pytest.approx([20, 0, 0], abs=1e-3)
-    assert median[1].tolist() == pytest.approx([0, 4, 0], abs=1e-3)
-    shown = common.constant_guesses(colors, torch.zeros(2, 3, 2, 2), torch.from_numpy(labels[:, 0]))
-    mean = to_bytes(shown["mean colour of the class"])
+    close(mean[:2], torch.tensor([[40.0, 0, 0], [50, 3, 0]]))
+    close(median[:2], torch.tensor([[20.0, 0, 0], [0, 4, 0]]))
+    close(mean[[2, 255]], everywhere.expand(2, 3))
+    guesses = common.constant_guesses(
+        colors, torch.zeros(2, 3, 2, 2), torch.from_numpy(labels[:, 0])
+    )
+    mean = to_bytes(guesses["mean colour of the class"])
     assert mean[:, 0].tolist() == [[[40, 40], [40, 50]], [[50, 50], [50, 40]]]
-    assert (to_bytes(shown["mean training colour"])[:, 0] == 40).all()
+    assert (to_bytes(guesses["mean training colour"])[:, 0] == 40).all()
 
 
 def test_bytes_and_back():
@@ -615,48 +639,14 @@ def test_bytes_and_back():
     assert to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
-def test_one_hot_and_back():
+def test_classes_one_hot_drawn_and_back():
     index = torch.from_numpy(INDEX)[None]
     maps = common.one_hot(index, 3)
     assert maps.shape == (1, 3, *INDEX.shape) and maps.sum() == (INDEX < 3).sum()
     assert torch.equal(common.class_index(maps), index.long())
-
-
-def test_drawn_classes_have_the_colours_of_the_table():
-    drawn = to_bytes(common.draw(torch.from_numpy(INDEX)[None], CLASSES))
-    assert (drawn[0].permute(1, 2, 0).numpy() == COLOURS).all()
+    assert (as_array(common.draw(index, CLASSES)) == COLOURS).all()
 
 
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().size = 3
-
-
-def palette_file(path, codes, colors, how):
-    """A paletted PNG or TIFF of these codes; colors {code: "#rrggbb"}."""
-    palette = np.zeros((256, 3), np.uint8)
-    for code, color in colors.items():
-        palette[code] = tuple(bytes.fromhex(color[1:]))
-    image = Image.fromarray(codes)
-    image.putpalette(palette.tobytes())
-    image.save(path.with_suffix(how))
-    return path.with_suffix(how)
-
-
-@pytest.mark.parametrize("how", [".png", ".tif"])
-def test_codes_or_colours_of_a_palette(tmp_path, how):
-    """Values that a table names decide, whatever the colours; else most of the colours."""
-    codes = np.array([[1, 2, 3, 4]], np.uint8)
-    rows = [{"name": f"n{k}", "color": f"#{40 * k:02x}0000"} for k in range(1, 5)]
-    valued = ClassTable.load(json.dumps([row | {"value": k} for k, row in enumerate(rows, 1)]))
-    colors = {k: row["color"] for k, row in enumerate(rows, 1)}
-    reds = colors | {4: "#f00000"}  # another red than the table's
-    twins = colors | {4: colors[3]}  # two codes that share a colour
-    for name, shown in (("reds", reds), ("twins", twins)):
-        file = palette_file(tmp_path / name, codes, shown, how)
-        assert Raster(file, valued).read().tolist() == [[0, 1, 2, 3]], name
-    order = {1: colors[4], 2: colors[3], 3: colors[2], 4: colors[1]}  # codes that mean nothing
-    file = palette_file(tmp_path / "order", codes, order, how)
-    assert Raster(file, ClassTable.load(json.dumps(rows))).read().tolist() == [[3, 2, 1, 0]]
-    far = ClassTable.load(json.dumps([row | {"value": k} for k, row in enumerate(rows, 50)]))
-    assert Raster(file, far).read().tolist() == [[3, 2, 1, 0]]  # none of its values occurs

@@ -88,15 +88,8 @@ def world(tmp_path, monkeypatch):
         mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
         save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))
         save(tmp_path / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
-    for name in (
-        "photo.png",
-        "photo.jpg",
-        "a.png",
-        "map.png",
-        "folder/1.jpg",
-        "folder/2.png",
-        "scene.tif",
-    ):
+    names = "photo.png photo.jpg a.png map.png folder/1.jpg folder/2.png scene.tif"
+    for name in names.split():
         save(tmp_path / name, picture(rng, 120, 140))
     labels = np.zeros((120, 140), np.uint8)  # a value of every table
     for name in ("landcover.png", "a_lc.png", "labels/1.png"):

@@ -58,10 +58,7 @@ COPIES = {
     "gan_loss": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "either; LSGAN; BCE"),
     "l1_loss": ([["pix2pix", "cyclegan", "mixlc_acgan"]], ""),
     "learning_rate": ([["pix2pix"], ["cyclegan"]], "pix2pix has three schedules"),
-    "translate": (
-        EACH,
-        "one input or two, one generator or two, noise",
-    ),
+    "translate": (EACH, "one input or two, one generator or two, noise"),
     "sample": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "what a grid shows"),
     "evaluate": (EACH, "what is measured"),
     "report": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "as evaluate"),
