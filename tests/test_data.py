@@ -107,8 +107,8 @@ KNOWN = "side by side.*two folders.*unaligned.*land cover.*Inria.*masks.*two end
 NOT_LAYOUTS = {
     "nowhere": ("", "no such directory"),
     "other folders": ("train/sat/1.png train/map/1.png train/notes.txt",
-                      f"train has sub-folders, which are not searched: map, sat; .*txt.*{KNOWN}"),
-    "sub-folders": ("train/A/x/1.png train/B/1.png", "train/A: .*not searched: x"),
+                      f"train has map, notes.txt, sat .sub-folders are not searched.*{KNOWN}"),
+    "sub-folders": ("train/A/x/1.png train/B/1.png", "train/A: .*has x .*not searched"),
     "twins on a Mac": ("train/A/\u00e9.png train/A/e\u0301.png train/B/\u00e9.png",
                        "the same name but for"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "2_A.png has no par"),
@@ -120,7 +120,7 @@ NOT_LAYOUTS = {
     "test": ("train/1.png val/1.png", "no layout with images of split test"),
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
-                    "2 images on one side, 1 on the other.*y.png has no partner"),
+                    "2 images and 1: .*y.png has no partner"),
     "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "but for their ending"),
     "no class table": ("train/rgb/x.png train/lc/x.png", "pass --lc-classes s2glc"),
 }  # fmt: skip
@@ -262,8 +262,7 @@ def test_refuses_pictures_as_label_maps(tmp_path, name, nearest):
     table = dataclasses.replace(CLASSES, nearest=nearest)
     photo, _, classes = landscape(np.random.default_rng(0), 128)
     save(tmp_path / name, photo)
-    text = "far from those of" if nearest or name == "x.jpg" else "a pixel has a colour of"
-    with refused(f"{name}: .*{text} the class table"):
+    with refused(f"{name}: .*not those of the class table"):
         Raster(tmp_path / name, table).read()
     for quality, colours, share in ((30, table, 0.75), (95, table, 0.75), (80, "maps", 0.95)):
         colours = table_of(colours) if colours == "maps" else colours
@@ -274,7 +273,11 @@ def test_refuses_pictures_as_label_maps(tmp_path, name, nearest):
 
 WHOLE_TABLES = ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', [TABLE[0]] * 2]
 # what a row of a table may not have; "a colour of three numbers" is none, nor a name
-ROWS = [("value", value) for value in (1.5, True, float("inf"))] + [("ignore", "no"), ("name", 7)]
+ROWS = (
+    [("colour", "#000000")]
+    + [("value", value) for value in (1.5, True, float("inf"))]
+    + [("ignore", "no"), ("name", 7)]
+)
 ROWS += [("color", text) for text in ("1,2", "300,0,0", "0,-1,0", "red", [1.5, 2, 3], [255, 0, 0])]
 ROWS += [("color", text) for text in ("#00112233", "#e2a9291", "#+1+2+3")]
 
@@ -284,10 +287,8 @@ def test_class_tables_are_read_strictly():
         with refused("class table .*: "):
             table_of(table)
     for key, value in ROWS:
-        with refused(f"class table .*: {key} .*: write "):
+        with refused(f"class table .*{key}.*: write "):
             table_of([TABLE[0], TABLE[1] | {key: value}])
-    with refused("not a list of"):
-        table_of([TABLE[0], TABLE[1] | {"colour": "#000000"}])
 
 
 def test_class_table_round_trip():

@@ -181,7 +181,7 @@ def test_rate_is_constant_then_falls_to_zero(script):
 
 # --------------------------------------------------------------------------------------------- runs
 
-EDITED = {"l1_inside", "psnr_inside", "l1_outside", "psnr_outside", "l1_to_input", "variety"}
+EDITED = {"l1_inside", "l1_outside", "l1_to_input", "variety"}
 LABELLED = "pixel_accuracy", "class_accuracy", "mean_iou"
 JUDGED_BY = {f"{by}_{measure}" for by in ("own", "judge") for measure in LABELLED}
 # the losses and scores in metrics.csv; rows that evaluation.json holds at least
