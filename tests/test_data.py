@@ -121,6 +121,7 @@ NOT_LAYOUTS = {
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
                     "2 images and 1: .*y.png has no partner"),
+    "a lone file of B": ("train/A/x.png train/B/x.png train/B/y.png", "y.png has no partner"),
     "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "but for their ending"),
     "no class table": ("train/rgb/x.png train/lc/x.png", "pass --lc-classes s2glc"),
 }  # fmt: skip
