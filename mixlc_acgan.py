@@ -67,7 +67,6 @@ class Config(common.EditOptions):
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(16, "edits in a step of one process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
-    samples: int = option(1, "number of variants of an edit", group="use", low=1, high=64)
 
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}

@@ -144,10 +144,10 @@ class EditOptions(Options):
     )
     use_ba: bool = option(False, "also train on the complement: all but the box is pasted")
     own: float = option(
-        0.0, "share of edits that ask for the photograph's own land cover", low=0.0, high=1.0
+        0.5, "share of edits that ask for the photograph's own land cover", low=0.0, high=1.0
     )
     composite: bool = option(
-        False, "show D the edit within its photograph, and count its losses at the edit alone"
+        True, "show D the edit within its photograph, and count its losses at the edit alone"
     )
     erase: bool = option(True, "blank the edit in the generator's photograph", group="model")
     eval_norm: str = option(
@@ -160,6 +160,7 @@ class EditOptions(Options):
     lc: str = option("", "land cover after the edit, or to --paint on", group="use")
     lc_before: str = option("", "land cover before the edit")
     paint: tuple = option((), "rectangle to paint: class:x,y,width,height")
+    samples: int = option(1, "number of variants of an edit", low=1, high=64)
     keep_outside: bool = option(True, "keep the photograph outside the edit")
 
 

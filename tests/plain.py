@@ -349,7 +349,21 @@ def edit_generator(depth, fusion, skips, upsample):
     return forward
 
 
+def augmented(image):
+    """Another contrast and brightness, and a grey square."""
+    drawn = torch.rand(*image.shape[:2], 1, 1), torch.rand(len(image), 1, 1, 1)
+    image = image * (drawn[0] * 0.4 + 0.8) + (drawn[1] * 0.4 - 0.2)
+    side, pictures = image.shape[-1], []
+    rows, columns = torch.randint(side, (2, len(image), 1))[..., 0].tolist()
+    for picture, y, x in zip(image, rows, columns, strict=True):
+        keep, reach = torch.ones(side, side), side // 8 - 1
+        keep[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1] = 0
+        pictures.append(picture * keep)
+    return torch.stack(pictures)
+
+
 def patch_discriminator(net, image, lc, mask, box):
+    image = augmented(image)
     x = leaky(net.conv(torch.cat([image, lc, mask.to(image.dtype)], 1), 4, 2, 1))
     for stride in (2, 2, 1):
         x = leaky(net.batch_norm(net.conv(x, 4, stride, 1)))
@@ -403,9 +417,11 @@ def l1_where(fake, target, where):
 
 
 def visible(edit, cfg):
-    """rgb_a; with --erase grey where the edit is."""
-    grey = edit_mask(edit) if cfg.erase else torch.tensor(False)
-    return torch.where(grey, 0.0, edit.rgb_a)
+    """rgb_a; with --erase grey, or mixlc's noise, where the edit is."""
+    if not cfg.erase:
+        return edit.rgb_a
+    inside = torch.randn_like(edit.rgb_a) / 2 if cfg.script == "mixlc" else torch.tensor(0.0)
+    return torch.where(edit_mask(edit), inside, edit.rgb_a)
 
 
 def at_the_edit(logits, near):
@@ -441,7 +457,12 @@ class Mixlc:
 
         d_fake = bce(judged(shown.detach(), edit.lc_ab), False)
         d_real = bce(judged(edit.rgb_b, edit.lc_b), True)
-        d_total = d_real / 2 + d_fake / 2
+        d_total, wrong = d_real / 2 + d_fake / 2, {}
+        if self.cfg.d == "patch":
+            changed = grown((edit.lc_a - edit.lc_ab).abs().sum(1, keepdim=True) > 0)
+            logits = self.D(edit.rgb_a, edit.lc_ab, mask, edit.box)
+            wrong["d_wrong"] = bce(at_the_edit(logits, changed), False)
+            d_total = d_real / 2 + d_fake / 4 + wrong["d_wrong"] / 4
         self.adam_D.minimise(d_total)
         g_adv = bce(judged(shown, edit.lc_ab), True)
         known = torch.ones_like(mask)  # without the collage: outside, and all of own edits
@@ -453,7 +474,7 @@ class Mixlc:
         g_total = g_total + self.cfg.lambda_local * g_local
         self.adam_G.minimise(g_total)
         g = {"g_total": g_total, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
-        return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake}
+        return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake} | wrong
 
 
 # -------------------------------------------------------------------------------------- mixlc_acgan
