@@ -1,8 +1,8 @@
 """mixlc: edit a satellite image through its land cover: paste other land cover, paint what follows.
 
-A box of tile b is pasted into tile a, in the photograph and in the land cover. The generator gets
-photograph a, blanked inside the box, and the pasted land cover, and learns to give the pasted
-photograph. A discriminator tells its output from untouched photographs.
+A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
+the box, and the pasted land cover, and paints what is missing. A discriminator sees the result in
+its place, beside untouched photographs with their own land cover, and judges whether it fits.
 
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
@@ -15,15 +15,16 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-Differences from the original system, which has no paper (its own: --fusion late --no-erase):
+Differences from the original system, which has no paper (its own: --fusion late --no-erase --own 0
+--no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
 - The original asks whether its generator copies its input. It does; evaluation.json answers with a
-  number. This one follows its authors' own suggestions, which score better: two encoders joined at
-  the bottleneck, and skips from the land cover alone.
-- The edit is blanked in the photograph that the generator gets, so there is nothing to copy.
+  number. Here noise stands where the edit is, so there is nothing to copy.
+- The original's target is a collage, photograph b in the box of a: one of many right answers, with
+  a seam, whose L1 loss teaches a blur. Here half of the edits ask for the land cover that is there,
+  and their target is the photograph (after SESAME, Ntavelis et al. 2020, arXiv:2004.04977). The
+  others are left to the discriminator, which sees land cover and edit, and patches at edits only.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
-- --skips both --own 0.5 --composite --d patch erases and paints back (after SESAME, Ntavelis et al.
-  2020, arXiv:2004.04977): half of the edits ask for what was there, and D sees edits in place.
 - Losses take logits, and the networks' depth follows --size.
 """
 
@@ -66,11 +67,6 @@ class Config(common.EditOptions):
         choices=("global", "patch"),
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
-    upsample: str = option(
-        "transposed",
-        "last layer of G: transposed convolution | resizing, then a convolution",
-        choices=("transposed", "resize"),
-    )
     collage: bool = option(
         False, "L1 losses inside edits that ask for other land cover", group="training"
     )
@@ -309,23 +305,10 @@ class DilatedNet(nn.Module):
         return self.layers(x)
 
 
-def doubling(transposed, upsample):
-    """A layer that doubles height and width: this transposed convolution, or one that resizes.
-
-    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
-    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
-    """
-    if upsample == "transposed":
-        return transposed
-    bias = transposed.bias is not None
-    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
-    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
-
-
 class Generator(nn.Module):
     """Photograph (B, bands, S, S) in [-1, 1], land cover (B, classes, S, S) -> (B, bands, S, S)."""
 
-    def __init__(self, classes, bands, size, width, fusion, skips, upsample="transposed"):
+    def __init__(self, classes, bands, size, width, fusion, skips):
         super().__init__()
         self.fusion, channels = fusion, 4 * width
         if fusion == "early":
@@ -337,7 +320,7 @@ class Generator(nn.Module):
             self.rgb_net = UNet(bands, size, width)
             is_late = fusion == "late"
             self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
-        last = doubling(nn.ConvTranspose2d(width, bands, 4, 2, 1), upsample)
+        last = nn.ConvTranspose2d(width, bands, 4, 2, 1)
         self.output_net = nn.Sequential(
             nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()
         )
@@ -499,7 +482,7 @@ def build(cfg, device, training=True):
     if not cfg.classes:
         raise UserError("--lc-classes: the networks need a class table")
     channels = len(cfg.classes), cfg.channels("A")
-    G = Generator(*channels, cfg.size, cfg.width, cfg.fusion, cfg.skips, cfg.upsample)
+    G = Generator(*channels, cfg.size, cfg.width, cfg.fusion, cfg.skips)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state

@@ -16,7 +16,10 @@ arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time 
 Super-Resolution, arXiv:1603.08155.
 
 Differences from the original system, which has no paper:
-- The edit is blanked in the photograph that the generator gets (--no-erase: it gets all of it).
+- Noise stands where the edit is in the photograph that the generator gets (--no-erase: it gets all
+  of it), and the discriminator sees the edit in its place (--no-composite: as generated).
+- Half of the edits ask for the land cover that is there, instead of an identity loss on all
+  (--own 0 --lambda-id 0.1).
 - The original classifier was given its own target as input. Here land cover enters the
   adversarial head only.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
@@ -57,7 +60,7 @@ class Config(common.EditOptions):
     lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)
     lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
     lambda_class: float = option(0.05, "weight of the class loss of the fake", low=0.0)
-    lambda_id: float = option(0.1, "weight of the identity loss", low=0.0)
+    lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
     class_weights: bool = option(True, "weights of the class losses by inverse frequency")
     style_features: str = option(
         "vgg16", "VGG16 of the style loss: ImageNet's | random weights", choices=("vgg16", "random")
@@ -192,13 +195,14 @@ def edit_mask(box, inside, size):
 
 
 def visible(edit, cfg):
-    """The part of rgb_a that the generator gets: all of it, or with --erase grey inside the edit.
+    """The part of rgb_a that the generator gets: all of it, or with --erase noise inside the edit.
 
-    Then there is nothing to copy, as in the image completion of Iizuka et al. 2017.
+    Then there is nothing to copy, as in the image completion of Iizuka et al. 2017. Texture grows
+    from the noise: where land cover is even, nothing else differs from one pixel to the next.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
-    return rgb.masked_fill(mask, 0.0) if cfg.erase else rgb
+    return torch.where(mask, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -365,7 +369,7 @@ def gan_loss(logits, real, near):
     target = torch.full_like(logits, float(real))
     counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
     total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
-    return total / counts.sum()
+    return total / counts.sum().clamp_min(1)
 
 
 def grown(mask):
@@ -660,7 +664,7 @@ def generate(state, cfg, device):
             common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
             rgb, lc, changed = window[:, :-2], window[:, -2], window[:, -1:] > 0
             rgb = common.from_bytes(rgb)
-            rgb = rgb.masked_fill(changed, 0.0) if cfg.erase else rgb
+            rgb = torch.where(changed, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
             fakes.append(translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg))
         return torch.cat(fakes)
 

@@ -333,7 +333,7 @@ def middle_unet(net, rgb, lc, depth, both):
     return x
 
 
-def edit_generator(depth, fusion, skips, upsample):
+def edit_generator(depth, fusion, skips):
     def forward(net, rgb, lc):
         if fusion == "early":
             x = edit_unet(net, torch.cat([rgb, lc], 1), depth)
@@ -344,7 +344,7 @@ def edit_generator(depth, fusion, skips, upsample):
             y = edit_unet(net, lc, depth) if fusion == "late" else dilated_net(net, lc)
             x = torch.cat([x, y], 1)
         x = relu(net.conv(x, 3, 1, 1))
-        return torch.tanh(net.up(x, 4, upsample=upsample))
+        return torch.tanh(net.up(x, 4))
 
     return forward
 
@@ -417,11 +417,10 @@ def l1_where(fake, target, where):
 
 
 def visible(edit, cfg):
-    """rgb_a; with --erase grey, or mixlc's noise, where the edit is."""
+    """rgb_a; with --erase noise where the edit is."""
     if not cfg.erase:
         return edit.rgb_a
-    inside = torch.randn_like(edit.rgb_a) / 2 if cfg.script == "mixlc" else torch.tensor(0.0)
-    return torch.where(edit_mask(edit), inside, edit.rgb_a)
+    return torch.where(edit_mask(edit), torch.randn_like(edit.rgb_a) / 2, edit.rgb_a)
 
 
 def at_the_edit(logits, near):
@@ -438,7 +437,7 @@ def at_the_edit(logits, near):
 class Mixlc:
     def __init__(self, state, cfg):
         self.cfg = cfg
-        self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips, cfg.upsample))
+        self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips))
         patch = cfg.d == "patch"
         self.D = Net(state.D, patch_discriminator if patch else edit_discriminator(6, cfg.local_d))
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)

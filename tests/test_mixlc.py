@@ -103,7 +103,7 @@ def test_b_is_never_a_and_may_be_any_other(landcover, cache):
 
 
 def test_use_ba_adds_the_complement(landcover, cache):
-    edit = next(open_data("mixlc", landcover, cache, use_ba=True).batches(0))
+    edit = next(open_data("mixlc", landcover, cache, use_ba=True, own=0.0).batches(0))
     assert len(edit.rgb_a) == 4 and edit.inside.tolist() == [True, True, False, False]
     outside = ~edit_mask(edit.box, edit.inside, 64)  # what is no edit is the input's
     for kind in ("rgb", "lc"):
@@ -150,7 +150,7 @@ def test_an_edit_is_blanked_in_a_users_photograph(script, trained, photo, tmp_pa
     calls = calls_of(monkeypatch, module, "translate")
     module.main(use(run, photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
     common.seed_step(0, 1, 0)
-    blank = 0.5 * torch.randn(1, 3, 64, 64) if script == "mixlc" else torch.zeros(1, 3, 64, 64)
+    blank = 0.5 * torch.randn(1, 3, 64, 64)
     blanked = torch.cat([(rgb == blank).all(1) for _, (rgb, lc), _ in calls])
     water = torch.cat([lc[:, 1] == 1 for _, (rgb, lc), _ in calls])
     assert water.any() and torch.equal(blanked, water)

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -29,6 +30,47 @@ TINY = tiny("mixlc_acgan")[1]
 
 
 # ----------------------------------------------------------------------------------------- networks
+
+
+def test_the_adversarial_head_joins_photograph_and_land_cover():
+    """a(image) + b(land cover) would have no interaction: this difference of differences."""
+    D = Discriminator(3, 3, 8).eval()
+    for parameter in D.real_head.parameters():
+        nn.init.normal_(parameter)
+    one, other = pictures(0), pictures(1)
+    here, there = maps(0), maps(9)
+    with torch.no_grad():
+        logits = [[D(image, lc) for lc in (here, there)] for image in (one, other)]
+    interaction = logits[0][0] - logits[0][1] - logits[1][0] + logits[1][1]
+    effect = (logits[0][0] - logits[0][1]).abs().mean()
+    assert interaction.abs().mean() > 1e-3 * effect > 0
+
+
+def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
+    """Red ground is class 0, green ground class 1: trained for seconds, it ranks over 90 %."""
+    torch.manual_seed(0)
+    D = mixlc_acgan.init_weights(Discriminator(2, 3, 8))
+    adam = torch.optim.Adam(D.parameters(), 1e-3, (0.5, 0.999))
+    everywhere = torch.ones(16, 1, 64, 64) > 0
+
+    def batch():
+        cover = common.one_hot(torch.randint(2, (16, 2, 2), dtype=torch.uint8), 2)
+        cover = F.interpolate(cover, scale_factor=32)
+        picture = torch.cat([cover * 2 - 1, torch.zeros(16, 1, 64, 64)], 1)
+        return picture + 0.3 * torch.randn_like(picture), cover
+
+    for _ in range(60):
+        picture, cover = batch()
+        right, wrong = D(picture, cover), D(picture, cover.flip(1))
+        loss = mixlc_acgan.gan_loss(right, True, everywhere) + mixlc_acgan.gan_loss(
+            wrong, False, everywhere
+        )
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    picture, cover = batch()
+    right, wrong = D(picture, cover).mean((1, 2, 3)), D(picture, cover.flip(1)).mean((1, 2, 3))
+    assert (right > wrong).float().mean().item() > 0.9
 
 
 def test_the_class_head_never_sees_land_cover():
@@ -124,13 +166,14 @@ def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_pat
     assert torch.equal(last(tmp_path / "run")["state"]["class_weights"], torch.ones(3))
 
 
-def test_samples_differ_and_one_seed_repeats(trained, tmp_path):
+def test_samples_differ_and_one_seed_repeats(landcover, tmp_path):
+    main(tiny_run("mixlc_acgan", landcover, tmp_path / "run", "--epochs 2 --lr 0.02"))
     save(tmp_path / "photo.png", picture(np.random.default_rng(9), 80, 100))
     save(tmp_path / "lc.png", np.zeros((80, 100), np.uint8))
     edit = f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png --paint water:20,20,40,40"
 
     def generate(folder, more=""):
-        main(use(trained("mixlc_acgan"), edit, f"--out {tmp_path}/{folder} {more}"))
+        main(use(tmp_path / "run", edit, f"--out {tmp_path}/{folder} {more}"))
         return {path.stem: pixels_of(path) for path in (tmp_path / folder).iterdir()}
 
     a, b, c = (generate(f"{k}", f"--samples 3 --seed {k // 2}") for k in (2, 3, 4))

@@ -18,12 +18,12 @@ GENERATORS = {
     "cyclegan": {},
     "cyclegan resize": {"upsample": "resize"},
     "cyclegan labels": LABELS,
-    "mixlc late": {"fusion": "late"},
-    "mixlc early": {"fusion": "early"},
-    "mixlc middle": {"fusion": "middle"},
-    "mixlc both skips": {"fusion": "middle", "skips": "both"},
-    "mixlc dilated": {"fusion": "dilated"},
-    "mixlc patch": {"d": "patch", "upsample": "resize"},
+    "mixlc late": {"fusion": "late", "d": "global"},
+    "mixlc early": {"fusion": "early", "d": "global"},
+    "mixlc middle": {"fusion": "middle", "d": "global"},
+    "mixlc lc skips": {"skips": "lc", "d": "global"},
+    "mixlc dilated": {"fusion": "dilated", "d": "global"},
+    "mixlc patch": {},
     "mixlc_acgan": {},
 }
 # script, network, its arguments, how many weights it has

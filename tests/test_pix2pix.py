@@ -108,6 +108,20 @@ def test_the_plateau_halves_after_twenty_stalled_epochs_and_stops_at_a_hundredth
     assert pix2pix.learning_rate(State(None), pix2pix.Config(schedule="constant", lr=1.0), 199) == 1
 
 
+def test_the_plateau_survives_what_other_schedules_died_of():
+    """Nine hundred epochs: the content loss falls slowly, with noise, while adversarial losses
+    collapse and the validation error is best at epoch 150. The rate follows the content loss.
+    """
+    epochs, rng = np.arange(900), np.random.default_rng(0)
+    content = 0.3 * np.exp(-epochs / 900) * (1 + 0.002 * rng.normal(size=900))
+    adversarial = np.minimum(0.7 + epochs / 30, 8.0)
+    validation = 20 + np.abs(epochs - 150) / 100
+    assert rates(content)[300] == 1.0 and rates(content)[-1] >= 0.25
+    for dying in (adversarial, validation):
+        assert rates(dying)[300] < 0.05  # so it must not follow these, and never dies of them
+        assert rates(dying)[-1] == 0.01
+
+
 # ---------------------------------------------------------------------------------------- the judge
 
 

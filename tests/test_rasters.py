@@ -179,6 +179,19 @@ def test_what_is_not_written_whole_leaves_nothing(tmp_path, name):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
+    geotiff(tmp_path / "in.tif", np.zeros((64, 64, 3), np.uint8))
+    child = os.fork()
+    if child == 0:
+        raster = Raster(tmp_path / "in.tif")
+        with writing(tmp_path / "out" / name, raster) as put:
+            put(np.ones((32, 64, 3), np.uint8), 0)
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "out" / name).exists()
+
+
 @pytest.mark.parametrize("shape", [(10, 13), (3, 40), (40, 7)])
 def test_windows_past_the_edge_are_mirrored(tmp_path, shape):
     image = np.moveaxis(noise(*shape), 0, -1)
@@ -410,7 +423,7 @@ PIXEL_LOSSES = {
 @pytest.mark.parametrize("script", PIXEL_LOSSES)
 def test_steps_learn_from_pixels_with_data_alone(script):
     """A loss of pixels is that of the half with data, and nothing becomes NaN."""
-    module, cfg = tiny(script)
+    module, cfg = tiny(script, **({"collage": True} if script == "mixlc" else {}))
     state, batch = module.build(cfg, CPU), list(batch_of(script, cfg))
     for k, images in enumerate(batch):
         if images.ndim == 4 and images.shape[1] == 3 and images.min() < 0:

@@ -16,6 +16,7 @@ import common
 import support.vgg16
 from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, tiny
 
+GLOBAL = {"d": "global"}
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
 CASES = {
     "pix2pix": {},
@@ -33,17 +34,17 @@ CASES = {
     "cyclegan resize": {"upsample": "resize"},
     "cyclegan labels": LABELS | {"pool_size": 3},
     "mixlc": {},
-    "mixlc late": {"fusion": "late"},
+    "mixlc late": GLOBAL | {"fusion": "late"},
     "mixlc early": {"fusion": "early", "lambda_adv": 0.25, "lambda_l1": 3.0, "lambda_local": 2.0},
     "mixlc dilated": {"fusion": "dilated"},
-    "mixlc both skips": {"fusion": "middle", "skips": "both"},
+    "mixlc global": GLOBAL,
     "mixlc no erase": {"erase": False, "use_ba": True},
-    "mixlc local": {"local_d": True, "use_ba": True},
-    "mixlc patch": {"d": "patch", "composite": True, "own": 0.5, "upsample": "resize"},
-    "mixlc no collage": {"d": "patch", "collage": False, "use_ba": True},
-    "mixlc composite": {"composite": True, "collage": False},
+    "mixlc local": GLOBAL | {"local_d": True, "use_ba": True},
+    "mixlc lc skips": {"skips": "lc", "lambda_adv": 0.7},
+    "mixlc collage": {"collage": True, "use_ba": True, "composite": False},
+    "mixlc composite": GLOBAL | {"composite": True, "collage": False},
     "mixlc_acgan": {},
-    "mixlc_acgan composite": {"composite": True, "own": 0.5, "lambda_id": 0.0},
+    "mixlc_acgan whole": {"composite": False, "lambda_id": 0.2},
     "mixlc_acgan no erase": {"erase": False, "use_ba": True},
     "mixlc_acgan weights": {
         **{"lambda_adv": 0.3, "lambda_l1": 2.0, "lambda_style": 30.0, "lambda_class": 0.7},
@@ -56,7 +57,8 @@ ALL = {
     "pix2pix lsgan": {"gan": "lsgan", "generator": "resnet", "norm": "instance", "blocks": 1},
     "cyclegan": {"pool_size": 3},
     "cyclegan labels": LABELS | {"pool_size": 3},
-    "mixlc": {"local_d": True, "fusion": "dilated"},
+    "mixlc": GLOBAL | {"local_d": True, "fusion": "dilated"},
+    "mixlc patch": {},
     "mixlc_acgan": {},
 }
 every = pytest.mark.parametrize("case", ALL)
