@@ -14,7 +14,7 @@ from harness import SCRIPTS
 NEW = {
     "pix2pix": "a learnt loss on pairs: D sees input and output together",
     "cyclegan": "no pairs: there and back again must give the same picture",
-    "mixlc": "edits: a collage of two places is the target; the edit is blanked in the input",
+    "mixlc": "edits grow from noise: half ask for what is there, D judges the others in place",
     "mixlc_acgan": "D also classifies each pixel, and G must please it; style; noise",
 }
 # The sections of a script, and what makes them differ.
