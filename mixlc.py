@@ -16,7 +16,7 @@ discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consis
 Completion (doi:10.1145/3072959.3073659).
 
 Differences from the original system, which has no paper (its own: --fusion late --no-erase --own 0
---no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
+--no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
 - The original asks whether its generator copies its input. It does; evaluation.json answers with a
   number. Here noise stands where the edit is, so there is nothing to copy.
 - The original's target is a collage, photograph b in the box of a: one of many right answers, with
@@ -65,6 +65,9 @@ class Config(common.EditOptions):
         "patch",
         "discriminator of the whole photograph | of patches, given land cover and edit",
         choices=("global", "patch"),
+    )
+    gan: str = option(
+        "lsgan", "adversarial loss: cross-entropy | least squares", choices=("bce", "lsgan")
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
     collage: bool = option(
@@ -435,17 +438,22 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real, near):
-    """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
+def gan_loss(logits, real, near, gan):
+    """How far logits are from saying "real" (1) or "fake" (0): a scalar.
 
-    Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
-    near  (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
+    bce    cross-entropy, equation 1 of Goodfellow et al. 2014 (arXiv:1406.2661), with the
+           -log D(G(x)) of its section 3
+    lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076)
+    near   (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(real))
     counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
-    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
-    return total / counts.sum().clamp_min(1)
+    if gan == "lsgan":
+        losses = F.mse_loss(logits, target, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (losses * counts).sum() / counts.sum().clamp_min(1)
 
 
 def grown(mask):
@@ -521,15 +529,15 @@ def train_step(state, batch, cfg):
         shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab, mask, edit.box)  # D must not reach G
         logits_real = state.D(rgb_b, edit.lc_b, mask, edit.box)
-    d_real = gan_loss(logits_real, True, judged)
-    d_fake = gan_loss(logits_fake, False, judged)
+    d_real = gan_loss(logits_real, True, judged, cfg.gan)
+    d_fake = gan_loss(logits_fake, False, judged, cfg.gan)
     losses = {"d_real": d_real, "d_fake": d_fake}
     loss_d = 0.5 * (d_real + d_fake)
     if cfg.d == "patch":
         changed = grown((edit.lc_ab != edit.lc_a).any(1, keepdim=True))
         with common.autocast(cfg, rgb_a.device):
             logits_wrong = state.D(rgb_a, edit.lc_ab, mask, edit.box)
-        losses["d_wrong"] = gan_loss(logits_wrong, False, changed)
+        losses["d_wrong"] = gan_loss(logits_wrong, False, changed, cfg.gan)
         loss_d = 0.5 * d_real + 0.25 * (d_fake + losses["d_wrong"])
     state.opt_D.zero_grad()
     loss_d.backward()
@@ -540,7 +548,7 @@ def train_step(state, batch, cfg):
         logits_fake = state.D(shown, edit.lc_ab, mask, edit.box)
     known = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage
     known = known & ~edit.rgb_ab[:, :1].isnan()  # pixels that have a target
-    g_adv = gan_loss(logits_fake, True, judged)
+    g_adv = gan_loss(logits_fake, True, judged, cfg.gan)
     g_l1 = masked_l1_loss(fake, target, known)
     g_local = masked_l1_loss(fake, target, near & known)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local

@@ -368,8 +368,8 @@ def gan_loss(logits, real, near):
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(real))
     counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
-    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
-    return total / counts.sum().clamp_min(1)
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (losses * counts).sum() / counts.sum().clamp_min(1)
 
 
 def grown(mask):

@@ -449,21 +449,23 @@ class Mixlc:
         fake = self.G(visible(edit, self.cfg), edit.lc_ab)
         shown = torch.where(mask, fake, edit.rgb_a) if self.cfg.composite else fake
 
+        adv = lsgan if self.cfg.gan == "lsgan" else bce
+
         def judged(image, lc):
             logits = self.D(image, lc, mask, edit.box)
             patches = self.cfg.composite and self.cfg.d == "patch"
             return at_the_edit(logits, near) if patches else logits
 
-        d_fake = bce(judged(shown.detach(), edit.lc_ab), False)
-        d_real = bce(judged(edit.rgb_b, edit.lc_b), True)
+        d_fake = adv(judged(shown.detach(), edit.lc_ab), False)
+        d_real = adv(judged(edit.rgb_b, edit.lc_b), True)
         d_total, wrong = d_real / 2 + d_fake / 2, {}
         if self.cfg.d == "patch":
             changed = grown((edit.lc_a - edit.lc_ab).abs().sum(1, keepdim=True) > 0)
             logits = self.D(edit.rgb_a, edit.lc_ab, mask, edit.box)
-            wrong["d_wrong"] = bce(at_the_edit(logits, changed), False)
+            wrong["d_wrong"] = adv(at_the_edit(logits, changed), False)
             d_total = d_real / 2 + d_fake / 4 + wrong["d_wrong"] / 4
         self.adam_D.minimise(d_total)
-        g_adv = bce(judged(shown, edit.lc_ab), True)
+        g_adv = adv(judged(shown, edit.lc_ab), True)
         known = torch.ones_like(mask)  # without the collage: outside, and all of own edits
         if not self.cfg.collage:
             known = torch.stack([own | ~where for own, where in zip(edit.own, mask, strict=True)])

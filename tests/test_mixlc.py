@@ -213,8 +213,8 @@ def test_adversarial_losses_are_means_over_the_patches_at_the_edit():
     near, logits = mask_of(0, 0, 16, 12), torch.full((1, 1, 6, 6), 9.0)
     logits[..., :2, :2] = there = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     want = torch.log1p(torch.exp(-there)).mean()
-    assert gan_loss(logits, True, near).item() == pytest.approx(want.item())
-    assert gan_loss(torch.zeros(1, 1, 1, 1), False, near).item() == pytest.approx(np.log(2))
+    assert gan_loss(logits, True, near, "bce").item() == pytest.approx(want.item())
+    assert gan_loss(torch.zeros(1, 1, 1, 1), False, near, "bce").item() == pytest.approx(np.log(2))
 
 
 # --------------------------------------------------------------------------- translate and evaluate

@@ -62,9 +62,8 @@ def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
     for _ in range(60):
         picture, cover = batch()
         right, wrong = D(picture, cover), D(picture, cover.flip(1))
-        loss = mixlc_acgan.gan_loss(right, True, everywhere) + mixlc_acgan.gan_loss(
-            wrong, False, everywhere
-        )
+        loss = mixlc_acgan.gan_loss(right, True, everywhere)
+        loss = loss + mixlc_acgan.gan_loss(wrong, False, everywhere)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
 # Lines down to the end of main, which is what a reader reads. Lower them when a file shrinks.
-CAPS = {"pix2pix": 490, "cyclegan": 473, "mixlc": 590, "mixlc_acgan": 551}
+CAPS = {"pix2pix": 490, "cyclegan": 473, "mixlc": 598, "mixlc_acgan": 553}
 
 # The files of support/, floor by floor: each imports only from floors below its own.
 FLOORS = [
@@ -55,7 +55,7 @@ COPIES = {
         "InstanceNorm has no scales; mixlc has linear layers",
     ),
     "doubling": ([["pix2pix", "cyclegan"]], ""),
-    "gan_loss": ([["pix2pix"], ["cyclegan"], ["mixlc", "mixlc_acgan"]], "either; LSGAN; BCE"),
+    "gan_loss": (EACH, "either; LSGAN; either, at edits; BCE, at edits"),
     "l1_loss": ([["pix2pix", "cyclegan", "mixlc_acgan"]], ""),
     "learning_rate": ([["pix2pix"], ["cyclegan"]], "pix2pix has three schedules"),
     "translate": (EACH, "one input or two, one generator or two, noise"),

@@ -16,7 +16,7 @@ import common
 import support.vgg16
 from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, tiny
 
-GLOBAL = {"d": "global"}
+GLOBAL = {"d": "global", "gan": "bce"}
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
 CASES = {
     "pix2pix": {},
@@ -40,7 +40,7 @@ CASES = {
     "mixlc global": GLOBAL,
     "mixlc no erase": {"erase": False, "use_ba": True},
     "mixlc local": GLOBAL | {"local_d": True, "use_ba": True},
-    "mixlc lc skips": {"skips": "lc", "lambda_adv": 0.7},
+    "mixlc lc skips": {"skips": "lc", "lambda_adv": 0.7, "gan": "bce"},
     "mixlc collage": {"collage": True, "use_ba": True, "composite": False},
     "mixlc composite": GLOBAL | {"composite": True, "collage": False},
     "mixlc_acgan": {},
@@ -256,12 +256,12 @@ def softplus(x):
 
 
 def gan_options(script, kind="bce"):
-    """The third argument of gan_loss: the kind, or everywhere, for the edits."""
+    """The arguments of gan_loss from the third on: everywhere, for the edits, and the kind."""
     edits = [torch.ones(1, 1, 64, 64) > 0] * script.startswith("mixlc")
-    return [kind] if script == "pix2pix" else edits
+    return edits + [kind] * (script in ("pix2pix", "mixlc"))
 
 
-@pytest.mark.parametrize("case", [*SCRIPTS, "pix2pix lsgan"])
+@pytest.mark.parametrize("case", [*SCRIPTS, "pix2pix lsgan", "mixlc lsgan"])
 def test_gan_loss_by_hand(case):
     """The mean is over the losses of the patches, not over their logits."""
     script, *kind = case.split()
