@@ -143,6 +143,18 @@ def edits():
     return table([*head, "verdict"], lines)
 
 
+def parts():
+    """docs/results/parts.json: what each part of the edits' training brings."""
+    measures = ("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
+    measures += ("l1_inside", "l1_outside", "d_real", "d_fake")
+    lines = []
+    for run in kept("parts")["runs"]:
+        cells = [measure(name, run.get(name)) for name in measures]
+        lines.append([run["data"], run["run"], *cells])
+    head = ["data", "run", "judge: pixels", "classes", "IoU", "L1 inside", "outside"]
+    return table([*head, "D on real", "on fake"], lines)
+
+
 def controls():
     """docs/results/controls.json: runs that differ in one thing from the first."""
     lines = []
@@ -188,6 +200,7 @@ TABLES = {
     "edited": edited,
     "judged": judged,
     "edits": edits,
+    "parts": parts,
     "forged": forged,
     "controls": controls,
     "seams": seams,
