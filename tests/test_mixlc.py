@@ -145,10 +145,15 @@ def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
 
 
 @each_edit_script
-def test_an_edit_is_blanked_in_a_users_photograph(script, trained, photo, tmp_path, monkeypatch):
+def test_an_edit_is_blanked_in_a_users_photograph(script, trained, tmp_path, monkeypatch):
+    """By the same noise in each of several windows."""
     module, run = importlib.import_module(script), trained(script)
+    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 80, 300))
+    save(tmp_path / "lc.png", np.zeros((80, 300), np.uint8))
     calls = calls_of(monkeypatch, module, "translate")
-    module.main(use(run, photo, f"--paint water:40,30,50,40 --out {tmp_path}/out"))
+    photo = f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png"
+    module.main(use(run, photo, f"--paint water:40,30,200,40 --out {tmp_path}/out"))
+    assert sum(len(rgb) for _, (rgb, lc), _ in calls) > 2
     common.seed_step(0, 1, 0)
     blank = 0.5 * torch.randn(1, 3, 64, 64)
     blanked = torch.cat([(rgb == blank).all(1) for _, (rgb, lc), _ in calls])
@@ -330,3 +335,36 @@ def test_training_lowers_the_local_loss(tmp_path):
     assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:2])
     rows = rows_of(tmp_path / "run")
     assert rows["model"]["l1_inside"] < rows["copy of rgb_a"]["l1_inside"]
+
+
+def test_a_photograph_with_its_own_land_cover_is_no_fake():
+    """Where nothing else is asked for, D has no wrong land cover to learn from."""
+    module, cfg = tiny("mixlc")
+    batch = module.Edit(*batch_of("mixlc", cfg))
+    own = batch._replace(lc_ab=batch.lc_a, rgb_ab=batch.rgb_a, own=torch.ones(2) > 0)
+    for edit, is_zero in ((batch, False), (own, True)):
+        losses = module.train_step(module.build(cfg, CPU), edit, cfg)
+        assert all(loss.isfinite() for loss in losses.values())
+        assert (losses["d_wrong"].item() == 0) == is_zero
+
+
+@each_edit_script
+def test_samples_differ_and_one_seed_repeats(script, landcover, tmp_path):
+    main = importlib.import_module(script).main
+    main(tiny_run(script, landcover, tmp_path / "run", "--epochs 2 --lr 0.02"))
+    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 80, 100))
+    save(tmp_path / "lc.png", np.zeros((80, 100), np.uint8))
+    edit = f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png --paint water:20,20,40,40"
+
+    def generate(folder, more=""):
+        main(use(tmp_path / "run", edit, f"--out {tmp_path}/{folder} {more}"))
+        return {path.stem: pixels_of(path) for path in (tmp_path / folder).iterdir()}
+
+    a, b, c = (generate(f"{k}", f"--samples 3 --seed {k // 2}") for k in (2, 3, 4))
+    samples = {f"photo_{k}" for k in (1, 2, 3)}
+    assert set(a) == samples | {"photo_differences", "photo_sheet"}
+    assert (a["photo_1"] == b["photo_1"]).all()
+    assert (a["photo_1"] != a["photo_2"]).any() and (a["photo_1"] != c["photo_1"]).any()
+    differences = a["photo_differences"]  # outside, the photograph is kept
+    assert differences[16:64, 16:64].max() > 0 == differences[:10].max()
+    assert set(generate("one")) == {"photo", "photo_sheet"}

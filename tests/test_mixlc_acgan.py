@@ -16,13 +16,9 @@ from conftest import (
     batch_of,
     last,
     maps,
-    picture,
     pictures,
-    pixels_of,
-    save,
     tiny,
     tiny_run,
-    use,
 )
 from mixlc_acgan import Discriminator, build, main, style_loss, translate
 
@@ -163,23 +159,3 @@ def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_pat
     more = "--epochs 1 --no-class-weights"
     main(tiny_run("mixlc_acgan", landcover, tmp_path / "run", more))
     assert torch.equal(last(tmp_path / "run")["state"]["class_weights"], torch.ones(3))
-
-
-def test_samples_differ_and_one_seed_repeats(landcover, tmp_path):
-    main(tiny_run("mixlc_acgan", landcover, tmp_path / "run", "--epochs 2 --lr 0.02"))
-    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 80, 100))
-    save(tmp_path / "lc.png", np.zeros((80, 100), np.uint8))
-    edit = f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png --paint water:20,20,40,40"
-
-    def generate(folder, more=""):
-        main(use(tmp_path / "run", edit, f"--out {tmp_path}/{folder} {more}"))
-        return {path.stem: pixels_of(path) for path in (tmp_path / folder).iterdir()}
-
-    a, b, c = (generate(f"{k}", f"--samples 3 --seed {k // 2}") for k in (2, 3, 4))
-    samples = {f"photo_{k}" for k in (1, 2, 3)}
-    assert set(a) == samples | {"photo_differences", "photo_sheet"}
-    assert (a["photo_1"] == b["photo_1"]).all()
-    assert (a["photo_1"] != a["photo_2"]).any() and (a["photo_1"] != c["photo_1"]).any()
-    differences = a["photo_differences"]  # outside, the photograph is kept
-    assert differences[16:64, 16:64].max() > 0 == differences[:10].max()
-    assert set(generate("one")) == {"photo", "photo_sheet"}
