@@ -89,8 +89,9 @@ def runs():
         words = [f"python {run['script']}.py --data {run['data']}/"]
         for option, value in run["options"].items():
             if option != "sample_rows":
-                words.append("--" + option.replace("_", "-"))
-                words += [str(value)] if value is not True else []
+                no = "no-" if value is False else ""
+                words.append(f"--{no}{option.replace('_', '-')}")
+                words += [str(value)] if not isinstance(value, bool) else []
         pictures = f"[grid]({name}/grid.jpg), [curve]({name}/curve.png)"
         lines.append([name, f"`{' '.join(words)}`", hours(run["hours"]), pictures])
     return table(["run", "command", "time", "pictures"], lines)
