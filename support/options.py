@@ -75,7 +75,7 @@ class Options:
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
     track: str = option(
         "",
-        "log to TensorBoard, Weights & Biases",
+        "also log to TensorBoard or Weights & Biases",
         choices=("tensorboard", "wandb"),
         may_change=True,
     )
@@ -149,7 +149,9 @@ class EditOptions(Options):
     composite: bool = option(
         True, "show D the edit within its photograph, and count its losses at the edit alone"
     )
-    erase: bool = option(True, "blank the edit in the generator's photograph", group="model")
+    erase: bool = option(
+        True, "put noise where the edit is in the generator's photograph", group="model"
+    )
     eval_norm: str = option(
         "auto",
         "BatchNorm in generation: batch (the image's own statistics), running (those of "

@@ -62,14 +62,8 @@ def _profile(source, classes, bands, dtype):
     profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
     if not classes and bands != 3:  # GDAL would call the fourth alpha
         profile["photometric"] = "MINISBLACK"
-    profile |= {"driver": "GTiff", "nodata": nothing, "bigtiff": "if_safer"}
-    profile |= {
-        "dtype": dtype,
-        "compress": "deflate",
-        "tiled": True,
-        "blockxsize": 256,
-        "blockysize": 256,
-    }
+    profile |= {"driver": "GTiff", "dtype": dtype, "nodata": nothing, "bigtiff": "if_safer"}
+    profile |= {"compress": "deflate", "tiled": True, "blockxsize": 256, "blockysize": 256}
     if not source.tiff:
         return profile
     tiff, (gcps, crs) = source.tiff, source.tiff.gcps
