@@ -179,7 +179,9 @@ def _merged(cfg, given, saved, fixed, path):
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60], "leave it out"
             if name == "epochs":
-                remedy = "its schedule ends there; a new run with --init trains on"
+                fields = dataclasses.fields(cfg)
+                weights = [flag(field.name) for field in fields if field.metadata.get("weights")]
+                remedy = f"its schedule ends there; a new run with {' '.join(weights)} trains on"
             raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): {remedy}")
     changes = {name: value for name, value in given.items() if name not in fixed}
     return type(cfg)(**saved | changes)
