@@ -67,15 +67,15 @@ def with_limits(cfg, split):
     """cfg with the limits of a Split's pictures; as it is, where all of them have 8 bits.
 
     The limits are those of --limits-A and --limits-B, else 0 and 255 for 8 bits, else the 2nd and
-    98th percentile of every band. Deep pictures of one or two bands have all of them read.
+    98th percentile of every band. Pictures that all have one band, or two, have all of them read.
     """
     paths = {"A": split.A, "B": [] if split.classes else split.B}
     dtypes = {}
     for side, files in paths.items():
         if files:
-            with Raster(files[0], bands=cfg.bands(side) or (1,), limits=ALL) as raster:
-                dtypes[side], count = raster.dtype, raster.count
-            if dtypes[side] != "uint8" and count < 3 and not cfg.bands(side):
+            dtypes[side], count = _kind(files[0], cfg.bands(side))
+            few = count < 3 and not cfg.bands(side)
+            if few and all(_kind(path)[1] == count for path in files):
                 bands = {1: "1", 2: "1,2"}[count]
                 cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
@@ -90,6 +90,12 @@ def with_limits(cfg, split):
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
         Limits.of(cfg, side)  # refuses a wrong one
     return cfg
+
+
+def _kind(path, bands=()):
+    """The type of a picture's values, and how many bands it has."""
+    with Raster(path, bands=bands or (1,), limits=ALL) as raster:
+        return raster.dtype, raster.count
 
 
 def _percentiles(paths, bands, windows=200, side=256):

@@ -54,9 +54,10 @@ class Options:
         "", "classes of B: s2glc, maps, binary, a classes.json, or pictures (no classes)"
     )
     bands_A: str = option(
-        "", "bands of A, 1 to 32 of them, such as 8,4,3; none: red, green and blue"
+        "",
+        "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all of one or two",
     )
-    bands_B: str = option("", "bands of B, where B has pictures; none: red, green and blue")
+    bands_B: str = option("", "bands of B, where B has pictures; none: as of A")
     limits_A: str = option(
         "",
         "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 for 8 "

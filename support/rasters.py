@@ -32,7 +32,7 @@ class Raster:
     on. Photographs are turned upright as EXIF says.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
-                   names them, or the first three; one band alone is repeated. Never alpha
+                   names them, or the first three; one band is repeated for (). Never alpha
     endings        those that are opened, each by one driver: READABLE, or UPLOADS of strangers
     most           pixels of a file that lies in memory; 8 bytes for each in an array file
     limits         Limits of a picture: needed for more than 8 bits
@@ -57,7 +57,8 @@ class Raster:
                 with open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
-                    self._check_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
+                    self.count = 1 if image.mode in ("1", "L", "LA") else 3
+                    self._check_bands(list(range(1, self.count + 1)))
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
@@ -121,6 +122,8 @@ class Raster:
         if wrong:
             has = ",".join(map(str, there))
             raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {has}")
+        if self.bands == [1] and len(there) > 1 and not self.limits:
+            say_once(f"band 1 of {len(there)} is read")
 
     def _picked(self, rgb):
         """The bands to read of a picture (H, W, 3) uint8: (H, W, C)."""

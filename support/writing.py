@@ -42,11 +42,10 @@ def _writing_whole(path, source, classes, bands):
     valid = source.valid(0, 0, source.height, source.width)
     if valid is not None:
         whole[~valid] = IGNORED if classes else 0
-    if not classes and bands == 1:
-        whole = whole.repeat(3, -1)
     if not classes:
-        see_through = valid is not None and path.suffix.lower() in (".png", ".webp")
-        write_image(path, np.dstack([whole, valid * np.uint8(255)]) if see_through else whole)
+        if valid is not None and path.suffix.lower() in (".png", ".webp"):
+            whole = np.dstack([whole, valid * np.uint8(255)])
+        write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole)
         return
     write_image(path.with_suffix(".png"), label_image(whole, classes))
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])

@@ -211,12 +211,27 @@ def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path):
         assert result.dtypes == ("uint16", "uint16")
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize(("count", "bands"), [(1, "1"), (2, "1,2"), (3, ""), (4, "")])
-def test_all_of_one_or_two_deep_bands_are_read(count, bands, tmp_path):
+def test_all_of_one_or_two_bands_are_read(count, bands, dtype, tmp_path):
     for split in ("train", "val"):
-        geotiff(tmp_path / split / "A" / "0.tif", np.ones((64, 64, count), np.int16))
+        geotiff(tmp_path / split / "A" / "0.tif", np.ones((64, 64, count), dtype))
         save(tmp_path / split / "B" / "0.png", np.ones((64, 64, 3), np.uint8))
     assert started(tmp_path, tmp_path).bands_A == bands
+
+
+def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsys):
+    grey, run = np.tile(np.arange(64, dtype=np.uint8), (64, 1)), tmp_path / "run"
+    for name in ("train/A/0", "train/B/0", "train/A/1", "train/B/1", "val/A/0", "val/B/0"):
+        save(tmp_path / f"{name}.png", grey)
+    main = pix2pix.main
+    main(tiny_run("pix2pix", tmp_path, run, "--epochs 1"))
+    colours = np.stack([grey, 255 - grey, grey], -1)
+    save(tmp_path / "train" / "A" / "1.png", colours)
+    assert started(tmp_path, tmp_path / "mixed").bands_A == ""
+    main(use(run, f"--generate {tmp_path}/train/A/1.png", f"--out {tmp_path}/new"))
+    assert "band 1 of 3 is read" in capsys.readouterr().err
+    assert Image.open(tmp_path / "new" / "1.png").mode == "L"
 
 
 def test_levels_are_shown_in_eight_bits():
