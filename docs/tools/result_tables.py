@@ -26,10 +26,6 @@ JUDGED_PAPERS = (
     ("Zhu et al. 2017, table 2", "CycleGAN", 0.52, 0.17, 0.11),
     ("Zhu et al. 2017, table 2", "pix2pix", 0.71, 0.25, 0.18),
 )
-LABEL_PAPERS = (
-    ("Zhu et al. 2017, table 3", "CycleGAN", 0.58, 0.22, 0.16),
-    ("Zhu et al. 2017, table 3", "pix2pix", 0.85, 0.40, 0.32),
-)
 
 
 def kept(name):
@@ -107,41 +103,19 @@ def of_runs(*measures):
     return table(["run", "row", *measures], lines)
 
 
-def with_papers(text, papers):
-    """A table with the papers' rows below."""
-    lines = [line([*row[:2], *(f"{value:.2f}" for value in row[2:])]) for row in papers]
-    return "\n".join([text, *lines])
-
-
 def translations():
     return of_runs("rmse_rgb", "rmse", "accuracy_5", "accuracy_10", "psnr", "ssim")
 
 
-def labels():
-    return with_papers(of_runs("pixel_accuracy", "class_accuracy", "mean_iou"), LABEL_PAPERS)
-
-
 def judged():
-    measures = ("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
-    return with_papers(of_runs(*measures), JUDGED_PAPERS)
+    """The judge's scores, and below them the papers' of their own judges."""
+    ours = of_runs("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
+    papers = [line([*row[:2], *(f"{value:.2f}" for value in row[2:])]) for row in JUDGED_PAPERS]
+    return "\n".join([ours, *papers])
 
 
 def edited():
     return of_runs("l1_inside", "l1_to_input", "l1_outside")
-
-
-def edits():
-    """docs/results/edits.json: experiments on the edits, beside their baselines."""
-    measures = ("l1_inside", "l1_to_input", "l1_outside")
-    measures += ("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
-    lines = []
-    for run in kept("edits")["runs"]:
-        cells = [measure(name, run.get(name)) for name in measures]
-        title = f"{run['script']} `{run['options']}`" if run["options"] else run["script"]
-        lines.append([run["data"], title, *cells, run["answer"]])
-    lines.sort(key=lambda cells: cells[0])  # stable: runs of one data set together
-    head = ["data", "run", "to target", "to input", "outside", "judge: pixels", "classes", "IoU"]
-    return table([*head, "verdict"], lines)
 
 
 def parts():
@@ -197,10 +171,8 @@ TABLES = {
     "quick": quick,
     "runs": runs,
     "translations": translations,
-    "labels": labels,
     "edited": edited,
     "judged": judged,
-    "edits": edits,
     "parts": parts,
     "forged": forged,
     "controls": controls,
