@@ -15,14 +15,15 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-Differences from the original system, which has no paper (its own: --fusion late --no-erase --own 0
---no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
+Differences from the original system, which has no paper (its own: --box center --fusion late
+--no-erase --own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
 - The original asks whether its generator copies its input. It does; evaluation.json answers with a
   number. Here noise stands where the edit is, so there is nothing to copy.
 - The original's target is a collage, photograph b in the box of a: one of many right answers, with
   a seam, whose L1 loss teaches a blur. Here half of the edits ask for the land cover that is there,
   and their target is the photograph (after SESAME, Ntavelis et al. 2020, arXiv:2004.04977). The
   others are left to the discriminator, which sees land cover and edit, and patches at edits only.
+- Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
 - Losses take logits, and the networks' depth follows --size.
@@ -128,23 +129,23 @@ class Edits:
     def __len__(self):
         return len(self.loader)
 
-    def choose(self, rng, order):
+    def choose(self, rng, order, box):
         """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
-        if self.cfg.box == "center":
-            side = np.full(count, size * 3 // 8)
-            corner = np.full((count, 2), (size - size * 3 // 8) // 2)
-        else:
-            side = rng.integers(size // 8, size // 2 + 1, count)
-            corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
+        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
+        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
+        room = size - side[:, None]
+        corner = (rng.random((count, 2)) * (room + 1)).astype(np.int64)
+        if box == "center":
+            corner[:] = room // 2
         return partner, np.column_stack([corner, side, side])
 
     def batches(self, epoch, first=0):
         """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
-        partner, boxes = self.choose(rng, order)
+        partner, boxes = self.choose(rng, order, self.cfg.box)
         turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
         flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
         own = rng.random(len(self)) < self.cfg.own
@@ -152,9 +153,9 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """The images of these numbers, with partners and boxes that never change, unflipped."""
-        rng = np.random.default_rng(1)  # whatever the seed
-        partner, boxes = self.choose(rng, np.arange(len(self)))
+        """The images of these numbers unflipped, with partners and boxes of no seed or option."""
+        rng = np.random.default_rng(1)
+        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
             own = np.zeros((1, len(index)), bool)
@@ -529,14 +530,13 @@ def train_step(state, batch, cfg):
         shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab, mask, edit.box)  # D must not reach G
         logits_real = state.D(rgb_b, edit.lc_b, mask, edit.box)
+        logits_wrong = state.D(rgb_a, edit.lc_ab, mask, edit.box) if cfg.d == "patch" else None
     d_real = gan_loss(logits_real, True, judged, cfg.gan)
     d_fake = gan_loss(logits_fake, False, judged, cfg.gan)
     losses = {"d_real": d_real, "d_fake": d_fake}
     loss_d = 0.5 * (d_real + d_fake)
     if cfg.d == "patch":
         changed = grown((edit.lc_ab != edit.lc_a).any(1, keepdim=True))
-        with common.autocast(cfg, rgb_a.device):
-            logits_wrong = state.D(rgb_a, edit.lc_ab, mask, edit.box)
         losses["d_wrong"] = gan_loss(logits_wrong, False, changed, cfg.gan)
         loss_d = 0.5 * d_real + 0.25 * (d_fake + losses["d_wrong"])
     state.opt_D.zero_grad()

@@ -19,7 +19,7 @@ Differences from the original system, which has no paper:
 - Noise stands where the edit is in the photograph that the generator gets (--no-erase: it gets all
   of it), and the discriminator sees the edit in its place (--no-composite: as generated).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
-  (--own 0 --lambda-id 0.1).
+  (--own 0 --lambda-id 0.1), and boxes have any size (--box center).
 - The original classifier was given its own target as input. Here land cover enters the
   adversarial head only.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
@@ -120,23 +120,23 @@ class Edits:
     def __len__(self):
         return len(self.loader)
 
-    def choose(self, rng, order):
+    def choose(self, rng, order, box):
         """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
         size, count = self.cfg.size, len(order)
         partner = (order + rng.integers(1, len(self), count)) % len(self)
-        if self.cfg.box == "center":
-            side = np.full(count, size * 3 // 8)
-            corner = np.full((count, 2), (size - size * 3 // 8) // 2)
-        else:
-            side = rng.integers(size // 8, size // 2 + 1, count)
-            corner = (rng.random((count, 2)) * (size - side[:, None] + 1)).astype(np.int64)
+        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
+        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
+        room = size - side[:, None]
+        corner = (rng.random((count, 2)) * (room + 1)).astype(np.int64)
+        if box == "center":
+            corner[:] = room // 2
         return partner, np.column_stack([corner, side, side])
 
     def batches(self, epoch, first=0):
         """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
         order = rng.permutation(len(self))
-        partner, boxes = self.choose(rng, order)
+        partner, boxes = self.choose(rng, order, self.cfg.box)
         turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
         flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
         own = rng.random(len(self)) < self.cfg.own
@@ -144,9 +144,9 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """The images of these numbers, with partners and boxes that never change, unflipped."""
-        rng = np.random.default_rng(1)  # whatever the seed
-        partner, boxes = self.choose(rng, np.arange(len(self)))
+        """The images of these numbers unflipped, with partners and boxes of no seed or option."""
+        rng = np.random.default_rng(1)
+        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         for index in common.chunks(images):
             flips = np.zeros((1, len(index), 4), np.int64)
             own = np.zeros((1, len(index)), bool)

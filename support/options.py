@@ -138,10 +138,11 @@ class EditOptions(Options):
     demo = "landcover"
 
     box: str = option(
-        "center",
-        "the pasted piece: center (3/8 of the side, in the middle), random (1/8 to 1/2, anywhere)",
+        "any",
+        "box of a training edit: center (3/8 of the side, in the middle), random (1/8 to 1/2, "
+        "anywhere), any (1/8 to the whole side, anywhere)",
         group="data",
-        choices=("center", "random"),
+        choices=("center", "random", "any"),
     )
     use_ba: bool = option(False, "also train on the complement: all but the box is pasted")
     own: float = option(

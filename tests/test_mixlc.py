@@ -49,7 +49,9 @@ def photo(tmp_path):
 
 def choices(data, count):
     """What data chooses in `count` epochs: partners and boxes of all its tiles."""
-    drawn = [data.choose(np.random.default_rng(k), np.arange(len(data))) for k in range(count)]
+    drawn, box = [], data.cfg.box
+    for k in range(count):
+        drawn.append(data.choose(np.random.default_rng(k), np.arange(len(data)), box))
     partners, boxes = zip(*drawn, strict=True)
     return np.stack(partners), np.stack(boxes)
 
@@ -61,11 +63,11 @@ def mask_of(*box, size=64):
 # ------------------------------------------------------------------------------------------ samples
 
 
-@pytest.mark.parametrize("box", ["center", "random"])
+@pytest.mark.parametrize("box", ["center", "random", "any"])
 def test_paste_geometry_pixel_by_pixel(landcover, cache, box):
     train = open_data("mixlc", landcover, cache, box=box)
     index, records = np.arange(len(train)), train.store.records
-    partner, boxes = train.choose(np.random.default_rng(0), index)
+    partner, boxes = train.choose(np.random.default_rng(0), index, box)
     flips, own = np.zeros((1, len(train), 4), np.int64), np.zeros((1, len(train)), bool)
     own[0, 1] = True  # asks for its own land cover: nothing is pasted
     edit = next(train.pasted(index[None], partner[None], boxes[None], flips, own))
@@ -84,14 +86,15 @@ def test_paste_geometry_pixel_by_pixel(landcover, cache, box):
 
 
 def test_the_center_box_is_96_of_256(landcover, cache):
-    train = open_data("mixlc", landcover, cache)
+    train = open_data("mixlc", landcover, cache, box="center")
     train.cfg = dataclasses.replace(train.cfg, size=256)
     assert (choices(train, 1)[1] == [80, 80, 96, 96]).all()
 
 
-def test_random_boxes_reach_every_side_and_both_edges(landcover, cache):
-    boxes = choices(open_data("mixlc", landcover, cache, box="random"), 600)[1].reshape(-1, 4)
-    assert set(boxes[:, 2]) == set(range(8, 33)) and (boxes[:, 2] == boxes[:, 3]).all()
+@pytest.mark.parametrize(("box", "longest"), [("random", 32), ("any", 64)])
+def test_boxes_have_every_side_and_reach_both_edges(landcover, cache, box, longest):
+    boxes = choices(open_data("mixlc", landcover, cache, box=box), 600)[1].reshape(-1, 4)
+    assert set(boxes[:, 2]) == set(range(8, longest + 1)) and (boxes[:, 2] == boxes[:, 3]).all()
     ends = boxes[:, :2] + boxes[:, 2:]
     assert boxes.min() == 0 and ends.max() == 64
 
@@ -111,8 +114,15 @@ def test_use_ba_adds_the_complement(landcover, cache):
         assert torch.equal(a[2:], b[:2]) and torch.equal(b[2:], a[:2])
         assert torch.equal(ab[:2], ab[2:]) and len(ab) == 4
         assert torch.equal(a.masked_select(outside), ab.masked_select(outside))
-    val = open_data("mixlc", landcover, cache, "val", use_ba=True)
-    assert all(edit.inside.all() for edit in val.in_order(np.arange(2)))
+
+
+def test_validation_edits_are_the_same_whatever_the_options(landcover, cache):
+    (plain,), (other,) = (
+        list(open_data("mixlc", landcover, cache, "val", **options).in_order(np.arange(2)))
+        for options in ({}, {"use_ba": True, "box": "random", "own": 1.0, "seed": 5})
+    )
+    assert all(map(torch.equal, plain, other)) and plain.inside.all()
+    assert (plain.box == torch.tensor([20, 20, 24, 24])).all()
 
 
 each_edit_script = pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
