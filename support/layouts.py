@@ -1,4 +1,4 @@
-"""Dataset directories: their layouts, recognised by folders and endings of names."""
+"""Layouts of dataset directories, recognised by folders and file names."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Limits of pictures of more than 8 bits, for each band."""
+"""Value ranges of pictures of more than 8 bits."""
 
 import dataclasses
 from typing import NamedTuple

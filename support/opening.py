@@ -1,4 +1,4 @@
-"""Opening files by the driver of their ending, and by nothing else.
+"""Opening image files with the driver of their ending.
 
 GDAL and Pillow have drivers that open further files, reach the network, write, or run programs.
 They choose by content, so that a text file named scene.tif could do all of that.

@@ -1,4 +1,4 @@
-"""The canvases that are open on the page: opening them, and strokes."""
+"""The canvases that are open on the page, and strokes on them."""
 
 import base64
 import collections

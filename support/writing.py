@@ -1,4 +1,4 @@
-"""Results on disk: pictures and label maps, written by windows, in the place of their source."""
+"""Writing pictures and label maps by windows, georeferenced like their source."""
 
 import contextlib
 import functools

@@ -13,9 +13,9 @@ from harness import SCRIPTS
 # The one new idea of each script, where it has been put into words.
 NEW = {
     "pix2pix": "a learnt loss on pairs: D sees input and output together",
-    "cyclegan": "no pairs: there and back again must give the same picture",
-    "mixlc": "edits grow from noise: half ask for what is there, D judges the others in place",
-    "mixlc_acgan": "D also classifies each pixel, and G must please it; style; noise",
+    "cyclegan": "no pairs: translating there and back must give the same picture",
+    "mixlc": "G gets noise in place of the edit; D judges the edit within its photograph",
+    "mixlc_acgan": "D also classifies each pixel, and so teaches G to show the classes asked for",
 }
 # The sections of a script, and what makes them differ.
 SECTIONS = {
@@ -30,11 +30,11 @@ SECTIONS = {
 }
 # What the tree shows beside Python files.
 FOLDERS = {
-    "support/*.html": "The page to paint on; the page of a run; the page of all runs",
+    "support/*.html": "Pages: to paint on, of one run, of all runs",
     "tests/plain.py": "Every training step once more, as a textbook writes it",
-    "tests/": "Tests of everything above, and of these pages",
+    "tests/": "Tests of the code and of these pages",
     "bench/": "Benchmarks, and their results",
-    "docs/": "More to read, results; docs/tools/ makes their tables and pictures",
+    "docs/": "More pages, and results; docs/tools/ makes their tables and pictures",
 }
 
 
@@ -94,8 +94,8 @@ def tree():
     for path in files:
         name = path.relative_to(ROOT).as_posix()
         text = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
-        lines.append(f"{name:<24}{text}")
-    lines += [f"{name:<24}{text}" for name, text in FOLDERS.items()]
+        lines.append(f"{name:<26}{text}")
+    lines += [f"{name:<26}{text}" for name, text in FOLDERS.items()]
     return "\n".join(["```", *lines, "```"])
 
 
