@@ -1,8 +1,8 @@
 """CycleGAN: translate between two domains without pairs, such as maps and satellite images.
 
 Two generators translate in opposite directions. One discriminator for each domain learns to tell
-translated images from real ones. There and back again must give the same image (the cycle loss):
-this ties a translation to its input, since no pair does.
+translated images from real ones. Translation there and back must give the same image (the cycle
+loss): this ties a translation to its input, since there are no pairs to do so.
 
     python cyclegan.py --data maps/                             both directions, 200 epochs
     python cyclegan.py --data horse2zebra/                      trainA/ and trainB/, no pairs at all
@@ -15,8 +15,8 @@ Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using C
 Adversarial Networks, arXiv:1703.10593.
 
 Differences from the paper:
-- All four layers of the discriminator have stride 2, as its appendix writes: 16x16 logits at 256,
-  each with a receptive field of 94 pixels (the authors' code has 70).
+- All four layers of the discriminator have stride 2, as in the paper's appendix: 16x16 logits at
+  256, each with a receptive field of 94 pixels (70 in the authors' code).
 - The identity loss, which the paper uses for paintings, is on for all pictures.
 - Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
   with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
@@ -61,7 +61,7 @@ class Config(common.Options):
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images of each domain in a step of one process", low=1)
     epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
-    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
+    epochs_decay: int = option(-1, "last epochs, with a falling rate; -1: half of all", low=-1)
     init_AB: str = option(
         "",
         "start from these weights of G_AB (a checkpoint: of D_B as well)",
@@ -127,7 +127,7 @@ class Domains:
             yield jitter(images, crop.tolist(), self.cfg.size)
 
     def in_order(self, images):
-        """The images of these numbers, unjittered: batches (A, B); the smaller domain repeats."""
+        """Images by index, without jitter: batches (A, B); the smaller domain repeats."""
         for index in common.chunks(images):
             a = next(self.loader_A.batches(index[None] % len(self.loader_A)))
             b = next(self.loader_B.batches(index[None] % len(self.loader_B)))
@@ -302,7 +302,7 @@ class ImagePool(nn.Module):
 def gan_loss(logits, real):
     """Squared distance of logits from 1 (real) or 0 (fake), the mean over patches: a scalar.
 
-    LSGAN, equation 9 of Mao et al. 2017 (arXiv:1611.04076), as section 4 of Zhu et al. 2017 uses.
+    LSGAN, equation 9 of Mao et al. 2017 (arXiv:1611.04076), as in section 4 of Zhu et al. 2017.
     """
     logits = common.full_precision(logits)
     return F.mse_loss(logits, torch.full_like(logits, float(real)))
@@ -320,7 +320,7 @@ def l1_loss(fake, target):
 def label_loss(logits, target):
     """Cross-entropy of logits (B, classes, S, S) against one-hot maps: a scalar.
 
-    The cycle loss of land cover, over the pixels that have a class. Its input is logits: with
+    The cycle loss of land cover, over the pixels that have a class. It needs logits: from
     probabilities it could not fall below 1.755 for 14 classes.
     """
     log_likelihood = (common.full_precision(logits).log_softmax(1) * target).sum()
@@ -411,7 +411,7 @@ def train_step(state, batch, cfg):
         loss_g = loss_g + cfg.lambda_cycle * cfg.lambda_identity * identity
     generators = nn.ModuleList([state.G_AB, state.G_BA])
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(generators.parameters()))  # none for D's weights
+    loss_g.backward(inputs=list(generators.parameters()))  # no gradients for D's weights
     common.average_gradients(generators)
     state.opt_G.step()
 
@@ -430,9 +430,9 @@ def train_step(state, batch, cfg):
 
 
 def learning_rate(cfg, epoch):
-    """The rate of an epoch: constant, then for --epochs-decay in equal steps towards zero.
+    """The rate of an epoch: constant, then falling in equal steps for --epochs-decay.
 
-    As the authors' code: the step after the last would be zero.
+    As in the authors' code, the epoch after the last would have the rate zero.
     """
     decay = cfg.epochs - cfg.epochs // 2 if cfg.epochs_decay < 0 else cfg.epochs_decay
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
@@ -514,8 +514,8 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images: each domain after its cycle and, where A and B are
     pairs, each translation against its partner.
 
-    constants  {"A": .., "B": ..}, common.constant_colors' of each domain: adds the baselines, which
-               are a colour everywhere, or for each class, and the input copied
+    constants  {"A": .., "B": ..}, from common.constant_colors: adds the baselines, a copy of the
+               input and one colour for the image or for each class
     judge      measures whether generated photographs show the land cover that was asked for
     """
     scores = common.Scores(brief=constants is None, fid=cfg.fid)
@@ -552,7 +552,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
 
 
 def baselines_of_A(val, real_A, real_B, colors):
-    """The guesses at A that cost nothing: B itself, a colour everywhere, or for each class."""
+    """Baselines for A: a copy of B, one colour for the image or for each class."""
     labels = common.class_index(real_B) if val.classes else None
     copy = val.picture(real_B)
     guesses = {"copy of the input": copy} if copy.shape == real_A.shape else {}
@@ -560,20 +560,20 @@ def baselines_of_A(val, real_A, real_B, colors):
 
 
 def baselines_of_B(val, real_A, real_B, constants):
-    """The guesses at B that cost nothing: A itself, a colour or a class everywhere."""
+    """Baselines for B: a copy of A, one colour or one class for the image."""
     alike = real_A.shape == real_B.shape and not val.classes
     guesses = {"copy of the input": real_A} if alike else {}
     return guesses | common.constant_guesses(constants, real_B)
 
 
 def add_judged(scores, judge, photographs, labels, classes):
-    """Measures whether the judge sees these labels in photographs {row: (B, 3, S, S)}."""
+    """Measures whether the judge finds these labels in photographs {row: (B, 3, S, S)}."""
     for row, photograph in photographs.items():
         scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
 
 
 def add_floor(scores, judge, val, images):
-    """The judge's floor: real photographs against the land cover of other images."""
+    """The lowest score to expect: real photographs, judged by the labels of other places."""
     others = np.roll(images, len(images) // 2)
     for here, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
         photographs = {"real, of another place": elsewhere[0]}
@@ -613,7 +613,7 @@ def report(state, val, cfg, histograms):
 def generate(state, cfg, device):
     """Translates --generate's pictures, or label maps, into --out, at the scale of training.
 
-    Land cover is blended as probabilities, and then decided.
+    Windows of land cover are blended as probabilities; then each pixel gets its likeliest class.
     """
     to_B = cfg.direction == "AtoB"
     from_labels, to_labels = bool(cfg.classes and not to_B), bool(cfg.classes and to_B)
@@ -656,7 +656,7 @@ def load_generators(state, cfg):
     for key, path, D in (("G_AB", cfg.init_AB, "D_B"), ("G_BA", cfg.init_BA, "D_A")):
         if path:
             common.load_network(getattr(state, key), path, cfg, key)
-        if path and getattr(state, D):  # which judged what this generator made
+        if path and getattr(state, D):  # the discriminator of this generator's images
             common.load_network(getattr(state, D), path, cfg, D, optional=True)
 
 

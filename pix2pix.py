@@ -15,12 +15,11 @@ Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional
 Networks, arXiv:1611.07004.
 
 Differences from the paper:
-- The U-Net's depth follows --size, down to a bottleneck of 1x1, which has no norm.
-- Dropout is where the published code has it; the paper has it one block nearer the bottleneck.
-- The learning rate falls linearly in the second half, as in that code.
-- --generator resnet (which has no skips over its bottleneck), --norm instance (in G and D), --gan
-  lsgan and --content vgg are experiments; --schedule constant and --d-weight 1.0 are the choices
-  of other systems.
+- The U-Net halves the image down to 1x1 at every --size. This bottleneck has no norm.
+- Dropout stands where the authors' code has it, one block further from the bottleneck than in the
+  paper. As in that code, the learning rate falls linearly in the second half.
+- --generator resnet (no skips over its bottleneck), --norm instance (in G and D), --gan lsgan and
+  --content vgg are experiments. Other systems use --schedule constant and --d-weight 1.0.
 """
 
 import dataclasses
@@ -66,7 +65,7 @@ class Config(common.Options):
         group="training",
         choices=("bce", "lsgan"),
     )
-    d_weight: float = option(0.5, "weight of D's loss; the paper halves the sum", low=0.0)
+    d_weight: float = option(0.5, "weight of D's loss; 0.5 as in the paper", low=0.0)
     content: str = option("l1", "content loss: L1 | of VGG16 features", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
@@ -81,7 +80,7 @@ class Config(common.Options):
         high=10**6,
         may_change=lambda run: run["schedule"] != "linear",
     )
-    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
+    epochs_decay: int = option(-1, "last epochs, with a falling rate; -1: half of all", low=-1)
     schedule: str = option(
         "linear",
         "learning rate: falls in the last epochs | constant | halves when the content loss stalls",
@@ -92,7 +91,7 @@ class Config(common.Options):
     )
     eval_norm: str = option(
         "auto",
-        "BatchNorm's statistics when generating: the image's own | running | own at batch size 1",
+        "BatchNorm in generation: the image's statistics | running | the image's at batch size 1",
         choices=("batch", "running", "auto"),
     )
     fid: bool = option(
@@ -141,7 +140,7 @@ class Pairs:
             yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
 
     def in_order(self, images):
-        """The images of these numbers, without jitter: records (B, 3 + C, S, S) uint8."""
+        """Images by index, without jitter: batches of records (B, 3 + C, S, S) uint8."""
         for index in common.chunks(images):
             yield torch.stack(next(self.loader.batches(index[None])))
 
@@ -187,13 +186,13 @@ def doubling(transposed, upsample):
 class UNetGenerator(nn.Module):
     """Encoder and decoder with skips (paper, section 3.2.1): (B, C, S, S) -> (B, C', S, S).
 
-    S = 2^n: n down blocks to a 1x1 bottleneck, n up blocks back, registered as data flows.
+    S = 2^n: n down blocks to a 1x1 bottleneck and n up blocks, registered in data flow order.
     """
 
     def __init__(self, channels_in, channels_out, size, width, norm, dropout, upsample):
         super().__init__()
         depth = size.bit_length() - 1
-        bias = norm == "instance"
+        bias = norm == "instance"  # BatchNorm brings its own shift
         widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
         first = nn.Conv2d(channels_in, width, 4, 2, 1, bias=bias)
         self.downs = nn.ModuleList([nn.Sequential(first)])
@@ -313,7 +312,7 @@ def init_weights(net):
 
 
 def gan_loss(logits, real, gan):
-    """How far logits are from saying "real" (1) or "fake" (0), the mean over patches: a scalar.
+    """Distance of logits from "real" (1) or "fake" (0), the mean over patches: a scalar.
 
     bce    cross-entropy, equation 1 of Isola et al. 2017 with the generator's -log D(G(x)) of
            Goodfellow et al. 2014 (arXiv:1406.2661)
@@ -353,7 +352,7 @@ class State:
     opt_G: torch.optim.Optimizer | None = None
     opt_D: torch.optim.Optimizer | None = None
     vgg: nn.Module | None = None
-    lr_scale: float = 1.0  # what --schedule plateau has made of the rate
+    lr_scale: float = 1.0  # the factor of --schedule plateau
     best_loss: float = float("inf")
     stalled_epochs: int = 0
 
@@ -417,7 +416,7 @@ def train_step(state, batch, cfg):
     else:
         loss_g = g_adv + cfg.lambda_l1 * g_l1
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
+    loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     losses = {"g_total": loss_g, **losses}
@@ -425,9 +424,9 @@ def train_step(state, batch, cfg):
 
 
 def learning_rate(state, cfg, epoch):
-    """The rate of an epoch. linear: constant, then for --epochs-decay in equal steps to zero.
+    """The rate of an epoch. linear: constant, then falling in equal steps for --epochs-decay.
 
-    As the authors' code: the step after the last would be zero.
+    As in the authors' code, the epoch after the last would have the rate zero.
     """
     if cfg.schedule != "linear":
         return cfg.lr * state.lr_scale
@@ -436,11 +435,11 @@ def learning_rate(state, cfg, epoch):
 
 
 def follow_plateau(state, loss, patience=20, floor=0.01):
-    """--schedule plateau: halves the rate when an epoch's mean content loss has stalled.
+    """--schedule plateau: halves the rate when the mean content loss of epochs stalls.
 
-    That is: has not fallen by 0.1 % for `patience` epochs; never below `floor` of --lr. It must
-    be the content loss of training: adversarial losses rise as training goes well, and the
-    validation error is best long before the pictures are; a rate that follows them dies.
+    It stalls if it has not fallen by 0.1 % for `patience` epochs. The rate stays above `floor`
+    times --lr. Other losses would lower it too early: adversarial losses rise as training goes
+    well, and the validation error is best long before the pictures are.
     """
     state.stalled_epochs += 1
     if loss < 0.999 * state.best_loss:
@@ -512,11 +511,11 @@ def sample(state, val, cfg, images):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation images.
 
-    colors  common.constant_colors': adds the baselines, which are the input copied and a colour
-            everywhere, or for each class
+    colors  from common.constant_colors: adds the baselines, a copy of the input and one colour
+            for the image or for each class
     judge   measures whether photographs that were generated from label maps show their classes
 
-    Where the target is a label map, the classes of nearest colour are measured, too.
+    If the target is a label map, the classes of nearest colour are measured as well.
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores(brief=colors is None, fid=cfg.fid)
@@ -544,13 +543,13 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 
 
 def add_judged(scores, judge, photographs, labels, classes):
-    """Measures whether the judge sees these labels in photographs {row: (B, 3, S, S)}."""
+    """Measures whether the judge finds these labels in photographs {row: (B, 3, S, S)}."""
     for row, photograph in photographs.items():
         scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
 
 
 def add_floor(scores, judge, val, images):
-    """The judge's floor: real photographs against the land cover of other images."""
+    """The lowest score to expect: real photographs, judged by the labels of other places."""
     others = np.roll(images, len(images) // 2)
     for records, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
         photographs = {"real, of another place": val.sides(elsewhere)[1]}
@@ -580,7 +579,7 @@ def report(state, val, cfg, histograms):
 def generate(state, cfg, device):
     """Translates --generate's pictures, or label maps, into --out, at the scale of training.
 
-    Dropout, the paper's noise, would tell windows apart: it is on where one window is all.
+    Dropout, the paper's noise, would make windows differ: it is on if there is one window only.
     """
     classes = cfg.classes if cfg.direction == "BtoA" else None
 

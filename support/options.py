@@ -35,7 +35,7 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option("", "image directory; none: a demo world", group="data", may_change=True)
+    data: str = option("", "images A and B; none: a demo world", group="data", may_change=True)
     patch: int = option(0, "cut images into N x N patches first; 0: keep them whole", low=0)
     max_images: int = option(0, "train on N images, evenly spread over all; 0: on all", low=0)
     flip: str = option(
@@ -51,25 +51,25 @@ class Options:
     )
     width: int = option(64, "channels of the first layer", low=1, high=1024)
     lc_classes: str = option(
-        "", "classes of B: s2glc, maps, binary, a classes.json, or pictures (no classes)"
+        "", "class table of B: s2glc, maps, binary, a JSON file; pictures: no classes"
     )
     bands_A: str = option(
         "",
-        "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all of one or two",
+        "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all if one or two",
     )
-    bands_B: str = option("", "bands of B, where B has pictures; none: as of A")
+    bands_B: str = option("", "bands of B, if B is pictures; none: as for A")
     limits_A: str = option(
         "",
         "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 for 8 "
         "bits, else the 2nd and 98th percentile of the training images",
     )
-    limits_B: str = option("", "the same of B, where B has pictures")
+    limits_B: str = option("", "the same for B, if B is pictures")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
     seed: int = option(
         0, "random seed of weights, data order, augmentation and noise", low=0, high=2**32 - 1
     )
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
-    out: str = option("", "run folder, or results; none: runs/<script>", may_change=True)
+    out: str = option("", "folder of the run, or of results; none: runs/<script>", may_change=True)
     resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
     log_every: int = option(50, "largest number of steps between rows of metrics.csv", low=1)
     save_every: int = option(10, "keep a checkpoint every N epochs", low=0, may_change=True)
@@ -96,11 +96,11 @@ class Options:
     train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
     judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)
     generate: tuple = option((), "images or folders to translate, or a photograph to edit")
-    overwrite: bool = option(False, "generate results anew that --out already has")
+    overwrite: bool = option(False, "replace results that --out already has")
     serve: bool = option(False, "serve a local page to paint on, in a browser")
     address: str = option("127.0.0.1", "network address of the page")
     port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535)
-    window: int = option(0, "source pixels that --size spans; 0: as in training", low=0)
+    window: int = option(0, "side of a window, in source pixels; 0: as in training", low=0)
     norm_reach: float = option(
         2.0,
         "radius, in windows, over which normalisation statistics are shared; 0: not shared",
@@ -161,7 +161,7 @@ class EditOptions(Options):
         choices=("batch", "running", "auto"),
     )
     show_samples: int = option(0, "draw N training edits, then stop; 0: train", group="run", low=0)
-    lc: str = option("", "land cover after the edit, or to --paint on", group="use")
+    lc: str = option("", "land cover after the edit, or before --paint", group="use")
     lc_before: str = option("", "land cover before the edit")
     paint: tuple = option((), "rectangle to paint: class:x,y,width,height")
     samples: int = option(1, "number of variants of an edit", low=1, high=64)
