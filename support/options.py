@@ -35,7 +35,7 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option("", "images A and B; none: a demo world", group="data", may_change=True)
+    data: str = option("", "folder of images; none: a demo world", group="data", may_change=True)
     patch: int = option(0, "cut images into N x N patches first; 0: keep them whole", low=0)
     max_images: int = option(0, "train on N images, evenly spread over all; 0: on all", low=0)
     flip: str = option(
