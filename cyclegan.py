@@ -49,7 +49,7 @@ class Config(common.Options):
     blocks: int = option(0, "residual blocks; 0: 9, or 6 below 256", group="model", low=0)
     upsample: str = option(
         "transposed",
-        "doubling layers of both G: transposed convolution | resizing, then a convolution",
+        "doubling layers of both G: transposed (convolution), resize (and then a convolution)",
         choices=("transposed", "resize"),
     )
     lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)

@@ -1,13 +1,13 @@
-"""mixlc: edit a satellite image through its land cover: paste other land cover, paint what follows.
+"""mixlc: edit a satellite image through its land cover: change a part of it, generate what fits.
 
 A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
-the box, and the pasted land cover, and paints what is missing. A discriminator sees the result in
-its place, beside untouched photographs with their own land cover, and judges whether it fits.
+the box, and the pasted land cover, and generates the missing part. A discriminator sees it within
+its photograph, and learns to tell it from untouched photographs with their own land cover.
 
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
     python mixlc.py --quick                                     no data, a minute: a demo world
-    python mixlc.py --data maps/ --lc-classes maps --show-samples 8    what it trains on
+    python mixlc.py --data maps/ --lc-classes maps --show-samples 8    a picture of 8 edits
     python mixlc.py --evaluate --checkpoint runs/mixlc/checkpoints/last.pt
     python mixlc.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 
@@ -15,14 +15,14 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-Differences from the original system, which has no paper (its own: --box center --fusion late
---no-erase --own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
-- The original asks whether its generator copies its input. It does; evaluation.json answers with a
-  number. Here noise stands where the edit is, so there is nothing to copy.
-- The original's target is a collage, photograph b in the box of a: one of many right answers, with
-  a seam, whose L1 loss teaches a blur. Here half of the edits ask for the land cover that is there,
-  and their target is the photograph (after SESAME, Ntavelis et al. 2020, arXiv:2004.04977). The
-  others are left to the discriminator, which sees land cover and edit, and patches at edits only.
+Differences from the original system, which has no paper (--box center --fusion late --no-erase
+--own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
+- The original generator copies its input. Here noise replaces what the edit covers, so that it
+  cannot; evaluation.json measures this.
+- The original's target is a collage, photograph b in the box of a. It is one of many right answers
+  and has a seam, and an L1 loss to it teaches a blur. Here half of the edits ask for the land cover
+  that is there: their target is the photograph (SESAME, Ntavelis et al. 2020, arXiv:2004.04977).
+  The others are left to the discriminator, whose losses count patches at edits only.
 - Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
@@ -56,19 +56,21 @@ class Config(common.EditOptions):
 
     fusion: str = option(
         "middle",
-        "a U-Net each for photograph and land cover | one for both | two encoders, one decoder | "
-        "dilated convolutions for the land cover",
+        "late (a U-Net each for photograph and land cover), early (one for both), middle (two "
+        "encoders, one decoder), dilated (late, with dilated convolutions for the land cover)",
         group="model",
         choices=("late", "early", "middle", "dilated"),
     )
     skips: str = option("both", "encoders with skips in --fusion middle", choices=("both", "lc"))
     d: str = option(
         "patch",
-        "discriminator of the whole photograph | of patches, given land cover and edit",
+        "discriminator: global (of the whole photograph), patch (given land cover and edit)",
         choices=("global", "patch"),
     )
     gan: str = option(
-        "lsgan", "adversarial loss: cross-entropy | least squares", choices=("bce", "lsgan")
+        "lsgan",
+        "adversarial loss: bce (cross-entropy), lsgan (least squares)",
+        choices=("bce", "lsgan"),
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
     collage: bool = option(
@@ -153,7 +155,7 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """The images of these numbers unflipped, with partners and boxes of no seed or option."""
+        """Images by index, unflipped, with partners and boxes that no option changes."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         for index in common.chunks(images):
@@ -166,9 +168,9 @@ class Edits:
         """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
         boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip, mine in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
+        for a, b, *edit, flip in zip(tiles_a, tiles_b, boxes, own, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, mine, use_ba)
+            yield self.paste(a, b, *edit, use_ba)
 
     def paste(self, a, b, box, own, use_ba):
         """Records a and b (B, 4, S, S) uint8, box (B, 4) and own (B,) -> an Edit."""
@@ -399,10 +401,10 @@ class PatchDiscriminator(nn.Module):
 
 
 def augment(images):
-    """Images (B, C, S, S) in other colours, with a grey square of up to S/4: for D's eyes alone.
+    """Images (B, C, S, S) in other colours, with a grey square of up to S/4: for D only.
 
-    With few photographs D learns them by heart, and wins. Differentiable, so that G learns through
-    it: Zhao et al. 2020 (arXiv:2006.10738).
+    D overfits on few photographs. Differentiable, so that G learns through it: Zhao et al. 2020
+    (arXiv:2006.10738).
     """
     batch, channels, side, _ = images.shape
     contrast = 0.8 + 0.4 * torch.rand(batch, channels, 1, 1, device=images.device)
@@ -440,12 +442,12 @@ def init_weights(net):
 
 
 def gan_loss(logits, real, near, gan):
-    """How far logits are from saying "real" (1) or "fake" (0): a scalar.
+    """The distance of logits from "real" (1) or "fake" (0): a scalar.
 
     bce    cross-entropy, equation 1 of Goodfellow et al. 2014 (arXiv:1406.2661), with the
            -log D(G(x)) of its section 3
     lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076)
-    near   (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
+    near   (B, 1, S, S) bool: a logit (of B, 1, P, P) counts if its S/P x S/P pixels touch it
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(real))
@@ -553,17 +555,11 @@ def train_step(state, batch, cfg):
     g_local = masked_l1_loss(fake, target, near & known)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
+    loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    return {
-        "g_total": loss_g,
-        "g_adv": g_adv,
-        "g_l1": g_l1,
-        "g_local": g_local,
-        "d_total": loss_d,
-        **losses,
-    }
+    of_G = {"g_total": loss_g, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
+    return of_G | {"d_total": loss_d, **losses}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -634,7 +630,7 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    colors  common.constant_colors': adds a colour everywhere, or for each class
+    colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for
     """
     torch.manual_seed(cfg.seed)
@@ -655,7 +651,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The copy of rgb_a is the floor. The ceiling is photograph b, whose land cover was asked for.
+    The lowest score to expect is the copy of rgb_a's; the highest is that of photograph b, whose
+    land cover was asked for.
     """
     judged = {
         "model": (fake, edit.lc_ab),

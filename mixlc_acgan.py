@@ -1,13 +1,13 @@
 """mixlc_acgan: the edit of mixlc, with a discriminator that also classifies, and a style loss.
 
-A second head of the discriminator learns to classify every pixel of real photographs. It teaches
-the generator, whose edits must show the classes that were asked for. A style loss compares textures
-through Gram matrices of VGG16 features, and dropout in the generator is noise: two edits differ.
+A second head of the discriminator learns to classify every pixel of real photographs. Its loss
+teaches the generator to show the classes that were asked for. A style loss compares textures
+through Gram matrices of VGG16 features. Dropout in the generator makes each edit a different one.
 
     python mixlc_acgan.py --data denmark/ --lc-classes s2glc    rgb/ and lc/ folders, 14 classes
     python mixlc_acgan.py --data maps/ --lc-classes maps        the map half becomes land cover
     python mixlc_acgan.py --quick                               no data, a minute: a demo world
-    python mixlc_acgan.py --data maps/ --lc-classes maps --show-samples 8    what it trains on
+    python mixlc_acgan.py --data maps/ --lc-classes maps --show-samples 8    a picture of 8 edits
     python mixlc_acgan.py --evaluate --train-judge --checkpoint X
     python mixlc_acgan.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 
@@ -63,7 +63,7 @@ class Config(common.EditOptions):
     lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
     class_weights: bool = option(True, "weights of the class losses by inverse frequency")
     style_features: str = option(
-        "vgg16", "VGG16 of the style loss: ImageNet's | random weights", choices=("vgg16", "random")
+        "vgg16", "VGG16 of the style loss: with weights, or random", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
     vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
@@ -144,7 +144,7 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """The images of these numbers unflipped, with partners and boxes of no seed or option."""
+        """Images by index, unflipped, with partners and boxes that no option changes."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         for index in common.chunks(images):
@@ -157,9 +157,9 @@ class Edits:
         """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
         boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip, mine in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
+        for a, b, *edit, flip in zip(tiles_a, tiles_b, boxes, own, flips, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, mine, use_ba)
+            yield self.paste(a, b, *edit, use_ba)
 
     def paste(self, a, b, box, own, use_ba):
         """Records a and b (B, 4, S, S) uint8, box (B, 4) and own (B,) -> an Edit."""
@@ -509,7 +509,7 @@ def train_step(state, batch, cfg):
         g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
         losses["g_id"], loss_g = g_id, loss_g + cfg.lambda_id * g_id
     state.opt_G.zero_grad()
-    loss_g.backward(inputs=list(state.G.parameters()))  # none for D's weights
+    loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     return losses | {"d_real": d_real, "d_fake": d_fake, "d_class": d_class}
@@ -587,7 +587,7 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    colors  common.constant_colors': adds a colour everywhere, or for each class
+    colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for, as D's own classifier
             does (own_)
     """
@@ -610,7 +610,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The copy of rgb_a is the floor. The ceiling is photograph b, whose land cover was asked for.
+    The lowest score to expect is the copy of rgb_a's; the highest is that of photograph b, whose
+    land cover was asked for.
     """
     judged = {
         "model": (fake, edit.lc_ab),

@@ -48,7 +48,7 @@ class Config(common.Options):
         "BtoA", "direction of translation", group="model", choices=("AtoB", "BtoA")
     )
     generator: str = option(
-        "unet", "U-Net with skips | residual blocks", choices=("unet", "resnet")
+        "unet", "unet (with skips), resnet (residual blocks)", choices=("unet", "resnet")
     )
     blocks: int = option(0, "residual blocks of resnet; 0: 9, or 6 below 256", low=0)
     norm: str = option("batch", "normalisation layers of G and D", choices=("batch", "instance"))
@@ -56,17 +56,17 @@ class Config(common.Options):
     dropout: float = option(0.5, "dropout in the decoder of unet", low=0.0, high=0.9)
     upsample: str = option(
         "transposed",
-        "doubling layers of G: transposed convolution | resizing, then a convolution",
+        "doubling layers of G: transposed (convolution), resize (and then a convolution)",
         choices=("transposed", "resize"),
     )
     gan: str = option(
         "bce",
-        "adversarial loss: cross-entropy | least squares",
+        "adversarial loss: bce (cross-entropy), lsgan (least squares)",
         group="training",
         choices=("bce", "lsgan"),
     )
     d_weight: float = option(0.5, "weight of D's loss; 0.5 as in the paper", low=0.0)
-    content: str = option("l1", "content loss: L1 | of VGG16 features", choices=("l1", "vgg"))
+    content: str = option("l1", "content loss: l1, or vgg (of features)", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
     vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
@@ -83,7 +83,8 @@ class Config(common.Options):
     epochs_decay: int = option(-1, "last epochs, with a falling rate; -1: half of all", low=-1)
     schedule: str = option(
         "linear",
-        "learning rate: falls in the last epochs | constant | halves when the content loss stalls",
+        "learning rate: linear (falls in the last epochs), constant, plateau (halves when the "
+        "content loss stalls)",
         choices=("linear", "constant", "plateau"),
     )
     init: str = option(
@@ -91,7 +92,8 @@ class Config(common.Options):
     )
     eval_norm: str = option(
         "auto",
-        "BatchNorm in generation: the image's statistics | running | the image's at batch size 1",
+        "BatchNorm in generation: batch (the image's own statistics), running (those of "
+        "training), auto (batch where --batch-size is 1, else running)",
         choices=("batch", "running", "auto"),
     )
     fid: bool = option(
