@@ -47,7 +47,7 @@ def title_of(run, first):
     for name, value in ours.items():
         if name not in PLACE and theirs.get(name, value) != value:
             words += [common.flag(name), str(value).removesuffix(".0")]
-    return " ".join(words) or "as it is"
+    return " ".join(words) or "no change"
 
 
 def measured(run, norm):
