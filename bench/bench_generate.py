@@ -18,6 +18,7 @@ import common
 import harness
 import pix2pix
 from support import serve as page
+from support.canvases import MemoryRaster
 from support.checkpoints import state_dict
 from support.pictures import to_bytes
 from support.rasters import Raster
@@ -195,8 +196,8 @@ def bench_stroke(benchmark, request, tmp_path, script, device):
         module.generate(state, cfg, torch.device(device))
     (studio,) = serve.call_args.args
     labels = np.random.default_rng(0).integers(0, 14, (256, 256), np.uint8)
-    studio.canvases["1"] = canvas = studio.make(labels, np.zeros((256, 256, 3), np.uint8))
-    canvas.latest, canvas.dirty = 0, None
+    photo = MemoryRaster(np.zeros((256, 256, 3), np.uint8))
+    studio.canvases["1"] = studio.make(MemoryRaster(labels, cfg.classes), photo)
     query = {"canvas": "1", "x": 100, "y": 100, "width": 40, "height": 40, "answers": 1}
     colours = iter(range(1000))
 

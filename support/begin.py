@@ -95,9 +95,6 @@ def begin(config, doc, quick, argv=None):
         cfg, checkpoint = _use(cfg, given)
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
-    deep = cfg.limits_A or cfg.limits_B
-    if cfg.serve and (deep or (cfg.channels("A"), cfg.channels("B")) != (3, 3)):
-        raise UserError("--serve: the page is for three bands of 8 bits: use --generate")
     results = Path(cfg.out) / "evaluation.json"
     ours = not results.is_file() or '"rows": {' in results.read_text(errors="replace")
     if cfg.evaluate and not ours:

@@ -5,27 +5,60 @@ import functools
 import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from support.edits import PhotoEdit
-from support.pictures import paste
+from support.limits import values_of
+from support.pictures import as_tensor, eight_bits, from_bytes, paste, shown
 from support.rasters import Raster
 from support.windows import Windows, around, network_input, shared_statistics, touch, window_of
 
 
-class MemoryRaster(Raster):
-    """A picture (H, W, 3) uint8, or a label map (H, W), in memory; its owner may change it."""
+def colours_of(values, limits):
+    """A picture (H, W, C) of a file, as the page shows it: (H, W, 3) uint8."""
+    levels = limits.to_levels(values) if limits else values
+    return shown(as_tensor(eight_bits(levels), "cpu"))[0].permute(1, 2, 0).numpy()
 
-    def __init__(self, pixels, table=None):
-        self.path, self.table, self.tiff, self.pixels = Path("canvas"), table, None, pixels
-        self.limits = None
+
+def values_of_colours(colours, bands, limits):
+    """Colours (H, W, 3) uint8 as a picture (H, W, bands) of a file.
+
+    One band gets their grey, two get red and green, and each beyond the third gets blue.
+    """
+    image = from_bytes(as_tensor(colours, "cpu"))[0]
+    if bands == 1:
+        image = image.mean(0, keepdim=True)
+    return values_of(image[[min(band, 2) for band in range(bands)]], limits)
+
+
+class MemoryRaster(Raster):
+    """A picture, or a label map, in memory, which strokes change.
+
+    pixels  (H, W, C), as in a file, or (H, W) class indices
+    start   (H, W, 3) uint8, as the page shows it, or (H, W) class indices
+    now     the same, changed by strokes. A new colour changes the bands that are shown
+    """
+
+    def __init__(self, pixels, table=None, limits=None):
+        self.path, self.table, self.tiff, self.limits = Path("canvas"), table, None, limits
         self.height, self.width = pixels.shape[:2]
+        self.pixels, self.start = pixels, pixels if table else colours_of(pixels, limits)
+        self.now = self.start.copy()
 
     def values(self, top=0, left=0, height=None, width=None):
-        """A window, or as much of it as there is, as a view."""
+        """A window, or as much of it as there is, with the strokes."""
         bottom = None if height is None else top + height
         right = None if width is None else left + width
-        return self.pixels[top:bottom, left:right]
+        window = slice(top, bottom), slice(left, right)
+        now, pixels = self.now[window], self.pixels[window]
+        if self.table:
+            return now
+        painted = (now != self.start[window]).any(-1)
+        new = values_of_colours(now[painted][None], pixels.shape[-1], self.limits)[0]
+        pixels = pixels.astype(np.result_type(pixels, new))
+        pixels[painted, :3] = new[:, :3]
+        return pixels
 
     def valid(self, *_):
         """None: every pixel has data."""
@@ -34,23 +67,22 @@ class MemoryRaster(Raster):
 class TranslationCanvas(Windows):
     """A label map or a picture, and what a model makes of it, window by window.
 
-    pixels     (H, W) class indices, or (H, W, 3) uint8: strokes change them; start: before all
+    pixels     the MemoryRaster's, now: strokes change them; start: before all
     generated  after a change, the picture of the windows around it; at the first, of all
 
     The windows, their weights and their noise are those of --generate, and so is the picture.
     Shared statistics stay those of the canvas as it was opened.
     """
 
-    def __init__(self, cfg, predict, net, pixels, table, show):
-        self.seed, self.pixels, self.show = cfg.seed, pixels, show
-        self.start = pixels.copy()
+    def __init__(self, cfg, predict, net, raster, show):
+        self.seed, self.show = cfg.seed, show
+        self.pixels, self.start = raster.now, raster.start
         self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
-        raster = MemoryRaster(pixels, table)
         window = window_of(cfg, raster)
         super().__init__(
             functools.partial(network_input, raster, cfg.size),
             functools.partial(predict, whole=not window),
-            pixels.shape[:2],
+            (raster.height, raster.width),
             window,
             shared_statistics(cfg, net),
         )
@@ -93,10 +125,9 @@ class EditCanvas:
     """
 
     def __init__(self, cfg, predict, net, labels, photo):
-        self.predict, self.net, self.photo, self.pixels = predict, net, photo, labels
-        self.start = labels.copy()
-        maps = MemoryRaster(labels, cfg.classes), MemoryRaster(self.start, cfg.classes)
-        self.edit = PhotoEdit(cfg, MemoryRaster(photo), *maps)
+        self.predict, self.net, self.photo = predict, net, photo
+        self.pixels, self.start = labels.now, labels.start
+        self.edit = PhotoEdit(cfg, photo, labels, MemoryRaster(self.start, cfg.classes))
         self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
 
     def generated(self, box, sample):
@@ -112,8 +143,7 @@ class EditCanvas:
         for region, _ in known.keys() - found.keys():  # erased, or part of another region now
             box = around(box, region)
         self.answers[sample] = found
-        top, left, height, width = box
-        picture = self.photo[top : top + height, left : left + width].copy()
+        picture = self.photo.values(*box)
         for pixels, y, x in itertools.chain(*found.values()):
-            paste(picture, pixels, y - top, x - left)
-        return box, picture
+            paste(picture, pixels, y - box[0], x - box[1])
+        return box, colours_of(picture, self.photo.limits)

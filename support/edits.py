@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-from support.pictures import as_array, mirrored, resize
+from support.limits import values_of
+from support.pictures import mirrored, resize
 from support.windows import Windows, around, filled, shared_statistics, touch, window_of
 
 
@@ -86,7 +87,6 @@ class PhotoEdit:
     def generated(self, region, predict, net=None):
         """Generates a region (top, left, height, width): yields (pixels (h, w, C), top, left)."""
         y, x, *size = region
-        limits = self.photo.limits
         windows = Windows(
             lambda top, left, *sides: self._cut(y + top, x + left, *sides),
             predict,
@@ -95,7 +95,7 @@ class PhotoEdit:
             shared_statistics(self.cfg, net),
         )
         for top, strip in windows.blended(about=self.photo.path.name):
-            pixels = limits.to_values(strip) if limits else as_array(strip[None])
+            pixels = values_of(strip, self.photo.limits)
             yield self._feathered(pixels, y + top, x), y + top, x
 
     def _cut(self, *window):

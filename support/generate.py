@@ -13,9 +13,9 @@ from support.edits import PhotoEdit, centred
 from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
-from support.limits import Limits
+from support.limits import Limits, values_of
 from support.opening import driver_of
-from support.pictures import as_array, as_tensor, eight_bits, from_bytes, save_grid
+from support.pictures import as_tensor, eight_bits, from_bytes, save_grid
 from support.rasters import Raster, check_pair
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, tiles, window_of
@@ -123,11 +123,7 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
     about = classes, cfg.channels(side), limits.dtype if limits else "uint8"
     with writing(out, raster, *about) as put:
         for top, strip in windows.blended(about=raster.path.name):
-            if classes:
-                pixels = strip.argmax(0).byte().numpy()
-            else:
-                pixels = limits.to_values(strip) if limits else as_array(strip[None])
-            put(pixels, top)
+            put(strip.argmax(0).byte().numpy() if classes else values_of(strip, limits), top)
 
 
 def edit_of_files(cfg):

@@ -7,6 +7,7 @@ import numpy as np
 
 from support.batches import spread
 from support.errors import UserError
+from support.pictures import as_array
 from support.rasters import Raster
 
 
@@ -58,6 +59,11 @@ class Limits(NamedTuple):
         if dtype.kind in "iu":
             values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
         return values.astype(dtype)
+
+
+def values_of(image, limits):
+    """A tensor (C, H, W) in [-1, 1] as a picture (H, W, C) of a file: 8 bits without Limits."""
+    return limits.to_values(image) if limits else as_array(image[None])
 
 
 ALL = Limits((0.0,), (1.0,), "float32")  # to open a file of any depth

@@ -1,6 +1,5 @@
 """The local web server behind --serve."""
 
-import collections
 import contextlib
 import functools
 import ipaddress
@@ -13,28 +12,30 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
-from support.canvases import EditCanvas, TranslationCanvas
+from support.canvases import EditCanvas, TranslationCanvas, colours_of
 from support.errors import UserError
-from support.pictures import as_array
+from support.limits import Limits, values_of
 from support.processes import world_size
 from support.studio import Studio
 
 MOST_BYTES = 2**26  # of a request
-STRANGERS = 16  # connections that have shown no token yet
 ENDED = threading.Event()
 
 
 def translations(cfg, predict, net, from_labels, to_labels):
     """--serve of a script that translates; the arguments are translate_files'."""
-    table, predict = cfg.classes if from_labels else None, until_the_end(predict)
+    limits = Limits.of(cfg, "A" if cfg.direction == "BtoA" else "B")
+    predict = until_the_end(predict)
 
     def show(strip):
-        return cfg.classes.palette[strip.argmax(0)] if to_labels else as_array(strip[None])
+        if to_labels:
+            return cfg.classes.palette[strip.argmax(0)]
+        return colours_of(values_of(strip, limits), limits)
 
-    def make(pixels, _):
-        return TranslationCanvas(cfg, predict, net, pixels, table, show)
+    def make(raster, _):
+        return TranslationCanvas(cfg, predict, net, raster, show)
 
-    serve(Studio(cfg, table, make))
+    serve(Studio(cfg, cfg.classes if from_labels else None, make))
 
 
 def edits(cfg, predict, net):
@@ -84,24 +85,16 @@ def listening(studio):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread a connection; of those without a token only the newest are kept."""
+    """A thread a connection."""
 
     daemon_threads = True
 
     def __init__(self, studio):
         address = studio.cfg.address
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.studio, self.strangers = studio, collections.deque()
-        self.token, self.names = secrets.token_urlsafe(24), {address.lower(), "localhost"}
+        self.studio, self.token = studio, secrets.token_urlsafe(24)
+        self.names = {address.lower(), "localhost"}
         super().__init__((address, studio.cfg.port), Handler)
-
-    def process_request(self, request, client_address):
-        """Begins to answer a connection, and drops the oldest that shows no token."""
-        self.strangers.append(request)
-        if len(self.strangers) > STRANGERS:
-            with contextlib.suppress(OSError):  # it may have ended
-                self.strangers.popleft().shutdown(socket.SHUT_RDWR)
-        super().process_request(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -172,8 +165,6 @@ class Handler(BaseHTTPRequestHandler):
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
             raise Refused(403, "the address is incomplete: copy the one that --serve printed")
         self.connection.settimeout(60)
-        with contextlib.suppress(ValueError):  # dropped a moment ago
-            self.server.strangers.remove(self.connection)
 
     def _send(self, status, kind, content, **more):
         with contextlib.suppress(ConnectionError):  # the page is gone

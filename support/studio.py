@@ -3,6 +3,7 @@
 import base64
 import collections
 import concurrent.futures
+import copy
 import io
 import itertools
 import tempfile
@@ -13,14 +14,16 @@ import numpy as np
 from PIL import Image
 
 from support.batches import spread
+from support.canvases import MemoryRaster, values_of_colours
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError
+from support.limits import Limits, values_of
 from support.opening import UPLOADS
-from support.pictures import resize
+from support.pictures import as_tensor, from_bytes, resize
 from support.plots import page_of
 from support.rasters import Raster
 from support.store import ImageStore
-from support.windows import around, filled, sides_of
+from support.windows import sides_of
 from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
@@ -32,7 +35,8 @@ EXAMPLES = 12
 class Studio:
     """What the page asks for: canvases to open, strokes, files to take away.
 
-    make(pixels, photograph)  -> a canvas, TranslationCanvas or EditCanvas
+    make(given, photo)  -> a canvas, TranslationCanvas or EditCanvas, of MemoryRasters; photo is to
+                        edit, or to compare with, or None
     """
 
     def __init__(self, cfg, classes, make, edits=False):
@@ -40,42 +44,47 @@ class Studio:
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
         self.sides = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
+        self.given, self.other = "AB" if getattr(cfg, "direction", "") == "AtoB" else "BA"
         self.examples = self._examples()
 
     def _examples(self):
-        """[(pixels, photograph or None)] of validation images, evenly spread.
+        """[(given, photo)] of validation images, evenly spread.
 
         Where the images of training are not at hand: the picture of docs/ that fits.
         """
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):
-            if self.edits or self.classes:
-                return []
-            name = "example.jpg" if self.cfg.direction == "AtoB" else "example_map.png"
+            name = "example.jpg" if self.given == "A" else "example_map.png"
             path = Path(__file__).parents[1] / "docs" / name
-            return [(Raster(path).read(), None)] if path.is_file() else []
-        sides = (store.B, store.A)
-        if not self.edits and self.cfg.direction == "AtoB":
-            sides = (store.A, store.B)
+            if self.edits or self.classes or not path.is_file():
+                return []
+            return [(self._picture(Raster(path).read()), None)]
         found = []
-        for k in spread(EXAMPLES, len(sides[0])):
-            pixels, other = (self._unsqueezed(side[k % len(side)]) for side in sides)
-            photo = other if store.paired and other.ndim == 3 else None
-            found.append((pixels, photo))
+        for k in spread(EXAMPLES, len(getattr(store, self.given))):
+            given, other = (self._stored(store, side, k) for side in (self.given, self.other))
+            found.append((given, other if store.paired and not other.table else None))
         return found
 
-    def _unsqueezed(self, image):
-        """A stored image (3 or 1, S, S) as wide and high as a window is, but no larger than S."""
+    def _stored(self, store, side, k):
+        """Image k of a store as wide and high as a window is, but no larger than it lies there."""
         height, width = self.sides
         scale = min(1, self.cfg.size / min(height, width))
         size = round(width * scale), round(height * scale)
-        pixels = np.moveaxis(image, 0, -1) if len(image) > 1 else image[0]
-        return resize(np.ascontiguousarray(pixels), size, labels=len(image) == 1)
+        images = getattr(store, side)
+        image = np.moveaxis(images[k % len(images)], 0, -1)
+        if side == "B" and store.classes:
+            labels = image[..., 0].astype(np.uint8)
+            return MemoryRaster(resize(labels, size, labels=True), store.classes)
+        levels = as_tensor(resize(np.ascontiguousarray(image), size), "cpu")
+        limits = store.limits[side]
+        return MemoryRaster(values_of(from_bytes(levels)[0], limits), limits=limits)
 
     def page(self):
         """The page, with what it needs to know of the model in it."""
         table = self.classes or ClassTable.load("maps")
+        shown = [photo if self.edits else given for given, photo in self.examples]
+        pictures = [x.table.palette[x.start] if x.table else x.start for x in shown]
         about = {
             "script": self.cfg.script,
             "edits": self.edits,
@@ -84,34 +93,29 @@ class Studio:
             "unlabeled": table.palette[IGNORED].tolist(),
             "blank": dict(zip(("height", "width"), self.sides, strict=True)),
             "most": MOST_ANSWERS,
-            "examples": [png(self._shown(*example)[::2, ::2]) for example in self.examples],
+            "examples": [png(picture[::2, ::2]) for picture in pictures],
         }
         return page_of("paint.html", about)
-
-    def _shown(self, pixels, photo):
-        """What stands for an example: the photograph to edit, or else what the model is given."""
-        if self.edits:
-            return photo
-        return self.classes.palette[pixels] if self.classes else pixels
 
     def open(self, wanted):
         """Opens an example, files, a blank canvas of a height and width, or a canvas once more."""
         if "canvas" in wanted:
             return self._described(str(wanted["canvas"]))
         if "example" in wanted:
-            pixels, photo = self.examples[whole(wanted, "example", 0, len(self.examples) - 1)]
+            given, photo = self.examples[whole(wanted, "example", 0, len(self.examples) - 1)]
         elif "files" in wanted:
-            pixels, photo = self._decoded(wanted["files"])
+            given, photo = self._decoded(wanted["files"])
         elif self.edits:
             raise UserError("open a photograph and its land cover")
         else:
             shape = whole(wanted, "height", 16, 4096), whole(wanted, "width", 16, 4096)
-            pixels, photo = np.zeros(shape, np.uint8), None
-            if not self.classes:
-                pixels = np.full((*shape, 3), ClassTable.load("maps").colors[0], np.uint8)
+            blank, photo = np.zeros(shape, np.uint8), None
+            given = self._picture(ClassTable.load("maps").palette[blank])
+            if self.classes:
+                given = MemoryRaster(blank, self.classes)
         # with the paintings, which change how the network normalises
-        canvas = self.worker.submit(self.make, pixels.copy(), photo).result()
-        canvas.photo, canvas.latest, canvas.dirty = photo, 0, None  # strokes, what waits
+        canvas = self.worker.submit(self.make, copy.deepcopy(given), photo).result()
+        canvas.photo = photo
         key = str(next(self.numbers))
         self.canvases[key] = canvas
         while len(self.canvases) > 1 and sum(x.start.size for x in self.canvases.values()) > KEPT:
@@ -123,30 +127,40 @@ class Studio:
         start, now = (base64.b64encode(x.tobytes()).decode() for x in (canvas.start, canvas.pixels))
         height, width = canvas.pixels.shape[:2]
         about = {"canvas": key, "height": height, "width": width, "start": start, "pixels": now}
-        return about | {"photo": None if canvas.photo is None else png(canvas.photo)}
+        return about | {"photo": None if canvas.photo is None else png(canvas.photo.start)}
+
+    def _picture(self, colours):
+        """Colours (H, W, 3) uint8 as a MemoryRaster of the model's bands and depth."""
+        bands, limits = self.cfg.channels(self.given), Limits.of(self.cfg, self.given)
+        return MemoryRaster(values_of_colours(colours, bands, limits), limits=limits)
 
     def _decoded(self, files):
-        """(pixels, photograph or None) of {"input": [name, base64], and of edits "photo"}."""
-        pixels = self._read(*files["input"], self.classes)
+        """(given, photo) of {"input": [name, base64], and of edits "photo"}."""
+        given = self._read(self.given, *files["input"])
         if not self.edits:
-            return pixels, None
-        photo = self._read(*files["photo"], None)
-        if photo.shape[:2] != pixels.shape[:2]:
+            return given, None
+        photo = self._read(self.other, *files["photo"])
+        if photo.start.shape[:2] != given.start.shape:
             raise UserError("the photograph and its land cover differ in size")
-        return pixels, photo
+        return given, photo
 
-    def _read(self, name, content, table):
-        """The pixels of a file that came as base64, or its class indices; it does not stay."""
+    def _read(self, side, name, content):
+        """A file that came as base64, in memory; it does not stay."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
-        bands = self.cfg.bands("A" if self.edits or self.cfg.direction == "AtoB" else "B")
+        table = self.classes if side == self.given else None
+        bands, limits = self.cfg.bands(side), Limits.of(self.cfg, side)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)
             try:
-                with Raster(path, table, UPLOADS, MOST_PIXELS, bands) as raster:
+                with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: too many pixels for this page")
-                    return filled(raster, 0, 0, raster.height, raster.width)
+                    pixels = raster.values()
+                    valid = None if table else raster.valid(0, 0, *pixels.shape[:2])
+                    if valid is not None and valid.any():
+                        pixels[~valid] = pixels[valid].mean(0)
+                    return MemoryRaster(pixels, table, limits)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
 
@@ -158,7 +172,7 @@ class Studio:
         return canvas
 
     def stroke(self, query, content):
-        """Changes a box of a canvas and paints what follows; of those that wait, the last."""
+        """Changes a box of a canvas and paints what follows, one stroke at a time."""
         canvas = self._canvas(query)
         height, width = canvas.pixels.shape[:2]
         top, left = whole(query, "y", 0, height - 1), whole(query, "x", 0, width - 1)
@@ -170,21 +184,16 @@ class Studio:
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
         if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
             raise UserError(f"a class outside the table, which has {len(self.classes)}")
-        canvas.latest += 1
-        change = canvas, canvas.latest, (top, left, *sides), pixels, answers
+        change = canvas, (top, left, *sides), pixels, answers
         return self.worker.submit(self._generate, *change).result()
 
-    def _generate(self, canvas, turn, box, pixels, answers):
+    def _generate(self, canvas, box, pixels, answers):
         top, left, height, width = box
         canvas.pixels[top : top + height, left : left + width] = pixels
-        canvas.dirty = around(canvas.dirty or box, box)
-        if turn != canvas.latest:
-            return {"superseded": True}
         begin, pictures = time.perf_counter(), []
         for sample in range(1, answers + 1):
-            (y, x, *_), picture = canvas.generated(canvas.dirty, sample)
+            (y, x, *_), picture = canvas.generated(box, sample)
             pictures.append({"x": x, "y": y, "png": png(picture)})
-        canvas.dirty = None
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 
     def label_map(self, query):

@@ -1,7 +1,9 @@
 """Tiny datasets, networks and runs of every script, made by the tests themselves."""
 
+import base64
 import functools
 import importlib
+import io
 import json
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from PIL import Image
 
 import common
 import support.run
+import support.serve
 from harness import SCRIPTS  # noqa: F401  the one list of their names, handed on
 from support.classes import ClassTable
+from support.pictures import eight_bits
 
 CPU = torch.device("cpu")
 # the index of each convolution in torchvision's vgg16().features, and its channels
@@ -30,6 +34,7 @@ JUDGED = "--train-judge --judge-epochs 1"
 RUNS = dict.fromkeys(SCRIPTS, "--epochs 2")
 RUNS |= {"pix2pix": "--epochs 2 --save-every 1", "mixlc_acgan": f"--epochs 2 {JUDGED}"}
 try:
+    import rasterio
     from rasterio.transform import from_origin
 
     PLACE = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_800_000, 0.5, 0.5)}
@@ -165,6 +170,43 @@ def tiny_run(script, data, out, more=""):
 def use(run, action, more=""):
     """The command line that uses a run's last checkpoint, as in use(run, "--generate x.png")."""
     return f"{action} --checkpoint {run}/checkpoints/last.pt {more}".split()
+
+
+def studio_of(main, run, monkeypatch, more=""):
+    """The Studio that --serve of a run's last checkpoint serves."""
+    served = calls_of(monkeypatch, support.serve, "serve", lambda studio: None)
+    main(use(run, "--serve", more))
+    return served[-1][0]
+
+
+def page_shows(studio, paths, strokes=()):
+    """The picture (H, W, 3) that the page shows of files (its input, its photograph).
+
+    strokes  [(x, y, width, height, what is painted in bytes), ...]
+    """
+    files = {}
+    for name, path in zip(("input", "photo"), paths, strict=False):
+        files[name] = [path.name, base64.b64encode(path.read_bytes()).decode()]
+    opened = studio.open({"files": files})
+    height, width, start = (opened[name] for name in ("height", "width", "start"))
+    picture = np.zeros((height, width, 3), np.uint8)
+    for stroke in [(0, 0, width, height, base64.b64decode(start)), *strokes]:
+        query = dict(zip(("x", "y", "width", "height"), stroke, strict=False))
+        answer = studio.stroke(query | {"canvas": opened["canvas"], "answers": 1}, stroke[-1])
+        (answer,) = answer["pictures"]
+        part = pixels_of(io.BytesIO(base64.b64decode(answer["png"])))
+        x, y = answer["x"], answer["y"]
+        picture[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return picture
+
+
+def in_colours(path, limits=None):
+    """A TIFF in 8 bits, (H, W, 3): one band is grey, two are red and cyan, else the first three."""
+    with rasterio.open(path) as file:
+        values = np.moveaxis(file.read(), 0, -1)
+    levels = limits.to_levels(values) if limits else values
+    first = {1: [0, 0, 0], 2: [0, 1, 1]}.get(values.shape[-1], [0, 1, 2])
+    return eight_bits(levels)[..., first]
 
 
 def tiny(script, **options):

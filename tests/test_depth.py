@@ -10,16 +10,20 @@ import torch
 from PIL import Image
 
 import common
+import cyclegan
 import pix2pix
 from conftest import (
     PLACE,
     TABLE,
     geotiff,
+    in_colours,
     last,
     line_of,
+    page_shows,
     rows_of,
     save,
     stop_after,
+    studio_of,
     tiny_run,
     use,
 )
@@ -151,11 +155,20 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     capsys.readouterr()
     line = line_of(pix2pix.main, use(out, "--evaluate", "--limits-A 0,3000"), capsys)
     assert "--limits-A 0,3000 contradicts" in line
-    assert "of 8 bits" in line_of(pix2pix.main, use(out, "--serve"), capsys)
+    studio, photo = studio_of(pix2pix.main, out, monkeypatch), deep / "val" / "A" / "13.tif"
+    assert (page_shows(studio, [photo]) == in_colours(tmp_path / "new" / "13.tif", limits)).all()
+    with rasterio.open(photo) as file:
+        values = np.moveaxis(file.read(), 0, -1)
+    values[20:30, 5:45, :3] = 5000, 0, 2000
+    painted = geotiff(tmp_path / "painted" / "13.tif", values, nodata=0)
+    pix2pix.main(use(out, f"--generate {painted}", f"--out {tmp_path}/new --overwrite"))
+    stroke = 5, 20, 40, 10, bytes([255, 0, 102]) * 400
+    shown = page_shows(studio, [photo], [stroke])
+    assert (shown == in_colours(tmp_path / "new" / "13.tif", limits)).all()
 
 
-def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path):
-    """Of a label map, too; a PNG of 16 bits is read as such."""
+def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, monkeypatch):
+    """Of a label map, too, also on the page; a PNG of 16 bits is read as such."""
     root = tmp_path / "data"
     for split in ("train", "val"):
         for path in (deep / split / "B").iterdir():
@@ -171,10 +184,22 @@ def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path):
     with rasterio.open(tmp_path / "new" / f"{labels.stem}.tif") as result:
         assert result.dtypes == ("uint16",) and result.count == 1
         assert 38_000 < result.read().min() <= result.read().max() < 44_000
+    limits = Limits.of(pix2pix.Config(**config), "A")
+    studio = studio_of(pix2pix.main, tmp_path / "run", monkeypatch)
+    result = in_colours(tmp_path / "new" / f"{labels.stem}.tif", limits)
+    assert (page_shows(studio, [labels]) == result).all()
+    given, photo = studio.examples[0]
+    assert given.pixels.dtype == np.uint8 and photo.pixels.dtype == np.uint16
+    assert 38_000 < photo.pixels.min() < photo.pixels.max() < 44_000
 
 
-@pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
-def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(script, deep, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "bands"), [("mixlc", (4, 3, 2, 1, 5, 6)), ("mixlc_acgan", (4, 2))]
+)
+def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(
+    script, bands, deep, tmp_path, monkeypatch
+):
+    """The page shows the same edit."""
     root = tmp_path / "data"
     for split in ("train", "val"):
         for path in (deep / split / "A").iterdir():
@@ -184,24 +209,29 @@ def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(script, deep, tmp_pa
             geotiff(root / split / "lc" / path.name, (pixels[..., 3] // 2000).astype(np.uint8))
     (root / "classes.json").write_text(json.dumps(TABLE))
     main, out = importlib.import_module(script).main, tmp_path / "run"
-    main(tiny_run(script, root, out, "--epochs 1 --bands-A 4,3,2,1"))
+    main(tiny_run(script, root, out, f"--epochs 1 --bands-A {','.join(map(str, bands))}"))
     photo = next((root / "val" / "rgb").iterdir())
     for path in (photo, root / "val" / "lc" / photo.name):  # larger than the windows of an edit
         with rasterio.open(path) as file:
             geotiff(path, np.moveaxis(np.tile(file.read(), (1, 3, 3)), 0, -1))
-    more = f"--lc {root}/val/lc/{photo.name} --paint water:0,0,20,20"
+    labels = root / "val" / "lc" / photo.name
+    more = f"--lc {labels} --paint water:0,0,20,20"
     main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
     with rasterio.open(tmp_path / "new" / photo.name) as result, rasterio.open(photo) as before:
-        new, old = result.read(), before.read([4, 3, 2, 1])
+        new, old = result.read(), before.read(bands)
     assert new.dtype == np.uint16 and (new[:, 30:, 30:] == old[:, 30:, 30:]).all()
     limits = Limits.of(importlib.import_module(script).Config(**last(out)["config"]), "A")
-    inside = new[:, :10, :10].reshape(4, -1)
+    inside = new[:, :10, :10].reshape(len(bands), -1)
     assert (np.floor(limits.low) <= inside.T).all() and (np.ceil(limits.high) >= inside.T).all()
-    assert (inside != old[:, :10, :10].reshape(4, -1)).mean() > 0.9
+    assert (inside != old[:, :10, :10].reshape(len(bands), -1)).mean() > 0.9
+    studio = studio_of(main, out, monkeypatch)
+    shown = page_shows(studio, [labels, photo], [(0, 0, 20, 20, bytes([1]) * 400)])
+    assert (shown == in_colours(tmp_path / "new" / photo.name, limits)).all()
+    assert page_shows(studio, [labels, photo])[..., 0].std() > 10  # neither dark nor flat
 
 
-def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path):
-    main = importlib.import_module("cyclegan").main
+def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path, monkeypatch):
+    main = cyclegan.main
     main(tiny_run("cyclegan", deep, tmp_path / "run", "--epochs 1 --bands-A 3,2"))
     assert "rmse_units" in rows_of(tmp_path / "run")["A to B: model"]
     photo = next((deep / "val" / "B").iterdir())
@@ -209,6 +239,9 @@ def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path):
     main(use(tmp_path / "run", f"--generate {photo}", more))
     with rasterio.open(tmp_path / "new" / photo.name) as result:
         assert result.dtypes == ("uint16", "uint16")
+    limits = Limits.of(cyclegan.Config(**last(tmp_path / "run")["config"]), "A")
+    shown = page_shows(studio_of(main, tmp_path / "run", monkeypatch, more), [photo])
+    assert (shown == in_colours(tmp_path / "new" / photo.name, limits)).all()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])

@@ -18,13 +18,16 @@ from conftest import (
     as_rank,
     calls_of,
     geotiff,
+    in_colours,
     last,
     line_of,
     open_data,
+    page_shows,
     refused,
     rows_of,
     same,
     stop_after,
+    studio_of,
     tiny,
     tiny_run,
     use,
@@ -284,8 +287,8 @@ MANY = {
 
 
 @pytest.mark.parametrize("script", MANY)
-def test_networks_of_other_bands(script, tmp_path, capsys):
-    """Trained, measured and used; the result has the bands of B, or of the photograph."""
+def test_networks_of_other_bands(script, tmp_path, capsys, monkeypatch):
+    """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
     root, edits = tmp_path / "data", "mixlc" in script
     for k in range(6):
         a = np.random.default_rng(k).integers(0, 256, (64, 64, 6), np.uint8)
@@ -312,7 +315,10 @@ def test_networks_of_other_bands(script, tmp_path, capsys):
     capsys.readouterr()
     line = line_of(main, use(out, "--evaluate", "--bands-A 3,2,1"), capsys)
     assert "--bands-A 3,2,1 contradicts" in line
-    assert "three bands" in line_of(main, use(out, "--serve"), capsys)
+    files = (root / "val" / "lc" / "5.tif", photo) if edits else (photo,)
+    strokes = [(0, 0, 30, 30, bytes([1]) * 900)] if edits else []
+    shown = page_shows(studio_of(main, out, monkeypatch), files, strokes)
+    assert (shown == in_colours(tmp_path / "new" / "5.tif")).all()
 
 
 def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
