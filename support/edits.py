@@ -120,7 +120,7 @@ class PhotoEdit:
         under = self.photo.values(top, left, height, width)
         share = np.asarray(mask, np.float64)[..., None] / 255
         blend = under + share * (pixels - under.astype(np.float64))
-        return (blend if under.dtype.kind == "f" else blend.round()).astype(under.dtype)
+        return (blend if pixels.dtype.kind == "f" else blend.round()).astype(pixels.dtype)
 
 
 def centred(box, lengths, size):

@@ -39,7 +39,7 @@ class Limits(NamedTuple):
         if not all(a < b for a, b in zip(low, high, strict=True)):
             remedy = f"write LOW,HIGH, or a pair for each of {cfg.channels(side)} bands"
             raise UserError(f"--limits-{side} {numbers}: {remedy}")
-        return cls(tuple(low), tuple(high), dtype)
+        return cls(tuple(low), tuple(high), dtype or "float32")
 
     @property
     def ranges(self):

@@ -122,6 +122,7 @@ def test_eight_bits_beside_sixteen_are_as_ever(deep, tmp_path):
 
 
 def test_values_come_back_in_their_type_and_units():
+    assert Limits.of(pix2pix.Config(limits_A="0,9"), "A").dtype == "float32"  # without a file's
     limits = Limits((0.0, -50.0), (65535.0, 50.0), "int16")
     values = np.array([[[0, -50], [32767, 50], [12345, 7]]], np.int16)
     levels = limits.to_levels(values)
@@ -228,6 +229,11 @@ def test_an_edit_keeps_a_deep_photograph_outside_to_the_bit(
     shown = page_shows(studio, [labels, photo], [(0, 0, 20, 20, bytes([1]) * 400)])
     assert (shown == in_colours(tmp_path / "new" / photo.name, limits)).all()
     assert page_shows(studio, [labels, photo])[..., 0].std() > 10  # neither dark nor flat
+    dark = geotiff(tmp_path / "dark.tif", np.full((192, 192, 6), 9, np.uint8))
+    main(use(out, f"--generate {dark} {more}", f"--out {tmp_path}/new"))
+    with rasterio.open(tmp_path / "new" / "dark.tif") as result:
+        new = result.read()
+    assert (new[:, 30:, 30:] == 9).all() and new[:, :10, :10].max() > 255
 
 
 def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path, monkeypatch):
