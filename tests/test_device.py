@@ -25,6 +25,7 @@ from conftest import as_rank, calls_of, line_of, pictures, tiny, vgg_file
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
 from support.processes import reduced
+from support.run import Means
 
 
 class Stream:
@@ -132,9 +133,14 @@ def test_a_step_is_seeded_as_by_manual_seed(rank, monkeypatch):
     assert torch.equal(got, torch.rand(5))
 
 
-def test_gradients_are_averaged(monkeypatch):
+def test_gradients_and_logged_losses_are_averaged(monkeypatch):
     as_rank(monkeypatch, 0)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2).add_(4))
+    add = lambda tensor, *_: tensor.mul_(2).add_(4)  # noqa: E731  the other has 4 more
+    monkeypatch.setattr(torch.distributed, "all_reduce", add)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    losses = Means()
+    losses.add(["g"], torch.tensor([3.0]))
+    assert losses.read() == {"g": 5} and losses.saved()[1].tolist() == [5]
     layer = torch.nn.Linear(2, 1)
     (layer.weight.sum() * 3 + layer.bias.sum()).backward()
     common.average_gradients(layer)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
@@ -455,15 +454,6 @@ def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
     with refused("b.png"):
         common.translate_files(cfg, negative)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("option", ["generate", "lc", "lc_before"])
-def test_a_pipe_is_no_picture(tmp_path, option):
-    os.mkfifo(tmp_path / "fifo.png")
-    name, (cfg, _) = str(tmp_path / "fifo.png"), edit(tmp_path, paint=("water:9,9,9,9",))
-    value = (name,) if option == "generate" else name
-    with refused(r"fifo.png: no such file"):
-        common.edit_file(dataclasses.replace(cfg, **{option: value}), None)
 
 
 def test_long_names_and_windows_of_400_digits_are_no_trouble(tmp_path):

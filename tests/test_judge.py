@@ -9,7 +9,8 @@ import pytest
 
 import common
 import pix2pix
-from conftest import CPU, TABLE, refused, rows_of, same, save, tiny_run
+import support.judge
+from conftest import CPU, TABLE, calls_of, refused, rows_of, same, save, tiny_run
 from support.judge import Judge, train_judge
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
@@ -53,8 +54,10 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
     assert scores.table()["real"]["judge_mean_iou"] > 0.9
 
 
-def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path):
+def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
+    """And its processes average their gradients."""
     judge, seen = Judge(3, width=2), set()
+    averaged = calls_of(monkeypatch, support.judge, "average_gradients")
 
     def look(module, inputs):
         seen.update(image.numpy().tobytes() for image in inputs[0])
@@ -63,6 +66,7 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path):
     paths = {"data": str(data), "out": str(tmp_path / "run")}
     train_judge(judge, dataclasses.replace(CFG, judge_epochs=30, **paths), CPU)
     assert 96 < len(seen) <= 24 * 8  # two flips alone give 24 * 4
+    assert len(averaged) == 30  # a step an epoch
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
