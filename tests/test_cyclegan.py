@@ -41,9 +41,6 @@ from support.pictures import to_bytes
 PICTURES, LAND_COVER = tiny("cyclegan")[1], tiny("cyclegan", **LABELS)[1]
 
 
-# ------------------------------------------------------------------- one-hot maps, straight through
-
-
 def test_straight_through_has_the_gradient_of_the_softmax():
     logits, weight = torch.randn(1, 5, 3, 3, requires_grad=True), torch.randn(1, 5, 3, 3)
     (got,) = torch.autograd.grad((cyclegan.straight_through(logits) * weight).sum(), logits)
@@ -59,9 +56,6 @@ def test_discriminator_and_return_generator_get_exact_one_hots_with_a_real_maps_
     assert len(shown_D) == 3 and len(shown_G) == 2
     assert all(set(images.unique().tolist()) == {0.0, 1.0} for images in shown_D + shown_G)
     assert all(torch.equal(images.sum(1), real.sum(1)) for images in shown_D)
-
-
-# --------------------------------------------------------------------------------------- image pool
 
 
 def test_the_pool_equals_a_plain_list_and_is_kept_in_checkpoints():
@@ -84,9 +78,6 @@ def test_cuda_pool_fills_inside_a_graph():
     for k in range(8):
         step(state, tuple(x.to(device) for x in (pictures(k, 1), pictures(k + 50, 1))), cfg)
     assert state.pool_A.count.item() == 5 and (state.pool_A.images.abs().sum((1, 2, 3)) > 0).all()
-
-
-# --------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +115,6 @@ def test_land_cover_batches_are_one_hot_with_holes(landcover, cache):
     assert set(b.sum(1).unique().tolist()) == {0.0, 1.0}
     colors = to_bytes(data.picture(b)).permute(0, 2, 3, 1).reshape(-1, 3)
     assert {(0x9B, 0x9B, 0x9B), (0xE2, 0xA9, 0x29)} <= {tuple(color) for color in colors.tolist()}
-
-
-# ---------------------------------------------------------------------------------------------- use
 
 
 def test_translate_both_directions():

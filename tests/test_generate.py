@@ -456,12 +456,6 @@ def test_a_damaged_input_is_found_before_the_first_is_generated(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_long_names_and_windows_of_400_digits_are_no_trouble(tmp_path):
-    name = f"{'n' * 245}.png"
-    common.translate_files(translation(tmp_path, name, window=10**400), negative)
-    assert level(tmp_path / "out" / name) == 255
-
-
 def test_windows_without_data_are_left_out(tmp_path):
     """Of 36 windows four have data, and one per row stands for the channels."""
     pixels = np.zeros((304, 304, 3), np.uint8)

@@ -29,7 +29,7 @@ from conftest import (
     tiny_run,
     use,
 )
-from mixlc import build, edit_mask, gan_loss, grown, main, masked_l1_loss, translate
+from mixlc import edit_mask, gan_loss, grown, main, masked_l1_loss
 from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
@@ -58,9 +58,6 @@ def choices(data, count):
 
 def mask_of(*box, size=64):
     return edit_mask(torch.tensor([box]), torch.tensor([True]), size)
-
-
-# ------------------------------------------------------------------------------------------ samples
 
 
 @pytest.mark.parametrize("box", ["center", "random", "any"])
@@ -171,9 +168,6 @@ def test_an_edit_is_blanked_in_a_users_photograph(script, trained, tmp_path, mon
     assert water.any() and torch.equal(blanked, water)
 
 
-# ----------------------------------------------------------------------------------------- networks
-
-
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_the_dilated_net_sees_the_whole_centre_box(size):
     """One place in the middle is moved by the farthest pixels of the box, 3/8 of the side."""
@@ -196,9 +190,6 @@ def test_the_local_crop_lies_around_the_box_and_within_the_image():
     assert crop.shape == (3, 2, 32, 32)
     assert crop[:, :, 0, 0].tolist() == [[16, 16], [0, 0], [32, 32]]
     assert crop[0, 1, 0].tolist() == list(range(16, 48))
-
-
-# ----------------------------------------------------------------------------------- the local loss
 
 
 def test_edit_mask():
@@ -232,20 +223,6 @@ def test_adversarial_losses_are_means_over_the_patches_at_the_edit():
     assert gan_loss(torch.zeros(1, 1, 1, 1), False, near, "bce").item() == pytest.approx(np.log(2))
 
 
-# --------------------------------------------------------------------------- translate and evaluate
-
-
-@pytest.mark.parametrize("policy", ["running", "batch"])
-def test_translate_does_not_depend_on_companions_nor_change_statistics(policy):
-    cfg = dataclasses.replace(TINY, eval_norm=policy)
-    state, (rgb, lc, *_) = build(cfg, CPU), batch_of("mixlc", TINY)
-    statistics = {k: v.clone() for k, v in state.G.state_dict().items()}
-    both = translate(state, (rgb, lc), cfg)
-    assert torch.allclose(translate(state, (rgb[:1], lc[:1]), cfg), both[:1], atol=1e-5)
-    assert all(torch.equal(v, statistics[k]) for k, v in state.G.state_dict().items())
-    assert state.G.training and not both.requires_grad
-
-
 def test_evaluation_by_hand(landcover, cache, monkeypatch):
     """A generator that copies: the model's row is the copy's; outside the box it is perfect."""
     val = open_data("mixlc", landcover, cache, "val", erase=False)
@@ -271,9 +248,6 @@ def test_the_verdict_on_copying(landcover, cache, monkeypatch):
     assert "0.00 levels from the target" in answers[1]
     ends = "copies its input", "does not copy its input", "neither copies its input nor hits"
     assert all(f"it {end}" in answer for answer, end in zip(answers, ends, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------- use
 
 
 def pixels(path):

@@ -1,6 +1,5 @@
 """mixlc_acgan alone: the two heads, the style loss, class weights, the noise, the scores."""
 
-import dataclasses
 import types
 
 import numpy as np
@@ -12,20 +11,15 @@ from torch import nn
 import common
 import mixlc_acgan
 from conftest import (
-    CPU,
-    batch_of,
     last,
     maps,
     pictures,
     tiny,
     tiny_run,
 )
-from mixlc_acgan import Discriminator, build, main, style_loss, translate
+from mixlc_acgan import Discriminator, main, style_loss
 
 TINY = tiny("mixlc_acgan")[1]
-
-
-# ----------------------------------------------------------------------------------------- networks
 
 
 def test_the_adversarial_head_joins_photograph_and_land_cover():
@@ -86,9 +80,6 @@ def test_as_a_judge_the_classifier_uses_running_statistics_and_keeps_them():
     assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------- losses
-
-
 def test_gram_style_loss_on_a_2x2x2_tensor():
     """Channels (1, 2, 3, 4) and (0, 1, 0, 1): Gram [[30, 6], [6, 2]] / 8; of zeros: zero."""
     features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, 1.0]]]])
@@ -105,29 +96,6 @@ def test_class_weights_by_hand():
     assert weights.tolist() == pytest.approx([4 / 6, 4 / 2, 0.0])
     rare = mixlc_acgan.inverse_frequency(torch.tensor([1023, 1]))
     assert rare.tolist() == pytest.approx([512 / 1023, 10.0])
-
-
-# ---------------------------------------------------------------------------------------- translate
-
-
-@pytest.mark.parametrize("policy", ["running", "batch"])
-def test_dropout_is_the_noise_and_batch_norm_is_in_the_mode_stated(policy):
-    cfg = dataclasses.replace(TINY, eval_norm=policy)
-    state, (rgb, lc, *_) = build(cfg, CPU), batch_of("mixlc_acgan", TINY)
-    statistics, modes = {k: v.clone() for k, v in state.G.state_dict().items()}, {}
-
-    def note(module, given, result):
-        modes.setdefault(type(module), set()).add(module.training)
-
-    for module in state.G.modules():
-        if isinstance(module, (nn.Dropout, nn.BatchNorm2d)):
-            module.register_forward_hook(note)
-    torch.manual_seed(3)
-    one, two = (translate(state, (rgb, lc), cfg) for _ in range(2))
-    torch.manual_seed(3)
-    assert torch.equal(translate(state, (rgb, lc), cfg), one) and not torch.equal(one, two)
-    assert modes == {nn.Dropout: {True}, nn.BatchNorm2d: {policy == "batch"}}
-    assert all(torch.equal(v, statistics[k]) for k, v in state.G.state_dict().items())
 
 
 def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
@@ -147,9 +115,6 @@ def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
     for by in ("judge", "own"):
         assert scores.confusions["model", by].sum().item() == 2 * 400
         assert scores.table()["model"][f"{by}_mean_iou"] == 1.0
-
-
-# --------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_path):

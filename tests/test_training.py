@@ -1,5 +1,6 @@
 """What every script does around its steps: batches, crops, flips, runs, resuming, using."""
 
+import copy
 import importlib
 import json
 
@@ -11,11 +12,13 @@ from PIL import Image
 
 import common
 from conftest import (
+    CPU,
     PLACE,
     RUNS,
     SCRIPTS,
     TABLE,
     as_rank,
+    batch_of,
     calls_of,
     geotiff,
     in_colours,
@@ -32,6 +35,7 @@ from conftest import (
     tiny_run,
     use,
 )
+from support.checkpoints import state_dict
 from support.pictures import to_bytes
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -163,6 +167,31 @@ def test_cuda_rows_resident_and_prefetched_agree():
     index, device = np.arange(10).reshape(5, 2), torch.device("cuda")
     resident = list(common.Loader(array, device).batches(index))
     assert same(resident, list(common.Loader(array, device, share=0.0).batches(index)))
+
+
+# ---------------------------------------------------------------------------------------- translate
+
+NOISE = "pix2pix batch", "mixlc_acgan running", "mixlc_acgan batch"  # dropout, which stays on
+QUIET = "cyclegan -", "pix2pix running", "mixlc running", "mixlc batch"
+
+
+@pytest.mark.parametrize("case", [*NOISE, *QUIET])
+def test_translate_follows_the_seed_and_changes_no_network(case):
+    """An image does not depend on those beside it: their statistics are not its own."""
+    script, policy = case.split()
+    module, cfg = tiny(script, **({} if script == "cyclegan" else {"eval_norm": policy}))
+    state, batch = module.build(cfg, CPU), batch_of(script, cfg)
+    given = tuple(batch[:2]) if "mixlc" in script else batch[0]
+    first = tuple(x[:1] for x in given) if "mixlc" in script else given[:1]
+    before = copy.deepcopy(state_dict(state))
+    torch.manual_seed(1)
+    both, other = (module.translate(state, given, cfg) for _ in range(2))
+    torch.manual_seed(1)
+    alone = module.translate(state, first, cfg)
+    assert torch.equal(both, other) == (case not in NOISE) and not both.requires_grad
+    assert case == "mixlc_acgan running" or torch.allclose(alone, both[:1], atol=1e-5)
+    assert same(state_dict(state), before)
+    assert all(net.training for net in vars(state).values() if isinstance(net, torch.nn.Module))
 
 
 # --------------------------------------------------------------------------------------------- rate
