@@ -5,7 +5,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -34,32 +33,6 @@ def test_the_adversarial_head_joins_photograph_and_land_cover():
     interaction = logits[0][0] - logits[0][1] - logits[1][0] + logits[1][1]
     effect = (logits[0][0] - logits[0][1]).abs().mean()
     assert interaction.abs().mean() > 1e-3 * effect > 0
-
-
-def test_a_discriminator_learns_that_a_photograph_does_not_fit_its_land_cover():
-    """Red ground is class 0, green ground class 1: trained for seconds, it ranks over 90 %."""
-    torch.manual_seed(0)
-    D = mixlc_acgan.init_weights(Discriminator(2, 3, 8))
-    adam = torch.optim.Adam(D.parameters(), 1e-3, (0.5, 0.999))
-    everywhere = torch.ones(16, 1, 64, 64) > 0
-
-    def batch():
-        cover = common.one_hot(torch.randint(2, (16, 2, 2), dtype=torch.uint8), 2)
-        cover = F.interpolate(cover, scale_factor=32)
-        picture = torch.cat([cover * 2 - 1, torch.zeros(16, 1, 64, 64)], 1)
-        return picture + 0.3 * torch.randn_like(picture), cover
-
-    for _ in range(60):
-        picture, cover = batch()
-        right, wrong = D(picture, cover), D(picture, cover.flip(1))
-        loss = mixlc_acgan.gan_loss(right, True, everywhere)
-        loss = loss + mixlc_acgan.gan_loss(wrong, False, everywhere)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    picture, cover = batch()
-    right, wrong = D(picture, cover).mean((1, 2, 3)), D(picture, cover.flip(1)).mean((1, 2, 3))
-    assert (right > wrong).float().mean().item() > 0.9
 
 
 def test_the_class_head_never_sees_land_cover():

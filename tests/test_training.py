@@ -29,6 +29,7 @@ from conftest import (
     refused,
     rows_of,
     same,
+    state_of,
     stop_after,
     studio_of,
     tiny,
@@ -284,6 +285,7 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
     assert same(last(out)["state"], last(trained(script))["state"])
     whole = trained(script) / "metrics.csv"
     assert (out / "metrics.csv").read_text() == whole.read_text()
+    assert all(state_of(path)["batch"] == 0 for path in out.glob("checkpoints/epoch_*.pt"))
 
 
 @each_script
