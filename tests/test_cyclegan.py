@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import plain
 import pytest
 import torch
 from PIL import Image
@@ -34,7 +35,7 @@ from conftest import (
     tiny_run,
     use,
 )
-from cyclegan import build, main, train_step, translate
+from cyclegan import ImagePool, build, main, train_step, translate
 from support.pictures import to_bytes
 
 PICTURES, LAND_COVER = tiny("cyclegan")[1], tiny("cyclegan", **LABELS)[1]
@@ -55,6 +56,18 @@ def test_discriminator_and_return_generator_get_exact_one_hots_with_a_real_maps_
     assert len(shown_D) == 3 and len(shown_G) == 2
     assert all(set(images.unique().tolist()) == {0.0, 1.0} for images in shown_D + shown_G)
     assert all(torch.equal(images.sum(1), real.sum(1)) for images in shown_D)
+
+
+def test_the_pool_equals_a_plain_list_and_is_kept_in_checkpoints():
+    ours, theirs = ImagePool(4, 1, 1, torch.float32), plain.Pool(4)
+    for k in range(40):
+        fakes = torch.arange(3.0).view(3, 1, 1, 1) + 3 * k
+        torch.manual_seed(k)
+        returned = ours(fakes)
+        torch.manual_seed(k)
+        assert torch.equal(returned, theirs(fakes))
+    assert torch.equal(ours.images, torch.stack(theirs.images))
+    assert set(ours.state_dict()) == {"images", "count"}
 
 
 @pytest.mark.cuda

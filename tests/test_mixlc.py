@@ -18,7 +18,6 @@ from conftest import (
     calls_of,
     inputs_of,
     land_cover,
-    line_of,
     open_data,
     picture,
     pixels_of,
@@ -254,12 +253,11 @@ def pixels(path):
     return pixels_of(path).astype(int)
 
 
-def test_an_edited_land_cover_file(trained, landcover, photo, tmp_path, capsys):
+def test_an_edited_land_cover_file(landcover, photo, tmp_path, capsys):
     lc = np.zeros((100, 140), np.uint8)
     lc[:, 70:] = 1
     save(tmp_path / "edited.png", lc)
     photo = photo.replace("lc.png", "edited.png")
-    assert "--no-erase" in line_of(main, use(trained("mixlc"), photo, f"--out {tmp_path}"), capsys)
     run = tmp_path / "whole" / "run"
     main(tiny_run("mixlc", landcover, run, "--epochs 1 --no-erase"))
     main(use(run, photo, f"--out {tmp_path}/a"))
@@ -270,24 +268,6 @@ def test_an_edited_land_cover_file(trained, landcover, photo, tmp_path, capsys):
     whole, kept, again = (pixels(tmp_path / name / "photo.png") for name in "abc")
     assert (whole == again).all() and (kept[:, 80:] == whole[:, 80:]).all()
     assert (kept[:, :60] == pixels(tmp_path / "photo.png")[:, :60]).all()
-
-
-STROKES = {
-    "lake:1,1,5,5": "no such class; there are land, water, road",
-    ":1,1,5,5": "several begin so; there are",
-    "water:1,1": "write class:x,y,width,height",
-    "water:200,1,5,5": "lies outside the image, 140x100",
-}
-
-
-def test_wrong_strokes_and_files_of_an_edit_are_one_line(trained, photo, tmp_path, capsys):
-    arguments = use(trained("mixlc"), photo, f"--out {tmp_path}/out")
-    for stroke, line in STROKES.items():
-        assert line in line_of(main, [*arguments, "--paint", stroke], capsys)
-    save(tmp_path / "lc.png", np.zeros((10, 10), np.uint8))
-    assert "lc.png is 10x10: sizes must agree" in line_of(main, arguments, capsys)
-    assert "needs --lc" in line_of(main, arguments[:2] + arguments[4:], capsys)
-    assert "need --checkpoint" in line_of(main, arguments[:4], capsys)
 
 
 def test_the_beginning_of_a_name_is_enough():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import common
 from conftest import CPU, LABELS, maps, parameters, pictures, tiny
 
 GENERATORS = {
@@ -117,12 +116,6 @@ def test_receptive_field(script, arguments, field):
     for layer in reversed(convolutions(importlib.import_module(script).Discriminator(*arguments))):
         seen = layer.kernel_size[0] + (seen - 1) * layer.stride[0]
     assert seen == field
-
-
-def test_patch_gan_286_refuses_what_it_cannot_see():
-    with pytest.raises(common.UserError, match="--patch-gan 286"):
-        made("pix2pix", patch_gan=286)
-    made("pix2pix", patch_gan=286, size=128)
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])

@@ -88,6 +88,7 @@ def test_rows_of_an_epoch_average_as_many_steps(pairs, tmp_path):
     """Else curves zigzag at the ends of epochs. Six steps an epoch, a row for four at most."""
     train(pairs, tmp_path / "run", "--epochs 2 --batch-size 1 --log-every 4")
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["3", "6", "9", "12"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
 
 
 def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path):
