@@ -108,6 +108,7 @@ CASES = {
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint goes with",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
+    "pix2pix --evaluate --checkpoint flipped.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint other.pt": "written by cyclegan.py",
     "pix2pix --evaluate --checkpoint odd.pt": "not a checkpoint of pix2pix.py",
     "pix2pix --evaluate --checkpoint nothing.pt": "nothing.pt: no such file",
@@ -210,7 +211,10 @@ def wrong_checkpoints(root):
         torch.save(changed, root / name)
     next(iter(content["state"]["G"].values())).fill_(float("nan"))
     torch.save(content, root / "nan.pt")
-    (root / "corrupt.pt").write_bytes((root / "model.pt").read_bytes()[:5000])
+    whole = (root / "model.pt").read_bytes()
+    (root / "corrupt.pt").write_bytes(whole[:5000])
+    middle = len(whole) // 2  # of some weights: only their checksum shows that a byte is wrong
+    (root / "flipped.pt").write_bytes(whole[:middle] + b"?!" + whole[middle + 2 :])
 
 
 def png_header(width, height):
@@ -408,6 +412,7 @@ def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, mon
 
     def step(state, batch, cfg):
         os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends it at once
         return honest(state, batch, cfg)
 
     monkeypatch.setattr(pix2pix, "train_step", step)

@@ -236,9 +236,11 @@ def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
         patch.setattr(time, "monotonic", lambda: now[0])
         with pytest.raises((ConnectionError, SystemExit)):
             train(pairs, runs, long)
-    assert [last(runs)[name] for name in ("epoch", "batch", "step")] == [0, 3, 3]
+    saved = last(runs)
+    assert [saved[name] for name in ("epoch", "batch", "step")] == [0, 3, 3]
     main(f"--resume --out {runs}".split())
     assert same(last(runs)["state"], last(tmp_path / "whole")["state"])
+    assert last(runs)["id"] == saved["id"]  # by which Weights & Biases finds the run
     assert (runs / "metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
 
 

@@ -306,3 +306,19 @@ def test_loss_of_classes_by_hand_leaves_out_ignored_pixels(script, weights):
     reference = F.cross_entropy(logits, index, weight=weight, ignore_index=255)
     assert want == pytest.approx(reference.item())
     assert class_loss(script, logits, target * 0, weights) == 0  # not NaN
+
+
+@pytest.mark.parametrize(("given", "result"), [("bfloat16", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_are_in_at_least_float32(script, given, result):
+    module = importlib.import_module(script)
+    x, mask = torch.zeros(1, 3, 64, 64, dtype=getattr(torch, given)), torch.ones(1, 1, 64, 64) > 0
+    calls = {
+        "l1_loss": (x, x),
+        "gan_loss": (x, True, *gan_options(script)),
+        "label_loss": (x, x),
+        "masked_l1_loss": (x, x, mask),
+        "class_loss": (x, x, torch.ones(3)),
+    }
+    losses = [getattr(module, name)(*call) for name, call in calls.items() if hasattr(module, name)]
+    assert all(loss.dtype == getattr(torch, result) for loss in losses)
