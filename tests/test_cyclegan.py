@@ -153,7 +153,7 @@ def test_the_mode_can_be_forced_and_is_bound_to_the_checkpoint(classes, measure,
     if classes == "maps":
         side_by_side(root, drawn=True)
     main(tiny_run("cyclegan", root, run, f"--epochs 1 --max-images 2 --lc-classes {classes}"))
-    for more in (None, f"--out {tmp_path}/again"):
+    for more in (None, f"--out {tmp_path}/again --lc-classes {classes}"):
         if more:
             (root / "classes.json").write_text(json.dumps(TABLE))
             main(use(run, "--evaluate", more))

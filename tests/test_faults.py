@@ -325,7 +325,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
 # --------------------------------------------------------------------------------- failing machines
 
 
-def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys):
+def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys, monkeypatch):
     """A second one is refused while the first goes on, whether it begins or resumes."""
     shutil.copytree(world / "done", tmp_path / "run")
     (tmp_path / "new").mkdir()
@@ -338,6 +338,9 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys):
         assert "another process is training in it" in line_of(pix2pix.main, words, capsys)
         first.release()  # as the system does when a process ends
         pix2pix.main(words)
+    monkeypatch.setenv("RANK", "1")
+    lock(tmp_path / "new")
+    assert not LOCKS  # the first process of torchrun has the folder for all
 
 
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
@@ -491,10 +494,12 @@ def test_a_resume_cuts_its_own_metrics_alone(case, world, tmp_path):
 
 def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
     path = tmp_path / ("x" * 249 + ".png")
-    with whole_or_absent(path) as aside:
+    with whole_or_absent(path) as aside, whole_or_absent(path) as of_another_process:
         aside.write_text("whole")
+        of_another_process.write_text("first")
     assert path.read_text() == "whole"
-    with pytest.raises(OSError) as error, whole_or_absent(path):
+    with pytest.raises(OSError) as error, whole_or_absent(path) as aside:
+        aside.write_text("half")
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(path) and path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]

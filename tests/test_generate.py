@@ -326,10 +326,10 @@ def test_the_reach_of_the_command_line_counts(tmp_path, kind, monkeypatch):
 
     monkeypatch.setattr(support.generate, "Windows", spy)
     monkeypatch.setattr(support.edits, "Windows", spy)
-    for reach in (0.0, 3.0):
-        cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), norm_reach=reach)
-        use_net(kind, dataclasses.replace(cfg, out=str(tmp_path / f"{reach}")), net)
-    assert seen == [0, 3.0]
+    for options in ({"norm_reach": 0.0}, {"norm_reach": 3.0}, {}):
+        cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), **options)
+        use_net(kind, dataclasses.replace(cfg, overwrite=True), net)
+    assert seen == [0, 3.0, 2.0]
 
 
 def test_labels_are_resized_by_nearest_alone(tmp_path):

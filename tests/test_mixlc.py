@@ -96,9 +96,12 @@ def test_boxes_have_every_side_and_reach_both_edges(landcover, cache, box, longe
 
 
 def test_b_is_never_a_and_may_be_any_other(landcover, cache):
-    partners = choices(open_data("mixlc", landcover, cache), 100)[0]
+    data = open_data("mixlc", landcover, cache)
+    partners = choices(data, 100)[0]
     pairs = {(a, b) for epoch in partners.tolist() for a, b in enumerate(epoch)}
     assert pairs == {(a, b) for a in range(4) for b in range(4) if a != b}
+    own = torch.cat([edit.own for epoch in range(50) for edit in data.batches(epoch)])
+    assert 0.4 < own.float().mean() < 0.6  # half ask for their own land cover
 
 
 def test_use_ba_adds_the_complement(landcover, cache):

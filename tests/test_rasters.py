@@ -33,6 +33,7 @@ from conftest import (
     tiny,
 )
 from support.classes import ClassTable
+from support.files import write_image
 from support.pictures import to_bytes
 from support.rasters import Raster
 from support.writing import writing
@@ -427,6 +428,13 @@ def test_steps_learn_from_pixels_with_data_alone(script):
     assert all(x.isfinite().all() for net in networks for x in net.state_dict().values())
     want = (fakes[call] - batch[target])[:, :, :, :32].abs().mean()
     assert losses[name].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "most"), [("x.png", 0), ("x.webp", 0), ("x.jpg", 5)])
+def test_pictures_are_written_without_loss_and_jpeg_at_quality_95(tmp_path, name, most):
+    pixels = noise(40, 50).transpose(1, 2, 0)
+    written = pixels_of(write_image(tmp_path / name, pixels)).astype(int)
+    assert abs(written - pixels).mean() <= most
 
 
 @pytest.mark.parametrize("ending", [".png", ".webp"])
