@@ -160,6 +160,7 @@ def test_load_size_and_max_images(script, pairs, cache):
     assert data.store.side == 80 and len(data) == 4
     assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
     assert next(data.batches(0))[0].shape[-1] == 64
+    assert len(open_data(script, pairs, cache, "val", max_images=2)) == 3  # of training alone
 
 
 @pytest.mark.cuda
