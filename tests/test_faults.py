@@ -99,7 +99,7 @@ CASES = {
     "pix2pix --init model.pt --generator resnet": "do not fit this G: check --gen",
     "pix2pix --serve": "--serve need --checkpoint FILE",
     "mixlc --data pairs": "--lc-classes",
-    "mixlc --data tiles_of_60": "0.jpg: 60x60 is smaller than --size 64",
+    "mixlc --data low": "0.jpg: 80x60 is smaller than --size 64",
     "mixlc --data lone": "has one image",
     "pix2pix --bands-A 0": "write 1 to 32 numbers from 1, such as 8,4,3",
     "pix2pix --bands-A 1,x": "write 1 to 32 numbers from 1, such as 8,4,3",
@@ -138,7 +138,6 @@ def world(tmp_path_factory, trained):
     root = tmp_path_factory.mktemp("world")
     side_by_side(root / "pairs")
     land_cover(root / "landcover")
-    land_cover(root / "tiles_of_60", side=60)
     land_cover(root / "lone", train=1)
     pix2pix.main(run_of(root, root / "run"))
     shutil.copy(root / "run" / "checkpoints" / "last.pt", root / "model.pt")
@@ -170,8 +169,10 @@ def wrong_data(root):
         (root / name / "train" / "0.png").unlink()
     (root / "dangling" / "train" / "0.png").symlink_to("/nowhere.png")
     (root / "terabytes" / "train" / "0.png").write_bytes(png_header(2_000_000, 1_000_000))
-    for name in ("arrays", "axes", "utf16"):
+    for name in ("arrays", "axes", "utf16", "low"):
         shutil.copytree(root / "landcover", root / name)
+    save(root / "low" / "train" / "rgb" / "0.jpg", np.zeros((60, 80, 3), np.uint8))
+    save(root / "low" / "train" / "lc" / "0.png", np.zeros((60, 80), np.uint8))
     for name in ("arrays", "axes"):
         (root / name / "train" / "lc" / "0.png").unlink()
     header = io.BytesIO()

@@ -4,27 +4,17 @@ import importlib
 
 import pytest
 import torch
+from test_steps import CASES
 from torch import nn
 
-from conftest import CPU, LABELS, maps, parameters, pictures, tiny
+from conftest import CPU, maps, parameters, pictures, tiny
 
-GENERATORS = {
-    "pix2pix": {},
-    "pix2pix instance": {"norm": "instance"},
-    "pix2pix resnet": {"generator": "resnet", "blocks": 1},
-    "pix2pix resnet instance": {"generator": "resnet", "blocks": 1, "norm": "instance"},
-    "pix2pix resize": {"upsample": "resize"},
-    "cyclegan": {},
-    "cyclegan resize": {"upsample": "resize"},
-    "cyclegan labels": LABELS,
-    "mixlc late": {"fusion": "late", "d": "global"},
-    "mixlc early": {"fusion": "early", "d": "global"},
-    "mixlc middle": {"fusion": "middle", "d": "global"},
-    "mixlc lc skips": {"skips": "lc", "d": "global"},
-    "mixlc dilated": {"fusion": "dilated", "d": "global"},
-    "mixlc patch": {},
-    "mixlc_acgan": {},
-}
+NAMES = (
+    "pix2pix,pix2pix instance,pix2pix resnet,pix2pix resnet instance,pix2pix resize,"
+    "cyclegan,cyclegan resize,cyclegan labels,"
+    "mixlc,mixlc late,mixlc early,mixlc global,mixlc lc skips,mixlc dilated,mixlc_acgan"
+)
+GENERATORS = {name: CASES[name] for name in NAMES.split(",")}
 # script, network, its arguments, how many weights it has
 PARAMETERS = [
     ("pix2pix", "UNetGenerator", (3, 3, 64, 64, "batch", 0.5, "transposed"), 29_244_035),
@@ -79,7 +69,12 @@ def test_parameters(script, network, arguments, count):
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 @pytest.mark.parametrize("case", GENERATORS)
 def test_shapes_and_ranges(case, size):
-    nets, image, lc = nets_of(made(case, size=size)), pictures(0, 2, size), maps(0, 2, size)
+    script, is_global = case.split()[0], GENERATORS[case].get("d") == "global"
+    options = {"patch_gan": 70} if script == "pix2pix" else {}
+    nets = nets_of(made(case, size=size, **options))
+    image, lc = pictures(0, 2, size), maps(0, 2, size)
+    logits = {"pix2pix": size // 8 - 2, "cyclegan": size // 16, "mixlc_acgan": size // 32}
+    logits["mixlc"] = 1 if is_global else size // 8 - 2
     box = torch.tensor([[0, size // 2, 8, 8]] * 2)
     mask = torch.ones(2, 1, size, size) > 0
     given = {"pix2pix": [image], "mixlc": [lc, mask, box], "mixlc_acgan": [lc]}
@@ -88,19 +83,14 @@ def test_shapes_and_ranges(case, size):
         if name == "G" and "mixlc" in case:
             inputs.append(lc)
         elif name == "D":
-            inputs += given[case.split()[0]]
+            inputs += given[script]
         with torch.no_grad():
             out = net(*inputs)
         if name[0] == "G":
             assert out.shape == image.shape
             assert out.abs().max() <= 1 or (case, name) == ("cyclegan labels", "G_AB")
-        elif case.startswith("pix2pix") or case == "mixlc patch":
-            assert out.shape == (2, 1, size // 8 - 2, size // 8 - 2)
-        elif case.startswith("cyclegan"):
-            assert out.shape == (2, 1, size // 16, size // 16)
         else:
-            logits = size // 32 if "acgan" in case else 1
-            assert out.shape == (2, 1, logits, logits)
+            assert out.shape == (2, 1, logits[script], logits[script])
 
 
 @pytest.mark.parametrize(
