@@ -201,6 +201,7 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
         f"another red, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 240), [0, 1, 2, 3]),
         f"one red twice, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 120), [0, 1, 2, 3]),
         f"no values, {name}": (REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
+        f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are outside"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
 
@@ -272,7 +273,9 @@ def test_refuses_pictures_as_label_maps(tmp_path, name, nearest):
         assert (Raster(tmp_path / "lc.jpg", colours).read() == index).mean() > share
 
 
-WHOLE_TABLES = ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', [TABLE[0]] * 2]
+WHOLE_TABLES = ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', TABLE[:1]]
+WHOLE_TABLES += [[TABLE[0], TABLE[1] | {key: TABLE[0][key]}] for key in ("name", "color")]
+WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"value": 0}]]
 # what a row of a table may not have; "a colour of three numbers" is none, nor a name
 ROWS = (
     [("colour", "#000000")]
@@ -481,7 +484,7 @@ def test_demo_world(tmp_path):
     satellite, drawn, ground = landscape(np.random.default_rng(0), 96)
     colors = {tuple(color) for color in drawn.reshape(-1, 3).tolist()}
     assert colors <= set(ClassTable.load("maps").colors)
-    assert satellite.std() > 20 and len(np.unique(ground)) >= 4
+    assert satellite.std() > 20 and set(np.unique(ground)) == set(range(6))
 
 
 # ----------------------------------------------------------------------------------------- measures

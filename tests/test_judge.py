@@ -52,6 +52,7 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys):
         seen = kept.classes_of(common.from_bytes(records[:, :3]))
         scores.add_labels("real", seen, records[:, 3], 3, by="judge")
     assert scores.table()["real"]["judge_mean_iou"] > 0.9
+    assert not kept.training  # it judges by the statistics of its training
 
 
 def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
