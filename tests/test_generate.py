@@ -431,14 +431,16 @@ def test_a_folder_that_was_stopped_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_no_input_is_replaced(tmp_path, overwrite):
-    cfg = translation(tmp_path, "a.png", out=str(tmp_path / "in"), overwrite=overwrite)
+    out = str(tmp_path / "in" / ".." / "in")
+    cfg = translation(tmp_path, "a.png", out=out, overwrite=overwrite)
     with refused("a.png is an input: choose another --out"):
         common.translate_files(cfg, negative)
     cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",), overwrite=overwrite)
     save(tmp_path / "labels" / "photo.png", np.zeros((300, 400), np.uint8))
-    paths = {"lc": str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
-    with refused("labels/photo.png is an input"):
-        common.edit_file(dataclasses.replace(cfg, **paths), Painter())
+    for option in ("lc", "lc_before"):
+        paths = {option: str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
+        with refused("labels/photo.png is an input"):
+            common.edit_file(dataclasses.replace(cfg, **paths), Painter())
 
 
 def test_a_picture_does_not_depend_on_the_others_in_its_folder(tmp_path):
