@@ -73,6 +73,7 @@ def test_ranks_share_an_epoch_without_sharing_an_image(script, train, data, cach
     for batch, one, other in zip(whole, *seen, strict=True):
         for field, of_one, of_other in zip(batch, one, other, strict=True):
             assert torch.equal(field, torch.cat([of_one, of_other]))
+    assert len(next(common.batches_of_rank(3, 0, np.arange(6)))) == 1
     with refused("in 2 process"):  # which need twice as many images
         next(common.batches_of_rank(4, 0, np.arange(6)))
 
