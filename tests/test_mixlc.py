@@ -17,13 +17,11 @@ from conftest import (
     batch_of,
     calls_of,
     inputs_of,
-    land_cover,
     open_data,
     picture,
     pixels_of,
     rows_of,
     save,
-    side_by_side,
     tiny,
     tiny_run,
     use,
@@ -279,18 +277,6 @@ def test_the_beginning_of_a_name_is_enough():
     classes = ClassTable.load(json.dumps(rows))
     strokes = [_stroke(f"{name}:1,2,3,4", classes, 9, 9) for name in ("water", "road", "Roads")]
     assert strokes == [(0, 2, 1, 6, 4), (1, 2, 1, 6, 4), (2, 2, 1, 6, 4)]
-
-
-def test_every_layout_works_through_lc_classes(tmp_path):
-    """Pairs side by side, and one-hot arrays."""
-    pairs = side_by_side(tmp_path / "pairs", train=2, val=2, drawn=True)
-    arrays = land_cover(tmp_path / "arrays", train=2)
-    for path in sorted(arrays.rglob("lc/*.png")):
-        np.savez_compressed(path.with_suffix(".npz"), pixels_of(path)[..., None] == np.arange(3))
-        path.unlink()
-    for root, more in ((pairs, "--lc-classes maps --local-d"), (arrays, "--use-ba")):
-        main(tiny_run("mixlc", root, tmp_path / f"of_{root.name}", f"--epochs 1 {more}"))
-        assert "model" in rows_of(tmp_path / f"of_{root.name}")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ TINY = tiny("pix2pix")[1]
 
 def test_sides_and_direction(pairs, cache):
     train = open_data("pix2pix", pairs, cache)
+    assert [len(part) for part in train.in_order(np.arange(18) % 6)] == [8, 8, 2]
     records = next(train.in_order(np.arange(2)))
     x, y = train.sides(records)
     assert x.shape == y.shape == (2, 3, 72, 72) and x.min() >= -1 and x.max() <= 1
