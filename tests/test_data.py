@@ -535,12 +535,18 @@ def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
 
 
 def test_scores_of_edits_by_hand():
-    """10 levels off in a box of 4 x 8, 1 off elsewhere; the second image has no edit at all."""
+    """10 levels off in a box of 4 x 8, 1 off elsewhere; the second image has no edit at all.
+
+    Pixels without data do not count, inside or outside, of the target or of the source.
+    """
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     mask[0, :, :4, :8] = True
     target, scores = common.from_bytes(torch.full((2, 3, 16, 16), 128)), common.Scores()
     guess = target + torch.where(mask, 10.0, 1.0) / 127.5
-    scores.add_edit("model", guess, target, target + 4 / 127.5, mask)
+    source = target + 4 / 127.5
+    for hole, image in ((0, target), (15, target), (1, source)):
+        image[0, :, hole, hole] = torch.nan
+    scores.add_edit("model", guess, target, source, mask)
     row = scores.table()["model"]
     assert (row["l1_inside"], row["l1_outside"], row["l1_to_input"]) == (10.0, 1.0, 6.0)
 
