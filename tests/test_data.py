@@ -506,7 +506,7 @@ def test_image_measures_by_hand():
 
 
 def test_ssim_by_hand():
-    """Of one window: Gaussian weights of sigma 1.5 over 11 x 11 pixels."""
+    """Of one window full of data: Gaussian weights of sigma 1.5 over 11 x 11 pixels."""
     rng, x = np.random.default_rng(0), np.arange(11) - 5
     a = rng.integers(0, 256, (11, 11))
     b = np.clip(a + rng.integers(-40, 40, (11, 11)), 0, 255)
@@ -518,8 +518,10 @@ def test_ssim_by_hand():
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     want = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     want *= (2 * cov + c2) / (var_a + var_b + c2)
-    pictures = (torch.from_numpy(x).byte().expand(1, 3, 11, 11) for x in (a, b))
-    assert measure_images(*pictures)["ssim"].item() == pytest.approx(want, rel=1e-6)
+    wider = (np.pad(image, ((0, 0), (0, 1))) for image in (a, b))  # by a column without data
+    pictures = (torch.from_numpy(image).byte().expand(1, 3, 11, 12) for image in wider)
+    known = torch.arange(12).expand(1, 1, 11, 12) < 11
+    assert measure_images(*pictures, known=known)["ssim"].item() == pytest.approx(want, rel=1e-6)
 
 
 def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
