@@ -9,13 +9,7 @@ from torch import nn
 
 import common
 import mixlc_acgan
-from conftest import (
-    last,
-    maps,
-    pictures,
-    tiny,
-    tiny_run,
-)
+from conftest import last, maps, pictures, tiny, tiny_run
 from mixlc_acgan import Discriminator, main, style_loss
 
 TINY = tiny("mixlc_acgan")[1]
