@@ -101,7 +101,7 @@ def test_controls_and_raster_are_drawn(tmp_path):
         pix2pix.main(tiny_run("pix2pix", data, tmp_path / name, words))
     kept, drawn = draw_controls.controls([tmp_path / "a", tmp_path / "b"])
     ways = "own statistics", "running statistics"
-    assert [*kept] == [f"{run}, {way}" for run in ("as it is", "--lambda-l1 7") for way in ways]
+    assert [*kept] == [f"{run}, {way}" for run in ("no change", "--lambda-l1 7") for way in ways]
     assert all(0 < row["rmse"] < 255 and -1 <= row["alike"] <= 1 for row in kept.values())
     checkpoint = str(tmp_path / "a" / "checkpoints" / "last.pt")
     for sheet in (drawn, draw_raster.raster(checkpoint, str(data / "val/lc/0.png"))):
