@@ -543,7 +543,8 @@ def test_scores_of_edits_by_hand():
     """
     mask = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     mask[0, :, :4, :8] = True
-    target, scores = common.from_bytes(torch.full((2, 3, 16, 16), 128)), common.Scores()
+    ramp, scores = 100 + torch.arange(16).expand(2, 3, 16, 16), common.Scores()
+    target = common.from_bytes(ramp)
     guess = target + torch.where(mask, 10.0, 1.0) / 127.5
     source = target + 4 / 127.5
     for hole, image in ((0, target), (15, target), (1, source)):
