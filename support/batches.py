@@ -65,8 +65,7 @@ def steps_in_epoch(count, batch_size):
     """How many batches count images give in an epoch, the same in every process."""
     world = world_size()
     if count < batch_size * world:
-        what = f"--batch-size {batch_size} in {world} process(es) is more than"
-        raise UserError(f"{what} the {count} training images")
+        raise UserError(f"--batch-size {batch_size} x {world}: more than {count} training images")
     return count // (batch_size * world)
 
 

@@ -42,8 +42,11 @@ def command(main):
                 message = _explain(error)
                 if not message:
                     raise
+                for bar in list(getattr(tqdm, "_instances", [])):
+                    bar.leave = False
+                    bar.close()
                 if first_here() or not isinstance(error, UserError):  # all processes find those
-                    _print_error(message)
+                    print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:
                 while LOCKS:
@@ -52,21 +55,12 @@ def command(main):
     return wrapper
 
 
-def _print_error(message):
-    """Prints an error on a line of its own, after the progress bars have been closed."""
-    for bar in list(getattr(tqdm, "_instances", [])):
-        bar.leave = False
-        bar.close()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-
-
 def _explain(error):
     """The message for the user; "" for a bug of ours, which keeps its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        where = error.filename or "writing"
-        return f"{where}: {error.strerror}; choose another place with --out or --cache"
+        return f"{error.filename or 'writing'}: {error.strerror}; choose another --out or --cache"
     cause = error
     while cause:  # out of memory while a graph is captured: a second error comes of it
         text = re.search("can't allocate memory|could not create a primitive", str(cause))
@@ -109,10 +103,7 @@ def begin(config, doc, quick, argv=None):
 def _check_modes(cfg):
     """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
-        remedy = "to go on training: --resume"
-        raise UserError(f"--checkpoint goes with --generate, --evaluate or --serve ({remedy})")
-    if cfg.resume and cfg.using:
-        raise UserError("--resume goes on training: name a model to use by --checkpoint")
+        raise UserError("--checkpoint goes with --generate, --evaluate or --serve, not --resume")
     fields = dataclasses.fields(cfg)
     weights = any(getattr(cfg, field.name) for field in fields if field.metadata.get("weights"))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
@@ -131,16 +122,13 @@ def _resume(cfg, given):
         raise UserError(f"{path}: this version has no option {unknown}: use that of the run")
     world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
     if world != here:
-        remedy = f"torchrun --nproc-per-node {world} {cfg.script}.py --resume"
-        raise UserError(f"{path}: a run of {world} processes cannot go on with {here}: {remedy}")
+        raise UserError(f"{path}: cannot go on with {here}: torchrun --nproc-per-node {world}")
     fixed = set()
     for name, field in fields.items():
         may_change = field.metadata.get("may_change", False)
         if not (may_change(saved) if callable(may_change) else may_change):
             fixed.add(name)
     cfg = _merged(cfg, given, saved, fixed, path)
-    if cfg.epochs < checkpoint["epoch"]:
-        raise UserError(f"--epochs {cfg.epochs}: the run has done {checkpoint['epoch']} already")
     return dataclasses.replace(cfg, resume=True, out=str(run)), checkpoint
 
 
@@ -148,8 +136,6 @@ def _use(cfg, given):
     """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
-    if cfg.evaluate and "histograms" not in checkpoint:
-        raise UserError(f"{path}: written by an older version: it has nothing to compare with")
     groups = {field.name: group for group, field in grouped_fields(type(cfg))}
     fixed = {name for name in groups if groups[name] == "model"}
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
@@ -186,14 +172,12 @@ def _merged(cfg, given, saved, fixed, path):
 
 def _newest_run(cfg):
     """The run folder that --resume means: --out, or the newest of runs/script, runs/script-2..."""
-    folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
-    if cfg.out:
-        folders = [Path(cfg.out)]
-    saved = [folder / "checkpoints" / "last.pt" for folder in folders]
-    saved = [path for path in saved if path.is_file()]
+    folders = [Path(cfg.out)]
+    if not cfg.out:
+        folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
+    saved = [path for folder in folders for path in folder.glob("checkpoints/last.pt")]
     if not saved:
-        where = cfg.out or f"runs/{cfg.script}"
-        raise UserError(f"--resume: no checkpoints/last.pt in {where}: start without --resume")
+        raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'}: leave it out")
     return max(saved, key=lambda path: path.stat().st_mtime).parent.parent
 
 
@@ -207,15 +191,14 @@ def _new_run(cfg):
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: B has land cover: leave it out")
     text = split.classes.text if split.classes else "pictures"
     cfg = with_limits(dataclasses.replace(cfg, lc_classes=text), split)
-    cfg = dataclasses.replace(cfg, out=of_rank_0(_claim_folder(cfg)))
+    out = "" if rank() else _claim_folder(cfg)
+    cfg = dataclasses.replace(cfg, out=of_rank_0(out))
     lock(cfg.out)
     return cfg
 
 
 def _check_folder(folder, script):
     """Refuses a folder that holds anything but a run that began and saved nothing."""
-    if folder.is_file():
-        raise UserError(f"--out {folder}: is a file, not a folder")
     if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     about = folder / "config.json"
@@ -227,12 +210,12 @@ def _check_folder(folder, script):
 
 def _claim_folder(cfg):
     """A new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
-    folder = Path(cfg.out or f"runs/{cfg.script}")
-    if rank():
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return cfg.out
-    for k in itertools.count(2):
+    for k in itertools.count(1):
+        folder = Path(f"runs/{cfg.script}-{k}" if k > 1 else f"runs/{cfg.script}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(cfg.out))
+            folder.mkdir(parents=True)
             break
-        folder = Path(f"runs/{cfg.script}-{k}")
     return str(folder)

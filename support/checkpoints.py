@@ -26,8 +26,7 @@ def save_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}): free some space") from None
+        raise UserError(f"{path}: cannot be written ({error}): free some space") from None
 
 
 def load_weights(path):
@@ -48,12 +47,10 @@ def load_checkpoint(path, script):
     content = load_weights(path)
     content = content if isinstance(content, dict) else {}
     if content.get("script", script) != script:
-        theirs = content["script"]
-        raise UserError(f"{path}: written by {theirs}.py: use that script, not {script}.py")
+        raise UserError(f"{path}: written by {content['script']}.py: use that script")
     for part in (content.get("config"), content.get("state")):
         if not part or not isinstance(part, dict):
-            hint = "published generator weights go with --init"
-            raise UserError(f"{path}: not a checkpoint of {script}.py ({hint})")
+            raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init?")
     return content
 
 
@@ -98,18 +95,16 @@ def restore(state, checkpoint, path):
     """
     saved = checkpoint["state"]
     for name in state_dict(state):
-        if name not in saved:
-            raise UserError(f"{path}: holds no {name}: written by another version of this script")
         value = getattr(state, name)
-        if hasattr(value, "state_dict"):
-            weights = [w for w in tensors_of(saved[name]) if w.is_floating_point()]
-            if not all(w.isfinite().all() for w in weights):
-                raise UserError(f"{path}: its {name} has weights that are not finite")
-            _load_state_dict(value, saved[name], f"{path}: its {name}")
-        elif isinstance(value, torch.Tensor):
-            value.copy_(saved[name])
-        else:
-            setattr(state, name, saved[name])
+        try:
+            if hasattr(value, "state_dict"):
+                _load_state_dict(value, saved[name])
+            elif isinstance(value, torch.Tensor):
+                value.copy_(saved[name])
+            else:
+                setattr(state, name, saved[name])
+        except Exception:  # load_state_dict raises half a dozen kinds
+            raise UserError(f"{path}: its {name} does not fit this version of the script") from None
     own = saved[RANKS][rank() - 1] if rank() and RANKS in saved else {}
     for name, buffers in own.items():
         getattr(state, name).load_state_dict(buffers, strict=False)
@@ -124,14 +119,10 @@ def tensors_of(content):
             yield from tensors_of(value)
 
 
-def _load_state_dict(value, saved, what):
+def _load_state_dict(value, saved):
     """A module's or an optimizer's state, whose layout and switches stay this device's."""
     groups = [dict(group) for group in getattr(value, "param_groups", [])]
-    try:
-        value.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{what} does not fit the options ({reason})") from None
+    value.load_state_dict(saved)
     for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
         rate = float(group["lr"])
         group.update({key: own[key] for key in ("lr", "fused", "capturable")})

@@ -131,13 +131,17 @@ class ClassTable:
         """Whether the table names values; else a class's value is its position."""
         return any("value" in entry for entry in json.loads(self.text)["classes"])
 
+    def _coded(self, used):
+        """Whether the table has all of these codes."""
+        return set(used.tolist()) <= {self.unused, *self.values}
+
     def by_palette(self, codes, palette):
         """Whether the colours of a palette (256, 3) decide, and not the codes (H, W) of its file.
 
         They do where the table names no values, or not all that occur, and has most of the colours.
         """
         used = np.unique(codes)
-        if self.valued and set(used.tolist()) <= {self.unused, *self.values}:
+        if self.valued and self._coded(used):
             return False
         colors = {tuple(color) for color in palette[used].tolist()}
         known = {color for _, color, _ in self.entries}
@@ -146,18 +150,13 @@ class ClassTable:
     def by_grey(self, levels, jpeg):
         """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
 
-        That needs levels that are no codes of the table, a JPEG, a `nearest` table or a table of
-        greys, and half of the pixels within FAR of a colour. Without JPEG the pixels must show
-        several classes: a mask of 0 and 1 is not all black.
+        They are in a JPEG, and with a `nearest` table, where some are no codes of the table.
+        Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
         """
-        used, counts = np.unique(levels, return_counts=True)
-        graded = all(color == (value,) * 3 for value, color, _ in self.entries)
-        coded = set(used.tolist()) <= {self.unused, *self.values}
-        if coded or not (jpeg or self.nearest or graded):
+        used = np.unique(levels)
+        if self._coded(used) or not (jpeg or self.nearest):
             return False
-        distance, row = self._nearest_row(used[:, None])
-        several = jpeg or len(set(row)) > 1
-        return several and 2 * counts[distance <= FAR**2].sum() >= counts.sum()
+        return jpeg or len(set(self._nearest_row(used[:, None])[1])) > 1
 
     def _nearest_row(self, rgb):
         """Colours (K, 3) -> the squared distance to the nearest one of the table, and its row."""
@@ -197,8 +196,8 @@ class ClassTable:
         present, inverse = np.unique(codes, return_inverse=True)
         wrong = [code for code in present.tolist() if code not in index]
         if wrong:
-            what = f"label values {wrong[:8]} are outside the class table, whose values are"
-            raise UserError(f"{path}: {what} {sorted(self.values)}")
+            what = f"label values {wrong[:8]} are outside the class table's"
+            raise UserError(f"{path}: {what}, {sorted(self.values)}")
         indices = np.array([index[code] for code in present.tolist()], np.uint8)
         return indices[inverse.reshape(codes.shape)]
 
@@ -213,28 +212,20 @@ class ClassTable:
         distance, row = self._nearest_row((present[:, None] >> (16, 8, 0)) & 255)
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
-            names = ", ".join(self.names[:6])
-            what = f"its colours are not those of the class table ({names}, ...)"
-            raise UserError(f"{path}: {what}: is it a photograph?")
+            raise UserError(f"{path}: not the colours of the class table: is it a photograph?")
         index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:
             index[~known] = IGNORED
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
-        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; IGNORED where all are zero.
-
-        C  the number of classes, or of all rows of the table
-        """
-        rows = [index for _, _, index in self.entries]
-        indices = {len(self): range(len(self)), len(rows): rows}
-        if array.shape[-1] not in indices:
+        """One-hot classes, (H, W, C) or (C, H, W) -> (H, W) uint8; IGNORED where all are zero."""
+        if array.shape[-1] != len(self):
             array = np.moveaxis(array, 0, -1)
         alone = np.isin(array, (0, 1, 255)).all() and (array > 0).sum(-1).max() <= 1
-        if array.shape[-1] not in indices or not alone:
+        if array.shape[-1] != len(self) or not alone:
             raise UserError(f"{path}: is no one-hot of the class table's {len(self)} classes")
-        index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
-        return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
+        return np.where(array.max(-1) > 0, array.argmax(-1), IGNORED).astype(np.uint8)
 
 
 def _color(text):

@@ -22,8 +22,7 @@ WITH_INSTANCE_NORM = torch.channels_last  # of such networks on CUDA; or torch.c
 def start(cfg):
     """The device to work on; starts the process group (under torchrun) and the random numbers."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        remedy = "--device cpu goes on, or starts, on the CPU"
-        raise UserError(f"--device cuda: no CUDA device is visible here ({remedy})")
+        raise UserError("--device cuda: no CUDA device is visible here: pass --device cpu")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -126,14 +125,9 @@ def to_device(net, device):
 
 def adam(module, cfg, device):
     """Fused Adam, betas (beta1, 0.999); on CUDA its rate is a tensor that a graph can read."""
-    cuda = device.type == "cuda"
-    return torch.optim.Adam(
-        module.parameters(),
-        lr=torch.tensor(cfg.lr, device=device) if cuda else cfg.lr,
-        betas=(cfg.beta1, 0.999),
-        fused=True,
-        capturable=cuda,
-    )
+    cuda, betas = device.type == "cuda", (cfg.beta1, 0.999)
+    lr = torch.tensor(cfg.lr, device=device) if cuda else cfg.lr
+    return torch.optim.Adam(module.parameters(), lr, betas, fused=True, capturable=cuda)
 
 
 def set_lr(optimizer, lr):

@@ -1,7 +1,5 @@
 """FID, KID and LPIPS of generated pictures, by torchmetrics."""
 
-import warnings
-
 from support.errors import UserError
 from support.pictures import shown, to_bytes
 
@@ -27,12 +25,9 @@ class Distances:
             from torchmetrics.image.kid import KernelInceptionDistance
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            with warnings.catch_warnings():  # about memory
-                warnings.simplefilter("ignore")
-                self.fid = FrechetInceptionDistance(features).to(device)
-                self.kid = KernelInceptionDistance(self.fid.inception, subset_size=SUBSET)
-                self.kid = self.kid.to(device)
-                self.lpips = LearnedPerceptualImagePatchSimilarity().to(device) if paired else None
+            self.fid = FrechetInceptionDistance(features).to(device)
+            self.kid = KernelInceptionDistance(self.fid.inception, subset_size=SUBSET).to(device)
+            self.lpips = LearnedPerceptualImagePatchSimilarity().to(device) if paired else None
         except ImportError:
             raise UserError("--fid needs torchmetrics: pip install torchmetrics[image]") from None
         except OSError as error:

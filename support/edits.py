@@ -38,7 +38,8 @@ class PhotoEdit:
 
     def before(self, top, left, height, width):
         """A window of the land cover that the photograph has; of --lc's where nothing tells."""
-        return (self.first or self.lc).padded(top, left, height, width)
+        labels = (self.first or self.lc).read(top, left, height, width)
+        return mirrored(labels, height, width)
 
     def changed(self, top, left, height, width):
         """Where a window's land cover changes: (height, width) bool."""

@@ -45,5 +45,4 @@ def or_a_warning(what):
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{what}: cannot be drawn ({reason[:200]})", file=sys.stderr)
+        print(f"{what}: cannot be drawn ({type(error).__name__}: {error})", file=sys.stderr)

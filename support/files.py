@@ -12,7 +12,6 @@ from support.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".img"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
-BESIDE = {".pgw", ".jgw", ".tfw", ".wld", ".xml", ".ovr", ".msk"}  # what belongs to an image
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
 UNFINISHED = ".unfinished-"  # begins the name of each file that is being written
@@ -58,17 +57,10 @@ def write_text(path, text):
 def write_image(path, image):
     """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, whole or absent.
 
-    The ending of path decides: JPEG at quality 95, else lossless; an unknown ending becomes .png.
+    The ending of path decides: JPEG at quality 95, else lossless.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        path, suffix = path.with_suffix(".png"), ".png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
-    if suffix == ".webp":
-        options = {"lossless": True}
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        picture.save(aside, **options)
-    return path
+        picture.save(aside, quality=95, subsampling=0, lossless=True)  # of JPEG; of WebP

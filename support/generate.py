@@ -11,14 +11,14 @@ import torch
 
 from support.edits import PhotoEdit, centred
 from support.errors import UserError
-from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
+from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from support.layouts import contents, image_files
 from support.limits import Limits, values_of
 from support.opening import driver_of
 from support.pictures import as_tensor, eight_bits, from_bytes, save_grid
 from support.rasters import Raster, check_pair
 from support.serve import edits, translations
-from support.windows import Windows, network_input, shared_statistics, tiles, window_of
+from support.windows import Windows, network_input, shared_statistics, window_of
 from support.writing import writing
 
 
@@ -61,18 +61,13 @@ def missing(cfg, names, inputs):
             raise UserError(f"{out / name} is an input: choose another --out")
     kept = [name for name in names if os.path.lexists(out / name) and not cfg.overwrite]
     if kept:
-        what = f"{kept[0]} is" if len(kept) == 1 else f"{len(kept)} results are"
-        print(f"{what} in {out} already and kept: --overwrite replaces", file=sys.stderr)
+        print(f"{len(kept)} result(s) in {out} are kept: --overwrite replaces", file=sys.stderr)
     return set(names) - set(kept)
 
 
-def say_windows(cfg, raster, regions, window):
-    """Says on stderr by which windows these regions (top, left, height, width) are generated."""
-    how = "as a whole"
-    if window:
-        high, wide = window
-        counts = [len(tiles(rows, high)) * len(tiles(cols, wide)) for *_, rows, cols in regions]
-        how = f"in {sum(counts)} window(s) of {wide}x{high}"
+def say_windows(cfg, raster, window):
+    """Says on stderr by which windows (height, width) a raster is generated."""
+    how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
 
@@ -114,7 +109,7 @@ def needs_tiff(cfg, side):
 def _translate(cfg, raster, predict, net, out, side, to_labels):
     """Writes what is generated from one Raster: a picture of side "A" or "B", or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
-    say_windows(cfg, raster, [(0, 0, *size)], window)
+    say_windows(cfg, raster, window)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
@@ -128,23 +123,16 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
 
 def edit_of_files(cfg):
     """The PhotoEdit that --generate, --lc, --lc-before and --paint ask for."""
-    path = Path(cfg.generate[0])
-    if len(cfg.generate) > 1 or path.is_dir():
-        raise UserError(f"--generate {' '.join(cfg.generate)}: name one photograph, not a folder")
-    inputs_of(cfg)
+    if len(cfg.generate) > 1:
+        raise UserError(f"--generate {' '.join(cfg.generate)}: name one photograph")
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover")
-    maps = [Path(file) for file in (cfg.lc, cfg.lc_before) if file]
-    for file in maps:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
-    photo = Raster(path, bands=cfg.bands("A"), limits=Limits.of(cfg, "A"))
-    maps = [Raster(file, cfg.classes) for file in maps]
+    photo = Raster(cfg.generate[0], bands=cfg.bands("A"), limits=Limits.of(cfg, "A"))
+    maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
     for labels in maps:
         check_pair(photo, labels)
     if cfg.erase and not (cfg.lc_before or cfg.paint):
-        remedy = "pass --lc-before FILE or --paint, or train with --no-erase"
-        raise UserError(f"--generate must know what changed: {remedy}")
+        raise UserError("--generate needs --lc-before FILE or --paint (or train with --no-erase)")
     strokes = [_stroke(text, cfg.classes, photo.height, photo.width) for text in cfg.paint]
     return PhotoEdit(cfg, photo, *maps, strokes=strokes)
 
@@ -162,8 +150,7 @@ def _stroke(text, classes, height, width):
     except ValueError:
         raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
     if len(meant) != 1:
-        what = "several begin so" if meant else "no such class"
-        raise UserError(f"--paint {text}: {what}; there are {', '.join(classes.names)}")
+        raise UserError(f"--paint {text}: not one class; there are {', '.join(classes.names)}")
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
     return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
@@ -173,8 +160,8 @@ def edit_file(cfg, predict, net=None, samples=1):
     """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
 
     Only windows around what changed are generated, and blended into the photograph over a border
-    of 12 pixels in 256; elsewhere it stays as it is. With several samples also how they differ:
-    their standard deviation, white at 32 levels.
+    of 12 pixels in 256; elsewhere it stays as it is. With several samples the sheet also shows how
+    they differ: their standard deviation, white at 32 levels.
 
     predict(windows (B, C + 2, S, S) uint8, sample)  -> (B, C, S, S) in [-1, 1]; a window is the
            photograph, the land cover to be, and 1 where it changes
@@ -186,16 +173,15 @@ def edit_file(cfg, predict, net=None, samples=1):
     edit, out = edit_of_files(cfg), Path(cfg.out)
     path, regions = edit.photo.path, edit.regions()
     names = results_of(path, tiff=needs_tiff(cfg, "A"))
-    sheet, differences = f"{path.stem}_sheet.png", f"{path.stem}_differences.png"
+    sheet = f"{path.stem}_sheet.png"
     if samples > 1:
         suffix = Path(names[0]).suffix
         names = [f"{path.stem}_{k}{suffix}" for k in range(1, samples + 1)]
     inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
-    new = missing(cfg, names + [sheet, differences][: 1 + (samples > 1)], inputs)
-    say_windows(cfg, edit.photo, regions, edit.window)
+    new = missing(cfg, [*names, sheet], inputs)
+    say_windows(cfg, edit.photo, edit.window)
     if not edit.told:
-        hint = "--lc-before FILE tells what changed"
-        print(f"the whole photograph is generated: {hint}", file=sys.stderr)
+        print("all is generated: --lc-before FILE tells what changed", file=sys.stderr)
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
     results = {}
@@ -203,10 +189,8 @@ def edit_file(cfg, predict, net=None, samples=1):
         if name in new:
             _write_edit(out / name, edit, regions, functools.partial(predict, sample=k), net)
             results[f"after {k}" if samples > 1 else "after"] = out / name
-    pictures = _pictures(edit, regions, results)
-    if differences in new and len(results) > 1:
-        write_image(out / differences, pictures["where they differ"])
     if sheet in new and results:
+        pictures = _pictures(edit, regions, results)
         columns = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
         save_grid(out / sheet, columns)
     print(f"{len(results)} picture(s) written to {out}, with a before/after sheet")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.classes import ClassTable
 from support.errors import UserError, say_once
-from support.files import ARRAY_SUFFIXES, BESIDE, IMAGE_SUFFIXES
+from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 LAYOUTS = (
     "train/1.jpg, twice as wide as high (pairs side by side); "
@@ -49,25 +49,16 @@ class Split:
 
 
 def image_files(folder, labels=False):
-    """The images of a folder, and for labels arrays; says how much else is in it."""
+    """The images of a folder, and for labels arrays."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    found = [path for path in paths if path.suffix.lower() in suffixes]
-    others = [path for path in paths if path.suffix.lower() not in suffixes | BESIDE]
-    for path in found:
-        if not path.is_file():
-            raise UserError(f"{path}: is no file (a link to nothing, a pipe, a folder): remove it")
-    if found and others:
-        endings = ", ".join(sorted({path.suffix or path.name for path in others})[:4])
-        say_once(f"{folder}: {len(others)} other file(s) or sub-folder(s) ({endings}) are left out")
-    return found
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def contents(folder):
     """What a folder without images has, in words."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    shown = f"{', '.join(names[:4])} (sub-folders are not searched)"
-    return shown if names else "nothing in it"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{', '.join(names[:4]) or 'nothing'} (sub-folders are not searched)"
 
 
 def find_images(data, split, lc_classes=""):
@@ -79,8 +70,7 @@ def find_images(data, split, lc_classes=""):
     """
     root = Path(data)
     if not root.is_dir():
-        what = "is a file, not a directory" if root.is_file() else "no such directory"
-        raise UserError(f"--data {root}: {what} (--data also tells a checkpoint where its data is)")
+        raise UserError(f"--data {root}: no such directory (of a checkpoint's images, too)")
     table = _class_table(root, lc_classes)
     names = ["val", "validation", "test"] if split == "val" else [split]
     if split == "val" and _is_inria(root):
@@ -91,7 +81,7 @@ def find_images(data, split, lc_classes=""):
             continue
         masks = found.layout == "two endings" and found.B[0].stem.endswith("_mask")
         if (masks or found.layout in ("land cover", "masks")) and not (table or lc_classes):
-            remedy = f"write {root}/classes.json or pass --lc-classes s2glc, maps or binary"
+            remedy = "write a classes.json, or pass --lc-classes s2glc, maps or binary"
             raise UserError(f"{root}: label maps need a class table: {remedy}")
         return found
     folder = root / names[0]

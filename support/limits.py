@@ -37,8 +37,7 @@ class Limits(NamedTuple):
         except ValueError:
             low, high = [0], [0]
         if not all(a < b for a, b in zip(low, high, strict=True)):
-            remedy = f"write LOW,HIGH, or a pair for each of {cfg.channels(side)} bands"
-            raise UserError(f"--limits-{side} {numbers}: {remedy}")
+            raise UserError(f"--limits-{side} {numbers}: write LOW,HIGH, for all bands or for each")
         return cls(tuple(low), tuple(high), dtype or "float32")
 
     @property

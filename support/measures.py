@@ -231,14 +231,11 @@ def copy_verdict(rows):
     """
     target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
     copy = rows["copy of rgb_a"]["l1_inside"]
-    if to_input >= target:
-        verdict = "it does not copy its input"
-    elif to_input < copy / 2:
-        verdict = "it copies its input"
-    else:
-        verdict = "it neither copies its input nor hits the target"
+    copies = "copies" if to_input < min(target, copy / 2) else "does not copy"
     levels = f"{target:.2f} levels from the target (a copy of rgb_a {copy:.2f})"
-    return f"inside the edit the model is {levels} and {to_input:.2f} from its input: {verdict}"
+    return (
+        f"inside the edit it is {levels} and {to_input:.2f} from its input: it {copies} its input"
+    )
 
 
 def write_evaluation(cfg, rows, **about):

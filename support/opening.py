@@ -6,11 +6,9 @@ They choose by content, so that a text file named scene.tif could do all of that
 
 import contextlib
 import functools
-import math
 import os
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -44,8 +42,6 @@ def decoding(path):
         raise
     except MemoryError:
         raise UserError(f"{path}: claims more pixels than memory can hold") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: its name is not UTF-8: rename it") from None
     except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
         raise UserError(f"{path}: cannot be decoded ({error}): replace or remove it") from None
 
@@ -68,7 +64,7 @@ def open_image(path):
 def gdal():
     """rasterio, with a bounded cache, and without warnings of TIFFs that have no place on earth."""
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
-    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
+    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see open_tiff
     import rasterio
 
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
@@ -99,21 +95,21 @@ def open_tiff(path, driver):
     """rasterio's dataset of a TIFF, of a VRT that joins TIFFs, or of another file with a place."""
     if driver == "VRT":
         return gdal().open(_joined_tiffs(path), driver=driver)
-    _check_files(path, driver)
+    _check_files(path)
     return gdal().open(path.absolute(), driver=driver)
 
 
-def _check_files(path, driver="GTiff"):
-    """Refuses a TIFF that is none, and masks and overviews beside a file that are no TIFFs."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file on this machine")
-    beside = [Path(f"{path}{ending}") for ending in (".msk", ".MSK", ".ovr", ".OVR")]
-    for file in [path] * (driver == "GTiff") + beside:  # GDAL opens those beside by content
-        if os.path.isfile(file):
-            with open(file, "rb") as opened:
-                start = opened.read(4)
-            if start not in _TIFF_STARTS:
-                raise UserError(f"{file}: cannot be decoded: is no TIFF")
+def _check_files(path, *parts):
+    """Refuses parts, and masks and overviews beside path, that are no TIFFs.
+
+    GDAL would open them by content.
+    """
+    beside = [f"{path}{ending}" for ending in (".msk", ".MSK", ".ovr", ".OVR")]
+    for file in [*parts, *filter(os.path.isfile, beside)]:  # False, too, for too long a name
+        with open(file, "rb") as opened:
+            start = opened.read(4)
+        if start not in _TIFF_STARTS:
+            raise UserError(f"{file}: cannot be decoded: is no TIFF")
 
 
 def _joined_tiffs(path):
@@ -130,29 +126,17 @@ def _joined_tiffs(path):
         if part.tag == "SourceFilename":
             folder = path.parent if part.get("relativeToVRT") == "1" else Path()
             source = (folder / part.text).absolute()
-            _check_files(source)
+            _check_files(source, source)
             part.text, part.attrib = str(source), {"relativeToVRT": "0"}
     return ElementTree.tostring(root, "unicode")
 
 
-@contextlib.contextmanager
-def open_array(path):
-    """The .npy stream of a .npy file, or of the first array of a .npz file."""
-    if path.suffix.lower() == ".npy":
-        with open(path, "rb") as file:
-            yield file
-    else:
-        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
-            yield file
-
-
-def shape_of_array(path, most):
-    """The shape of an array file, from its header; refuses more than `most` bytes of values."""
-    with open_array(path) as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.kind not in "biuf" or len(shape) not in (2, 3):
-        raise UserError(f"{path}: holds an array of shape {shape}: (H, W), or one-hot, is needed")
-    if math.prod(shape) * dtype.itemsize > most:
-        raise UserError(f"{path}: claims more pixels than memory can hold")
-    return shape
+def open_array(path, most):
+    """The array of a .npy file, or the first one of a .npz file, of at most `most` bytes."""
+    array = np.load(path, mmap_mode="r")
+    if isinstance(array, np.ndarray):
+        return array
+    with array:
+        if array.zip.infolist()[0].file_size > most:
+            raise MemoryError
+        return array[array.files[0]]

@@ -1,12 +1,9 @@
-"""Curves, and the pages of runs."""
+"""Curves, and the page of a run."""
 
-import contextlib
 import csv
 import json
-import os
 import shlex
 import time
-import urllib.parse
 from pathlib import Path
 
 from support.batches import spread
@@ -44,20 +41,29 @@ def plot_metrics(rows, path):
 
 
 def write_page(folder):
-    """index.html of a run folder, and of the folder around it if that is called runs.
+    """index.html of a run folder: run.html with the data in it, which opens from disk.
 
-    They are run.html and runs.html with the data in them, and open from disk. Other folders in
-    runs that are no whole run are left out.
+    Of metrics.csv it has 2000 rows, evenly spread, and the last one of each epoch.
     """
-    folder = folder.resolve()
-    write_text(folder / "index.html", page_of("run.html", _page_data(folder, 2000)))
-    if folder.parent.name != "runs":
-        return
-    runs = []
-    for path in sorted(folder.parent.glob("*/config.json")):
-        with contextlib.suppress(Exception):  # another program's, half-written, not ours to read
-            runs.append(_page_data(path.parent, 300))
-    write_text(folder.parent / "index.html", page_of("runs.html", runs))
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows = read_metrics(folder / "metrics.csv")
+    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # its last row has the scores
+    rows = [rows[k] for k in sorted({*spread(2000, len(rows)).tolist(), *epochs.values()})]
+    columns = {}
+    for name in rows[0] if rows else ():
+        columns[name] = [float(row[name]) if row[name] else None for row in rows]
+    evaluation = folder / "evaluation.json"
+    about |= {
+        "name": folder.resolve().name,
+        "out": shlex.quote(about["options"]["out"]),  # in commands to copy into a shell
+        "epoch": int(rows[-1]["epoch"]) if rows else 0,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),
+        "steps": columns.pop("step", []),
+        "columns": {name: columns[name] for name in columns if name != "epoch"},
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+    }
+    write_text(folder / "index.html", page_of("run.html", about))
 
 
 def page_of(template, data):
@@ -65,31 +71,3 @@ def page_of(template, data):
     text = json.dumps(data).replace("<", "\\u003c")
     page = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return page.replace("__DATA__", text)
-
-
-def _page_data(folder, most):
-    """The contents of a run's page; of metrics.csv at most so many rows, evenly spread."""
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows = read_metrics(folder / "metrics.csv")
-    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # its last row has the scores
-    rows = [rows[k] for k in sorted({*spread(most, len(rows)).tolist(), *epochs.values()})]
-    columns = {}
-    for name in rows[0] if rows else ():
-        columns[name] = [float(row[name]) if row[name] else None for row in rows]
-    evaluation = folder / "evaluation.json"
-    return about | {
-        "name": folder.name,
-        "folder": _link(folder),
-        "out": shlex.quote(about["options"]["out"]),  # in commands to copy into a shell
-        "epoch": int(rows[-1]["epoch"]) if rows else 0,
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-        "samples": sorted(map(_link, (folder / "samples").glob("epoch_*.png"))),
-        "steps": columns.pop("step", []),
-        "columns": {name: columns[name] for name in columns if name != "epoch"},
-        "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
-    }
-
-
-def _link(path):
-    """A path's name as part of a link: whatever characters it has, or bytes that are no text."""
-    return urllib.parse.quote(os.fsencode(path.name))

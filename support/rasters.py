@@ -6,30 +6,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from support import opening
 from support.classes import IGNORED
 from support.errors import UserError, say_once
 from support.files import ARRAY_SUFFIXES
-from support.opening import (
-    READABLE,
-    check_ending,
-    decoding,
-    deep_driver,
-    driver_of,
-    gdal,
-    open_array,
-    open_image,
-    open_tiff,
-    shape_of_array,
-)
-from support.pictures import mirrored
+from support.opening import READABLE
 
 
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
-    Label maps are array files, or images of indices, of code values or of class colours. A TIFF
-    or VRT of any size is read piece by piece; other files lie in memory from the first window
-    on. Photographs are turned upright as EXIF says.
+    Label maps are array files, or images of indices, of code values or of class colours. A TIFF of
+    any size is read piece by piece; other files lie in memory from the first window on.
+    Photographs are turned upright as EXIF says.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
                    names them, or the first three; one band is repeated for (). Never alpha
@@ -38,23 +27,24 @@ class Raster:
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and how many bands it has, without alpha
-    tiff           rasterio's dataset of a TIFF or VRT, else None
+    tiff           rasterio's dataset of a TIFF, else None
     """
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
+        self._palette, self._levels = None, None
         self._has_alpha, self.bands = False, [] if table else list(bands)
         self.limits, self.dtype, self.count = limits, "uint8", 3
         suffix = self.path.suffix.lower()
-        with decoding(path):
-            check_ending(self.path, endings)
-            driver = driver_of(self.path) or (not table and deep_driver(self.path))
+        with opening.decoding(path):
+            opening.check_ending(self.path, endings)
+            driver = opening.driver_of(self.path) or (not table and opening.deep_driver(self.path))
             if driver:
                 self._open_tiff(driver)
             elif suffix in ARRAY_SUFFIXES:
-                self.height, self.width = self._sides_of_array(shape_of_array(self.path, 8 * most))
+                self._open_array(8 * most)
             else:
-                with open_image(path) as image:
+                with opening.open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
                     self.count = 1 if image.mode in ("1", "L", "LA") else 3
@@ -62,9 +52,7 @@ class Raster:
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
-                remedy = f"gdal_translate {self.path.name} {self.path.stem}.tif"
-                what = f"{self.width}x{self.height} pixels are too many for its format: {remedy}"
-                raise UserError(f"{path}: {what}")
+                raise UserError(f"{path}: {self.width}x{self.height} is too large: make it a TIFF")
 
     def __enter__(self):
         return self
@@ -85,30 +73,23 @@ class Raster:
         """A window as `read`'s, but of a picture in the values of the file."""
         bottom = self.height if height is None else min(top + height, self.height)
         right = self.width if width is None else min(left + width, self.width)
-        with decoding(self.path):
+        with opening.decoding(self.path):
             if self.tiff:
                 return self._read_tiff(top, left, bottom, right)
             if self._whole is None:
                 self._whole = self._read_labels() if self.table else self._read_picture()
             return self._whole[top:bottom, left:right]
 
-    def padded(self, top, left, height, width):
-        """A window (height, width, ...), mirrored at the edges of the raster."""
-        return mirrored(self.read(top, left, height, width), height, width)
-
-    def _sides_of_array(self, shape):
-        """Height and width of a label map: the shape without the axis of its classes."""
+    def _open_array(self, most):
         if not self.table:
             raise UserError(f"{self.path}: is an array, which is read as a label map only")
-        last = shape[-1] in (1, len(self.table), len(self.table.entries))
-        if len(shape) == 2:
-            return shape
-        return shape[:2] if last else shape[1:]
+        self._array = opening.open_array(self.path, most)
+        self.height, self.width, *more = self._array.shape
+        if more and more[0] not in (1, len(self.table)):
+            _, self.height, self.width = self._array.shape  # the classes come first
 
     def _read_picture(self):
-        with open_image(self.path) as image:
-            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-                say_once(f"images are {image.mode}: converted to RGB")
+        with opening.open_image(self.path) as image:
             turn = _TURNS.get(_orientation(image))
             rgb = image.convert("RGBA" if self.masked else "RGB")
             pixels = np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
@@ -120,8 +101,7 @@ class Raster:
         """Refuses numbers of bands that a file lacks."""
         wrong = [band for band in self.bands if band not in there]
         if wrong:
-            has = ",".join(map(str, there))
-            raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {has}")
+            raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {there}")
         if self.bands == [1] and len(there) > 1 and not self.limits:
             say_once(f"band 1 of {len(there)} is read")
 
@@ -132,44 +112,55 @@ class Raster:
     def _read_labels(self):
         table, path = self.table, self.path
         if path.suffix.lower() in ARRAY_SUFFIXES:
-            with open_array(path) as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
+            array = self._array
             if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
                 return table.from_one_hot(array, path)
             return table.from_codes(array.reshape(self.height, self.width), path)
-        with open_image(path) as image:
-            if image.mode == "1":  # 0 and 255, or 0 and 1: as the table has it
-                one = 255 if 255 in table.values else 1
-                return table.from_codes(np.asarray(image) * one, path)
+        with opening.open_image(path) as image:
+            lossy = image.format in ("JPEG", "WEBP")
             if image.mode == "P":
-                palette = np.zeros((256, 3), np.uint8)
                 colors = np.reshape(image.getpalette("RGB"), (-1, 3))
-                palette[: len(colors)] = colors
-                if table.by_palette(np.asarray(image), palette):
-                    return table.from_colours(palette[np.asarray(image)], path, nearest=False)
-            jpeg = image.format in ("JPEG", "WEBP")
-            grey = image.mode == "L" and table.by_grey(np.asarray(image), jpeg)
-            if not grey and image.mode in ("P", "L", "I", "I;16", "I;16B", "I;16L", "F"):
-                return table.from_codes(np.asarray(image), path)
-            nearest = table.nearest or jpeg or grey
-            return table.from_colours(np.asarray(image.convert("RGB")), path, nearest)
+                self._palette = np.zeros((256, 3), np.uint8)
+                self._palette[: len(colors)] = colors
+            elif image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
+                image = image.convert("RGB")
+            pixels = np.atleast_3d(np.asarray(image))
+        if pixels.dtype == bool:  # 0 and 255, or 0 and 1: as the table has it
+            pixels = pixels * np.uint8(255 if 255 in table.values else 1)
+        self._choose_reading(pixels, lossy)
+        return self._indices(pixels, strict=True)
+
+    def _choose_reading(self, sample, lossy):
+        """Sets whether codes, a palette or colours decide in a label map; sample (H, W, 1 or 3)."""
+        self._nearest = lossy or self.table.nearest
+        self._by_colour = sample.shape[-1] == 3
+        if self._palette is not None:
+            if not self.table.by_palette(sample[..., 0], self._palette):
+                self._palette = None
+        elif sample.dtype == np.uint8 and not self._by_colour:
+            self._by_colour = self.table.by_grey(sample, lossy)
+
+    def _indices(self, pixels, strict=False):
+        """Class indices (H, W) of pixels (H, W, 1 or 3); strict: refuses a photograph."""
+        if self._palette is not None:
+            return self.table.from_colours(self._palette[pixels[..., 0]], self.path, False, strict)
+        if self._by_colour:
+            colours = np.repeat(pixels, 3 // pixels.shape[-1], -1)
+            return self.table.from_colours(colours, self.path, self._nearest, strict)
+        return self.table.from_codes(pixels[..., 0], self.path)
 
     def _open_tiff(self, driver):
-        self.tiff = open_tiff(self.path, driver)
+        self.tiff = opening.open_tiff(self.path, driver)
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
         self.dtype = str(np.result_type(*kinds))
         if np.dtype(self.dtype).kind not in "iuf":
             raise UserError(f"{self.path}: has {self.dtype} values, which are not read")
-        if self.table and self.tiff.count > 1 and self.dtype != "uint8":
-            remedy = "one band of codes, or colours of 8 bits"
-            raise UserError(f"{self.path}: has {self.dtype} values; a label map has {remedy}")
-        if not (self.table or self.limits or self.dtype == "uint8"):
-            remedy = f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {self.path.name} NEW.tif"
-            what = f"has {self.dtype} values where 8 bits are expected"
-            raise UserError(f"{self.path}: {what}: {remedy}")
-        lossy = str(self.tiff.compression) == "Compression.jpeg"
-        self._nearest = lossy or bool(self.table and self.table.nearest)
-        self._palette, self._levels, self._grey = None, None, False
+        deep = self.dtype != "uint8"
+        if self.table and self.tiff.count > 1 and deep:
+            raise UserError(f"{self.path}: a label map has one band of codes, or 8-bit colours")
+        if deep and not (self.table or self.limits):
+            remedy = "gdal_translate -ot Byte -scale LOW HIGH 0 255"
+            raise UserError(f"{self.path}: has {self.dtype} values, not 8 bits: {remedy}")
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
@@ -182,15 +173,11 @@ class Raster:
             self._levels, self._palette = self._palette[:2, 0] // 255 * np.uint8(one), None
         top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
-        middle = self._cut(top, left, bottom, right)
-        if len(middle) == 3:  # a photograph is refused here
-            colours, valid = np.moveaxis(middle, 0, -1), self.valid(top, left, *middle.shape[1:])
-            colours = colours if valid is None else colours[valid][None]
-            self.table.from_colours(colours, self.path, self._nearest)
-        elif self._palette is None and kinds[0] == "uint8":
-            self._grey = self.table.by_grey(middle[0], lossy)
-        elif self._palette is not None and not self.table.by_palette(middle[0], self._palette):
-            self._palette = None
+        sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)
+        self._choose_reading(sample, lossy=str(self.tiff.compression) == "Compression.jpeg")
+        if self._by_colour:  # a photograph is refused here
+            valid = self.valid(top, left, *sample.shape[:2])
+            self._indices(sample if valid is None else sample[valid][None], strict=True)
 
     def _choose_bands(self):
         """Sets which bands of the TIFF are read, and says once which are left out."""
@@ -204,35 +191,25 @@ class Raster:
         if self.bands and self._palette is None:
             self._chosen = self.bands
         elif len(there) > len(self._chosen) and not self.table:
-            which = ", ".join(map(str, self._chosen))
-            how = "--bands-A or --bands-B chooses others"
-            say_once(f"images have {len(there)} bands: {which} are read: {how}")
+            chosen = ", ".join(map(str, self._chosen))
+            say_once(f"images have {len(there)} bands: {chosen} are read (--bands-A, --bands-B)")
 
     def _cut(self, top, left, bottom, right):
         pixels = self.tiff.read(self._chosen, window=((top, bottom), (left, right)))
         return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
-        bands = self._cut(top, left, bottom, right)  # (C, H, W)
-        pixels = np.moveaxis(bands, 0, -1)  # (H, W, C)
-        if self._palette is not None:
-            pixels = self._palette[bands[0]]
-        if self._palette is not None and not self.table:
-            return self._picked(pixels)
+        pixels = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)  # (H, W, C)
+        if not self.table and self._palette is not None:
+            return self._picked(self._palette[pixels[..., 0]])
         if not self.table:
             grey = pixels.shape[-1] == 1 and not self.bands
             return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
-        nothing = self.tiff.nodata
-        by_colour = self._grey or pixels.shape[-1] == 3
-        if by_colour:
-            nearest = self._grey or (self._nearest and self._palette is None)
-            pixels = np.repeat(pixels, 3 // pixels.shape[-1], -1)
-            indices = self.table.from_colours(pixels, self.path, nearest, strict=False)
-        else:
-            if nothing is not None and nothing not in self.table.values:
-                bands = np.where(bands == nothing, self.table.unused, bands)
-            indices = self.table.from_codes(bands[0], self.path)
-        if self.masked and (by_colour or nothing is None):
+        nothing, by_codes = self.tiff.nodata, self._palette is None and not self._by_colour
+        if by_codes and nothing is not None and nothing not in self.table.values:
+            pixels = np.where(pixels == nothing, self.table.unused, pixels)
+        indices = self._indices(pixels)
+        if self.masked and not (by_codes and nothing is not None):
             valid = self.valid(top, left, *indices.shape)
             indices = np.where(valid, indices, np.uint8(IGNORED))
         return indices
@@ -244,7 +221,7 @@ class Raster:
             return None
         (gcps, crs), to_place = self.tiff.gcps, self.tiff.transform
         if gcps:
-            to_place = gdal().transform.from_gcps(gcps)
+            to_place = opening.gdal().transform.from_gcps(gcps)
         nowhere = to_place.is_identity or to_place.is_degenerate
         return None if nowhere else (crs or self.tiff.crs, to_place)
 
@@ -284,8 +261,8 @@ def _orientation(image):
 def check_pair(a, b):
     """Refuses two Rasters of other sizes, or with corners over a tenth of a pixel apart."""
     if (a.height, a.width) != (b.height, b.width):
-        other = f"{b.path} is {b.width}x{b.height}"
-        raise UserError(f"{a.path} is {a.width}x{a.height} but {other}: sizes must agree")
+        sizes = f"{a.width}x{a.height} and {b.width}x{b.height}"
+        raise UserError(f"{a.path}, {b.path}: {sizes}: sizes must agree")
     if not (a.place and b.place):
         return
     crs, other_crs = a.place[0], b.place[0]

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -123,19 +122,17 @@ class Run:
         if rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
-    def _agreed(self, value):
-        """The largest of all processes' values, every ten steps; between them 0."""
+    def wishes(self):
+        """(the number of a signal that asked to stop, or 0; whether it is high time to save).
+
+        Several processes agree every ten steps: each gets the largest of all their values.
+        """
+        overdue = time.monotonic() - self.saved_at > 5 * self.seconds
         if world_size() == 1:
-            return value
-        return 0 if self.step % 10 else reduced(torch.tensor(value), dist.ReduceOp.MAX).item()
-
-    def stopping(self):
-        """The number of a signal that asked to stop, else 0."""
-        return self._agreed(self.interrupted)
-
-    def overdue(self):
-        """Whether too much work would be lost, were the process killed now."""
-        return self._agreed(int(time.monotonic() - self.saved_at > 5 * self.seconds))
+            return self.interrupted, overdue
+        if self.step % 10:
+            return 0, False
+        return reduced(torch.tensor([self.interrupted, overdue]), dist.ReduceOp.MAX).tolist()
 
     def set_lr(self, lr, *optimizers):
         """Gives optimizers the rate lr, which is logged."""
@@ -159,7 +156,7 @@ class Run:
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # all of about as many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
-        overdue, number = self.overdue(), self.stopping()
+        number, overdue = self.wishes()
         if not number and not overdue:
             return
         self.save(state)
@@ -244,10 +241,7 @@ class Run:
         if self.batch or not self.epoch or not self._is_kept():
             return
         with whole_or_absent(self.last.with_name(f"epoch_{self.epoch:04}.pt")) as aside:
-            try:
-                os.link(self.last, aside)  # last.pt is only ever replaced, never changed
-            except OSError:  # a file system without hard links
-                shutil.copy(self.last, aside)
+            shutil.copy(self.last, aside)
 
     def _draw(self, columns):
         """Draws the sample grid, losses.png and index.html: last, as no run needs them."""
@@ -294,23 +288,20 @@ def write_config(cfg):
     """Writes config.json: the options, their defaults, versions, device and commit."""
     cuda = cfg.device == "cuda"
     packages = {package.__name__: package.__version__ for package in (torch, np)}
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
+    commit = None  # as where these scripts are in no repository
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(call, text=True, stderr=subprocess.DEVNULL).strip()
     about = {
         "script": cfg.script,
         "options": dataclasses.asdict(cfg),
         "versions": {"python": platform.python_version()} | packages,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "processes": world_size(),
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "defaults": dataclasses.asdict(type(cfg)()),
     }
     write_text(Path(cfg.out) / "config.json", json.dumps(about, indent=2))
-
-
-def _git_commit():
-    """The commit of these scripts, or None where they are not in a repository."""
-    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(call, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 def _tracker(cfg, run_id):

@@ -41,12 +41,9 @@ def is_whole(path):
     """Whether a store is there, and has the size that its header promises."""
     try:
         array = np.lib.format.open_memmap(path, "r")
-    except (FileNotFoundError, NotADirectoryError):
+        return array.offset + array.nbytes == path.stat().st_size
+    except Exception:  # numpy raises several kinds for a damaged header
         return False
-    except Exception as error:  # numpy raises several kinds for a damaged header
-        print(f"{path}: {error}: decoding again", file=sys.stderr)
-        return False
-    return array.offset + array.nbytes == path.stat().st_size
 
 
 class ImageStore:
@@ -65,9 +62,6 @@ class ImageStore:
 
     Where some picture may have pixels without data, a plane for each side of pictures follows: 255
     where it has data. Labels are IGNORED where their photograph has none.
-
-    The file's name is a hash of the list of files, their sizes and times, and every parameter.
-    It is written aside and renamed, so that it is whole or absent.
     """
 
     def __init__(self, cfg, split, side, smallest=0):
@@ -119,20 +113,12 @@ class ImageStore:
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
         if not self.classes:
-            empty = [self._empty(side) for side in "AB"]
-            return text + (f", {np.mean(empty):.0%} of the pixels ignored" if any(empty) else "")
+            return text
         ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
         if ignored == 1 and all((image == IGNORED).all() for image in self.B):
-            what = "no pixel has a class: check the class table"
-            raise UserError(f"{split.root}, split {split.name}: {what}")
+            raise UserError(f"{split.root}, split {split.name}: no pixel has a class of the table")
         text += f", B labels of {len(self.classes)} classes"
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
-
-    def _empty(self, side):
-        """The share of a side's pixels that have no data."""
-        rows = self.rows[side]
-        known = self.known(side, rows[spread(100, len(rows))])
-        return 0 if known is None else np.mean(known == 0)
 
     def histograms(self, most=1000):
         """How often each level, or class, occurs: {"A": (C, 256), "B": (C or 1, 256)} int64.
@@ -149,13 +135,12 @@ class ImageStore:
                 bands = images[row] if name == "B" and self.classes else eight_bits(images[row])
                 counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in bands]
         if self.classes and self.paired:
-            bands = self.A.shape[1]
-            by_class, channels = np.zeros(256 * bands * 256, np.int64), np.arange(bands)
+            by_class = np.zeros((256, self.A.shape[1], 256), np.int64)
             for row in spread(most, len(self.A)):
-                places = self.B[row].astype(np.int64) * bands + channels[:, None, None]
-                places = places * 256 + eight_bits(self.A[row])
-                by_class += np.bincount(places.ravel(), minlength=len(by_class))
-            counts["A of classes"] = by_class.reshape(256, bands, 256)[: len(self.classes)]
+                for band, levels in enumerate(eight_bits(self.A[row])):
+                    both = self.B[row, 0].astype(np.int64) * 256 + levels
+                    by_class[:, band] += np.bincount(both.ravel(), minlength=2**16).reshape(256, -1)
+            counts["A of classes"] = by_class[: len(self.classes)]
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
@@ -171,17 +156,15 @@ class ImageStore:
         if first_here() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
-        return np.lib.format.open_memmap(
-            path, "c"
-        )  # nothing writes; torch wants what it could write to
+        # "c": nothing writes, but torch wants what it could write to
+        return np.lib.format.open_memmap(path, "c")
 
     def _build(self, pairs, path):
         pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         try:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
-                what = f"no image of {self.split.root} is that large"
-                raise UserError(f"--patch {self.patch}: {what}")
+                raise UserError(f"--patch {self.patch}: no image is that large")
             self.cache.mkdir(parents=True, exist_ok=True)
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
@@ -237,14 +220,12 @@ class ImageStore:
             masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
         if self.split.halves and width != 2 * height:
-            what = f"{width}x{height} is no pair side by side, which is twice as wide as high"
-            raise UserError(f"{name}: {what}")
+            raise UserError(f"{name}: {width}x{height} is no pair side by side: not twice as wide")
         if self.split.halves:
             width = height
         if min(width, height, self.patch or width) < self.smallest:
-            cut = f" cut into patches of {self.patch}" if self.patch else ""
-            what = f"{width}x{height}{cut} is smaller than --size {self.smallest}"
-            raise UserError(f"{name}: {what}")
+            what = f"--patch {self.patch}" if self.patch else f"{width}x{height}"
+            raise UserError(f"{name}: {what} is smaller than --size {self.smallest}")
         count = (width // self.patch) * (height // self.patch) if self.patch else 1
         return count, masked
 
@@ -316,6 +297,5 @@ class ImageStore:
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
         if max(height, width) > 1.1 * min(height, width) and not rank():
-            remedy = "--patch N cuts squares"
-            say_once(f"images such as {width}x{height} are squeezed to a square: {remedy}")
+            say_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")
         return tuple(np.max(sizes, 0).tolist())

@@ -25,9 +25,8 @@ class VGG16Features(nn.Module):
              torch.hub's cache or download; "random": normal with variance 2 / fan in (He et al.
              2015) from a fixed seed, the same on every machine (random features carry texture:
              He, Wang, Hopcroft 2016, arXiv:1606.04801)
-    autocast the precision of the convolutions with ImageNet's weights: in bf16 the gradient of a
-             loss of relu3_3 has a cosine above 0.99 with that in float32. With random weights it
-             has 0.90 to 0.99, so that these compute in float32. Activations are float32 anyway.
+    autocast the precision of the convolutions with ImageNet's weights; random ones compute in
+             float32, since their gradients in bf16 differ more. Activations are float32 anyway.
 
     Each layer's activations are scaled so that its Gram matrices have norm 1 on four procedural
     landscapes: a weight of a loss means the same with any layer, and with any weights.
@@ -49,13 +48,13 @@ class VGG16Features(nn.Module):
         for name, stage, k in self.steps:
             out = min(64 * 2 ** (stage - 1), 512)
             position += k == 1 and stage > 1  # a pooling layer
-            shape = (out, channels, 3, 3)
             if given is None:
-                weight = torch.randn(shape, generator=seeded) * (2 / (9 * channels)) ** 0.5
+                weight = torch.randn(out, channels, 3, 3, generator=seeded)
+                weight *= (2 / (9 * channels)) ** 0.5
                 bias = torch.zeros(out)
             else:
-                weight = _part(given, f"features.{position}.weight", shape, path)
-                bias = _part(given, f"features.{position}.bias", (out,), path)
+                weight = _part(given, f"features.{position}.weight", path)
+                bias = _part(given, f"features.{position}.bias", path)
             self.register_buffer(f"{name}_weight", weight, persistent=False)
             self.register_buffer(f"{name}_bias", bias, persistent=False)
             channels, position = out, position + 2  # the convolution and its ReLU
@@ -70,23 +69,17 @@ class VGG16Features(nn.Module):
             self.autocast = autocast
 
     def forward(self, images):
-        x = ((shown(images) + 1) / 2 - self.mean) / self.std
+        x, activations = ((shown(images) + 1) / 2 - self.mean) / self.std, []
         with self.autocast:
-            activations = self.activations(x)
+            for name, stage, k in self.steps:
+                if k == 1 and stage > 1:
+                    x = F.max_pool2d(x, 2)
+                weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+                if name in self.layers:
+                    activations.append(x)
         scaled = zip(activations, self.scales, strict=True)
         return [full_precision(x) * scale for x, scale in scaled]
-
-    def activations(self, x):
-        """The layers' activations (B, C, H, W) of a normalised image, unscaled."""
-        activations = []
-        for name, stage, k in self.steps:
-            if k == 1 and stage > 1:
-                x = F.max_pool2d(x, 2)
-            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-            x = F.relu(F.conv2d(x, weight, bias, padding=1))
-            if name in self.layers:
-                activations.append(x)
-        return activations
 
 
 def gram(features):
@@ -103,14 +96,12 @@ def _imagenet(path):
     how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
     try:
         return torch.hub.load_state_dict_from_url(url, **how)
-    except Exception as error:
-        reason = f"VGG16 is not at hand ({type(error).__name__})"
-        raise UserError(f"{reason}: fetch {url} and pass it with --vgg16 FILE") from None
+    except Exception:
+        raise UserError(f"VGG16 is not at hand: fetch {url} and pass --vgg16 FILE") from None
 
 
-def _part(weights, key, shape, path):
+def _part(weights, key, path):
     """A tensor of a state dict; refuses a file without it."""
-    tensor = weights.get(key) if isinstance(weights, dict) else None
-    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
-        raise UserError(f"--vgg16 {path}: no {key} {shape}: pass torchvision's vgg16 weights")
-    return tensor
+    if key not in weights:
+        raise UserError(f"--vgg16 {path}: no {key}: pass torchvision's vgg16 weights")
+    return weights[key]

@@ -158,16 +158,13 @@ class Windows:
 
     def _row(self, top):
         """Generates the windows of a row that have data, or one: yields (left, weights, fake)."""
-        columns = self._columns(top) or self.columns[:1]
+        columns = [tile for tile in self.columns if self._has_data(top, tile[0])]
+        columns = columns or self.columns[:1]
         for first in range(0, len(columns), 8):
             some = columns[first : first + 8]
             fakes = self.predicted([(top, left) for left, _ in some])
             for (left, weights), fake in zip(some, fakes, strict=True):
                 yield left, weights, fake
-
-    def _columns(self, top):
-        """The columns where a window at `top` has data."""
-        return [tile for tile in self.columns if self._has_data(top, tile[0])]
 
     def _has_data(self, top, left):
         valid = self.valid(top, left, *self.sides) if self.valid else None
@@ -175,12 +172,13 @@ class Windows:
 
     def _noted(self):
         """Corners of the windows whose statistics are noted: some that have data, all over."""
-        rows, columns = self.statistics.some(self.rows), self.statistics.some(self.columns)
-        noted = [(top, left) for top, _ in rows for left, _ in columns if self._has_data(top, left)]
-        if noted:
-            return noted
-        corners = [(top, left) for top, _ in self.rows for left, _ in self._columns(top)]
-        return corners[: self.statistics.most] or [(0, 0)]
+        some = self.statistics.some(self.rows), self.statistics.some(self.columns)
+        for rows, columns in (some, (self.rows, self.columns)):
+            corners = [(top, left) for top, _ in rows for left, _ in columns]
+            noted = [corner for corner in corners if self._has_data(*corner)]
+            if noted:
+                return noted[: self.statistics.most**2]
+        return [(0, 0)]
 
     def _position(self, corner):
         """A corner (top, left), counted in windows."""

@@ -283,7 +283,7 @@ def test_wrong_limits_are_one_line(limits, deep, tmp_path, capsys):
     line = line_of(
         pix2pix.main, tiny_run("pix2pix", deep, tmp_path / "run", f"--limits-A {limits}"), capsys
     )
-    assert f"--limits-A {limits}: write LOW,HIGH, or a pair for each of 3 bands" in line
+    assert f"--limits-A {limits}: write LOW,HIGH, for all bands or for each" in line
 
 
 def test_files_without_any_data_are_one_line(tmp_path, capsys):

@@ -362,7 +362,6 @@ LARGE = random_labels(100, 60)
 DECODED = "cannot be decoded"
 # files that the page does not open, and the line that it shows
 WRONG_FILES = [
-    (in_base64("x.vrt", VRT), f"x.vrt: {DECODED}"),
     (in_base64("x.tif", VRT), f"x.tif: {DECODED}"),
     (in_base64("x.eps", b"%!PS-Adobe-3.0 EPSF-3.0"), f"x.eps: {DECODED}"),
     (in_base64("x.gif", b"GIF89a"), f"x.gif: {DECODED}"),

@@ -145,7 +145,8 @@ def test_imports_in_support_point_down():
             found = set()
             for node in ast.walk(tree(f"support/{name}")):
                 if isinstance(node, ast.ImportFrom):
-                    found |= {node.module.split(".")[1]} if "support" in node.module else set()
+                    module = f"{node.module}.{node.names[0].name}"  # from support import x
+                    found |= {module.split(".")[1]} if "support" in node.module else set()
                     assert node.module != "common"
             assert found <= below, name
         below |= set(floor.split())

@@ -30,7 +30,7 @@ SECTIONS = {
 }
 # What the tree shows beside Python files.
 FOLDERS = {
-    "support/*.html": "Pages: to paint on, of one run, of all runs",
+    "support/*.html": "Pages: to paint on, and of a run",
     "tests/plain.py": "Every training step once more, as a textbook writes it",
     "tests/": "Tests of the code and of these pages",
     "bench/": "Benchmarks, and their results",
