@@ -136,6 +136,8 @@ def _use(cfg, given):
     """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
+    if cfg.evaluate and "histograms" not in checkpoint:
+        raise UserError(f"{path}: written by an older version: it has nothing to compare with")
     groups = {field.name: group for group, field in grouped_fields(type(cfg))}
     fixed = {name for name in groups if groups[name] == "model"}
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}

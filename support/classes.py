@@ -150,11 +150,12 @@ class ClassTable:
     def by_grey(self, levels, jpeg):
         """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
 
-        They are in a JPEG, and with a `nearest` table, where some are no codes of the table.
-        Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
+        They are in a JPEG, and with a `nearest` table or one of greys, where some are no codes of
+        the table. Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
         """
         used = np.unique(levels)
-        if self._coded(used) or not (jpeg or self.nearest):
+        graded = all(color == (value,) * 3 for value, color, _ in self.entries)
+        if self._coded(used) or not (jpeg or self.nearest or graded):
             return False
         return jpeg or len(set(self._nearest_row(used[:, None])[1])) > 1
 
@@ -219,13 +220,19 @@ class ClassTable:
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
-        """One-hot classes, (H, W, C) or (C, H, W) -> (H, W) uint8; IGNORED where all are zero."""
-        if array.shape[-1] != len(self):
+        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; IGNORED where all are zero.
+
+        C  the number of classes, or of all rows of the table
+        """
+        rows = [index for _, _, index in self.entries]
+        indices = {len(self): range(len(self)), len(rows): rows}
+        if array.shape[-1] not in indices:
             array = np.moveaxis(array, 0, -1)
         alone = np.isin(array, (0, 1, 255)).all() and (array > 0).sum(-1).max() <= 1
-        if array.shape[-1] != len(self) or not alone:
+        if array.shape[-1] not in indices or not alone:
             raise UserError(f"{path}: is no one-hot of the class table's {len(self)} classes")
-        return np.where(array.max(-1) > 0, array.argmax(-1), IGNORED).astype(np.uint8)
+        index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
+        return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
 
 
 def _color(text):

@@ -232,10 +232,8 @@ def copy_verdict(rows):
     target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
     copy = rows["copy of rgb_a"]["l1_inside"]
     copies = "copies" if to_input < min(target, copy / 2) else "does not copy"
-    levels = f"{target:.2f} levels from the target (a copy of rgb_a {copy:.2f})"
-    return (
-        f"inside the edit it is {levels} and {to_input:.2f} from its input: it {copies} its input"
-    )
+    levels = f"{target:.2f} levels from the target (a copy would be {copy:.2f})"
+    return f"an edit is {levels} and {to_input:.2f} from its input: it {copies} its input"
 
 
 def write_evaluation(cfg, rows, **about):

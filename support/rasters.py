@@ -84,9 +84,11 @@ class Raster:
         if not self.table:
             raise UserError(f"{self.path}: is an array, which is read as a label map only")
         self._array = opening.open_array(self.path, most)
-        self.height, self.width, *more = self._array.shape
-        if more and more[0] not in (1, len(self.table)):
-            _, self.height, self.width = self._array.shape  # the classes come first
+        sides = self._array.shape
+        if len(sides) == 3:
+            classes_last = sides[-1] in (1, len(self.table), len(self.table.entries))
+            sides = sides[:2] if classes_last else sides[1:]
+        self.height, self.width = sides
 
     def _read_picture(self):
         with opening.open_image(self.path) as image:
@@ -139,6 +141,7 @@ class Raster:
                 self._palette = None
         elif sample.dtype == np.uint8 and not self._by_colour:
             self._by_colour = self.table.by_grey(sample, lossy)
+            self._nearest = self._nearest or self._by_colour
 
     def _indices(self, pixels, strict=False):
         """Class indices (H, W) of pixels (H, W, 1 or 3); strict: refuses a photograph."""

@@ -113,12 +113,19 @@ class ImageStore:
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
         if not self.classes:
-            return text
+            empty = [self._empty(side) for side in "AB"]
+            return text + (f", {np.mean(empty):.0%} of the pixels ignored" if any(empty) else "")
         ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
         if ignored == 1 and all((image == IGNORED).all() for image in self.B):
             raise UserError(f"{split.root}, split {split.name}: no pixel has a class of the table")
         text += f", B labels of {len(self.classes)} classes"
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
+
+    def _empty(self, side):
+        """The share of a side's pixels that have no data."""
+        rows = self.rows[side]
+        known = self.known(side, rows[spread(100, len(rows))])
+        return 0 if known is None else np.mean(known == 0)
 
     def histograms(self, most=1000):
         """How often each level, or class, occurs: {"A": (C, 256), "B": (C or 1, 256)} int64.

@@ -36,6 +36,7 @@ from support.classes import ClassTable
 from support.files import write_image
 from support.pictures import to_bytes
 from support.rasters import Raster
+from support.windows import filled
 from support.writing import writing
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
@@ -167,7 +168,7 @@ def test_codes_of_16_bits_with_a_palette(tmp_path):
 @pytest.mark.parametrize("kind", ["uint16", "float32"])
 def test_deep_rasters_are_refused_with_the_command_that_converts_them(tmp_path, kind):
     geotiff(tmp_path / "deep.tif", np.ones((8, 8, 3), kind))
-    with refused(f"has {kind} values.*: gdal_translate -ot Byte -scale LOW HIGH 0 255 deep.tif"):
+    with refused(f"has {kind} values.*: gdal_translate -ot Byte -scale LOW HIGH 0 255"):
         Raster(tmp_path / "deep.tif")
 
 
@@ -189,7 +190,7 @@ def test_windows_past_the_edge_are_mirrored(tmp_path, shape):
     part = image[1:17, 2:22]
     missing = [(0, 16 - part.shape[0]), (0, 20 - part.shape[1]), (0, 0)]
     mirrored = np.pad(part, missing, "symmetric")
-    assert (Raster(tmp_path / "x.png").padded(1, 2, 16, 20) == mirrored).all()
+    assert (filled(Raster(tmp_path / "x.png"), 1, 2, 16, 20) == mirrored).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -251,7 +252,7 @@ def test_bands_that_a_file_lacks_are_refused(tmp_path, name, bands):
     pixels = np.moveaxis(noise(20, 30, 4), 0, -1).copy()
     geotiff(tmp_path / "x.tif", pixels, photometric="RGB", alpha="yes")
     save(tmp_path / "x.png", pixels)
-    with refused(f"{name}: --bands names {bands[-1]}, but its .* 1,2"):
+    with refused(f"{name}: --bands names {bands[-1]}, but its .*1, 2"):
         Raster(tmp_path / name, bands=bands).read()
     assert (Raster(tmp_path / name, bands=(3, 1)).read() == pixels[..., [2, 0]]).all()
 
