@@ -368,7 +368,7 @@ WRONG_FILES = [
     (in_base64("x", b"II*\0"), f"x: {DECODED}"),
     (in_base64("d.png/../../e.png", b"\x89PNG\r\n\x1a\nrubbish"), f"e.png: {DECODED}"),
     (file(LARGE + 9, "../b.png"), "b.png: label values"),
-    (file(picture(np.random.default_rng(0), 90, 90)), "x.png: its colours are not those"),
+    (file(picture(np.random.default_rng(0), 90, 90)), "x.png: not the colours of the class table"),
 ]
 
 
