@@ -70,7 +70,7 @@ def find_images(data, split, lc_classes=""):
     """
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such directory (of a checkpoint's images, too)")
+        raise UserError(f"--data {root}: no such directory (a checkpoint needs --data if it moved)")
     table = _class_table(root, lc_classes)
     names = ["val", "validation", "test"] if split == "val" else [split]
     if split == "val" and _is_inria(root):

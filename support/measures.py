@@ -249,8 +249,8 @@ def write_evaluation(cfg, rows, **about):
     for title, row in rows.items():
         varieties = [value for name, value in row.items() if name.endswith("variety")]
         if title.endswith("model") and min(varieties, default=1) < 0.15:
-            how = f"{min(varieties):.1%} of what the targets do"
-            print(f"{title}: outputs hardly differ from place to place ({how}): it does not listen")
+            share = f"{min(varieties):.1%} of what the targets do"
+            print(f"{title}: ignores its input: its outputs hardly differ ({share})")
     print(f"written to {path}")
     if (path.parent / "config.json").is_file():
         with or_a_warning(path.parent / "index.html"):

@@ -122,8 +122,8 @@ class Run:
         if rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
-    def wishes(self):
-        """(the number of a signal that asked to stop, or 0; whether it is high time to save).
+    def must_save(self):
+        """(the number of a signal that asked to stop, or 0; whether the last save is long ago).
 
         Several processes agree every ten steps: each gets the largest of all their values.
         """
@@ -156,7 +156,7 @@ class Run:
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # all of about as many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
-        number, overdue = self.wishes()
+        number, overdue = self.must_save()
         if not number and not overdue:
             return
         self.save(state)

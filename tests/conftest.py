@@ -286,7 +286,7 @@ def inputs_of(net):
 
 def stop_after(monkeypatch, steps):
     """Has a run stop after some steps, as Ctrl-C does."""
-    monkeypatch.setattr(common.Run, "wishes", lambda run: (int(run.step == steps), False))
+    monkeypatch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
 
 
 def parameters(kind, *arguments, **options):

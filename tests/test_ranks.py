@@ -76,16 +76,16 @@ def worker(folder):
         result = five_steps(script, rank(), 2)
         if rank() == 0:
             torch.save(result, folder / f"{script}.pt")
-    honest = common.Run.wishes
+    honest = common.Run.must_save
     for script in SCRIPTS:
         main, parts = importlib.import_module(script).main, folder / script / "parts"
         main(words(script, folder, folder / script / "whole"))
-        common.Run.wishes = lambda run: (run.step == 5, False)
+        common.Run.must_save = lambda run: (run.step == 5, False)
         try:
             main(words(script, folder, parts))
         except SystemExit:
             torch.distributed.barrier()
-        common.Run.wishes = honest
+        common.Run.must_save = honest
         main(f"--resume --out {parts}".split())
 
 

@@ -113,7 +113,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
 ):
     """After the first and the last epoch, at --save-every, and when minutes have passed."""
     monkeypatch.setattr(common.Run, "seconds", seconds)
-    monkeypatch.setattr(common.Run, "wishes", lambda run: (0, False))  # that is tested below
+    monkeypatch.setattr(common.Run, "must_save", lambda run: (0, False))  # that is tested below
     saved, honest, run = [], common.Run.save, tmp_path / "run"
     monkeypatch.setattr(common.Run, "save", lambda r, s: saved.append(r.epoch) or honest(r, s))
     train(pairs, run, "--epochs 5 --save-every 4")
@@ -133,9 +133,9 @@ def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
     monkeypatch.setattr(support.run, "reduced", lambda tensor, how: largest[how](tensor, other))
     run = object.__new__(common.Run)
     run.step, run.interrupted, run.saved_at = 19, 2, time.monotonic()
-    assert run.wishes() == (0, False)
+    assert run.must_save() == (0, False)
     run.step = 20
-    assert run.wishes() == [15, 15]
+    assert run.must_save() == [15, 15]
 
 
 def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
