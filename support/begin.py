@@ -103,7 +103,9 @@ def begin(config, doc, quick, argv=None):
 def _check_modes(cfg):
     """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
-        raise UserError("--checkpoint goes with --generate, --evaluate or --serve, not --resume")
+        raise UserError(
+            "--checkpoint is for --generate, --evaluate and --serve; --resume trains on"
+        )
     fields = dataclasses.fields(cfg)
     weights = any(getattr(cfg, field.name) for field in fields if field.metadata.get("weights"))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
@@ -122,7 +124,7 @@ def _resume(cfg, given):
         raise UserError(f"{path}: this version has no option {unknown}: use that of the run")
     world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
     if world != here:
-        raise UserError(f"{path}: cannot go on with {here}: torchrun --nproc-per-node {world}")
+        raise UserError(f"{path}: is of {world} processes: torchrun --nproc-per-node {world}")
     fixed = set()
     for name, field in fields.items():
         may_change = field.metadata.get("may_change", False)
@@ -179,7 +181,7 @@ def _newest_run(cfg):
         folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
     saved = [path for folder in folders for path in folder.glob("checkpoints/last.pt")]
     if not saved:
-        raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'}: leave it out")
+        raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'} to go on from")
     return max(saved, key=lambda path: path.stat().st_mtime).parent.parent
 
 

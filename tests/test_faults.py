@@ -75,7 +75,7 @@ CASES = {
     "mixlc --data arrays --patch 40": "0.npz: claims more pixels than memory can hold",
     "mixlc --data axes": "0.npy: cannot be decoded",
     "mixlc --data utf16": "classes.json: 'utf-8' codec",
-    "pix2pix --resume --out two": "with 1: torchrun --nproc-per-node 2",
+    "pix2pix --resume --out two": "is of 2 processes: torchrun --nproc-per-node 2",
     "pix2pix --evaluate --checkpoint judged/last.pt --out judged": "judge.pt: not a checkpoint",
     "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is no judge of",
     "pix2pix --out model.pt/run": "model.pt/run: Not a directory",
