@@ -434,8 +434,8 @@ def test_steps_learn_from_pixels_with_data_alone(script):
 @pytest.mark.parametrize(("name", "most"), [("x.png", 0), ("x.webp", 0), ("x.jpg", 5)])
 def test_pictures_are_written_without_loss_and_jpeg_at_quality_95(tmp_path, name, most):
     pixels = noise(40, 50).transpose(1, 2, 0)
-    written = pixels_of(write_image(tmp_path / name, pixels)).astype(int)
-    assert abs(written - pixels).mean() <= most
+    write_image(tmp_path / name, pixels)
+    assert abs(pixels_of(tmp_path / name).astype(int) - pixels).mean() <= most
 
 
 @pytest.mark.parametrize("ending", [".png", ".webp"])
