@@ -103,7 +103,7 @@ CASES = {
     f"pix2pix --bands-A {','.join('1' * 33)}": "write 1 to 32 numbers from 1",
     "pix2pix --load-size 63": "--load-size 63: must be --size 64",
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
-    "pix2pix --checkpoint model.pt": "--checkpoint goes with",
+    "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint flipped.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint other.pt": "written by cyclegan.py",
