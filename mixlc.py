@@ -15,8 +15,8 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
 Completion (doi:10.1145/3072959.3073659).
 
-Differences from the original system, which has no paper (--box center --fusion late --no-erase
---own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
+Differences from the original system, which has no paper (to train it: --box center --fusion late
+--no-erase --own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
 - The original generator copies its input. Here noise replaces what the edit covers, so that it
   cannot; evaluation.json measures this.
 - The original's target is a collage, photograph b in the box of a. It is one of many right answers

@@ -63,7 +63,7 @@ class Config(common.EditOptions):
     lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
     class_weights: bool = option(True, "weights of the class losses by inverse frequency")
     style_features: str = option(
-        "vgg16", "VGG16 of the style loss: with weights, or random", choices=("vgg16", "random")
+        "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
     vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)

@@ -64,7 +64,7 @@ def open_image(path):
 def gdal():
     """rasterio, with a bounded cache, and without warnings of TIFFs that have no place on earth."""
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
-    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see open_tiff
+    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio
 
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)

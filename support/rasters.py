@@ -16,9 +16,9 @@ from support.opening import READABLE
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
-    Label maps are array files, or images of indices, of code values or of class colours. A TIFF of
-    any size is read piece by piece; other files lie in memory from the first window on.
-    Photographs are turned upright as EXIF says.
+    Label maps are array files, or images of indices, of code values or of class colours. A TIFF
+    or VRT of any size is read piece by piece; other files lie in memory from the first window
+    on. Photographs are turned upright as EXIF says.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
                    names them, or the first three; one band is repeated for (). Never alpha
@@ -27,7 +27,7 @@ class Raster:
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and how many bands it has, without alpha
-    tiff           rasterio's dataset of a TIFF, else None
+    tiff           rasterio's dataset of a TIFF or VRT, else None
     """
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
