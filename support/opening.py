@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import re
+import threading
 import warnings
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT"}
 DRIVERS |= {".jp2": "JP2OpenJPEG", ".img": "HFA", ".gpkg": "GPKG"}
 PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by GDAL where they have a place
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_NUMPY = threading.Lock()
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize BlockYSize
     VRTRasterBand Offset Scale UnitType Description CategoryNames Category ColorInterp ColorTable
@@ -132,11 +134,15 @@ def _joined_tiffs(path):
 
 
 def open_array(path, most):
-    """The array of a .npy file, or the first one of a .npz file, of at most `most` bytes."""
-    array = np.load(path, mmap_mode="r")
-    if isinstance(array, np.ndarray):
-        return array
-    with array:
-        if array.zip.infolist()[0].file_size > most:
-            raise MemoryError
-        return array[array.files[0]]
+    """The array of a .npy file, or the first one of a .npz file, of at most `most` bytes.
+
+    NumPy parses headers with `ast`, which CPython 3.11 cannot do in two threads at once.
+    """
+    with _NUMPY:
+        array = np.load(path, mmap_mode="r")
+        if isinstance(array, np.ndarray):
+            return array
+        with array:
+            if array.zip.infolist()[0].file_size > most:
+                raise MemoryError
+            return array[array.files[0]]

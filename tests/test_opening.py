@@ -1,7 +1,10 @@
 """Files are opened by the driver of their ending alone; land cover is written with its values."""
 
+import gc
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -309,3 +312,18 @@ def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, more):
         names = {f"class_{row['value']}": row["name"] for row in table}
         assert names.items() <= written.tags(1).items()
         assert more or written.colormap(1)[10][:3] == (10, 0, 9)
+
+
+def test_threads_read_arrays_at_once(tmp_path):
+    np.savez(tmp_path / "0.npz", GREY)
+    threshold = gc.get_threshold()
+    gc.set_threshold(10)
+    gc.callbacks.append(lambda *_: time.sleep(0))  # another thread goes on
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            paths = [tmp_path / "0.npz"] * 2000
+            arrays = list(pool.map(lambda path: opening.open_array(path, GREY.nbytes * 2), paths))
+    finally:
+        gc.callbacks.pop()
+        gc.set_threshold(*threshold)
+    assert all((array == GREY).all() for array in arrays)
