@@ -1,8 +1,9 @@
 """mixlc: edit a satellite image through its land cover: change a part of it, generate what fits.
 
 A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
-the box, and the pasted land cover, and generates the missing part. A discriminator sees it within
-its photograph, and learns to tell it from untouched photographs with their own land cover.
+the box, and the pasted land cover, and generates the missing part. A discriminator gets the whole
+and labels every pixel, with a class of land cover or as generated. The generator learns to get
+those labels that were asked for.
 
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
@@ -11,18 +12,20 @@ its photograph, and learns to tell it from untouched photographs with their own 
     python mixlc.py --evaluate --checkpoint runs/mixlc/checkpoints/last.pt
     python mixlc.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 
-Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its losses; the
-discriminators of Iizuka, Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image
-Completion (doi:10.1145/3072959.3073659).
+Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its losses; OASIS
+(Schonfeld, Sushko et al. 2021, arXiv:2012.04781) for the discriminator, or with --d global Iizuka,
+Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
+(doi:10.1145/3072959.3073659).
 
 Differences from the original system, which has no paper (to train it: --box center --fusion late
---no-erase --own 0 --no-composite --d global --gan bce --collage --lambda-adv 0.5 --lr 1e-3):
+--no-erase --own 0 --no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
 - The original generator copies its input. Here noise replaces what the edit covers, so that it
   cannot; evaluation.json measures this.
 - The original's target is a collage, photograph b in the box of a. It is one of many right answers
   and has a seam, and an L1 loss to it teaches a blur. Here half of the edits ask for the land cover
   that is there: their target is the photograph (SESAME, Ntavelis et al. 2020, arXiv:2004.04977).
-  The others are left to the discriminator, whose losses count patches at edits only.
+  The others are left to the discriminator.
+- The original discriminator gives one number for a whole photograph, and does not get land cover.
 - Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
@@ -63,14 +66,10 @@ class Config(common.EditOptions):
     )
     skips: str = option("both", "encoders with skips in --fusion middle", choices=("both", "lc"))
     d: str = option(
-        "patch",
-        "discriminator: global (of the whole photograph), patch (given land cover and edit)",
-        choices=("global", "patch"),
-    )
-    gan: str = option(
-        "lsgan",
-        "adversarial loss: bce (cross-entropy), lsgan (least squares)",
-        choices=("bce", "lsgan"),
+        "label",
+        "discriminator: label (of every pixel: its land cover, or generated), global (of the "
+        "whole photograph: real or fake)",
+        choices=("label", "global"),
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
     collage: bool = option(
@@ -367,53 +366,43 @@ class Discriminator(nn.Module):
         layers += [nn.Flatten(), nn.Linear(channels * 16, 1024), nn.LeakyReLU(0.2)]
         return nn.Sequential(*layers)
 
-    def forward(self, image, lc, mask, box):
+    def forward(self, image, box):
         features = self.global_trunk(image)  # (B, 1024)
         if self.local_trunk is not None:
             crop = crop_around(image, box, self.side)
             features = torch.cat([features, self.local_trunk(crop)], 1)  # (B, 2048)
-        return self.head(features)[:, :, None, None]  # (B, 1, 1, 1)
+        return self.head(features)
 
 
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (pix2pix, section 3.2.2) on photograph, land cover and edit -> (B, 1, P, P) logits.
+class LabelDiscriminator(nn.Module):
+    """What is every pixel of a photograph (B, 3, S, S)? -> (B, classes + 1, S, S) logits.
 
-    Real is a photograph (B, 3, S, S) with its own land cover (B, classes, S, S). The mask of the
-    edit (B, 1, S, S) is an input for both, so that it does not tell them apart. All photographs
-    are augmented.
+    A class of land cover, or the last one: generated. A U-Net (Schonfeld et al. 2021, section 3.1),
+    here with BatchNorm and the shape of the generator's. All photographs are augmented.
     """
 
-    def __init__(self, classes, bands, width):
+    def __init__(self, classes, bands, size, width):
         super().__init__()
-        layers = [nn.Conv2d(bands + classes + 1, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        channels = width
-        for level in range(1, 4):  # 128 at S/4, 256 at S/8, 512 at S/8 - 1
-            out = width * 2**level
-            step = 2 if level < 3 else 1
-            layers += [nn.Conv2d(channels, out, 4, step, 1, bias=False)]
-            layers += [nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
-            channels = out
-        layers += [nn.Conv2d(channels, 1, 4, 1, 1)]
-        self.layers = nn.Sequential(*layers)
+        self.unet = UNet(bands, size, width)
+        self.last = nn.ConvTranspose2d(2 * width, classes + 1, 4, 2, 1)
 
-    def forward(self, image, lc, mask, box):
-        return self.layers(torch.cat([augment(image), lc, mask.to(image.dtype)], 1))
+    def forward(self, image, box):
+        return self.last(self.unet(augment(image)))
 
 
 def augment(images):
-    """Images (B, C, S, S) in other colours, with a grey square of up to S/4: for D only.
+    """Images (B, C, S, S) lighter or darker, with a grey square of up to S/4: for D only.
 
     D overfits on few photographs. Differentiable, so that G learns through it: Zhao et al. 2020
     (arXiv:2006.10738).
     """
-    batch, channels, side, _ = images.shape
-    contrast = 0.8 + 0.4 * torch.rand(batch, channels, 1, 1, device=images.device)
-    brightness = 0.4 * torch.rand(batch, 1, 1, 1, device=images.device) - 0.2
+    batch, side = images.shape[0], images.shape[-1]
+    contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
     y, x = torch.randint(side, (2, batch, 1), device=images.device)  # middles of the squares
     along = torch.arange(side, device=images.device)
     rows, columns = (along - y).abs() < side // 8, (along - x).abs() < side // 8  # (B, S)
     square = rows[:, None, :, None] & columns[:, None, None, :]
-    return (images * contrast + brightness).masked_fill(square, 0.0)
+    return (images * (0.8 + contrast) + brightness - 0.2).masked_fill(square, 0.0)
 
 
 def crop_around(images, box, side):
@@ -441,22 +430,28 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real, near, gan):
-    """The distance of logits from "real" (1) or "fake" (0): a scalar.
+def gan_loss(logits, real):
+    """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
-    bce    cross-entropy, equation 1 of Goodfellow et al. 2014 (arXiv:1406.2661), with the
-           -log D(G(x)) of its section 3
-    lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076)
-    near   (B, 1, S, S) bool: a logit (of B, 1, P, P) counts if its S/P x S/P pixels touch it
+    Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
     """
     logits = common.full_precision(logits)
-    target = torch.full_like(logits, float(real))
-    counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
-    if gan == "lsgan":
-        losses = F.mse_loss(logits, target, reduction="none")
-    else:
-        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (losses * counts).sum() / counts.sum().clamp_min(1)
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+
+
+def label_loss(logits, target):
+    """Cross-entropy of logits (B, classes + 1, S, S) with one-hot labels: a scalar.
+
+    target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
+
+    All labels of a batch weigh the same, however rare (Schonfeld et al. 2021, section 3.1), but a
+    pixel at most ten times the mean.
+    """
+    counts = target.sum((0, 2, 3))
+    mean = counts.sum() / (counts > 0).sum().clamp_min(1)
+    weighted = target * (mean / counts.clamp_min(1)).clamp_max(10).view(1, -1, 1, 1)
+    log_likelihood = common.full_precision(logits).log_softmax(1)[:, : len(counts)]
+    return -(log_likelihood * weighted).sum() / weighted.sum().clamp_min(1)
 
 
 def grown(mask):
@@ -497,8 +492,8 @@ def build(cfg, device, training=True):
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
-    if cfg.d == "patch":
-        D = PatchDiscriminator(*channels, cfg.width)
+    if cfg.d == "label":
+        D = LabelDiscriminator(*channels, cfg.size, cfg.width)
     else:
         D = Discriminator(cfg.channels("A"), cfg.size, cfg.width, cfg.local_d)
     state.D = common.to_device(init_weights(D), device)
@@ -515,51 +510,52 @@ def train_step(state, batch, cfg):
 
     fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
     shown = fake, with --composite inside the edit only, in photograph a
-    L_D = 1/2 [GAN(D(rgb_b), 1) + GAN(D(shown), 0)], with --d patch
-          1/2 GAN(D(rgb_b), 1) + 1/4 [GAN(D(shown), 0) + GAN(D(rgb_a), 0)], where lc_a was changed:
-          a photograph that does not show what was asked for (Reed et al. 2016, arXiv:1605.05396)
-    L_G = lambda_adv * GAN(D(shown), 1) + lambda_l1 * L1(fake, rgb_ab)
+    L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
+    L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit
+    With --d global the first losses are GAN(D(rgb_b), 1), GAN(D(shown), 0) and GAN(D(shown), 1).
     """
     edit = Edit(*batch)
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     near = grown(mask)
-    judged = near if cfg.composite else torch.ones_like(near)
+    generated = mask if cfg.composite else torch.ones_like(mask)
+    known = ~(edit.rgb_a + edit.rgb_b)[:, :1].isnan()  # both photographs have data
     rgb_a, rgb_b, target = (common.filled(x) for x in (edit.rgb_a, edit.rgb_b, edit.rgb_ab))
     with common.autocast(cfg, rgb_a.device):
         fake = state.G(visible(edit, cfg), edit.lc_ab)
         shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
         shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
-        logits_fake = state.D(shown.detach(), edit.lc_ab, mask, edit.box)  # D must not reach G
-        logits_real = state.D(rgb_b, edit.lc_b, mask, edit.box)
-        logits_wrong = state.D(rgb_a, edit.lc_ab, mask, edit.box) if cfg.d == "patch" else None
-    d_real = gan_loss(logits_real, True, judged, cfg.gan)
-    d_fake = gan_loss(logits_fake, False, judged, cfg.gan)
-    losses = {"d_real": d_real, "d_fake": d_fake}
+        logits_fake = state.D(shown.detach(), edit.box)  # the D step must not reach G
+        logits_real = state.D(rgb_b, edit.box)
+    if cfg.d == "label":
+        labels = torch.cat([edit.lc_ab * ~generated, generated.to(edit.lc_ab)], 1)
+        d_real = label_loss(logits_real, edit.lc_b * known)
+        d_fake = label_loss(logits_fake, labels * known)
+    else:
+        d_real, d_fake = gan_loss(logits_real, True), gan_loss(logits_fake, False)
     loss_d = 0.5 * (d_real + d_fake)
-    if cfg.d == "patch":
-        changed = grown((edit.lc_ab != edit.lc_a).any(1, keepdim=True))
-        losses["d_wrong"] = gan_loss(logits_wrong, False, changed, cfg.gan)
-        loss_d = 0.5 * d_real + 0.25 * (d_fake + losses["d_wrong"])
     state.opt_D.zero_grad()
     loss_d.backward()
     common.average_gradients(state.D)
     state.opt_D.step()
 
     with common.autocast(cfg, rgb_a.device):
-        logits_fake = state.D(shown, edit.lc_ab, mask, edit.box)
-    known = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage
-    known = known & ~edit.rgb_ab[:, :1].isnan()  # pixels that have a target
-    g_adv = gan_loss(logits_fake, True, judged, cfg.gan)
-    g_l1 = masked_l1_loss(fake, target, known)
-    g_local = masked_l1_loss(fake, target, near & known)
+        logits_fake = state.D(shown, edit.box)
+    if cfg.d == "label":
+        g_adv = label_loss(logits_fake, edit.lc_ab * (grown(generated) & known))
+    else:
+        g_adv = gan_loss(logits_fake, True)
+    has_target = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage
+    has_target = has_target & ~edit.rgb_ab[:, :1].isnan()
+    g_l1 = masked_l1_loss(fake, target, has_target)
+    g_local = masked_l1_loss(fake, target, near & has_target)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
     of_G = {"g_total": loss_g, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
-    return of_G | {"d_total": loss_d, **losses}
+    return of_G | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -351,7 +351,7 @@ def edit_generator(depth, fusion, skips):
 
 def augmented(image):
     """Another contrast and brightness, and a grey square."""
-    drawn = torch.rand(*image.shape[:2], 1, 1), torch.rand(len(image), 1, 1, 1)
+    drawn = torch.rand(2, len(image), 1, 1, 1)
     image = image * (drawn[0] * 0.4 + 0.8) + (drawn[1] * 0.4 - 0.2)
     side, pictures = image.shape[-1], []
     rows, columns = torch.randint(side, (2, len(image), 1))[..., 0].tolist()
@@ -362,12 +362,8 @@ def augmented(image):
     return torch.stack(pictures)
 
 
-def patch_discriminator(net, image, lc, mask, box):
-    image = augmented(image)
-    x = leaky(net.conv(torch.cat([image, lc, mask.to(image.dtype)], 1), 4, 2, 1))
-    for stride in (2, 2, 1):
-        x = leaky(net.batch_norm(net.conv(x, 4, stride, 1)))
-    return net.conv(x, 4, 1, 1)
+def label_discriminator(net, image, box):
+    return net.up(edit_unet(net, augmented(image), 6), 4)
 
 
 def edit_discriminator(depth, local):
@@ -376,7 +372,7 @@ def edit_discriminator(depth, local):
             x = leaky(net.batch_norm(net.conv(x, 5, 2, 2)))
         return leaky(net.linear(x.flatten(1)))
 
-    def forward(net, image, lc, mask, box):
+    def forward(net, image, box):
         features = trunk(net, image, depth - 2)
         if local:
             side = image.shape[-1]
@@ -434,12 +430,20 @@ def at_the_edit(logits, near):
     return torch.stack(kept)
 
 
+def labelled(logits, labels):
+    """Cross-entropy with labels (B, S, S), below 0 where none counts; all labels weigh the same."""
+    found, counts = labels[labels >= 0].unique(return_counts=True)
+    weights = torch.zeros(logits.shape[1], dtype=torch.float64)
+    weights[found] = (counts.double().mean() / counts).clamp(max=10)
+    return F.cross_entropy(logits, labels, weights.to(logits), ignore_index=-1)
+
+
 class Mixlc:
     def __init__(self, state, cfg):
         self.cfg = cfg
         self.G = Net(state.G, edit_generator(6, cfg.fusion, cfg.skips))
-        patch = cfg.d == "patch"
-        self.D = Net(state.D, patch_discriminator if patch else edit_discriminator(6, cfg.local_d))
+        label = cfg.d == "label"
+        self.D = Net(state.D, label_discriminator if label else edit_discriminator(6, cfg.local_d))
         self.adam_G, self.adam_D = Adam([self.G], cfg.lr), Adam([self.D], cfg.lr)
 
     def step(self, *edit_fields):
@@ -449,23 +453,19 @@ class Mixlc:
         fake = self.G(visible(edit, self.cfg), edit.lc_ab)
         shown = torch.where(mask, fake, edit.rgb_a) if self.cfg.composite else fake
 
-        adv = lsgan if self.cfg.gan == "lsgan" else bce
-
-        def judged(image, lc):
-            logits = self.D(image, lc, mask, edit.box)
-            patches = self.cfg.composite and self.cfg.d == "patch"
-            return at_the_edit(logits, near) if patches else logits
-
-        d_fake = adv(judged(shown.detach(), edit.lc_ab), False)
-        d_real = adv(judged(edit.rgb_b, edit.lc_b), True)
-        d_total, wrong = d_real / 2 + d_fake / 2, {}
-        if self.cfg.d == "patch":
-            changed = grown((edit.lc_a - edit.lc_ab).abs().sum(1, keepdim=True) > 0)
-            logits = self.D(edit.rgb_a, edit.lc_ab, mask, edit.box)
-            wrong["d_wrong"] = adv(at_the_edit(logits, changed), False)
-            d_total = d_real / 2 + d_fake / 4 + wrong["d_wrong"] / 4
+        real, fakes, asked = True, False, True  # what D is to answer, and what G wants
+        if self.cfg.d == "label":
+            here, around = mask[:, 0], near[:, 0]
+            if not self.cfg.composite:
+                here = around = torch.ones_like(here)
+            real, asked = (x.argmax(1).where(x.any(1), -1) for x in (edit.lc_b, edit.lc_ab))
+            fakes, asked = asked.where(~here, edit.lc_ab.shape[1]), asked.where(around, -1)
+        adv = labelled if self.cfg.d == "label" else bce
+        d_fake = adv(self.D(shown.detach(), edit.box), fakes)
+        d_real = adv(self.D(edit.rgb_b, edit.box), real)
+        d_total = d_real / 2 + d_fake / 2
         self.adam_D.minimise(d_total)
-        g_adv = adv(judged(shown, edit.lc_ab), True)
+        g_adv = adv(self.D(shown, edit.box), asked)
         known = torch.ones_like(mask)  # without the collage: outside, and all of own edits
         if not self.cfg.collage:
             known = torch.stack([own | ~where for own, where in zip(edit.own, mask, strict=True)])
@@ -475,7 +475,7 @@ class Mixlc:
         g_total = g_total + self.cfg.lambda_local * g_local
         self.adam_G.minimise(g_total)
         g = {"g_total": g_total, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
-        return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake} | wrong
+        return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake}
 
 
 # -------------------------------------------------------------------------------------- mixlc_acgan

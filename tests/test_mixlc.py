@@ -26,7 +26,7 @@ from conftest import (
     tiny_run,
     use,
 )
-from mixlc import edit_mask, gan_loss, grown, main, masked_l1_loss
+from mixlc import edit_mask, grown, label_loss, main, masked_l1_loss
 from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
@@ -214,13 +214,17 @@ def test_local_loss_by_hand(size, box, rows, columns):
     assert masked_l1_loss(fake, target, near).item() == pytest.approx(2.5)
 
 
-def test_adversarial_losses_are_means_over_the_patches_at_the_edit():
-    """At 64 pixels a PatchGAN gives 6x6 logits; those of the corner's 2x2 touch the edit."""
-    near, logits = mask_of(0, 0, 16, 12), torch.full((1, 1, 6, 6), 9.0)
-    logits[..., :2, :2] = there = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    want = torch.log1p(torch.exp(-there)).mean()
-    assert gan_loss(logits, True, near, "bce").item() == pytest.approx(want.item())
-    assert gan_loss(torch.zeros(1, 1, 1, 1), False, near, "bce").item() == pytest.approx(np.log(2))
+@pytest.mark.parametrize(("often", "weight"), [(12, 4.0), (114, 10 / (40 / 114))])
+def test_label_loss_by_hand(often, weight):
+    """Of three labels in `often`, 3 and 3 pixels; the last pixel has none."""
+    labels = torch.tensor([0] * often + [1] * 3 + [2] * 3 + [3])
+    target = torch.eye(4)[labels][None, None].movedim(-1, 1)[:, :3]
+    logits = torch.zeros(1, 3, 1, len(labels))
+    logits[0, 1, 0, labels == 1] = np.log(2)  # 1/2 instead of 1/3
+    rare = 3 * weight
+    want = (often * np.log(3) + rare * np.log(2) + rare * np.log(3)) / (often + 2 * rare)
+    assert label_loss(logits, target).item() == pytest.approx(want)
+    assert label_loss(logits, target * 0).item() == 0
 
 
 def test_evaluation_by_hand(landcover, cache, monkeypatch):
@@ -288,17 +292,6 @@ def test_training_lowers_the_local_loss(tmp_path):
     assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:2])
     rows = rows_of(tmp_path / "run")
     assert rows["model"]["l1_inside"] < rows["copy of rgb_a"]["l1_inside"]
-
-
-def test_a_photograph_with_its_own_land_cover_is_no_fake():
-    """Where nothing else is asked for, D has no wrong land cover to learn from."""
-    module, cfg = tiny("mixlc")
-    batch = module.Edit(*batch_of("mixlc", cfg))
-    own = batch._replace(lc_ab=batch.lc_a, rgb_ab=batch.rgb_a, own=torch.ones(2) > 0)
-    for edit, is_zero in ((batch, False), (own, True)):
-        losses = module.train_step(module.build(cfg, CPU), edit, cfg)
-        assert all(loss.isfinite() for loss in losses.values())
-        assert (losses["d_wrong"].item() == 0) == is_zero
 
 
 @each_edit_script

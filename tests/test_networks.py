@@ -42,7 +42,7 @@ PARAMETERS = [
     ("mixlc", "Discriminator", (3, 256, 64, False), 25_807_425),
     ("mixlc", "Discriminator", (3, 256, 64, True), 45_060_225),
     ("mixlc_acgan", "Generator", (14, 3, 64, 0.5), 88_220_547),
-    ("mixlc", "PatchDiscriminator", (14, 3, 64), 2_780_993),
+    ("mixlc", "LabelDiscriminator", (14, 3, 256, 64), 54_439_119),
     ("mixlc_acgan", "Discriminator", (14, 3, 64), 43_642_575),
 ]
 
@@ -69,15 +69,16 @@ def test_parameters(script, network, arguments, count):
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 @pytest.mark.parametrize("case", GENERATORS)
 def test_shapes_and_ranges(case, size):
-    script, is_global = case.split()[0], GENERATORS[case].get("d") == "global"
+    script = case.split()[0]
     options = {"patch_gan": 70} if script == "pix2pix" else {}
     nets = nets_of(made(case, size=size, **options))
     image, lc = pictures(0, 2, size), maps(0, 2, size)
-    logits = {"pix2pix": size // 8 - 2, "cyclegan": size // 16, "mixlc_acgan": size // 32}
-    logits["mixlc"] = 1 if is_global else size // 8 - 2
+    patches = {"pix2pix": size // 8 - 2, "cyclegan": size // 16, "mixlc_acgan": size // 32}
+    logits = {script: (1, count, count) for script, count in patches.items()}
+    is_global = GENERATORS[case].get("d") == "global"
+    logits["mixlc"] = (1,) if is_global else (lc.shape[1] + 1, size, size)
     box = torch.tensor([[0, size // 2, 8, 8]] * 2)
-    mask = torch.ones(2, 1, size, size) > 0
-    given = {"pix2pix": [image], "mixlc": [lc, mask, box], "mixlc_acgan": [lc]}
+    given = {"pix2pix": [image], "mixlc": [box], "mixlc_acgan": [lc]}
     for name, net in nets.items():
         inputs = [lc if case == "cyclegan labels" and name in ("G_BA", "D_B") else image]
         if name == "G" and "mixlc" in case:
@@ -90,7 +91,7 @@ def test_shapes_and_ranges(case, size):
             assert out.shape == image.shape
             assert out.abs().max() <= 1 or (case, name) == ("cyclegan labels", "G_AB")
         else:
-            assert out.shape == (2, 1, logits[script], logits[script])
+            assert out.shape == (2, *logits[script])
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,7 @@ COLUMNS = {
     "pix2pix": "g_total,g_adv,g_l1,d_total,d_real,d_fake,val_psnr,val_rmse",
     "cyclegan": "adv_AB,adv_BA,cycle_A,cycle_B,identity_A,identity_B,d_A,d_B,"
     "val_cycle_A,val_rmse_AB,val_rmse_BA",
-    "mixlc": "g_total,g_adv,g_l1,g_local,d_total,d_real,d_fake,d_wrong,"
-    "val_l1_inside,val_l1_outside",
+    "mixlc": "g_total,g_adv,g_l1,g_local,d_total,d_real,d_fake,val_l1_inside,val_l1_outside",
     "mixlc_acgan": "g_adv,g_pixel,g_style,g_class,d_real,d_fake,d_class,"
     "val_l1_inside,val_l1_outside,val_own_mean_iou",
 }

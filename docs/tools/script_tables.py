@@ -14,7 +14,7 @@ from harness import SCRIPTS
 NEW = {
     "pix2pix": "a learnt loss on pairs: D sees input and output together",
     "cyclegan": "no pairs: translating there and back must give the same picture",
-    "mixlc": "G gets noise in place of the edit; D judges the edit within its photograph",
+    "mixlc": "G gets noise in place of the edit; D labels each pixel: its land cover, or generated",
     "mixlc_acgan": "D also classifies each pixel, and so teaches G to show the classes asked for",
 }
 # The sections of a script, and what makes them differ.
