@@ -59,7 +59,7 @@ class Session:
         for folder in (self.out, self.work / "done"):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def say(self, text):
+    def print(self, text):
         print(text, flush=True)
         with open(self.out / "summary.txt", "a") as file:
             file.write(text + "\n")
@@ -71,7 +71,7 @@ class Session:
         if mark.exists():
             return
         if seconds < 5:
-            self.say(f"{name}: no time left")
+            self.print(f"{name}: no time left")
             return
         # SIGINT, as pytest then writes its times
         limit = ["timeout", "--signal=INT", "--kill-after=15", str(seconds), sys.executable]
@@ -79,7 +79,7 @@ class Session:
             call = [*limit, *map(str, command)]
             done = subprocess.run(call, cwd=ROOT, stdout=log, stderr=log, check=False)
         status = done.returncode  # 124: it was stopped
-        self.say(f"{name}: exit {status} after {time.monotonic() - began:.0f} s")
+        self.print(f"{name}: exit {status} after {time.monotonic() - began:.0f} s")
         if status == 0:
             mark.touch()
 
@@ -156,7 +156,7 @@ class Session:
         run, script = self.work / name, RUNS[name][1]
         last = run / "checkpoints/last.pt"
         if not last.exists():
-            self.say(f"{name}: no checkpoint")
+            self.print(f"{name}: no checkpoint")
             return
         if not (run / "evaluation.json").exists():
             words = [f"{script}.py", "--evaluate", "--checkpoint", last, "--out", run]
@@ -283,9 +283,9 @@ def main(argv):
         try:
             importlib.import_module(name)
         except ImportError:
-            session.say(f"{name} is missing: what needs it is left out")
+            session.print(f"{name} is missing: what needs it is left out")
     play(session, words.part)
-    session.say(f"part {words.part}: done")
+    session.print(f"part {words.part}: done")
 
 
 if __name__ == "__main__":

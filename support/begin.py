@@ -15,12 +15,12 @@ from tqdm import tqdm
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.device import start
-from support.errors import Patient, UserError
+from support.errors import SafeStream, UserError
 from support.files import LOCKS, lock
 from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse
-from support.processes import first_here, of_rank_0, rank, world_size
+from support.processes import first_on_machine, of_rank_0, rank, world_size
 from support.store import source
 
 
@@ -30,8 +30,8 @@ def command(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         with (
-            contextlib.redirect_stdout(Patient(sys.stdout)),
-            contextlib.redirect_stderr(Patient(sys.stderr)),
+            contextlib.redirect_stdout(SafeStream(sys.stdout)),
+            contextlib.redirect_stderr(SafeStream(sys.stderr)),
         ):
             try:
                 return main(argv)
@@ -45,7 +45,8 @@ def command(main):
                 for bar in list(getattr(tqdm, "_instances", [])):
                     bar.leave = False
                     bar.close()
-                if first_here() or not isinstance(error, UserError):  # all processes find those
+                # every process meets the user's mistakes
+                if first_on_machine() or not isinstance(error, UserError):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:

@@ -18,8 +18,6 @@ from support.processes import rank, world_size
 
 def save_checkpoint(path, content):
     """Writes content (dicts, lists, numbers, tensors) to a file that is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_or_absent(path) as aside, open(aside, "wb") as file:
             torch.save(content, file)

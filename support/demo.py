@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.files import UNFINISHED, write_image
-from support.processes import first_here, wait_for_others
+from support.processes import first_on_machine, wait_for_others
 
 DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
 _DEMO_COLORS = "170,200,120 240,220,110 40,110,50 60,110,210 190,60,50 250,250,250"
@@ -75,7 +75,7 @@ def demo_world(cache, kind, train=96, val=12, side=256):
     kind  "maps": pairs side by side, satellite | map; "landcover": rgb and lc with classes.json
     """
     root = Path(cache) / f"demo-{kind}"
-    if first_here() and not root.exists():
+    if first_on_machine() and not root.exists():
         aside = root.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")  # whole or absent
         for split, count, first in (("train", train, 0), ("val", val, 100_000)):
             about = {"unit": "image", "leave": False, "disable": None}

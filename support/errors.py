@@ -10,10 +10,10 @@ class UserError(Exception):
     """A user's mistake: its text names the file or the option and the remedy, on one line."""
 
 
-class Patient:
-    """Stands for sys.stdout or sys.stderr, and drops what cannot be written there.
+class SafeStream:
+    """Replaces sys.stdout or sys.stderr, and drops text that cannot be written there.
 
-    The reader of a pipe may have gone, a disk be full, a terminal be closed: saving goes on.
+    A broken pipe, a full disk or a closed terminal must not keep a run from being saved.
     """
 
     def __init__(self, stream):
@@ -34,15 +34,15 @@ class Patient:
 
 
 @functools.cache
-def say_once(text):
+def print_once(text):
     """Prints a remark on stderr, once in a process."""
     print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
-def or_a_warning(what):
-    """Turns any error within into one line on stderr: for pages and plots, which no run needs."""
+def drawing(path):
+    """Turns an error of drawing a page or a plot, which no run needs, into one line on stderr."""
     try:
         yield
     except Exception as error:
-        print(f"{what}: cannot be drawn ({type(error).__name__}: {error})", file=sys.stderr)
+        print(f"{path}: cannot be drawn ({type(error).__name__}: {error})", file=sys.stderr)

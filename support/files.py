@@ -30,12 +30,13 @@ def lock(folder):
 
 @contextlib.contextmanager
 def whole_or_absent(path):
-    """Yields a name to write to: a new file, which replaces path in the end, or is removed.
+    """Yields the name of a new file, which replaces path in the end; after an error it is removed.
 
-    The name has path's ending and a random part: two processes never share it, and nobody else
-    gives a file such a name. An OSError names path.
+    The name has path's ending and a random part, which no other process or user chooses. Missing
+    folders are made. An OSError names path.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     try:
         yield aside
@@ -59,8 +60,6 @@ def write_image(path, image):
 
     The ending of path decides: JPEG at quality 95, else lossless.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
         picture.save(aside, quality=95, subsampling=0, lossless=True)  # of JPEG; of WebP

@@ -65,7 +65,7 @@ def missing(cfg, names, inputs):
     return set(names) - set(kept)
 
 
-def say_windows(cfg, raster, window):
+def print_windows(cfg, raster, window):
     """Says on stderr by which windows (height, width) a raster is generated."""
     how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
@@ -109,7 +109,7 @@ def needs_tiff(cfg, side):
 def _translate(cfg, raster, predict, net, out, side, to_labels):
     """Writes what is generated from one Raster: a picture of side "A" or "B", or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
-    say_windows(cfg, raster, window)
+    print_windows(cfg, raster, window)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
@@ -179,7 +179,7 @@ def edit_file(cfg, predict, net=None, samples=1):
         names = [f"{path.stem}_{k}{suffix}" for k in range(1, samples + 1)]
     inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
     new = missing(cfg, [*names, sheet], inputs)
-    say_windows(cfg, edit.photo, edit.window)
+    print_windows(cfg, edit.photo, edit.window)
     if not edit.told:
         print("all is generated: --lc-before FILE tells what changed", file=sys.stderr)
     if not regions:

@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 from support.classes import ClassTable
-from support.errors import UserError, say_once
+from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 LAYOUTS = (
@@ -97,7 +97,7 @@ def _class_table(root, lc_classes):
     table = ClassTable.load(lc_classes or own)
     if table and own and ClassTable.load(own).entries != table.entries:
         names = ", ".join(table.names)
-        say_once(f"{own}: is another class table than the one in use ({names})")
+        print_once(f"{own}: is another class table than the one in use ({names})")
     return table
 
 

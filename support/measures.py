@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from support.classes import IGNORED
 from support.distances import Distances
-from support.errors import or_a_warning
+from support.errors import drawing
 from support.files import write_text
 from support.pictures import filled, holes_of, to_bytes
 from support.plots import write_page
@@ -241,7 +241,6 @@ def write_evaluation(cfg, rows, **about):
     if rank():
         return
     path = Path(cfg.out) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = cfg.data or "demo world"
     about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
     write_text(path, json.dumps(about | {"rows": rows}, indent=2))
@@ -253,7 +252,7 @@ def write_evaluation(cfg, rows, **about):
             print(f"{title}: ignores its input: its outputs hardly differ ({share})")
     print(f"written to {path}")
     if (path.parent / "config.json").is_file():
-        with or_a_warning(path.parent / "index.html"):
+        with drawing(path.parent / "index.html"):
             write_page(path.parent)
 
 

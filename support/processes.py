@@ -25,7 +25,7 @@ def of_rank_0(value):
 
 
 def reduced(tensor, how=dist.ReduceOp.SUM):
-    """The sum of all processes' tensors, on the device that the group works on."""
+    """The sum, or another reduction, of all processes' tensors, on the device of the group."""
     if world_size() == 1:
         return tensor
     tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
@@ -34,13 +34,13 @@ def reduced(tensor, how=dist.ReduceOp.SUM):
 
 
 def wait_for_others():
-    """Returns when every process has come here."""
+    """Returns once every process has called it."""
     if world_size() > 1:
         dist.barrier()
 
 
-def first_here():
-    """Whether this process is the one of its machine that writes what all there read."""
+def first_on_machine():
+    """Whether this is the first process of its machine, which writes files for the others."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from support import opening
 from support.classes import IGNORED
-from support.errors import UserError, say_once
+from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES
 from support.opening import READABLE
 
@@ -105,7 +105,7 @@ class Raster:
         if wrong:
             raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {there}")
         if self.bands == [1] and len(there) > 1 and not self.limits:
-            say_once(f"band 1 of {len(there)} is read")
+            print_once(f"band 1 of {len(there)} is read")
 
     def _picked(self, rgb):
         """The bands to read of a picture (H, W, 3) uint8: (H, W, C)."""
@@ -195,7 +195,7 @@ class Raster:
             self._chosen = self.bands
         elif len(there) > len(self._chosen) and not self.table:
             chosen = ", ".join(map(str, self._chosen))
-            say_once(f"images have {len(there)} bands: {chosen} are read (--bands-A, --bands-B)")
+            print_once(f"images have {len(there)} bands: {chosen} are read (--bands-A, --bands-B)")
 
     def _cut(self, top, left, bottom, right):
         pixels = self.tiff.read(self._chosen, window=((top, bottom), (left, right)))

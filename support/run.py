@@ -23,7 +23,7 @@ from tqdm import tqdm
 from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict, tensors_of
 from support.device import set_lr
-from support.errors import UserError, or_a_warning
+from support.errors import UserError, drawing
 from support.files import UNFINISHED, whole_or_absent, write_text
 from support.layouts import find_images
 from support.pictures import grid, save_grid
@@ -95,7 +95,7 @@ class Run:
         if not rank():
             self._prepare_folder(saved)
         if saved.get("fingerprint", self.fingerprint) != self.fingerprint:
-            self.say(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
+            self.print(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
             self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
@@ -109,9 +109,9 @@ class Run:
             cut_metrics(self.metrics, saved["metrics_bytes"])
             self._keep()
         self.tracker = _tracker(self.cfg, self.id) if self.cfg.track else None
-        self.say(f"run folder {self.out}")
+        self.print(f"run folder {self.out}")
 
-    def say(self, text):
+    def print(self, text):
         """A line on stderr, above the progress bar."""
         if rank() == 0:
             self.bar.write(text, file=sys.stderr)
@@ -162,7 +162,7 @@ class Run:
         self.save(state)
         self._draw({})
         if number:
-            self.say(f"stopped at step {self.step}: go on with --resume --out {self.out}")
+            self.print(f"stopped at step {self.step}: go on with --resume --out {self.out}")
             self.bar.close()
             sys.exit(128 + number)
 
@@ -204,7 +204,7 @@ class Run:
         values = self._write_row(scores)
         self.epoch, self.batch, self.of_epoch = self.epoch + 1, 0, Means()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
+        self.print(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         waited = time.monotonic() - self.drawn_at > self.seconds
         if not of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
             return
@@ -247,7 +247,7 @@ class Run:
         """Draws the sample grid, losses.png and index.html: last, as no run needs them."""
         if rank():
             return
-        with or_a_warning(self.out):
+        with drawing(self.out):
             if columns:
                 save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
             if columns and self.tracker:

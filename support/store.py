@@ -17,12 +17,12 @@ from tqdm import tqdm
 from support.batches import spread
 from support.classes import IGNORED
 from support.demo import demo_world
-from support.errors import UserError, say_once
+from support.errors import UserError, print_once
 from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits
 from support.pictures import eight_bits, from_bytes, resize, resize_known
-from support.processes import first_here, rank, wait_for_others
+from support.processes import first_on_machine, rank, wait_for_others
 from support.rasters import Raster, check_pair
 
 
@@ -160,7 +160,7 @@ class ImageStore:
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
         path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
-        if first_here() and not is_whole(path):
+        if first_on_machine() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
         # "c": nothing writes, but torch wants what it could write to
@@ -172,7 +172,6 @@ class ImageStore:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
                 raise UserError(f"--patch {self.patch}: no image is that large")
-            self.cache.mkdir(parents=True, exist_ok=True)
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it
@@ -304,5 +303,5 @@ class ImageStore:
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
         if max(height, width) > 1.1 * min(height, width) and not rank():
-            say_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")
+            print_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")
         return tuple(np.max(sizes, 0).tolist())

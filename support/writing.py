@@ -21,7 +21,6 @@ def writing(path, source, classes=None, bands=3, dtype="uint8"):
     no data stays no data; other files lie in memory till the end, and have one band or three of 8
     bits. The file appears when it is whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in TIFF_SUFFIXES:
         return _writing_tiff(path, source, classes, bands, dtype)
     return _writing_whole(path, source, classes, bands)

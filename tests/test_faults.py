@@ -39,7 +39,7 @@ from conftest import (
 )
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.errors import Patient, say_once
+from support.errors import SafeStream, print_once
 from support.files import LOCKS, lock, whole_or_absent
 from support.rasters import Raster
 from support.store import cache_folder
@@ -302,7 +302,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     mixlc.main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1"))
     assert "is another class table" not in capsys.readouterr().err
     (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
-    say_once.cache_clear()
+    print_once.cache_clear()
     mixlc.main(use(tmp_path / "run", "--evaluate"))
     said = capsys.readouterr().err
     assert "classes.json: is another class table than the one in use (land, water, road)" in said
@@ -417,7 +417,7 @@ def test_text_that_a_stream_cannot_encode_is_escaped():
     """As with LC_ALL=C, and for file names that are no UTF-8."""
     written = io.BytesIO()
     ascii_alone = io.TextIOWrapper(written, encoding="ascii")
-    Patient(ascii_alone).write("z\xfcrich \udcff")
+    SafeStream(ascii_alone).write("z\xfcrich \udcff")
     assert written.getvalue() == b"z\\xfcrich \\udcff"
 
 
