@@ -9,13 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.device import start
-from support.errors import SafeStream, UserError
+from support.errors import SafeStream, UserError, out_of_memory
 from support.files import LOCKS, lock
 from support.layouts import find_images
 from support.limits import with_limits
@@ -64,8 +63,7 @@ def _explain(error):
         return f"{error.filename or 'writing'}: {error.strerror}; choose another --out or --cache"
     cause = error
     while cause:  # out of memory while a graph is captured: a second error comes of it
-        text = re.search("can't allocate memory|could not create a primitive", str(cause))
-        if text or isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(cause):
             return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
         cause = cause.__context__
     network = re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from support.device import set_lr
-from support.errors import UserError
+from support.errors import UserError, refusing
 from support.files import whole_or_absent
 from support.options import flag
 from support.processes import rank, world_size
@@ -31,13 +31,11 @@ def load_weights(path):
     """A file of tensors, read with weights_only=True onto the CPU."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file (in a run folder: checkpoints/last.pt)")
-    try:
+    with refusing(f"{path}: not a checkpoint, or a damaged one"):
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        if damaged:  # torch.load checks no sums
-            raise ValueError(f"checksum of {damaged}")
+        if damaged:  # torch.load verifies no checksums
+            raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises a dozen kinds, with advice for programmers
-        raise UserError(f"{path}: not a checkpoint, or a damaged one") from None
 
 
 def load_checkpoint(path, script):
@@ -94,15 +92,13 @@ def restore(state, checkpoint, path):
     saved = checkpoint["state"]
     for name in state_dict(state):
         value = getattr(state, name)
-        try:
+        with refusing(f"{path}: its {name} does not fit this version of the script"):
             if hasattr(value, "state_dict"):
                 _load_state_dict(value, saved[name])
             elif isinstance(value, torch.Tensor):
                 value.copy_(saved[name])
             else:
                 setattr(state, name, saved[name])
-        except Exception:  # load_state_dict raises half a dozen kinds
-            raise UserError(f"{path}: its {name} does not fit this version of the script") from None
     own = saved[RANKS][rank() - 1] if rank() and RANKS in saved else {}
     for name, buffers in own.items():
         getattr(state, name).load_state_dict(buffers, strict=False)

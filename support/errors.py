@@ -3,11 +3,31 @@
 import contextlib
 import functools
 import os
+import re
 import sys
+
+import torch
 
 
 class UserError(Exception):
     """A user's mistake: its text names the file or the option and the remedy, on one line."""
+
+
+def out_of_memory(error):
+    """Whether an error is a lack of memory, on the CPU or the GPU."""
+    text = re.search("can't allocate memory|could not create a primitive", str(error))
+    return bool(text) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+@contextlib.contextmanager
+def refusing(message):
+    """Turns every error within into a UserError with this message, but for a lack of memory."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(message) from None
 
 
 class SafeStream:

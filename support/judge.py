@@ -12,7 +12,7 @@ from tqdm import tqdm
 from support.batches import Loader
 from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
-from support.errors import UserError
+from support.errors import UserError, refusing
 from support.pictures import filled
 from support.processes import average_gradients, rank
 from support.store import ImageStore
@@ -66,10 +66,8 @@ def find_judge(cfg, device):
     classes = list(cfg.classes.names)
     if cfg.judge or path.is_file():
         content = load_weights(path)
-        try:
+        with refusing(f"{path}: is no judge of {len(classes)} classes"):
             judge.load_state_dict(content["state"]["judge"])
-        except (KeyError, TypeError, RuntimeError):
-            raise UserError(f"{path}: is no judge of {len(classes)} classes") from None
         if list(content.get("classes", classes)) != classes:
             raise UserError(f"{path}: judges other classes: {', '.join(content['classes'])}")
     else:

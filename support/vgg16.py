@@ -10,7 +10,7 @@ from torch import nn
 from support.checkpoints import load_weights
 from support.demo import landscape
 from support.device import full_precision
-from support.errors import UserError
+from support.errors import UserError, refusing
 from support.pictures import from_bytes, shown
 
 
@@ -94,10 +94,8 @@ def _imagenet(path):
         return load_weights(path)
     url = "https://download.pytorch.org/models/vgg16-397923af.pth"
     how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
-    try:
+    with refusing(f"VGG16 is not at hand: fetch {url} and pass --vgg16 FILE"):
         return torch.hub.load_state_dict_from_url(url, **how)
-    except Exception:
-        raise UserError(f"VGG16 is not at hand: fetch {url} and pass --vgg16 FILE") from None
 
 
 def _part(weights, key, path):

@@ -458,6 +458,18 @@ def test_out_of_memory_is_one_line_and_a_bug_of_ours_keeps_its_traceback(error, 
         common.command(broken)()
 
 
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_out_of_memory_while_weights_are_loaded_is_no_mismatch(error, monkeypatch):
+    def full(saved):
+        raise error
+
+    state = pix2pix.State(torch.nn.Linear(1, 1))
+    saved = {"state": state_dict(state)}
+    monkeypatch.setattr(state.G, "load_state_dict", full)
+    with pytest.raises(type(error)):
+        common.restore(state, saved, "x.pt")
+
+
 def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
