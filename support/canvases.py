@@ -10,7 +10,7 @@ import torch
 
 from support.edits import PhotoEdit
 from support.limits import values_of
-from support.pictures import as_tensor, eight_bits, from_bytes, paste, shown
+from support.pictures import as_tensor, eight_bits, paste, shown
 from support.rasters import Raster
 from support.windows import Windows, around, network_input, shared_statistics, touch, window_of
 
@@ -18,7 +18,8 @@ from support.windows import Windows, around, network_input, shared_statistics, t
 def colours_of(values, limits):
     """A picture (H, W, C) of a file, as the page shows it: (H, W, 3) uint8."""
     levels = limits.to_levels(values) if limits else values
-    return shown(as_tensor(eight_bits(levels), "cpu"))[0].permute(1, 2, 0).numpy()
+    planes = torch.tensor(eight_bits(levels)).movedim(-1, 0)
+    return shown(planes[None])[0].movedim(0, -1).numpy()
 
 
 def values_of_colours(colours, bands, limits):
@@ -26,7 +27,7 @@ def values_of_colours(colours, bands, limits):
 
     One band gets their grey, two get red and green, and each beyond the third gets blue.
     """
-    image = from_bytes(as_tensor(colours, "cpu"))[0]
+    image = as_tensor(colours)[0]
     if bands == 1:
         image = image.mean(0, keepdim=True)
     return values_of(image[[min(band, 2) for band in range(bands)]], limits)

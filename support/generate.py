@@ -15,7 +15,7 @@ from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from support.layouts import contents, image_files
 from support.limits import Limits, values_of
 from support.opening import driver_of
-from support.pictures import as_tensor, eight_bits, from_bytes, save_grid
+from support.pictures import as_tensor, eight_bits, save_grid
 from support.rasters import Raster, check_pair
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, window_of
@@ -191,8 +191,7 @@ def edit_file(cfg, predict, net=None, samples=1):
             results[f"after {k}" if samples > 1 else "after"] = out / name
     if sheet in new and results:
         pictures = _pictures(edit, regions, results)
-        columns = {title: from_bytes(as_tensor(x, "cpu")) for title, x in pictures.items()}
-        save_grid(out / sheet, columns)
+        save_grid(out / sheet, {title: as_tensor(x) for title, x in pictures.items()})
     print(f"{len(results)} picture(s) written to {out}, with a before/after sheet")
 
 

@@ -12,9 +12,7 @@ from support.rasters import Raster
 
 
 class Limits(NamedTuple):
-    """The values that become -1 and 1: --limits-A or --limits-B of a run that has begun.
-
-    Levels lie between them, 65536 of them as int16: so ImageStore and networks get pictures.
+    """The values that become -1 and 1. Between them lie 65536 levels, as int16.
 
     low, high  of every band, (C,) each
     dtype      of the files, such as "uint16"; results are written in it
@@ -42,7 +40,7 @@ class Limits(NamedTuple):
 
     @property
     def ranges(self):
-        """What lies between the limits, (C,) float64."""
+        """high - low of every band, (C,) float64."""
         return np.subtract(self.high, self.low)
 
     def to_levels(self, values):
@@ -61,28 +59,27 @@ class Limits(NamedTuple):
 
 
 def values_of(image, limits):
-    """A tensor (C, H, W) in [-1, 1] as a picture (H, W, C) of a file: 8 bits without Limits."""
-    return limits.to_values(image) if limits else as_array(image[None])
+    """A tensor (C, H, W) in [-1, 1] as a file's values (H, W, C): 8 bits without Limits."""
+    return limits.to_values(image) if limits else as_array(image)
 
 
 ALL = Limits((0.0,), (1.0,), "float32")  # to open a file of any depth
 
 
 def with_limits(cfg, split):
-    """cfg with the limits of a Split's pictures; as it is, where all of them have 8 bits.
+    """cfg with the limits of a Split's pictures, and with all bands of pictures of one or two.
 
     The limits are those of --limits-A and --limits-B, else 0 and 255 for 8 bits, else the 2nd and
-    98th percentile of every band. Pictures that all have one band, or two, have all of them read.
+    98th percentile of every band. Where all pictures have 8 bits there are none.
     """
-    paths = {"A": split.A, "B": [] if split.classes else split.B}
+    paths = {"A": split.A} if split.classes else {"A": split.A, "B": split.B}
     dtypes = {}
     for side, files in paths.items():
-        if files:
-            dtypes[side], count = _kind(files[0], cfg.bands(side))
-            few = count < 3 and not cfg.bands(side)
-            if few and all(_kind(path)[1] == count for path in files):
-                bands = {1: "1", 2: "1,2"}[count]
-                cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
+        dtypes[side], count = _kind(files[0], cfg.bands(side))
+        few = count < 3 and not cfg.bands(side)
+        if few and all(_kind(path)[1] == count for path in files[1:]):
+            bands = {1: "1", 2: "1,2"}[count]
+            cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
@@ -93,7 +90,7 @@ def with_limits(cfg, split):
             pairs = _percentiles(paths[side], cfg.bands(side))
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
-        Limits.of(cfg, side)  # refuses a wrong one
+        Limits.of(cfg, side)  # refuses wrong ones
     return cfg
 
 
@@ -104,7 +101,7 @@ def _kind(path, bands=()):
 
 
 def _percentiles(paths, bands, windows=200, side=256):
-    """The 2nd and 98th percentile of pictures, (C, 2), of windows spread over all files."""
+    """The 2nd and 98th percentile of every band, (C, 2), from random windows of all files."""
     rng, samples = np.random.default_rng(0), []
     files = [paths[k] for k in spread(windows, len(paths))]
     for path in files:

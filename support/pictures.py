@@ -11,15 +11,14 @@ from support.files import write_image
 
 
 def to_bytes(images):
-    """Images in [-1, 1] -> uint8 0..255, the same fixed scale for every picture; no data: 0."""
+    """Images in [-1, 1] -> uint8 0..255; 0 where there is no data (NaN)."""
     levels = (images.detach().float() + 1) * 127.5
     return levels.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_bytes(images, known=None):
-    """Pictures (B, C, H, W) uint8 -> float32 in [-1, 1]; the inverse of to_bytes.
+    """Pictures (B, C, H, W), uint8 or int16 over its whole range -> float32 in [-1, 1].
 
-    Those of more than 8 bits are int16, -32768 .. 32767, in the place of 0 .. 255.
     known  (B, 1, H, W): where it is 0, there is no data, and the result is NaN
     """
     middle, half = (-0.5, 32767.5) if images.dtype == torch.int16 else (127.5, 127.5)
@@ -29,13 +28,13 @@ def from_bytes(images, known=None):
 
 
 def filled(images):
-    """Images (B, C, H, W) with each one's mean colour where they have no data (NaN)."""
+    """Images (B, C, H, W) with their own mean colour where they have no data (NaN)."""
     colors = images.nanmean((2, 3), keepdim=True).nan_to_num()
     return torch.where(images.isnan(), colors, images)
 
 
 def holes_of(real, fake):
-    """Generated images with the holes of real ones, in their mean colour: D sees no difference."""
+    """Generated images with the filled holes of real ones, which D then sees in both."""
     return torch.where(real.isnan(), filled(real).to(fake.dtype), fake)
 
 
@@ -63,15 +62,14 @@ def _palette_on(classes, device):
     return from_bytes(torch.from_numpy(classes.palette.T)).to(device)
 
 
-def as_tensor(image, device):
-    """An (H, W) or (H, W, C) uint8 array -> (1, H, W) or (1, C, H, W) uint8 on the device."""
-    planes = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
-    return torch.from_numpy(np.ascontiguousarray(planes))[None].to(device)
+def as_tensor(picture):
+    """A picture (H, W, C), uint8 or int16 -> (1, C, H, W) in [-1, 1]."""
+    return from_bytes(torch.tensor(picture).permute(2, 0, 1)[None])
 
 
-def as_array(images):
-    """The first of (B, C, H, W) in [-1, 1] -> (H, W, C) uint8 array."""
-    return to_bytes(images[0]).permute(1, 2, 0).cpu().numpy()
+def as_array(image):
+    """An image (C, H, W) in [-1, 1] -> (H, W, C) uint8 array."""
+    return to_bytes(image).permute(1, 2, 0).cpu().numpy()
 
 
 def eight_bits(levels):
@@ -92,20 +90,20 @@ def resize(image, size, labels=False):
 
 
 def resize_known(known, size):
-    """Where there is data, (H, W) bool, at size (width, height): 255 where all of `resize` is."""
+    """Where there is data, (H, W) bool, at size (width, height): 255, or 0 beside a hole."""
     image = Image.fromarray(known.astype(np.float32))
     share = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     return np.where(abs(share - 1) < 1e-3, 255, 0).astype(np.uint8)
 
 
 def mirrored(pixels, height, width):
-    """(H, W, ...) pixels at the top left of (height, width, ...), mirrored at bottom and right."""
+    """(H, W, ...) pixels made (height, width, ...) by mirroring them at bottom and right."""
     missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
     return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), "symmetric")
 
 
 def paste(picture, pixels, top, left=0):
-    """Puts what fits of pixels into a picture, at a place that may lie partly outside it."""
+    """Pastes pixels into a picture, cut off where they would lie outside it."""
     y, x = max(0, -top), max(0, -left)
     bottom, right = max(0, top + pixels.shape[0]), max(0, left + pixels.shape[1])
     inside = picture[top + y : bottom, left + x : right]

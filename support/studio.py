@@ -19,7 +19,7 @@ from support.classes import IGNORED, ClassTable
 from support.errors import UserError
 from support.limits import Limits, values_of
 from support.opening import UPLOADS
-from support.pictures import as_tensor, from_bytes, resize
+from support.pictures import as_tensor, resize
 from support.plots import page_of
 from support.rasters import Raster
 from support.store import ImageStore
@@ -76,9 +76,8 @@ class Studio:
         if side == "B" and store.classes:
             labels = image[..., 0].astype(np.uint8)
             return MemoryRaster(resize(labels, size, labels=True), store.classes)
-        levels = as_tensor(resize(np.ascontiguousarray(image), size), "cpu")
-        limits = store.limits[side]
-        return MemoryRaster(values_of(from_bytes(levels)[0], limits), limits=limits)
+        resized, limits = resize(np.ascontiguousarray(image), size), store.limits[side]
+        return MemoryRaster(values_of(as_tensor(resized)[0], limits), limits=limits)
 
     def page(self):
         """The page, with what it needs to know of the model in it."""

@@ -88,7 +88,7 @@ def generated(tmp_path, cfg, pixels, net=None):
 
 def translating(cfg, predict, pixels, net=None):
     raster = MemoryRaster(pixels, CLASSES)
-    return TranslationCanvas(cfg, predict, net, raster, lambda x: as_array(x[None]))
+    return TranslationCanvas(cfg, predict, net, raster, as_array)
 
 
 def random_labels(height, width):

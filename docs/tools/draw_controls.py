@@ -80,7 +80,7 @@ def alike(images, around=15):
 
 def pictures(images):
     """Images (B, 3, S, S) in [-1, 1] as Pillow's."""
-    return [Image.fromarray(as_array(image[None])) for image in images]
+    return [Image.fromarray(as_array(image)) for image in images]
 
 
 if __name__ == "__main__":
