@@ -12,7 +12,7 @@ from support.edits import PhotoEdit
 from support.limits import values_of
 from support.pictures import as_tensor, eight_bits, paste, shown
 from support.rasters import Raster
-from support.windows import Windows, around, network_input, shared_statistics, touch, window_of
+from support.windows import Windows, hull, network_input, overlap, shared_statistics, window_of
 
 
 def colours_of(values, limits):
@@ -96,7 +96,7 @@ class TranslationCanvas(Windows):
             box = 0, 0, *self.size
         torch.manual_seed(self.seed + sample - 1)
         corners = [(top, left) for top, _ in self.rows for left, _ in self.columns]
-        touched = [corner for corner in corners if touch((*corner, *self.sides), box)]
+        touched = [corner for corner in corners if overlap((*corner, *self.sides), box)]
         for corner in touched:
             known.pop(corner, None)
         top, left = touched[0]
@@ -139,10 +139,10 @@ class EditCanvas:
             key = region, self.edit.after(*region).tobytes()
             if key not in known:
                 known[key] = list(self.edit.generated(region, predict, self.net))
-                box = around(box, region)
+                box = hull(box, region)
             found[key] = known[key]
         for region, _ in known.keys() - found.keys():  # erased, or part of another region now
-            box = around(box, region)
+            box = hull(box, region)
         self.answers[sample] = found
         picture = self.photo.values(*box)
         for pixels, y, x in itertools.chain(*found.values()):

@@ -1,35 +1,36 @@
-"""One edit of a photograph: which windows must be generated anew."""
+"""One edit of a photograph: which parts are generated, and how they are blended into it."""
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from support.limits import values_of
 from support.pictures import mirrored, resize
-from support.windows import Windows, around, filled, shared_statistics, touch, window_of
+from support.windows import Windows, hull, network_input, overlap, shared_statistics, window_of
 
 
 class PhotoEdit:
-    """An edit of one photograph through its land cover: where to paint, and what goes in.
+    """An edit of one photograph through its land cover.
 
-    photo    its Raster
-    lc       Raster of the land cover that it shall have, before the strokes
-    first    Raster of the land cover that it has; None: lc, without the strokes
-    strokes  rectangles of a class, [(index, top, left, bottom, right), ...]
-    told     whether the land cover before is known, and with it what changed
-    window   (height, width) of a window, in pixels; None: the photograph is generated as a whole
-    border   how far an edit is feathered into the photograph: 12 pixels in 256
+    photo       its Raster
+    lc          Raster of the land cover after the edit, without the strokes
+    first       Raster of the land cover before it; None: lc
+    strokes     rectangles of a class, [(index, top, left, bottom, right), ...]
+    has_before  whether the land cover before is given, and with it what changes
+    window      (height, width) of a window, in pixels; None: the whole photograph
+    border      width of the ramp between an edit and the photograph: 12 pixels in 256
+    whole       everything is generated, and nothing of the photograph is kept
     """
 
     def __init__(self, cfg, photo, lc, first=None, strokes=()):
         self.cfg, self.photo, self.lc, self.first, self.strokes = cfg, photo, lc, first, strokes
-        self.told = bool(first or strokes)
+        self.has_before = bool(first or strokes)
         self.size = photo.height, photo.width
         self.window = window_of(cfg, photo)
         self.border = max(1, round(12 * min(self.window or self.size) / 256))
-        self.whole = not (self.told and cfg.keep_outside)
+        self.whole = not (self.has_before and cfg.keep_outside)
 
     def after(self, top, left, height, width):
-        """A window of the land cover that the edited photograph shall have, mirrored at edges."""
+        """A window of the land cover after the edit, mirrored at the edges."""
         labels = self.lc.read(top, left, height, width).copy()
         for index, *corners in self.strokes:
             y0, x0, y1, x1 = (max(c - o, 0) for c, o in zip(corners, (top, left) * 2, strict=True))
@@ -37,37 +38,36 @@ class PhotoEdit:
         return mirrored(labels, height, width)
 
     def before(self, top, left, height, width):
-        """A window of the land cover that the photograph has; of --lc's where nothing tells."""
+        """A window of the land cover before the edit, mirrored at the edges."""
         labels = (self.first or self.lc).read(top, left, height, width)
         return mirrored(labels, height, width)
 
     def changed(self, top, left, height, width):
         """Where a window's land cover changes: (height, width) bool."""
-        if not self.told:
+        if not self.has_before:
             return np.ones((height, width), bool)
         window = top, left, height, width
         return self.before(*window) != self.after(*window)
 
     def regions(self):
-        """What to generate, [(top, left, height, width), ...], around each group of changes.
+        """The regions to generate, [(top, left, height, width), ...]: one for a group of changes.
 
-        A change that leaves a window an eighth of its side around it gets one window of its own,
-        with the change in its middle, as in training; a larger one gets a quarter all around.
-        Regions that would overlap become one.
+        A change of up to 3/4 of a window is the middle of one window, as in training; a larger one
+        gets a margin of 1/4. Overlapping regions become one.
         """
         if self.whole or not self.window:
             return [(0, 0, *self.size)]
         regions = {}  # region: the box of its changes
         for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)
-            while near := [other for other in regions if touch(region, other)]:
-                box = around(box, regions.pop(near[0]))
+            while near := [other for other in regions if overlap(region, other)]:
+                box = hull(box, regions.pop(near[0]))
                 region = self._surroundings(box)
             regions[region] = box
         return list(regions)
 
     def _changes(self, block):
-        """Boxes (top, left, height, width) that cover what changes, in blocks of pixels."""
+        """Yields boxes (top, left, height, width) that cover all changes, on a grid of blocks."""
         height, width = self.size
         for top in range(0, height, block):
             changed = self.changed(top, 0, min(block, height - top), width).any(0)
@@ -100,15 +100,15 @@ class PhotoEdit:
             yield self._feathered(pixels, y + top, x), y + top, x
 
     def _cut(self, *window):
-        """A window as the network takes it, (C + 2, S, S): photograph, land cover, what changes."""
+        """The network's input, (C + 2, S, S): photograph, land cover, and 1 where it changes."""
         size = self.cfg.size, self.cfg.size
-        rgb = resize(filled(self.photo, *window), size)
+        rgb = network_input(self.photo, self.cfg.size, *window)
         lc = resize(self.after(*window), size, labels=True)
         changed = resize(self.changed(*window).astype(np.uint8), size, labels=True)
-        return np.concatenate([np.moveaxis(rgb, -1, 0), lc[None], changed[None]])
+        return np.concatenate([rgb, lc[None], changed[None]])
 
     def _feathered(self, pixels, top, left):
-        """Generated pixels where land cover changes, the photograph elsewhere, a ramp between."""
+        """Generated pixels where land cover changes, a ramp, and the photograph elsewhere."""
         height, width = pixels.shape[:2]
         if self.whole:
             return pixels
@@ -125,7 +125,7 @@ class PhotoEdit:
 
 
 def centred(box, lengths, size):
-    """A box (top, left, *lengths) with another in its middle, moved into an image of a size."""
+    """The box (top, left, *lengths) around the middle of another, moved to lie in the image."""
     corner = []
     for first, inner, length, side in zip(box[:2], box[2:], lengths, size, strict=True):
         corner.append(max(0, min(first + (inner - length) // 2, side - length)))

@@ -23,7 +23,7 @@ from support.writing import writing
 
 
 def inputs_of(cfg, labels=False):
-    """The files that --generate names, and the images of its folders."""
+    """The files that --generate names, and the images in its folders."""
     files = []
     for path in map(Path, cfg.generate):
         if not (path.is_dir() or path.is_file()):
@@ -36,9 +36,9 @@ def inputs_of(cfg, labels=False):
 
 
 def results_of(path, to_labels=False, tiff=False):
-    """The names of what is generated from a file: its own, .tif for a place on earth, else .png.
+    """The names of the results of a file: its own, with .tif if it has a place, or .png.
 
-    tiff  .tif in any case
+    tiff  the result must be a TIFF
     """
     if (driver_of(path) or tiff) and path.suffix.lower() not in TIFF_SUFFIXES:
         path = path.with_suffix(".tif")
@@ -48,7 +48,7 @@ def results_of(path, to_labels=False, tiff=False):
 
 
 def missing(cfg, names, inputs):
-    """Which of these results to write: those that --out lacks; all with --overwrite."""
+    """The results to write: those that --out lacks, or with --overwrite all."""
     out = Path(cfg.out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file, not a folder")
@@ -66,7 +66,7 @@ def missing(cfg, names, inputs):
 
 
 def print_windows(cfg, raster, window):
-    """Says on stderr by which windows (height, width) a raster is generated."""
+    """Prints the windows (height, width) by which a raster is generated."""
     how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
@@ -102,12 +102,12 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
 
 
 def needs_tiff(cfg, side):
-    """Whether pictures of side "A" or "B" have bands, or bits, that only a TIFF can have."""
+    """Whether pictures of side "A" or "B" have bands, or a depth, that only a TIFF can have."""
     return bool(Limits.of(cfg, side)) or cfg.channels(side) not in (1, 3)
 
 
 def _translate(cfg, raster, predict, net, out, side, to_labels):
-    """Writes what is generated from one Raster: a picture of side "A" or "B", or a label map."""
+    """Translates one Raster into a file: a picture of side "A" or "B", or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
     print_windows(cfg, raster, window)
     cut = functools.partial(network_input, raster, cfg.size)
@@ -122,7 +122,7 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
 
 
 def edit_of_files(cfg):
-    """The PhotoEdit that --generate, --lc, --lc-before and --paint ask for."""
+    """The PhotoEdit of --generate, --lc, --lc-before and --paint."""
     if len(cfg.generate) > 1:
         raise UserError(f"--generate {' '.join(cfg.generate)}: name one photograph")
     if not cfg.lc:
@@ -138,8 +138,9 @@ def edit_of_files(cfg):
 
 
 def _stroke(text, classes, height, width):
-    """A "class:x,y,width,height" as (index, top, left, bottom, right). The beginning of a class's
-    name is enough, where no other begins so.
+    """A "class:x,y,width,height" as (index, top, left, bottom, right).
+
+    The beginning of a class's name is enough, if it is the beginning of no other.
     """
     name, _, numbers = text.rpartition(":")
     names = [known.lower() for known in classes.names]
@@ -159,9 +160,8 @@ def _stroke(text, classes, height, width):
 def edit_file(cfg, predict, net=None, samples=1):
     """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
 
-    Only windows around what changed are generated, and blended into the photograph over a border
-    of 12 pixels in 256; elsewhere it stays as it is. With several samples the sheet also shows how
-    they differ: their standard deviation, white at 32 levels.
+    Only windows around changes are generated, and blended into the photograph (see PhotoEdit).
+    With several samples the sheet also shows their standard deviation, white at 32 levels.
 
     predict(windows (B, C + 2, S, S) uint8, sample)  -> (B, C, S, S) in [-1, 1]; a window is the
            photograph, the land cover to be, and 1 where it changes
@@ -180,7 +180,7 @@ def edit_file(cfg, predict, net=None, samples=1):
     inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
     new = missing(cfg, [*names, sheet], inputs)
     print_windows(cfg, edit.photo, edit.window)
-    if not edit.told:
+    if not edit.has_before:
         print("all is generated: --lc-before FILE tells what changed", file=sys.stderr)
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
@@ -196,7 +196,7 @@ def edit_file(cfg, predict, net=None, samples=1):
 
 
 def _write_edit(path, edit, regions, predict, net):
-    """Writes a photograph with its edited regions generated."""
+    """Writes the photograph, and over it the generated regions."""
     photo = edit.photo
     dtype = photo.limits.dtype if photo.limits else "uint8"
     with writing(path, photo, None, edit.cfg.channels("A"), dtype) as put:
@@ -208,10 +208,10 @@ def _write_edit(path, edit, regions, predict, net):
 
 
 def _pictures(edit, regions, results):
-    """What a sheet shows, {title: (H, W, 3) uint8}, of an edit and its results, {title: path}."""
+    """The pictures of a sheet, {title: (H, W, 3) uint8}; results = {title: path}."""
     view, palette = _view(regions, edit.size), edit.cfg.classes.palette
     pictures = {"before": eight_bits(edit.photo.read(*view))}
-    if edit.told:
+    if edit.has_before:
         pictures["land cover"] = palette[edit.before(*view)]
     pictures["edited land cover"] = palette[edit.after(*view)]
     for title, path in results.items():
@@ -225,7 +225,7 @@ def _pictures(edit, regions, results):
 
 
 def _view(regions, size, most=1024):
-    """What a sheet shows: all, or of a large raster the surroundings of the largest edit."""
+    """The box of a sheet: all, or in a large raster the surroundings of the largest edit."""
     lengths = min(most, size[0]), min(most, size[1])
     largest = max(regions, key=lambda region: region[2] * region[3], default=(0, 0, 0, 0))
     return centred(largest, lengths, size)

@@ -14,10 +14,10 @@ from support.pictures import mirrored, resize
 
 
 def tiles(length, window):
-    """Where windows stand along a side, and their weights: [(start, (window,) float32), ...].
+    """The windows along a side, with weights: [(start, (window,) float32), ...].
 
-    They overlap by a quarter or more, and their weights sum to 1 everywhere: 0 in the outer
-    quarter of an overlap, where a window sees least of its surroundings, and a cosine between.
+    They overlap by a quarter or more. Their weights sum to 1 everywhere. A window's weight is 0 in
+    the outer quarter of an overlap, where it sees least of its surroundings, and a cosine between.
     """
     count = max(1, math.ceil((length - window // 4) / (window - window // 4)))
     starts = np.linspace(0, max(length - window, 0), count).round().astype(int).tolist()
@@ -35,9 +35,9 @@ class SharedStatistics:
     """Normalises every window of a raster by statistics of the windows around it.
 
     InstanceNorm, and BatchNorm by an image's own statistics, would give each window colours of
-    its own. A first pass over some windows notes every layer's mean and variance, and a window
-    then gets their averages, with Gaussian weights of `reach` windows (kernelized instance
-    normalization, Ho et al. 2022, arXiv:2208.10730; an infinite reach: all alike).
+    its own. A first pass notes every layer's mean and variance in some windows. Each window then
+    gets their average, with Gaussian weights of `reach` windows (kernelized instance normalization,
+    Ho et al. 2022, arXiv:2208.10730; an infinite reach: the same in all windows).
     """
 
     most = 24  # windows noted along a side, for 2000 x 2000 windows of a large raster, too
@@ -49,7 +49,7 @@ class SharedStatistics:
         self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
-        """Those windows of a side to note: about one within each reach, which widens if need be."""
+        """The windows of a side to note: about one in each reach, or `most` in a longer one."""
         count = min(self.most, max(8, math.ceil(0.75 * len(windows) / self.reach)))
         self.reach = max(self.reach, 0.75 * len(windows) / count)
         return [windows[k] for k in spread(count, len(windows))]
@@ -71,7 +71,7 @@ class SharedStatistics:
 
     @contextlib.contextmanager
     def around(self, positions):
-        """Within it the network takes windows at these positions, in this order."""
+        """A context in which the network gets windows at these positions, in this order."""
         apart = torch.tensor(positions)[:, None] - torch.tensor(self.positions)[None]  # (B, N, 2)
         weights = torch.softmax(-apart.square().sum(-1) / (2 * self.reach**2), 1)
         try:
@@ -125,7 +125,7 @@ class Windows:
                 self.statistics.note(self._position(corner), predict, tile)
 
     def predicted(self, corners):
-        """What the network makes of windows at (top, left): (B, C, *sides) float32, on the CPU."""
+        """Generates the windows at corners (top, left): (B, C, *sides) float32, on the CPU."""
         windows = np.stack([self.cut(*corner, *self.sides) for corner in corners])
         shared = contextlib.nullcontext()
         if self.statistics:
@@ -139,7 +139,7 @@ class Windows:
     def blended(self, rows=None, about=""):
         """Yields (top, pixels (C, strip, width) float32) of all rows, or some, from the top down.
 
-        In memory: `window` rows of the raster, in float32, and a batch.
+        In memory lie the rows of pixels that a window covers, and a batch.
         """
         rows = rows or self.rows
         height, width = self.sides
@@ -157,7 +157,7 @@ class Windows:
             yield top, finished[:, :, : self.size[1]]
 
     def _row(self, top):
-        """Generates the windows of a row that have data, or one: yields (left, weights, fake)."""
+        """Yields (left, weights, fake) of the windows of a row that have data, or of the first."""
         columns = [tile for tile in self.columns if self._has_data(top, tile[0])]
         columns = columns or self.columns[:1]
         for first in range(0, len(columns), 8):
@@ -171,7 +171,7 @@ class Windows:
         return valid is None or valid.any()
 
     def _noted(self):
-        """Corners of the windows whose statistics are noted: some that have data, all over."""
+        """Corners of the windows to note: spread over the raster, where there is data."""
         some = self.statistics.some(self.rows), self.statistics.some(self.columns)
         for rows, columns in (some, (self.rows, self.columns)):
             corners = [(top, left) for top, _ in rows for left, _ in columns]
@@ -186,25 +186,26 @@ class Windows:
 
 
 def sides_of(cfg):
-    """--window as (height, width), in pixels; a checkpoint may have one number for both."""
+    """--window as (height, width), in pixels; it may be one number for both."""
     return tuple(np.broadcast_to(cfg.window, 2).tolist())
 
 
 def window_of(cfg, raster):
-    """The (height, width) of a raster's windows; None: the whole at once, up to 1.5 windows."""
+    """The (height, width) of a raster's windows; None for a raster of up to 1.5 windows."""
     height, width = window = sides_of(cfg)
     large = 2 * raster.height > 3 * height or 2 * raster.width > 3 * width
     return window if cfg.window and large else None
 
 
 def shared_statistics(cfg, net):
-    """SharedStatistics of a network that normalises by an image's own; None where none is given."""
+    """SharedStatistics of a network that normalises by an image's own; None without one."""
     return SharedStatistics(net, cfg.norm_reach) if net and cfg.norm_reach else None
 
 
-def filled(raster, top, left, height, width):
-    """A window of a raster, mirrored at its edges; where a picture has no data, in the mean colour
-    of the window's data: a network must not see how a file marks its holes.
+def read_filled(raster, top, left, height, width):
+    """A window of a raster, mirrored at its edges, with holes in the mean colour of its data.
+
+    A network must not see how a file marks its holes.
     """
     pixels = raster.read(top, left, height, width)
     valid = None if raster.table else raster.valid(top, left, *pixels.shape[:2])
@@ -217,17 +218,17 @@ def filled(raster, top, left, height, width):
 
 def network_input(raster, size, *window):
     """A window (top, left, height, width) of a raster at a network's size: (C or 1, S, S)."""
-    small = resize(filled(raster, *window), (size, size), labels=bool(raster.table))
+    small = resize(read_filled(raster, *window), (size, size), labels=bool(raster.table))
     return small[None] if raster.table else np.moveaxis(small, -1, 0)
 
 
-def touch(a, b):
+def overlap(a, b):
     """Whether two boxes (top, left, height, width) have pixels in common."""
     return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (0, 1))
 
 
-def around(a, b):
-    """The box (top, left, height, width) around two."""
+def hull(a, b):
+    """The smallest box (top, left, height, width) around two."""
     top, left = min(a[0], b[0]), min(a[1], b[1])
     bottom = max(a[0] + a[2], b[0] + b[2])
     right = max(a[1] + a[3], b[1] + b[3])

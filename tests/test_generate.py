@@ -37,7 +37,7 @@ from support.errors import print_once
 from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
-from support.windows import SharedStatistics, Windows, tiles, touch
+from support.windows import SharedStatistics, Windows, overlap, tiles
 
 
 def generated(image, paint, window, size=16, **options):
@@ -610,7 +610,7 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
         assert height >= 64 and width >= 64 + 16 * seed
         assert 0 <= y <= 300 - height and 0 <= x <= 400 - width
         left[y : y + height, x : x + width] = False
-        assert not any(touch(regions[k], other) for other in regions[:k])
+        assert not any(overlap(regions[k], other) for other in regions[:k])
     assert not left.any()
 
 

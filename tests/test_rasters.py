@@ -36,7 +36,7 @@ from support.classes import ClassTable
 from support.files import write_image
 from support.pictures import to_bytes
 from support.rasters import Raster
-from support.windows import filled
+from support.windows import read_filled
 from support.writing import writing
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
@@ -190,7 +190,7 @@ def test_windows_past_the_edge_are_mirrored(tmp_path, shape):
     part = image[1:17, 2:22]
     missing = [(0, 16 - part.shape[0]), (0, 20 - part.shape[1]), (0, 0)]
     mirrored = np.pad(part, missing, "symmetric")
-    assert (filled(Raster(tmp_path / "x.png"), 1, 2, 16, 20) == mirrored).all()
+    assert (read_filled(Raster(tmp_path / "x.png"), 1, 2, 16, 20) == mirrored).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
