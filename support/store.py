@@ -49,18 +49,16 @@ def is_whole(path):
 class ImageStore:
     """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
-    cfg       its data, demo, lc_classes, patch (0: whole images) and cache
     split     "train", "val" or "test"
     side      every image, or patch, is resized to side x side (bicubic; labels nearest)
     smallest  images, or patches, of a smaller side than this are refused
 
-    A        (N, C, side, side) uint8, C bands: 3, or as many as --bands-A names; int16, the
-             levels of Limits, where A or B has more than 8 bits
-    B        (M, C, side, side) uint8, or (M, 1, side, side) uint8 class indices; M = N if paired
+    A        (N, C, side, side) uint8, or int16 levels of Limits if A or B has more than 8 bits
+    B        (M, C, side, side), the same, or (M, 1, side, side) class indices; M = N if paired
     rows     {"A", "B"}: arrays to load, from which `images` makes A, or B
     records  both of these if paired: A and B one after the other; else None
 
-    Where some picture may have pixels without data, a plane for each side of pictures follows: 255
+    If some picture may have pixels without data, a plane for each side of pictures follows: 255
     where it has data. Labels are IGNORED where their photograph has none.
     """
 
@@ -80,13 +78,13 @@ class ImageStore:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.rows = {"A": self.records, "B": self.records}
             middle, end = self.channels[0], sum(self.channels)
-            self.places = {"A": (0, middle, end), "B": (middle, end, end + 1)}  # first, last, plane
+            self.slots = {"A": (0, middle, end), "B": (middle, end, end + 1)}  # first, last, known
         else:
             a = self._open([(path, None) for path in self.split.A], "A")
             b = self._open([(None, path) for path in self.split.B], "B")
             self.rows = {"A": a, "B": b}
-            self.places = {s: (0, n, n) for s, n in zip("AB", self.channels, strict=True)}
-        self.A, self.B = (self.rows[side][:, slice(*self.places[side][:2])] for side in "AB")
+            self.slots = {s: (0, n, n) for s, n in zip("AB", self.channels, strict=True)}
+        self.A, self.B = (self.rows[side][:, slice(*self.slots[side][:2])] for side in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
 
@@ -95,43 +93,44 @@ class ImageStore:
 
         Of label maps (B, S, S) uint8 class indices.
         """
-        first, last, _ = self.places[side]
+        first, last, _ = self.slots[side]
         if side == "B" and self.classes:
             return rows[:, first]
         return from_bytes(rows[:, first:last], self.known(side, rows))
 
     def known(self, side, rows):
         """Where a side has data, (B, 1, S, S); None: everywhere."""
-        plane = self.places[side][2]
+        plane = self.slots[side][2]
         return rows[:, plane : plane + 1] if rows.shape[1] > plane else None
 
     def _about(self):
-        """What was found, on one line; refuses label maps without any class."""
+        """The images that were found, on one line; refuses label maps without any class."""
         split = self.split
         text = f"{split.root}: {split.layout}, split {split.name}: {len(split.A)}"
         text += " files" if self.paired else f" + {len(split.B)} files"
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
-        if not self.classes:
-            empty = [self._empty(side) for side in "AB"]
-            return text + (f", {np.mean(empty):.0%} of the pixels ignored" if any(empty) else "")
-        ignored = np.mean(self.B[spread(100, len(self.B))] == IGNORED)
-        if ignored == 1 and all((image == IGNORED).all() for image in self.B):
+        ignored = np.mean([self._ignored(side) for side in ("B" if self.classes else "AB")])
+        if self.classes:
+            text += f", B labels of {len(self.classes)} classes"
+        if self.classes and ignored == 1 and all((image == IGNORED).all() for image in self.B):
             raise UserError(f"{split.root}, split {split.name}: no pixel has a class of the table")
-        text += f", B labels of {len(self.classes)} classes"
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
 
-    def _empty(self, side):
-        """The share of a side's pixels that have no data."""
+    def _ignored(self, side):
+        """The share of a side's pixels that have no class, or no data."""
         rows = self.rows[side]
-        known = self.known(side, rows[spread(100, len(rows))])
+        some = rows[spread(100, len(rows))]
+        if side == "B" and self.classes:
+            return np.mean(self.images("B", some) == IGNORED)
+        known = self.known(side, some)
         return 0 if known is None else np.mean(known == 0)
 
     def histograms(self, most=1000):
-        """How often each level, or class, occurs: {"A": (C, 256), "B": (C or 1, 256)} int64.
+        """Counts of each level, or class: {"A": (C, 256), "B": (C or 1, 256)} int64.
 
-        Beside pairs' K classes also each level: "A of classes" (K, C, 256). Of `most` images,
-        evenly spread, where there are more. All baselines follow from these.
+        With K classes and pairs also the levels in each class: "A of classes" (K, C, 256). They are
+        of at most `most` images, evenly spread, and all baselines follow from them.
         """
         counts = {}
         for name, images in (("A", self.A), ("B", self.B)):
@@ -202,26 +201,27 @@ class ImageStore:
             pass
         store.flush()
 
-    def _rasters(self, pair, stack):
-        """The Rasters to read for a pair of files, open as long as the stack is."""
+    @contextlib.contextmanager
+    def _opened(self, pair):
+        """The Rasters of a pair of files; two halves that are read alike have one."""
         tables = None, None if self.split.halves else self.classes
         sides = list(zip(pair, tables, self.bands, self.limits.values(), strict=True))
         if self.split.halves and sides[0] == sides[1]:
             sides = sides[:1]
-        rasters = []
-        for path, table, bands, limits in sides:
-            if path:
-                raster = Raster(path, table, bands=bands, limits=limits)
-                rasters.append(stack.enter_context(raster))
-        return rasters
+        with contextlib.ExitStack() as stack:
+            rasters = []
+            for path, table, bands, limits in sides:
+                if path:
+                    raster = Raster(path, table, bands=bands, limits=limits)
+                    rasters.append(stack.enter_context(raster))
+            yield rasters
 
     def _count(self, pair):
         """How many records a file gives, and whether some may have pixels without data.
 
         Refuses sizes or places that do not fit together.
         """
-        with contextlib.ExitStack() as stack:
-            rasters = self._rasters(pair, stack)
+        with self._opened(pair) as rasters:
             check_pair(rasters[0], rasters[-1])
             masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
@@ -237,8 +237,7 @@ class ImageStore:
 
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
-        with contextlib.ExitStack() as stack:
-            rasters = self._rasters(pair, stack)
+        with self._opened(pair) as rasters:
             step = self.patch or rasters[0].height
             for top in range(0, rasters[0].height - step + 1, step):
                 strips = [raster.read(top, height=step) for raster in rasters]
@@ -284,9 +283,9 @@ class ImageStore:
                 yield resize(cut, size).transpose(2, 0, 1)
 
     def windows(self):
-        """How many source pixels images have, [(height, width) of A, of B]: --patch, or the most.
+        """The source pixels of an image, [(height, width) of A, of B]: --patch, or the most.
 
-        Whole images that a square squeezes by more than a tenth are worth a remark.
+        Images that a square squeezes by more than a tenth are worth a remark.
         """
         if self.patch:
             return [(self.patch, self.patch)] * 2
@@ -294,11 +293,10 @@ class ImageStore:
         return [a, a if self.paired else self._largest([(None, path) for path in self.split.B])]
 
     def _largest(self, pairs, most=1000):
-        """The largest (height, width) of images, each side by itself; of so many, evenly spread."""
+        """The largest height and the largest width of at most `most` images, evenly spread."""
         sizes = []
         for k in spread(most, len(pairs)):
-            with contextlib.ExitStack() as stack:
-                raster = self._rasters(pairs[k], stack)[0]
+            with self._opened(pairs[k]) as (raster, *_):
                 width = raster.height if self.split.halves else raster.width
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
