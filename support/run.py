@@ -38,13 +38,13 @@ REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data
 
 
 class Means:
-    """Running means of the losses, which stay on the device until they are read."""
+    """Means of the losses of several steps, which stay on the device until they are read."""
 
     def __init__(self, saved=None):
         self.names, self.sums, self.count = saved or ([], 0, 0)
 
     def add(self, names, values):
-        """Adds the losses of a step: their names, and their values as one tensor."""
+        """Adds a step's losses: their names, and their values as one tensor."""
         self.names, self.count = names, self.count + 1
         self.sums = values + torch.as_tensor(self.sums, device=values.device)
 
@@ -54,7 +54,7 @@ class Means:
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def saved(self):
-        """For a checkpoint: names, sums and count, the same for all processes to go on with."""
+        """(names, sums, count) for a checkpoint, averaged over the processes that restore them."""
         sums = reduced(self.sums) / world_size() if self.count else 0
         return self.names, sums, self.count
 
@@ -70,7 +70,7 @@ class Run:
     histograms          of the training images, which evaluations compare with
     """
 
-    seconds = 180  # between what is written after epochs; within one, five times as long
+    seconds = 180  # between two saves after epochs; within an epoch five times as long
 
     def __init__(self, cfg, checkpoint, data, scores=()):
         saved = checkpoint or {}
@@ -99,7 +99,7 @@ class Run:
             self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
-        """Makes the folders, removes what a killed process left, and cuts metrics.csv."""
+        """Makes the folders, removes a killed process's unfinished files, and cuts metrics.csv."""
         for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"{UNFINISHED}*"):
@@ -108,11 +108,11 @@ class Run:
         if saved:
             cut_metrics(self.metrics, saved["metrics_bytes"])
             self._keep()
-        self.tracker = _tracker(self.cfg, self.id) if self.cfg.track else None
+        self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
         self.print(f"run folder {self.out}")
 
     def print(self, text):
-        """A line on stderr, above the progress bar."""
+        """Prints a line on stderr, above the progress bar."""
         if rank() == 0:
             self.bar.write(text, file=sys.stderr)
 
@@ -123,9 +123,9 @@ class Run:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
     def must_save(self):
-        """(the number of a signal that asked to stop, or 0; whether the last save is long ago).
+        """(the number of a signal to stop, or 0; whether the last save is long ago).
 
-        Several processes agree every ten steps: each gets the largest of all their values.
+        Several processes agree every ten steps: each gets the largest of their values.
         """
         overdue = time.monotonic() - self.saved_at > 5 * self.seconds
         if world_size() == 1:
@@ -135,13 +135,13 @@ class Run:
         return reduced(torch.tensor([self.interrupted, overdue]), dist.ReduceOp.MAX).tolist()
 
     def set_lr(self, lr, *optimizers):
-        """Gives optimizers the rate lr, which is logged."""
+        """Sets the learning rate of optimizers, which metrics.csv lists."""
         self.lr = lr
         for optimizer in optimizers:
             set_lr(optimizer, lr)
 
     def end_step(self, state, losses):
-        """Closes a step with losses {name: 0-d tensor}, whose means are read every --log-every.
+        """Ends a step with losses {name: 0-d tensor}, whose means are read every --log-every.
 
         Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """
@@ -150,10 +150,10 @@ class Run:
         self.of_epoch.add(list(losses), values)
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
-        if self.step == self.warm:  # the time left leaves the capture of a CUDA graph out
+        if self.step == self.warm:  # the estimate of time left excludes a CUDA graph's capture
             self.bar.reset()
             self.bar.n = self.bar.initial = self.step * self.images_per_step
-        rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # all of about as many steps
+        rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # of equally many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
         number, overdue = self.must_save()
@@ -167,7 +167,7 @@ class Run:
             sys.exit(128 + number)
 
     def epoch_mean(self, name):
-        """The mean of a loss over the epoch that ends, in all processes."""
+        """The mean of a loss over the epoch so far, in all processes."""
         return self.of_epoch.read()[name]
 
     def _write_row(self, scores):
@@ -186,7 +186,9 @@ class Run:
         with open(self.metrics, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([row] if file.tell() else [header, row])
         if self.tracker:
-            self.tracker(values | {"lr": self.lr}, {}, self.step)
+            for name, value in (values | {"lr": self.lr}).items():
+                self.tracker.add_scalar(name, value, self.step)
+            self.tracker.flush()
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         return values
 
@@ -194,10 +196,10 @@ class Run:
         raise UserError(f"{what} not finite by step {self.step}: saved files stay; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
-        """Closes an epoch: its last row with scores {name: value}, and what is written on a clock.
+        """Ends an epoch: writes its last row with scores {name: value}, and maybe the rest.
 
-        That is checkpoint, grid, plot and page: every few minutes, as an epoch may take a second,
-        after the first and the last epoch, and where --save-every asks for it.
+        Checkpoint, grid, plot and page are written every few minutes, as an epoch may take a
+        second, after the first and the last epoch, and every --save-every epochs.
 
         columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
         """
@@ -209,9 +211,8 @@ class Run:
         if not of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
             return
         self.save(state)
-        if rank() == 0:
-            self._keep()
-            self._draw(columns)
+        self._keep()
+        self._draw(columns)
         self.drawn_at = time.monotonic()
 
     def save(self, state):
@@ -237,26 +238,27 @@ class Run:
         return self.cfg.save_every > 0 and self.epoch % self.cfg.save_every == 0
 
     def _keep(self):
-        """Gives last.pt, just written after an epoch, a second name where --save-every asks so."""
-        if self.batch or not self.epoch or not self._is_kept():
+        """Copies last.pt, just written, if it ends an epoch that --save-every keeps."""
+        if rank() or self.batch or not self.epoch or not self._is_kept():
             return
         with whole_or_absent(self.last.with_name(f"epoch_{self.epoch:04}.pt")) as aside:
             shutil.copy(self.last, aside)
 
     def _draw(self, columns):
-        """Draws the sample grid, losses.png and index.html: last, as no run needs them."""
+        """Draws the sample grid, losses.png and index.html, which no run needs."""
         if rank():
             return
         with drawing(self.out):
             if columns:
                 save_grid(self.out / "samples" / f"epoch_{self.epoch:04}.png", columns)
             if columns and self.tracker:
-                self.tracker({}, columns, self.step)
+                self.tracker.add_image("samples", grid(columns), self.step, dataformats="HWC")
+                self.tracker.flush()
             plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
             write_page(self.out)
 
     def close(self):
-        """Ends the run: the signals are given back; an evaluation may follow."""
+        """Ends the run, and the handling of signals; an evaluation may follow."""
         self.bar.close()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -264,7 +266,7 @@ class Run:
 
 
 def fingerprint(store, lc_classes):
-    """A hash of the names of all images, and of the pixels of some that are trained on."""
+    """A hash of the names of all images, and of the pixels of some training images."""
     val = find_images(store.split.root, "val", lc_classes)
     names = [path.name for split in (store.split, val) for path in split.A + split.B]
     found = hashlib.sha256(repr(names).encode())
@@ -274,7 +276,7 @@ def fingerprint(store, lc_classes):
 
 
 def cut_metrics(path, length):
-    """Drops rows written after a save, in a new file (a backup may share the old one's bytes).
+    """Drops rows written after a save, in a new file: a backup may be a link to the old one.
 
     A file with another beginning, which somebody edited, stays as it is.
     """
@@ -304,8 +306,8 @@ def write_config(cfg):
     write_text(Path(cfg.out) / "config.json", json.dumps(about, indent=2))
 
 
-def _tracker(cfg, run_id):
-    """tracker(scalars, images, step): TensorBoard, which Weights & Biases copies if asked to."""
+def tracker(cfg, run_id):
+    """A TensorBoard writer; with --track wandb Weights & Biases copies what it writes."""
     try:
         if cfg.track == "wandb":
             import wandb
@@ -316,13 +318,4 @@ def _tracker(cfg, run_id):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(f"--track {cfg.track}: pip install tensorboard wandb") from None
-    writer = SummaryWriter(str(Path(cfg.out) / "tensorboard"))
-
-    def track(scalars, images, step):
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        if images:
-            writer.add_image("samples", grid(images), step, dataformats="HWC")
-        writer.flush()
-
-    return track
+    return SummaryWriter(str(Path(cfg.out) / "tensorboard"))
