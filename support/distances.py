@@ -12,11 +12,9 @@ class Distances:
     fid, kid  of the two sets, by the features of an Inception network: Heusel et al. 2017
               (arXiv:1706.08500), Binkowski et al. 2018 (arXiv:1801.01401)
     lpips     of pairs, if they are `paired`, by AlexNet: Zhang et al. 2018 (arXiv:1801.03924)
+    features  a module (B, 3, S, S) uint8 -> (B, F) in place of the Inception network
 
-    torchmetrics fetches both networks once. FID grows as the sets get smaller, so only sets of one
-    size compare; KID does not.
-
-    features  a module (B, 3, S, S) uint8 -> (B, F) that stands in for the Inception network
+    torchmetrics downloads both networks once. FID depends on the number of pictures, KID does not.
     """
 
     def __init__(self, device, paired, features=2048):
@@ -35,7 +33,7 @@ class Distances:
         self.count = 0
 
     def add(self, guess, real):
-        """Generated and real pictures, (B, C, S, S) in [-1, 1]: by three bands."""
+        """Adds generated and real pictures, (B, C, S, S) in [-1, 1], as colours."""
         guess, real = shown(guess), shown(real)
         self.count += len(guess)
         for distance in (self.fid, self.kid):
@@ -45,7 +43,7 @@ class Distances:
             self.lpips.update(guess.clamp(-1, 1), real)
 
     def measures(self):
-        """{"fid", "kid", "lpips": value}; KID of at least 50 pictures."""
+        """{"fid", "kid", "lpips": value}; KID needs 50 pictures or more."""
         values = {"fid": self.fid.compute().item()}
         if self.count >= SUBSET:
             values["kid"] = self.kid.compute()[0].item()

@@ -19,11 +19,11 @@ from support.store import ImageStore
 
 
 class Judge(nn.Module):
-    """A small U-Net that segments photographs, real or generated.
+    """A small U-Net that segments photographs: (B, 3, S, S) in [-1, 1] -> (B, classes, S, S).
 
-    (B, 3, S, S) in [-1, 1] -> logits (B, classes, S, S). It is trained on real photographs and
-    their land cover alone, and measures whether generated ones show the land cover asked for: the
-    FCN score of Isola et al. 2017, section 4.1, and Zhu et al. 2017, section 5.1.1.
+    It is trained on real photographs and their land cover, and measures whether generated ones
+    show the land cover of their input: the FCN score of Isola et al. 2017, section 4.1, and Zhu et
+    al. 2017, section 5.1.1.
     """
 
     def __init__(self, classes, bands=3, width=32):
@@ -59,12 +59,13 @@ class Judge(nn.Module):
 def find_judge(cfg, device):
     """The judge of --judge or of the run folder, or with --train-judge a new one; else None."""
     path = Path(cfg.judge or Path(cfg.out) / "judge.pt")
-    if not cfg.classes or not (cfg.judge or path.is_file() or cfg.train_judge):
+    trained = cfg.judge or path.is_file()
+    if not cfg.classes or not (trained or cfg.train_judge):
         return None
     torch.manual_seed(cfg.seed)
     judge = Judge(len(cfg.classes), cfg.channels("A")).to(device)
     classes = list(cfg.classes.names)
-    if cfg.judge or path.is_file():
+    if trained:
         content = load_weights(path)
         with refusing(f"{path}: is no judge of {len(classes)} classes"):
             judge.load_state_dict(content["state"]["judge"])

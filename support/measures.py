@@ -20,7 +20,7 @@ from support.processes import rank
 def measure_images(fake, target, brief=False, known=None):
     """Measures of pictures: two (B, C, H, W) uint8 tensors -> {name: (B,) float64}.
 
-    known (B, 1, H, W) bool: other pixels do not count, and NaN comes out where none does.
+    known (B, 1, H, W) bool: other pixels do not count; an image without any gives NaN.
 
     psnr         10 log10(255^2 / MSE), in dB
     mse          mean squared error, in squared levels 0-255; brief: these two alone
@@ -55,7 +55,7 @@ def measure_images(fake, target, brief=False, known=None):
 
 
 def structural_similarity(fake, target, known):
-    """SSIM, as measure_images says, of windows full of data: two (B, C, H, W) float64 -> (B,)."""
+    """SSIM (see measure_images) of windows full of data: two (B, C, H, W) float64 -> (B,)."""
     x = torch.arange(11, dtype=torch.float64, device=fake.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
     window = window / window.sum()
@@ -71,7 +71,7 @@ def structural_similarity(fake, target, known):
     luminance = (2 * mean_f * mean_t + c1) / (mean_f**2 + mean_t**2 + c1)
     structure = (2 * cov + c2) / (var_f + var_t + c2)
     similarity = (luminance * structure).view(*fake.shape[:2], *luminance.shape[2:]).mean(1)
-    full = -F.max_pool2d(-known.double(), 11, 1)[:, 0]  # 0, or 1 where a window is full of data
+    full = -F.max_pool2d(-known.double(), 11, 1)[:, 0]  # 1 where a window is full of data, else 0
     return (similarity * full).sum((1, 2)) / full.sum((1, 2))
 
 
@@ -102,24 +102,25 @@ def has_data(images):
 class Scores:
     """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
 
-    brief       of pictures those alone that are logged after every epoch
-    fid         add_distances measures, too
-    confusions  {(row, by): confusion matrix} of what add_labels got
+    brief  pictures get only the measures that are logged after every epoch
+    fid    add_distances has an effect
     """
 
     def __init__(self, brief=False, fid=False):
         self.brief, self.fid = brief, fid
-        self.sums, self.confusions, self.distances = {}, {}, {}  # {row: {name: (sum, count)}}
+        self.sums = {}  # {row: {name: (sum, count)}}
+        self.confusions = {}  # {(row, by): matrix}
+        self.distances = {}  # {row: Distances}
 
     def _add(self, row, name, values, where=1.0):
-        """Adds values that are not NaN to a mean, each weighing as much as `where` says."""
+        """Adds values that are not NaN to a mean, with `where` as their weights."""
         cells = self.sums.setdefault(row, {})
         weights = ~values.isnan() * where
         amounts = torch.stack([(values.nan_to_num() * weights).sum(), weights.sum()]).cpu()
         cells[name] = cells.get(name, 0) + amounts
 
     def add_images(self, row, guess, target, limits=None):
-        """Pictures (B, C, S, S) in [-1, 1] or NaN, by measure_images: means over images.
+        """Adds measure_images of pictures (B, C, S, S) in [-1, 1] or NaN: means over images.
 
         With Limits also mse_units: the squared error in the files' units, the mean over bands.
         """
@@ -135,14 +136,15 @@ class Scores:
             self._add_variety(row, "variety", guess, target, known)
 
     def add_distances(self, row, guess, real, paired=True):
-        """With fid: Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
-        if self.fid and row not in self.distances:
+        """With fid: adds Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
+        if not self.fid:
+            return
+        if row not in self.distances:
             self.distances[row] = Distances(guess.device, paired)
-        if self.fid:
-            self.distances[row].add(holes_of(real, guess), filled(real))
+        self.distances[row].add(holes_of(real, guess), filled(real))
 
     def add_edit(self, row, guess, target, source, mask):
-        """Edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) says where the edit is.
+        """Adds measures of edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S): the edit.
 
         L1 in levels 0-255, inside and outside the edit; inside, also L1 to the source.
         """
@@ -154,7 +156,10 @@ class Scores:
         self._add_variety(row, "variety", guess, target, mask & known)
 
     def add_labels(self, row, predicted, target, classes, by=""):
-        """Class indices (B, S, S), by measure_labels: of all pixels; `by` says who predicted."""
+        """Adds measure_labels of class indices (B, S, S), over all pixels.
+
+        by  "judge" for its predictions, which names the measures; "" for a model's
+        """
         self.sums.setdefault(row, {})
         if not by:
             self._add_variety(row, "class_variety", predicted, target, target != IGNORED, most=1)
@@ -191,10 +196,10 @@ class Scores:
 def constant_colors(histogram, classes=None, by_class=None):
     """The baselines that see no input, or no more than its class: {name: colour in [-1, 1]}.
 
-    histogram  (C, 256) of pictures, or (1, 256) of label maps of a ClassTable, drawn in its
-               colours; these also give the most frequent class (see ImageStore.histograms)
-    by_class   (K, C, 256) of the pixels of each class: its colours are (256, C), for each index
-               one, all pixels' where training showed none; all others are (C,)
+    histogram  (C, 256) of pictures, or (1, 256) of label maps, which are drawn in the colours of
+               `classes`; these also give the most frequent class (see ImageStore.histograms)
+    by_class   (K, C, 256) of the pixels of each class, which adds colours (256, C), one for each
+               index: that of all pixels where training had none. The others are (C,)
     """
     counts, guesses = histogram.numpy(), {}
     if classes:
@@ -214,7 +219,7 @@ def constant_colors(histogram, classes=None, by_class=None):
 
 
 def constant_guesses(colors, images, labels=None):
-    """constant_colors as images {name: a tensor like images (B, C, S, S)}, of labels (B, S, S)."""
+    """constant_colors as {name: images (B, C, S, S)}; by class at labels (B, S, S)."""
     guesses = {}
     for name, color in colors.items():
         color = color.to(images)
@@ -224,10 +229,10 @@ def constant_guesses(colors, images, labels=None):
 
 
 def copy_verdict(rows):
-    """Whether a generator of edits copies its input, in a sentence.
+    """A sentence that states whether a generator of edits copies its input.
 
-    It does where its output inside the edit is nearer to its input than to its target, and has
-    not even gone half the way that lies between the two.
+    It does if inside the edit its output is nearer to the input than to the target, and less than
+    half as far from the input as the target is.
     """
     target, to_input = rows["model"]["l1_inside"], rows["model"]["l1_to_input"]
     copy = rows["copy of rgb_a"]["l1_inside"]

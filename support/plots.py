@@ -19,7 +19,7 @@ def read_metrics(path):
 
 
 def plot_metrics(rows, path):
-    """losses.png: one panel for each column of metrics.csv, over steps; whole or absent."""
+    """Draws losses.png: a panel for each column of metrics.csv, over steps."""
     from matplotlib.figure import Figure  # slow to import
 
     names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
@@ -41,7 +41,7 @@ def plot_metrics(rows, path):
 
 
 def write_page(folder):
-    """index.html of a run folder: run.html with the data in it, which opens from disk.
+    """Writes index.html of a run folder: run.html with the run's data, which opens from disk.
 
     Of metrics.csv it has 2000 rows, evenly spread, and the last one of each epoch.
     """
@@ -67,7 +67,7 @@ def write_page(folder):
 
 
 def page_of(template, data):
-    """The text of a page with its data as JSON, in which no name can end the script element."""
-    text = json.dumps(data).replace("<", "\\u003c")
+    """The text of a page with its data as JSON."""
+    text = json.dumps(data).replace("<", "\\u003c")  # no name in it can end the script element
     page = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return page.replace("__DATA__", text)

@@ -17,19 +17,18 @@ from support.pictures import from_bytes, shown
 class VGG16Features(nn.Module):
     """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
 
-    (B, 3, S, S) in [-1, 1] -> a list of activations, in the order of depth. Of pictures with more
-    bands it gets the first three.
+    (B, C, S, S) in [-1, 1] -> a list of activations, float32, in the order of depth; of the first
+    three bands.
 
-    layers   names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
-    weights  "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
-             torch.hub's cache or download; "random": normal with variance 2 / fan in (He et al.
-             2015) from a fixed seed, the same on every machine (random features carry texture:
-             He, Wang, Hopcroft 2016, arXiv:1606.04801)
-    autocast the precision of the convolutions with ImageNet's weights; random ones compute in
-             float32, since their gradients in bf16 differ more. Activations are float32 anyway.
+    layers    names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
+    weights   "vgg16": ImageNet's, from `path`, a file in torchvision's layout, or for "" from
+              torch.hub; "random": normal with variance 2 / fan in (He et al. 2015), from a fixed
+              seed (random features carry texture: He, Wang, Hopcroft 2016, arXiv:1606.04801)
+    autocast  the precision of the convolutions with ImageNet's weights; random ones compute in
+              float32, since their gradients in bf16 differ more
 
     Each layer's activations are scaled so that its Gram matrices have norm 1 on four procedural
-    landscapes: a weight of a loss means the same with any layer, and with any weights.
+    landscapes, so that a loss weight suits any layer and any weights.
     """
 
     depths = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each stage; a stage halves the side
