@@ -115,8 +115,7 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
     classes, limits = cfg.classes if to_labels else None, Limits.of(cfg, side)
-    about = classes, cfg.channels(side), limits.dtype if limits else "uint8"
-    with writing(out, raster, *about) as put:
+    with writing(out, raster, classes, cfg.channels(side), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
             put(strip.argmax(0).byte().numpy() if classes else values_of(strip, limits), top)
 
@@ -197,9 +196,8 @@ def edit_file(cfg, predict, net=None, samples=1):
 
 def _write_edit(path, edit, regions, predict, net):
     """Writes the photograph, and over it the generated regions."""
-    photo = edit.photo
-    dtype = photo.limits.dtype if photo.limits else "uint8"
-    with writing(path, photo, None, edit.cfg.channels("A"), dtype) as put:
+    photo, bands = edit.photo, edit.cfg.channels("A")
+    with writing(path, photo, bands=bands, limits=photo.limits) as put:
         for top in range(0, edit.size[0], 256):
             put(photo.values(top, 0, 256), top)
         for region in regions:

@@ -1,7 +1,7 @@
 """Opening image files with the driver of their ending.
 
-GDAL and Pillow have drivers that open further files, reach the network, write, or run programs.
-They choose by content, so that a text file named scene.tif could do all of that.
+GDAL and Pillow choose a driver by content. Some drivers open further files, reach the network,
+write, or run programs, so a text file named scene.tif could do all of that.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize 
 
 @contextlib.contextmanager
 def decoding(path):
-    """Turns an error of any decoder into one line that names the file."""
+    """Turns an error of a decoder into a UserError that names the file."""
     Image.MAX_IMAGE_PIXELS = None  # rasters are large on purpose
     try:
         yield
@@ -64,7 +64,7 @@ def open_image(path):
 
 @functools.cache
 def gdal():
-    """rasterio, with a bounded cache, and without warnings of TIFFs that have no place on earth."""
+    """rasterio, with a bounded cache, and without warnings of TIFFs without a place on earth."""
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
     os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio
@@ -74,7 +74,7 @@ def gdal():
 
 
 def driver_of(path):
-    """GDAL's driver for a file; None for those that Pillow opens, which have no place on earth."""
+    """GDAL's driver for a file; None for files without a place on earth, which Pillow opens."""
     suffix = path.suffix.lower()
     if suffix not in PLACED:
         return DRIVERS.get(suffix)
@@ -102,10 +102,7 @@ def open_tiff(path, driver):
 
 
 def _check_files(path, *parts):
-    """Refuses parts, and masks and overviews beside path, that are no TIFFs.
-
-    GDAL would open them by content.
-    """
+    """Refuses parts, and masks and overviews beside path, that are no TIFFs: GDAL opens them."""
     beside = [f"{path}{ending}" for ending in (".msk", ".MSK", ".ovr", ".OVR")]
     for file in [*parts, *filter(os.path.isfile, beside)]:  # False, too, for too long a name
         with open(file, "rb") as opened:

@@ -17,16 +17,16 @@ class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
     Label maps are array files, or images of indices, of code values or of class colours. A TIFF
-    or VRT of any size is read piece by piece; other files lie in memory from the first window
-    on. Photographs are turned upright as EXIF says.
+    or VRT of any size is read piece by piece; other files are decoded whole. Photographs are
+    turned upright by their EXIF orientation.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
-                   names them, or the first three; one band is repeated for (). Never alpha
-    endings        those that are opened, each by one driver: READABLE, or UPLOADS of strangers
-    most           pixels of a file that lies in memory; 8 bytes for each in an array file
+                   names them, or the first three, or one band three times. Never alpha
+    endings        those that may be opened: READABLE, or UPLOADS of strangers
+    most           pixels of a file that is decoded whole; 8 bytes for each in an array file
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
-    dtype, count   of a picture: the type of its values, and how many bands it has, without alpha
+    dtype, count   of a picture: the type of its values, and the number of bands without alpha
     tiff           rasterio's dataset of a TIFF or VRT, else None
     """
 
@@ -34,7 +34,7 @@ class Raster:
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._palette, self._levels = None, None
         self._has_alpha, self.bands = False, [] if table else list(bands)
-        self.limits, self.dtype, self.count = limits, "uint8", 3
+        self.limits, self.dtype = limits, "uint8"
         suffix = self.path.suffix.lower()
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
@@ -47,8 +47,7 @@ class Raster:
                 with opening.open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
-                    self.count = 1 if image.mode in ("1", "L", "LA") else 3
-                    self._check_bands(list(range(1, self.count + 1)))
+                    self._check_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
@@ -62,7 +61,7 @@ class Raster:
             self.tiff.close()
 
     def read(self, top=0, left=0, height=None, width=None):
-        """A window, or as much of it as there is: (H, W) class indices, or a picture (H, W, C).
+        """A window, cut off at the edges: (H, W) class indices, or a picture (H, W, C).
 
         A picture is uint8, or with limits the int16 levels between them.
         """
@@ -70,7 +69,7 @@ class Raster:
         return self.limits.to_levels(pixels) if self.limits and not self.table else pixels
 
     def values(self, top=0, left=0, height=None, width=None):
-        """A window as `read`'s, but of a picture in the values of the file."""
+        """The same window, but a picture in the values of the file."""
         bottom = self.height if height is None else min(top + height, self.height)
         right = self.width if width is None else min(left + width, self.width)
         with opening.decoding(self.path):
@@ -100,12 +99,13 @@ class Raster:
         return self._picked(pixels[..., :3])
 
     def _check_bands(self, there):
-        """Refuses numbers of bands that a file lacks."""
+        """Counts the bands of a file, and refuses numbers of others."""
+        self.count = len(there)
         wrong = [band for band in self.bands if band not in there]
         if wrong:
             raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {there}")
-        if self.bands == [1] and len(there) > 1 and not self.limits:
-            print_once(f"band 1 of {len(there)} is read")
+        if self.bands == [1] and self.count > 1 and not self.limits:
+            print_once(f"band 1 of {self.count} is read")
 
     def _picked(self, rgb):
         """The bands to read of a picture (H, W, 3) uint8: (H, W, C)."""
@@ -127,13 +127,13 @@ class Raster:
             elif image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
                 image = image.convert("RGB")
             pixels = np.atleast_3d(np.asarray(image))
-        if pixels.dtype == bool:  # 0 and 255, or 0 and 1: as the table has it
+        if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
         self._choose_reading(pixels, lossy)
         return self._indices(pixels, strict=True)
 
     def _choose_reading(self, sample, lossy):
-        """Sets whether codes, a palette or colours decide in a label map; sample (H, W, 1 or 3)."""
+        """Chooses to read a label map by codes, palette or colours; sample (H, W, 1 or 3)."""
         self._nearest = lossy or self.table.nearest
         self._by_colour = sample.shape[-1] == 3
         if self._palette is not None:
@@ -172,7 +172,7 @@ class Raster:
             return
         one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
         if one_bit and sorted(self._palette[:2].tolist()) == [[0] * 3, [255] * 3]:
-            one = 255 if 255 in self.table.values else 1  # as of a PNG of one bit
+            one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
             self._levels, self._palette = self._palette[:2, 0] // 255 * np.uint8(one), None
         top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
@@ -183,10 +183,9 @@ class Raster:
             self._indices(sample if valid is None else sample[valid][None], strict=True)
 
     def _choose_bands(self):
-        """Sets which bands of the TIFF are read, and says once which are left out."""
+        """Chooses the bands of the TIFF to read; prints once if others are left out."""
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
-        self.count = 3 if self._palette is not None else len(there)
         self._check_bands([1, 2, 3] if self._palette is not None else there)
         self._chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
@@ -230,7 +229,7 @@ class Raster:
 
     @functools.cached_property
     def masked(self):
-        """Whether some pixels of a TIFF, or of a photograph with transparency, may hold no data."""
+        """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
         if not self.tiff:
             return self._has_alpha and not self.table
         flags = self.tiff.mask_flag_enums
@@ -238,11 +237,11 @@ class Raster:
         return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
 
     def valid(self, top, left, height, width):
-        """Where a window holds data, (height, width) bool; None where every pixel does."""
+        """Where a window has data, (height, width) bool; None: in every pixel of the file."""
         if not self.masked:
             return None
         if not self.tiff:
-            self.read(top, left, height, width)
+            self.values()  # decodes the file
             return self._valid[top : top + height, left : left + width]
         window = (top, top + height), (left, left + width)
         valid = self.tiff.dataset_mask(window=window) > 0
@@ -251,18 +250,18 @@ class Raster:
         return valid & np.isfinite(self.values(top, left, height, width)).all(-1)
 
 
-# EXIF's orientations 2 to 8: how to turn a photograph upright
+# EXIF's orientations 2 to 8: the turn that makes a photograph upright
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _TURNS = dict(enumerate(_TURNS.split(), 2))
 
 
 def _orientation(image):
-    """EXIF's orientation of an open image, 1 to 8; cameras write it in JPEG files."""
+    """EXIF's orientation of an open image, 1 to 8; 1 in formats that cameras do not write."""
     return image.getexif().get(274, 1) if image.format in ("JPEG", "MPO", "WEBP") else 1
 
 
 def check_pair(a, b):
-    """Refuses two Rasters of other sizes, or with corners over a tenth of a pixel apart."""
+    """Refuses two Rasters of different sizes, or with corners over a tenth of a pixel apart."""
     if (a.height, a.width) != (b.height, b.width):
         sizes = f"{a.width}x{a.height} and {b.width}x{b.height}"
         raise UserError(f"{a.path}, {b.path}: {sizes}: sizes must agree")

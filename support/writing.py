@@ -13,16 +13,17 @@ from support.opening import gdal
 from support.pictures import paste
 
 
-def writing(path, source, classes=None, bands=3, dtype="uint8"):
+def writing(path, source, classes=None, bands=3, limits=None):
     """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
-    With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours,
-    else they are (H, W, bands) of the dtype. A TIFF has the place on earth of a TIFF (or VRT), and
-    no data stays no data; other files lie in memory till the end, and have one band or three of 8
+    With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours;
+    else they are (H, W, bands) uint8, or of the type of Limits. A TIFF has the place on earth and
+    the holes of its source. Other files are written at the end, and have one band or three of 8
     bits. The file appears when it is whole.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)  # fails before anything is generated
     if path.suffix.lower() in TIFF_SUFFIXES:
-        return _writing_tiff(path, source, classes, bands, dtype)
+        return _writing_tiff(path, source, classes, bands, limits)
     return _writing_whole(path, source, classes, bands)
 
 
@@ -50,9 +51,9 @@ def _writing_whole(path, source, classes, bands):
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
 
 
-def _profile(source, classes, bands, dtype):
-    """rasterio's profile of a TIFF from a Raster: of its size, and in its place."""
-    dtype = classes.codes.dtype if classes else np.dtype(dtype)
+def _profile(source, classes, bands, limits):
+    """rasterio's profile of a TIFF with the size and the place of a Raster."""
+    dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     nothing = classes.unused if classes else source.tiff and source.tiff.nodata
     if nothing is not None and dtype.kind != "f":
         within = np.iinfo(dtype).min <= nothing <= np.iinfo(dtype).max
@@ -74,7 +75,7 @@ def _profile(source, classes, bands, dtype):
 
 
 def _read_through(path, **overview):
-    """Reads a TIFF and its mask once, or an overview's; returns how many overviews it has."""
+    """Reads a TIFF, or one of its overviews, with its mask; returns the number of overviews."""
     with gdal().open(path, driver="GTiff", **overview) as written:
         for top in range(0, written.height, 256):
             rows = top, min(top + 256, written.height)
@@ -83,8 +84,8 @@ def _read_through(path, **overview):
 
 
 @contextlib.contextmanager
-def _writing_tiff(path, source, classes, bands, dtype):
-    profile = _profile(source, classes, bands, dtype)
+def _writing_tiff(path, source, classes, bands, limits):
+    profile = _profile(source, classes, bands, limits)
     nothing, tags = profile["nodata"], source.tiff.tags() if source.tiff else {}
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
         tags.pop("AREA_OR_POINT", None)
@@ -97,7 +98,7 @@ def _writing_tiff(path, source, classes, bands, dtype):
         if valid is not None and nothing is None:
             target.write_mask(valid, window=window)
         elif valid is not None:
-            if not classes:  # what was painted must not look like nothing
+            if not classes:  # generated pixels must not look like no data
                 other = nothing - 1 if nothing > 0 else nothing + 1
                 bands = np.where((bands == nothing).all(0), other, bands)
             bands = np.where(valid, bands, nothing).astype(profile["dtype"])
@@ -117,11 +118,11 @@ def _writing_tiff(path, source, classes, bands, dtype):
                     colors = enumerate(classes.code_palette.tolist())
                     target.write_colormap(1, {k: tuple(color) for k, color in colors})
                 yield put
-                if max(target.shape) > 4096:  # smaller copies, with which a GIS opens it at once
+                if max(target.shape) > 4096:  # with overviews a GIS opens it at once
                     how = gdal().enums.Resampling["nearest" if classes else "average"]
                     halvings = range(1, (max(target.shape) // 256).bit_length())
                     target.build_overviews([2**k for k in halvings], how)
-            # GDAL keeps quiet when it closes on a full disk
+            # GDAL reports no error when it closes a file on a full disk
             for level in range(_read_through(aside)):
                 _read_through(aside, overview_level=level)
     except gdal().errors.RasterioError as error:
