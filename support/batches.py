@@ -11,7 +11,7 @@ from support.processes import rank, world_size
 
 
 def turns(flip):
-    """How many ways a value of --flip leaves: (left to right, upside down), 1 or 2 each."""
+    """The number of ways to turn an image by --flip: (left to right, upside down), 1 or 2 each."""
     return {"none": (1, 1), "horizontal": (2, 1), "both": (2, 2)}[flip]
 
 
@@ -25,9 +25,9 @@ def load_size(cfg):
 class Loader:
     """Images of an array (N, C, side, side), uint8 or int16, taken in batches onto the device.
 
-    On a GPU the array lives there when it fits in share of the free memory; otherwise a
-    background thread gathers the next batches into pinned memory. On the CPU rows are views into
-    the memory-mapped file: nothing is copied before its crop is known.
+    A GPU gets the whole array if it fits in `share` of the free memory; otherwise a background
+    thread gathers the next batches into pinned memory. On the CPU images are views into the
+    memory-mapped file, of which only crops are copied.
     """
 
     def __init__(self, array, device, share=0.4):
@@ -62,7 +62,7 @@ class Loader:
 
 
 def steps_in_epoch(count, batch_size):
-    """How many batches count images give in an epoch, the same in every process."""
+    """The number of batches that `count` images give each process in an epoch."""
     world = world_size()
     if count < batch_size * world:
         raise UserError(f"--batch-size {batch_size} x {world}: more than {count} training images")
@@ -70,9 +70,9 @@ def steps_in_epoch(count, batch_size):
 
 
 def batches_of_rank(batch_size, first, *arrays):
-    """An epoch's arrays (N, ...), each as (steps, batch_size, ...) from step `first` on.
+    """Yields this process's share of arrays (N, ...), as (steps, batch_size, ...), from `first` on.
 
-    That is this process's share of every step; what does not fill a step is left out.
+    The rest that does not fill a step is left out.
     """
     for array in arrays:
         steps = steps_in_epoch(len(array), batch_size)
@@ -87,6 +87,6 @@ def spread(count, total):
     return np.arange(count) * total // count
 
 
-def chunks(index, size=8):
-    """An array of indices in pieces of at most `size`."""
-    return np.split(index, range(size, len(index), size))
+def chunks(index):
+    """An array of indices in pieces of at most 8."""
+    return np.split(index, range(8, len(index), 8))

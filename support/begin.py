@@ -18,7 +18,7 @@ from support.errors import SafeStream, UserError, out_of_memory
 from support.files import LOCKS, lock
 from support.layouts import find_images
 from support.limits import with_limits
-from support.options import flag, grouped_fields, parse
+from support.options import flag, grouped_fields, parse, weight_options
 from support.processes import first_on_machine, of_rank_0, rank, world_size
 from support.store import source
 
@@ -56,13 +56,13 @@ def command(main):
 
 
 def _explain(error):
-    """The message for the user; "" for a bug of ours, which keeps its traceback."""
+    """The message for the user, or "" for a bug of ours, whose traceback is shown."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'writing'}: {error.strerror}; choose another --out or --cache"
     cause = error
-    while cause:  # out of memory while a graph is captured: a second error comes of it
+    while cause:  # a lack of memory while a graph is captured causes another error
         if out_of_memory(cause):
             return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
         cause = cause.__context__
@@ -75,9 +75,9 @@ def _explain(error):
 def begin(config, doc, quick, argv=None):
     """Begins a program: (cfg, device, checkpoint). The arguments are parse's.
 
-    A new run has no checkpoint and a folder of its own; its data have been found, and its class
-    table stands in cfg. For --resume the options are the checkpoint's, for --evaluate and
-    --generate those of the group "model"; one that was typed and contradicts them is refused.
+    A new run has no checkpoint; it gets a folder of its own, and cfg its class table. --resume
+    takes all options from the checkpoint, --evaluate, --generate and --serve those of the group
+    "model"; a typed option that contradicts them is refused.
     """
     cfg, given = parse(config, doc, quick, argv)
     _check_modes(cfg)
@@ -93,7 +93,7 @@ def begin(config, doc, quick, argv=None):
     if cfg.evaluate and not ours:
         raise UserError(f"{results}: is another program's: choose another --out")
     device = start(cfg)
-    cfg = dataclasses.replace(cfg, device=device.type)  # a resumed run stays on it
+    cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if not cfg.using and not checkpoint:
         cfg = _new_run(cfg)
     return cfg, device, checkpoint
@@ -102,17 +102,15 @@ def begin(config, doc, quick, argv=None):
 def _check_modes(cfg):
     """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
-        raise UserError(
-            "--checkpoint is for --generate, --evaluate and --serve; --resume trains on"
-        )
-    fields = dataclasses.fields(cfg)
-    weights = any(getattr(cfg, field.name) for field in fields if field.metadata.get("weights"))
+        remedy = "--resume trains on"
+        raise UserError(f"--checkpoint is for --generate, --evaluate and --serve; {remedy}")
+    weights = any(getattr(cfg, name) for name in weight_options(cfg))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
 
 
 def _resume(cfg, given):
-    """(cfg, checkpoint) of the run that --resume continues, whose folder is reserved."""
+    """(cfg, checkpoint) of the run that --resume continues; reserves its folder."""
     run = _newest_run(cfg)
     lock(run)
     path = run / "checkpoints" / "last.pt"
@@ -134,7 +132,7 @@ def _resume(cfg, given):
 
 
 def _use(cfg, given):
-    """(cfg, checkpoint) for --checkpoint: how the model is used is up to the command line."""
+    """(cfg, checkpoint) of --checkpoint, with the group "use" of the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
     if cfg.evaluate and "histograms" not in checkpoint:
@@ -153,7 +151,7 @@ def _use(cfg, given):
 
 
 def _merged(cfg, given, saved, fixed, path):
-    """A checkpoint's options, changed by those typed; refuses to change the `fixed` ones."""
+    """A checkpoint's options, changed by typed ones; refuses to change `fixed` ones."""
     defaults = dataclasses.asdict(type(cfg)())
     saved = defaults | {name: value for name, value in saved.items() if name in defaults}
     for name, value in given.items():
@@ -165,16 +163,15 @@ def _merged(cfg, given, saved, fixed, path):
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60], "leave it out"
             if name == "epochs":
-                fields = dataclasses.fields(cfg)
-                weights = [flag(field.name) for field in fields if field.metadata.get("weights")]
-                remedy = f"its schedule ends there; a new run with {' '.join(weights)} trains on"
+                weights = " ".join(map(flag, weight_options(cfg)))
+                remedy = f"its schedule ends there; a new run with {weights} trains on"
             raise UserError(f"{flag(name)} {value} contradicts {path} ({theirs}): {remedy}")
     changes = {name: value for name, value in given.items() if name not in fixed}
     return type(cfg)(**saved | changes)
 
 
 def _newest_run(cfg):
-    """The run folder that --resume means: --out, or the newest of runs/script, runs/script-2..."""
+    """The run folder to resume: --out, or the newest of runs/script, runs/script-2, ..."""
     folders = [Path(cfg.out)]
     if not cfg.out:
         folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
@@ -185,7 +182,7 @@ def _newest_run(cfg):
 
 
 def _new_run(cfg):
-    """cfg of a run that begins: with its class table, and a folder that it has to itself."""
+    """cfg of a new run, with its class table, limits and a folder of its own."""
     if cfg.out and not rank():
         _check_folder(Path(cfg.out), cfg.script)
     split = find_images(source(cfg), "train", cfg.lc_classes)
@@ -201,7 +198,7 @@ def _new_run(cfg):
 
 
 def _check_folder(folder, script):
-    """Refuses a folder that holds anything but a run that began and saved nothing."""
+    """Refuses a folder that has any files but those of a run that saved no checkpoint."""
     if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
     about = folder / "config.json"
@@ -212,7 +209,7 @@ def _check_folder(folder, script):
 
 
 def _claim_folder(cfg):
-    """A new run's folder: --out, or the first of runs/script, runs/script-2, ... to come."""
+    """Makes a new run's folder: --out, or the first free one of runs/script, runs/script-2, ..."""
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return cfg.out

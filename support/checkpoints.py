@@ -54,9 +54,9 @@ RANKS = "buffers of ranks"
 
 
 def buffers_of_ranks(state):
-    """The buffers of the processes other than the first: [{module: {buffer: tensor}}, ...].
+    """On rank 0 the buffers of the other processes, [{module: {buffer: tensor}}, ...].
 
-    Rank 0 gets the list, for the checkpoint; weights and optimizers are the same in all.
+    A checkpoint needs them, as only weights and optimizers are the same in all processes.
     """
     own = {}
     for name, module in vars(state).items():
@@ -68,9 +68,9 @@ def buffers_of_ranks(state):
 
 
 def state_dict(state):
-    """A State as a checkpoint has it: modules and optimizers by their state_dict.
+    """A State's tensors and numbers, and the state_dicts of its modules and optimizers.
 
-    Tensors and numbers stay as they are; a module without any is left out.
+    A module without weights is left out.
     """
     kept = {}
     for name, value in vars(state).items():
@@ -84,10 +84,10 @@ def state_dict(state):
 
 
 def restore(state, checkpoint, path):
-    """Puts a checkpoint's state back into a State, in place.
+    """Loads a checkpoint's state into a State, in place. Each process gets its own buffers.
 
-    Parts that the State lacks (an optimizer, when one only generates) are passed over; a part
-    that the checkpoint lacks is refused. Each process gets its own buffers.
+    Parts that the State lacks are ignored, such as optimizers in generation; a part that the
+    checkpoint lacks is refused.
     """
     saved = checkpoint["state"]
     for name in state_dict(state):
@@ -114,25 +114,24 @@ def tensors_of(content):
 
 
 def _load_state_dict(value, saved):
-    """A module's or an optimizer's state, whose layout and switches stay this device's."""
+    """Loads a module's or an optimizer's state, with this device's memory format and switches."""
     groups = [dict(group) for group in getattr(value, "param_groups", [])]
     value.load_state_dict(saved)
     for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
         rate = float(group["lr"])
         group.update({key: own[key] for key in ("lr", "fused", "capturable")})
         set_lr(value, rate)
-        for parameter in group["params"]:  # fused Adam pairs elements by their place in memory
+        for parameter in group["params"]:  # fused Adam pairs elements by their memory address
             for key, moment in value.state[parameter].items():
                 if moment.shape == parameter.shape and moment.stride() != parameter.stride():
                     value.state[parameter][key] = torch.empty_like(parameter).copy_(moment)
 
 
 def load_network(module, path, cfg, key, optional=False):
-    """Fills a network from a file: network `key` of our checkpoint, or a published generator.
+    """Loads network `key` of one of our checkpoints, or a published generator's state dict.
 
-    Tensors of a published generator's bare state dict are assigned by position. Buffers of
-    InstanceNorm layers in old files are dropped. optional: a file without the network changes
-    nothing.
+    Tensors are assigned by position. Buffers of InstanceNorm layers in old files are dropped.
+    optional: a file without the network changes nothing.
     """
     content = load_weights(path)
     ours = isinstance(content, dict) and isinstance(content.get("state"), dict)

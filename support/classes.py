@@ -53,22 +53,24 @@ class ClassTable:
 
     names    of the n classes
     colors   (r, g, b) of each
-    entries  (value, (r, g, b), index or IGNORED) of every row of the table, in its order
-    nearest  whether a colour counts as the nearest one of the table (for lossy pictures)
-    text     the table as JSON: load(text) gives it back
+    entries  (value or else position, (r, g, b), index or IGNORED) of every row, in order
+    valued   whether some row gives its value
+    nearest  whether a colour becomes the nearest one of the table (for lossy pictures)
+    text     the table as JSON, which load accepts
     """
 
     names: tuple
     colors: tuple
     entries: tuple
+    valued: bool
     nearest: bool
     text: str
 
     @staticmethod
     def load(source):
-        """The table called source: a built-in name, a path to a classes.json, or JSON text.
+        """The table of a built-in name, of a path to a JSON file, or of JSON text.
 
-        None for "", and for "pictures", which means that B is no label map.
+        None for "", and for "pictures", which states that B is no label map.
         """
         if source in ("", "pictures"):
             return None
@@ -107,8 +109,9 @@ class ClassTable:
         for column in (names, [row[0] for row in rows], [row[1] for row in rows]):
             if len(set(column)) != len(column):
                 raise ValueError("two classes have the same name, value or color")
+        valued = any("value" in entry for entry in entries)
         text = json.dumps({"nearest": nearest, "classes": entries})
-        return ClassTable(tuple(names), tuple(colors), tuple(rows), nearest, text)
+        return ClassTable(tuple(names), tuple(colors), tuple(rows), valued, nearest, text)
 
     def __len__(self):
         return len(self.names)
@@ -117,7 +120,7 @@ class ClassTable:
     def palette(self):
         """(256, 3) uint8: the colour of every index; black for an index without a class."""
         palette = np.zeros((256, 3), np.uint8)
-        for _, color, index in reversed(self.entries):  # the first colour of those ignored
+        for _, color, index in reversed(self.entries):  # of ignored rows the first one decides
             palette[index] = color
         return palette
 
@@ -126,19 +129,14 @@ class ClassTable:
         """{value: index or IGNORED} of every row."""
         return {value: index for value, _, index in self.entries}
 
-    @functools.cached_property
-    def valued(self):
-        """Whether the table names values; else a class's value is its position."""
-        return any("value" in entry for entry in json.loads(self.text)["classes"])
-
     def _coded(self, used):
         """Whether the table has all of these codes."""
         return set(used.tolist()) <= {self.unused, *self.values}
 
     def by_palette(self, codes, palette):
-        """Whether the colours of a palette (256, 3) decide, and not the codes (H, W) of its file.
+        """Whether a file is read by the colours of its palette (256, 3), and not by codes (H, W).
 
-        They do where the table names no values, or not all that occur, and has most of the colours.
+        It is if the table gives no values, or not all that occur, and has most of the colours.
         """
         used = np.unique(codes)
         if self.valued and self._coded(used):
@@ -150,8 +148,8 @@ class ClassTable:
     def by_grey(self, levels, jpeg):
         """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
 
-        They are in a JPEG, and with a `nearest` table or one of greys, where some are no codes of
-        the table. Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
+        They are if some are no codes of the table, in a JPEG, and with a `nearest` table or one of
+        greys. Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
         """
         used = np.unique(levels)
         graded = all(color == (value,) * 3 for value, color, _ in self.entries)
@@ -166,12 +164,12 @@ class ClassTable:
 
     @functools.cached_property
     def unused(self):
-        """The code for pixels without a class: 255, or the next lower one that no row has."""
+        """The code of pixels without a class: 255, or the next lower one that no row has."""
         return max(set(range(256)) - set(self.values))
 
     @functools.cached_property
     def codes(self):
-        """(256,) uint8, or uint16 for values over 255: the code that is written for an index."""
+        """(256,) uint8, or uint16 for values over 255: the code of every index in a file."""
         codes = np.full(256, self.unused, np.int64)
         for value, index in self.values.items():
             if index != IGNORED:
@@ -182,16 +180,13 @@ class ClassTable:
 
     @functools.cached_property
     def code_palette(self):
-        """(256 or 65536, 3) uint8: the colour of every code that is written."""
+        """(256 or 65536, 3) uint8: the colour of every code."""
         palette = np.zeros((np.iinfo(self.codes.dtype).max + 1, 3), np.uint8)
         palette[self.codes] = self.palette
         return palette
 
     def from_codes(self, codes, path):
-        """(H, W) of the table's values, `unused` or NaN -> (H, W) uint8 indices.
-
-        The value of a row that names none is its position, also where other rows name theirs.
-        """
+        """(H, W) of the table's values, `unused` or NaN -> (H, W) uint8 indices."""
         index = {self.unused: IGNORED} | self.values
         codes = np.where(np.isnan(codes), self.unused, codes)
         present, inverse = np.unique(codes, return_inverse=True)
@@ -205,8 +200,8 @@ class ClassTable:
     def from_colours(self, rgb, path, nearest, strict=True):
         """(H, W, 3) uint8 -> (H, W) uint8 indices; unknown colours are ignored, unless nearest.
 
-        strict  refuses a photograph: fewer than 1 % of its pixels have a known colour, or half
-                lie further than FAR from the nearest one
+        strict  refuses a photograph: less than 1 % of its pixels have a known colour, or with
+                nearest less than half have one within FAR
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
@@ -236,7 +231,7 @@ class ClassTable:
 
 
 def _color(text):
-    """A colour that is written "#rrggbb" or "r,g,b", as (r, g, b)."""
+    """The (r, g, b) of "#rrggbb" or "r,g,b"."""
     try:
         if text.startswith("#"):
             r, g, b = bytes.fromhex(text[1:])

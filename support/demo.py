@@ -93,7 +93,7 @@ def demo_world(cache, kind, train=96, val=12, side=256):
             (aside / "classes.json").write_text(json.dumps(table))
         try:
             aside.rename(root)
-        except OSError:  # another process was faster, and its world is the same
+        except OSError:  # another process was faster, with the same world
             shutil.rmtree(aside)
     wait_for_others()
     return str(root)

@@ -16,11 +16,11 @@ from support.channels_last import stay_channels_last
 from support.errors import UserError
 from support.processes import rank
 
-WITH_INSTANCE_NORM = torch.channels_last  # of such networks on CUDA; or torch.contiguous_format
+WITH_INSTANCE_NORM = torch.channels_last  # their memory format on CUDA; or contiguous_format
 
 
 def start(cfg):
-    """The device to work on; starts the process group (under torchrun) and the random numbers."""
+    """Chooses the device, and starts random numbers and, under torchrun, the process group."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible here: pass --device cpu")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -30,7 +30,7 @@ def start(cfg):
         torch.cuda.set_device(device)
         set_arithmetic()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        hours = datetime.timedelta(hours=6)  # others wait while one decodes the images
+        hours = datetime.timedelta(hours=6)  # the others wait while one decodes the images
         where = device if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, device_id=where)
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
@@ -47,10 +47,10 @@ def set_arithmetic():
 
 
 def keep_memory():
-    """Has glibc keep what is freed for the next step.
+    """Makes glibc keep freed memory for the next step.
 
-    Blocks of 32 MB and more (activations at 256 pixels are) go back to the system otherwise, and
-    are mapped, page by page, anew in every step.
+    Otherwise blocks of 32 MB and more, such as activations at 256 pixels, return to the system,
+    and every step maps them anew, page by page.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
@@ -59,10 +59,9 @@ def keep_memory():
 
 
 def seed_step(seed, epoch, batch):
-    """Sets PyTorch's random numbers from (seed, epoch, batch, rank): a resume needs no state.
+    """Seeds PyTorch on the CPU and this process's GPU by (seed, epoch, batch, rank).
 
-    Of the CPU and of this process's GPU: torch.manual_seed, which visits every backend, takes ten
-    times as long.
+    So a resume needs no state. torch.manual_seed, which visits every backend, is ten times slower.
     """
     words = np.random.SeedSequence([seed, epoch, batch, rank()]).generate_state(2)
     number = int(words[0]) << 31 ^ int(words[1])
@@ -72,13 +71,13 @@ def seed_step(seed, epoch, batch):
 
 
 def autocast(cfg, device):
-    """bf16 autocast where --precision says so (auto: on CUDA); never fp16, which GANs overflow."""
+    """Autocast to bf16 by --precision (auto: on CUDA); never to fp16, which overflows in GANs."""
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def full_precision(x):
-    """At least float32, as losses need: bf16 becomes float32, float64 stays."""
+    """x in float32 or more, for losses: bf16 becomes float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -92,10 +91,9 @@ def own_statistics(cfg):
 
 @contextlib.contextmanager
 def generating(net, cfg, dropout=False):
-    """Within it a network generates: BatchNorm as --eval-norm chooses, dropout on or off.
+    """A context in which a network generates: BatchNorm by --eval-norm, dropout on or off.
 
-    With an image's own statistics the running ones stay as they are. Afterwards the network
-    trains again.
+    Running statistics do not change. Afterwards the network is in training mode.
     """
     own = own_statistics(cfg)
     for module in net.eval().modules():
@@ -113,7 +111,7 @@ def generating(net, cfg, dropout=False):
 
 
 def to_device(net, device):
-    """A network on the device, in the memory format that is fastest there."""
+    """Moves a network to the device, in the memory format that is fastest there."""
     instance_norm = any(isinstance(module, nn.InstanceNorm2d) for module in net.modules())
     layout = WITH_INSTANCE_NORM if instance_norm else torch.channels_last
     if device.type == "cpu":
@@ -131,7 +129,7 @@ def adam(module, cfg, device):
 
 
 def set_lr(optimizer, lr):
-    """Gives an optimizer the rate lr, in place where it is a tensor that a captured graph reads."""
+    """Sets an optimizer's learning rate, in place if a captured graph may read it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -140,11 +138,11 @@ def set_lr(optimizer, lr):
 
 
 class GraphedStep:
-    """train_step captured whole in one CUDA graph.
+    """train_step captured whole in one CUDA graph, and called like it.
 
-    The first calls run as they are on a side stream (they train, too), the next captures, and
-    from then on a call copies its batch into the graph's own tensors and replays.
-    Called like train_step. The losses that it returns are overwritten by the next call.
+    The first calls run train_step on a side stream, the next one captures it. From then on a call
+    copies its batch into the graph's own tensors and replays, and overwrites the losses of the
+    call before.
     """
 
     warmup = 3
@@ -174,10 +172,10 @@ class GraphedStep:
 
 
 def detached(losses):
-    """Losses without the autograd graphs that hang on them, and hold a step's memory."""
+    """Losses without their autograd graphs, which keep a step's memory."""
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 def fast_step(step, cfg, device):
-    """train_step as this device runs it fastest: in a CUDA graph, or as it is (CPU, --no-graph)."""
+    """train_step in a CUDA graph; unchanged on the CPU and with --no-graph."""
     return GraphedStep(step) if device.type == "cuda" and cfg.graph else step

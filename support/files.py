@@ -14,13 +14,13 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".j
 ARRAY_SUFFIXES = {".npy", ".npz"}
 TIFF_SUFFIXES = {".tif", ".tiff"}
 LOSSY = {".jpg", ".jpeg", ".webp"}
-UNFINISHED = ".unfinished-"  # begins the name of each file that is being written
-LOCKS = []  # of the run folders in which this process trains
+UNFINISHED = ".unfinished-"  # prefix of the name of each file that is being written
+LOCKS = []  # of the run folders that this process has reserved
 
 
 def lock(folder):
     """Reserves a run folder for this process until it ends; refuses one that is reserved."""
-    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun reserves it for all
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process reserves it for all
         return
     try:
         LOCKS.append(FileLock(Path(folder) / ".lock").acquire(timeout=0).lock)
@@ -58,8 +58,8 @@ def write_text(path, text):
 def write_image(path, image):
     """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, whole or absent.
 
-    The ending of path decides: JPEG at quality 95, else lossless.
+    JPEG has quality 95; all other formats are lossless.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        picture.save(aside, quality=95, subsampling=0, lossless=True)  # of JPEG; of WebP
+        picture.save(aside, quality=95, subsampling=0, lossless=True)  # JPEG; WebP

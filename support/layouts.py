@@ -35,7 +35,7 @@ class Split:
 
     paired   A[i] and B[i] show the same place
     halves   A[i] and B[i] are the left and the right half of one file
-    classes  the ClassTable of B when B holds label maps, else None
+    classes  the ClassTable of B if B has label maps, else None
     """
 
     root: Path
@@ -49,24 +49,24 @@ class Split:
 
 
 def image_files(folder, labels=False):
-    """The images of a folder, and for labels arrays."""
+    """The images of a folder; for labels arrays, too."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
     return [path for path in found if not path.name.startswith(".")]
 
 
 def contents(folder):
-    """What a folder without images has, in words."""
+    """The first names in a folder without images, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return f"{', '.join(names[:4]) or 'nothing'} (sub-folders are not searched)"
 
 
 def find_images(data, split, lc_classes=""):
-    """Recognises the layout of a dataset directory and lists "train", "val" or "test" as a Split.
+    """The Split "train", "val" or "test" of a dataset directory, whose layout is recognised.
 
-    The validation split is val, or test where there is no val; in the Inria layout it is images
-    1-5 of each city. B are label maps in the layouts land cover, masks and Inria, with a
-    classes.json in data, or with lc_classes; lc_classes "pictures" makes them pictures anyway.
+    The validation split is val, or test if there is no val; in the Inria layout it is images 1-5
+    of each city. B has label maps in the layouts land cover, masks and Inria, with a classes.json
+    in data, or with lc_classes; lc_classes "pictures" makes them pictures anyway.
     """
     root = Path(data)
     if not root.is_dir():
@@ -90,7 +90,7 @@ def find_images(data, split, lc_classes=""):
 
 
 def _class_table(root, lc_classes):
-    """The ClassTable that lc_classes names, or else the directory's own; None for pictures."""
+    """The ClassTable of lc_classes, or else the directory's own; None for pictures."""
     own = "binary" if any(root.glob("*/gt")) else ""
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
@@ -102,7 +102,7 @@ def _class_table(root, lc_classes):
 
 
 def _two_folders(root, name, split, table):
-    """The Split of a layout with a folder of A and a folder of B; None where there are none."""
+    """The Split of a layout with a folder of A and a folder of B, or None."""
     there = [row for row in _FOLDERS if all((root / x.format(name)).is_dir() for x in row[1:])]
     if not there:
         return None
@@ -126,7 +126,7 @@ def _two_folders(root, name, split, table):
 
 
 def _one_folder(root, name, table):
-    """The Split of a folder with pairs side by side, or of two endings, if there is one."""
+    """The Split of a folder with pairs side by side, or with two endings, or None."""
     files = image_files(root / name) if (root / name).is_dir() else []
     for endings in _ENDINGS:
         sides = [[path for path in files if path.stem.endswith(end)] for end in endings]
@@ -137,7 +137,7 @@ def _one_folder(root, name, table):
 
 
 def _match(a, b, where, endings=("", "")):
-    """Two lists of files matched by stem, without endings; refuses partners missing or double."""
+    """Matches two lists of files by stem, without endings; refuses files without one partner."""
     named_a, named_b = (
         {unicodedata.normalize("NFC", path.stem).removesuffix(ending): path for path in paths}
         for paths, ending in zip((a, b), endings, strict=True)
@@ -151,5 +151,5 @@ def _match(a, b, where, endings=("", "")):
 
 
 def _is_inria(root):
-    """Whether images 1-5 of each city validate: Inria's data has no validation split of its own."""
+    """Whether images 1-5 of each city validate, as Inria's data has no validation split."""
     return (root / "train" / "gt").is_dir() and not (root / "val" / "gt").is_dir()

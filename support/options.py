@@ -13,12 +13,12 @@ from support.errors import UserError
 def option(default, help, *, group=None, choices=None, low=-math.inf, high=2**31 - 1, **meaning):
     """A field of an Options class that is also a command-line option.
 
-    group       a heading of --help, which holds for the fields that follow, too; a checkpoint
-                fixes the group "model"
+    group       a heading of --help, for this field and those that follow; a checkpoint fixes the
+                group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
     file        it names a file, which must exist
-    weights     generator weights, which --generate accepts in place of --checkpoint
+    weights     it names generator weights, which --generate accepts in place of --checkpoint
     """
     about = {"help": help, "group": group, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=about | meaning)
@@ -28,8 +28,8 @@ def option(default, help, *, group=None, choices=None, low=-math.inf, high=2**31
 class Options:
     """The options that all four scripts share; a script's Config adds the model's own.
 
-    script  its name, which run folders and checkpoints carry
-    demo    the demo world that stands in where there is no --data: "maps" or "landcover"
+    script  its name, which is part of run folders and checkpoints
+    demo    the demo world without --data: "maps" or "landcover"
     """
 
     script = ""
@@ -122,7 +122,7 @@ class Options:
         return tuple(int(number) for number in numbers)
 
     def channels(self, side):
-        """How many channels pictures of a side have."""
+        """The number of channels of pictures of a side."""
         return len(self.bands(side)) or 3
 
     @property
@@ -133,7 +133,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class EditOptions(Options):
-    """What the two scripts that edit photographs share beside Options."""
+    """The options that the two editing scripts share."""
 
     demo = "landcover"
 
@@ -179,18 +179,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def grouped_fields(config):
-    """Pairs (group, field) of an options class, each field under the last group named."""
+    """Yields (group, field) of an options class, each field with the last group named."""
     group = "options"
     for field in dataclasses.fields(config):
         group = field.metadata["group"] or group
         yield group, field
 
 
-def parse(config, doc, quick, argv=None):
-    """The command line as (cfg, given): a config, and a dict of just the options that were typed.
+def weight_options(config):
+    """The names of the options that are generator weights."""
+    return [field.name for field in dataclasses.fields(config) if field.metadata.get("weights")]
 
-    doc    the script's docstring: its first three paragraphs, with the commands, head --help
-    quick  {name: value}: the defaults that --quick puts in place of the usual ones
+
+def parse(config, doc, quick, argv=None):
+    """The command line as (cfg, given): a config, and a dict of the options that were typed.
+
+    doc    the script's docstring, of which --help shows the first three paragraphs
+    quick  {name: value}: the defaults under --quick
     """
     parser = _Parser(
         usage="%(prog)s [options]",
