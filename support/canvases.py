@@ -1,4 +1,4 @@
-"""Images that the page can edit: a label map, a picture, or a photograph."""
+"""Images that are edited on the page: a label map, a picture, or a photograph."""
 
 import collections
 import functools
@@ -16,14 +16,14 @@ from support.windows import Windows, hull, network_input, overlap, shared_statis
 
 
 def colours_of(values, limits):
-    """A picture (H, W, C) of a file, as the page shows it: (H, W, 3) uint8."""
+    """A file's picture (H, W, C) as colours: (H, W, 3) uint8."""
     levels = limits.to_levels(values) if limits else values
     planes = torch.tensor(eight_bits(levels)).movedim(-1, 0)
     return shown(planes[None])[0].movedim(0, -1).numpy()
 
 
 def values_of_colours(colours, bands, limits):
-    """Colours (H, W, 3) uint8 as a picture (H, W, bands) of a file.
+    """Colours (H, W, 3) uint8 as a file's picture (H, W, bands).
 
     One band gets their grey, two get red and green, and each beyond the third gets blue.
     """
@@ -37,7 +37,7 @@ class MemoryRaster(Raster):
     """A picture, or a label map, in memory, which strokes change.
 
     pixels  (H, W, C), as in a file, or (H, W) class indices
-    start   (H, W, 3) uint8, as the page shows it, or (H, W) class indices
+    start   its colours (H, W, 3) uint8, or (H, W) class indices
     now     the same, changed by strokes. A new colour changes the bands that are shown
     """
 
@@ -48,7 +48,7 @@ class MemoryRaster(Raster):
         self.now = self.start.copy()
 
     def values(self, top=0, left=0, height=None, width=None):
-        """A window, or as much of it as there is, with the strokes."""
+        """A window, cut off at the edges, with the strokes."""
         bottom = None if height is None else top + height
         right = None if width is None else left + width
         window = slice(top, bottom), slice(left, right)
@@ -66,12 +66,11 @@ class MemoryRaster(Raster):
 
 
 class TranslationCanvas(Windows):
-    """A label map or a picture, and what a model makes of it, window by window.
+    """A label map or a picture, and its translation, window by window, as by --generate.
 
-    pixels     the MemoryRaster's, now: strokes change them; start: before all
-    generated  after a change, the picture of the windows around it; at the first, of all
+    pixels  the MemoryRaster's `now`, which strokes change; start: as it was opened
+    show    show(strip (C, H, W) of the translation)  -> (H, W, 3) uint8
 
-    The windows, their weights and their noise are those of --generate, and so is the picture.
     Shared statistics stay those of the canvas as it was opened.
     """
 
@@ -89,7 +88,10 @@ class TranslationCanvas(Windows):
         )
 
     def generated(self, box, sample):
-        """Generates what a box (top, left, height, width) touches: (its surroundings, pixels)."""
+        """Generates the windows that overlap a box (top, left, height, width), at first all.
+
+        Returns the box around them and its pixels.
+        """
         self.sample = sample
         known = self.known[sample]
         if not known:
@@ -108,7 +110,7 @@ class TranslationCanvas(Windows):
         return (top, left, bottom - top, right - left), self.show(blend)
 
     def predicted(self, corners):
-        """Windows at these corners, from memory where nothing has changed."""
+        """The windows at these corners; those without a change are kept from before."""
         known = self.known[self.sample]
         new = [corner for corner in corners if corner not in known]
         if new:
@@ -117,22 +119,19 @@ class TranslationCanvas(Windows):
 
 
 class EditCanvas:
-    """A photograph, its land cover, which strokes change, and the photograph that follows.
+    """A photograph with land cover, and the edited photograph, by regions, as by --generate.
 
-    pixels     (H, W) class indices: strokes change them; start: before all
-    generated  after a change, the picture of the regions that it changed
-
-    The regions, their windows and how they are blended are those of --generate.
+    pixels  (H, W) class indices, which strokes change; start: as they were opened
     """
 
     def __init__(self, cfg, predict, net, labels, photo):
         self.predict, self.net, self.photo = predict, net, photo
         self.pixels, self.start = labels.now, labels.start
         self.edit = PhotoEdit(cfg, photo, labels, MemoryRaster(self.start, cfg.classes))
-        self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its pieces}
+        self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
 
     def generated(self, box, sample):
-        """Generates the regions that are new: (the box around all that changed, pixels)."""
+        """Generates new regions. Returns the box around all that differs, and its pixels."""
         known, found = self.answers[sample], {}
         predict = functools.partial(self.predict, sample=sample)
         for region in self.edit.regions():

@@ -45,7 +45,7 @@ def edits(cfg, predict, net):
 
 
 def until_the_end(predict):
-    """A predict that gives up once the server has ended, between two batches of windows."""
+    """A predict that raises Refused once the server has ended."""
 
     def predicting(*windows, **how):
         if ENDED.is_set():
@@ -56,7 +56,7 @@ def until_the_end(predict):
 
 
 def serve(studio):
-    """Answers till Ctrl-C or SIGTERM."""
+    """Answers requests until Ctrl-C or SIGTERM."""
     if world_size() > 1:
         raise UserError("--serve: start it without torchrun, in one process")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -68,7 +68,7 @@ def serve(studio):
 
 
 def listening(studio):
-    """A Server that listens from now on, and answers once it is told to."""
+    """A Server on --address and --port, whose address is printed."""
     asked = f"--address {studio.cfg.address} --port {studio.cfg.port}"
     try:
         server = Server(studio)
@@ -85,7 +85,7 @@ def listening(studio):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread a connection."""
+    """The local server, with a thread for each connection."""
 
     daemon_threads = True
 
@@ -129,14 +129,14 @@ class Handler(BaseHTTPRequestHandler):
             self._send(400, "text/plain", f"not understood: {error!r}"[:200].encode())
         except (ConnectionError, TimeoutError):
             pass  # the page is gone
-        except Exception as error:  # a bug of ours: the page says so, too
+        except Exception as error:  # a bug of ours: the page shows it, too
             self._send(500, "text/plain", repr(error)[:300].encode())
             raise
 
     do_POST = do_GET
 
     def _content(self, name, query):
-        """What a name stands for: the kind of content, and its bytes."""
+        """The answer to a name: the kind of content, and its bytes."""
         studio, wanted = self.server.studio, (self.command, name)
         if wanted == ("GET", ""):
             return "text/html; charset=utf-8", studio.page().encode()
@@ -157,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(length)
 
     def _check(self, token):
-        """Refuses what does not come from the page: by its host, its origin and its token."""
+        """Refuses a request that is not the page's, by its host, its origin and its token."""
         host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
         names = {*self.server.names, self.connection.getsockname()[0]}
         if urlsplit(f"//{host}").hostname not in names or origin not in (None, f"http://{host}"):
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_):
-        """Keeps quiet: the token stands in every line."""
+        """Logs nothing: every line would have the token."""
 
 
 class Refused(UserError):

@@ -28,15 +28,15 @@ from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_ANSWERS = 4
-KEPT = 2**25  # pixels of canvases; those used last stay
+KEPT = 2**25  # pixels of all canvases; those used last stay
 EXAMPLES = 12
 
 
 class Studio:
-    """What the page asks for: canvases to open, strokes, files to take away.
+    """Answers the page's requests: opens canvases, applies strokes, returns label maps.
 
-    make(given, photo)  -> a canvas, TranslationCanvas or EditCanvas, of MemoryRasters; photo is to
-                        edit, or to compare with, or None
+    make(given, photo)  -> a TranslationCanvas or an EditCanvas of MemoryRasters; photo: to edit,
+                        or to compare with, or None
     """
 
     def __init__(self, cfg, classes, make, edits=False):
@@ -50,7 +50,7 @@ class Studio:
     def _examples(self):
         """[(given, photo)] of validation images, evenly spread.
 
-        Where the images of training are not at hand: the picture of docs/ that fits.
+        Without the data of training: the picture of docs/ that fits.
         """
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
@@ -67,7 +67,7 @@ class Studio:
         return found
 
     def _stored(self, store, side, k):
-        """Image k of a store as wide and high as a window is, but no larger than it lies there."""
+        """Image k of a store with the shape of a window, no larger than it is stored."""
         height, width = self.sides
         scale = min(1, self.cfg.size / min(height, width))
         size = round(width * scale), round(height * scale)
@@ -80,7 +80,7 @@ class Studio:
         return MemoryRaster(values_of(as_tensor(resized)[0], limits), limits=limits)
 
     def page(self):
-        """The page, with what it needs to know of the model in it."""
+        """The page, with a description of the model in it."""
         table = self.classes or ClassTable.load("maps")
         shown = [photo if self.edits else given for given, photo in self.examples]
         pictures = [x.table.palette[x.start] if x.table else x.start for x in shown]
@@ -112,7 +112,7 @@ class Studio:
             given = self._picture(ClassTable.load("maps").palette[blank])
             if self.classes:
                 given = MemoryRaster(blank, self.classes)
-        # with the paintings, which change how the network normalises
+        # in the worker, as generating changes how the network normalises
         canvas = self.worker.submit(self.make, copy.deepcopy(given), photo).result()
         canvas.photo = photo
         key = str(next(self.numbers))
@@ -144,7 +144,7 @@ class Studio:
         return given, photo
 
     def _read(self, side, name, content):
-        """A file that came as base64, in memory; it does not stay."""
+        """A file in base64 as a MemoryRaster; the file is removed at once."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
         table = self.classes if side == self.given else None
         bands, limits = self.cfg.bands(side), Limits.of(self.cfg, side)
@@ -171,7 +171,7 @@ class Studio:
         return canvas
 
     def stroke(self, query, content):
-        """Changes a box of a canvas and paints what follows, one stroke at a time."""
+        """Changes a box of a canvas and generates the answers, one stroke at a time."""
         canvas = self._canvas(query)
         height, width = canvas.pixels.shape[:2]
         top, left = whole(query, "y", 0, height - 1), whole(query, "x", 0, width - 1)
@@ -196,7 +196,7 @@ class Studio:
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 
     def label_map(self, query):
-        """The painted label map as a PNG: the table's values and colours, which scripts read."""
+        """The painted label map as a PNG of the table's values and colours, or the picture."""
         pixels = self._canvas(query).pixels
         image = label_image(pixels, self.classes) if self.classes else Image.fromarray(pixels)
         return encoded(image)
