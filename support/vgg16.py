@@ -13,6 +13,14 @@ from support.device import full_precision
 from support.errors import UserError, refusing
 from support.pictures import from_bytes, shown
 
+LAYERS = {  # the number of the convolution among torchvision's `features`, and its channels
+    "relu1_1": (0, 64), "relu1_2": (2, 64),
+    "relu2_1": (5, 128), "relu2_2": (7, 128),
+    "relu3_1": (10, 256), "relu3_2": (12, 256), "relu3_3": (14, 256),
+    "relu4_1": (17, 512), "relu4_2": (19, 512), "relu4_3": (21, 512),
+    "relu5_1": (24, 512), "relu5_2": (26, 512), "relu5_3": (28, 512),
+}  # fmt: skip
+
 
 class VGG16Features(nn.Module):
     """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
@@ -31,32 +39,29 @@ class VGG16Features(nn.Module):
     landscapes, so that a loss weight suits any layer and any weights.
     """
 
-    depths = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each stage; a stage halves the side
-
     def __init__(self, layers, weights, path, autocast=None):
         super().__init__()
-        known = [(f"relu{s}_{k}", s, k) for s, n in self.depths.items() for k in range(1, n + 1)]
-        names = [name for name, _, _ in known]
+        names = list(LAYERS)
         if not layers or not set(layers) <= set(names):
             raise UserError(f"--style-layers {','.join(layers)}: choose from {','.join(names)}")
         deepest = max(names.index(name) for name in layers)
-        self.layers, self.steps = set(layers), known[: deepest + 1]
+        self.layers, self.computed = set(layers), names[: deepest + 1]
         given = None if weights == "random" else _imagenet(path)
         seeded = torch.Generator().manual_seed(0)
-        channels, position = 3, 0  # position: among torchvision's `features`
-        for name, stage, k in self.steps:
-            out = min(64 * 2 ** (stage - 1), 512)
-            position += k == 1 and stage > 1  # a pooling layer
+        channels = 3
+        for name in self.computed:
+            position, out = LAYERS[name]
+            key = f"features.{position}"
             if given is None:
                 weight = torch.randn(out, channels, 3, 3, generator=seeded)
                 weight *= (2 / (9 * channels)) ** 0.5
                 bias = torch.zeros(out)
             else:
-                weight = _part(given, f"features.{position}.weight", path)
-                bias = _part(given, f"features.{position}.bias", path)
+                with refusing(f"--vgg16 {path}: no {key}.weight: pass torchvision's vgg16 weights"):
+                    weight, bias = given[f"{key}.weight"], given[f"{key}.bias"]
             self.register_buffer(f"{name}_weight", weight, persistent=False)
             self.register_buffer(f"{name}_bias", bias, persistent=False)
-            channels, position = out, position + 2  # the convolution and its ReLU
+            channels = out
         for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.scales, self.autocast = [1.0] * len(self.layers), contextlib.nullcontext()
@@ -70,8 +75,8 @@ class VGG16Features(nn.Module):
     def forward(self, images):
         x, activations = ((shown(images) + 1) / 2 - self.mean) / self.std, []
         with self.autocast:
-            for name, stage, k in self.steps:
-                if k == 1 and stage > 1:
+            for name in self.computed:
+                if name.endswith("_1") and name != "relu1_1":
                     x = F.max_pool2d(x, 2)
                 weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
                 x = F.relu(F.conv2d(x, weight, bias, padding=1))
@@ -95,10 +100,3 @@ def _imagenet(path):
     how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
     with refusing(f"VGG16 is not at hand: fetch {url} and pass --vgg16 FILE"):
         return torch.hub.load_state_dict_from_url(url, **how)
-
-
-def _part(weights, key, path):
-    """A tensor of a state dict; refuses a file without it."""
-    if key not in weights:
-        raise UserError(f"--vgg16 {path}: no {key}: pass torchvision's vgg16 weights")
-    return weights[key]
