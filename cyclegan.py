@@ -1,4 +1,4 @@
-"""CycleGAN: translate between two domains without pairs, such as maps and satellite images.
+"""CycleGAN: translate between two domains without pairs, such as maps and photographs.
 
 Two generators translate in opposite directions. One discriminator for each domain learns to tell
 translated images from real ones. Translation there and back must give the same image (the cycle

@@ -1,4 +1,4 @@
-"""mixlc: edit a satellite image through its land cover: change a part of it, generate what fits.
+"""mixlc: edit a photograph through its land cover: change a part of it, generate what fits.
 
 A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
 the box, and the pasted land cover, and generates the missing part. A discriminator gets the whole

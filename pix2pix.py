@@ -1,4 +1,4 @@
-"""pix2pix: translate an image into its paired other half, such as a map into a satellite image.
+"""pix2pix: translate an image into its paired other half, such as a map into a photograph.
 
 A generator G learns from pairs (x, y) to turn x into y. A discriminator D gets x together with y
 or with G(x) and learns to tell which of the two it got, patch by patch; G learns to fool it. An L1
