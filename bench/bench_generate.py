@@ -198,7 +198,7 @@ def bench_stroke(benchmark, request, tmp_path, script, device):
     labels = np.random.default_rng(0).integers(0, 14, (256, 256), np.uint8)
     photo = MemoryRaster(np.zeros((256, 256, 3), np.uint8))
     studio.canvases["1"] = studio.make(MemoryRaster(labels, cfg.classes), photo)
-    query = {"canvas": "1", "x": 100, "y": 100, "width": 40, "height": 40, "answers": 1}
+    query = {"canvas": "1", "x": 100, "y": 100, "width": 40, "height": 40, "samples": 1}
     colours = iter(range(1000))
 
     def stroke():

@@ -128,11 +128,11 @@ class EditCanvas:
         self.predict, self.net, self.photo = predict, net, photo
         self.pixels, self.start = labels.now, labels.start
         self.edit = PhotoEdit(cfg, photo, labels, MemoryRaster(self.start, cfg.classes))
-        self.answers = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
+        self.known = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
 
     def generated(self, box, sample):
         """Generates new regions. Returns the box around all that differs, and its pixels."""
-        known, found = self.answers[sample], {}
+        known, found = self.known[sample], {}
         predict = functools.partial(self.predict, sample=sample)
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
@@ -142,7 +142,7 @@ class EditCanvas:
             found[key] = known[key]
         for region, _ in known.keys() - found.keys():  # erased, or part of another region now
             box = hull(box, region)
-        self.answers[sample] = found
+        self.known[sample] = found
         picture = self.photo.values(*box)
         for pixels, y, x in itertools.chain(*found.values()):
             paste(picture, pixels, y - box[0], x - box[1])

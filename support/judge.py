@@ -84,12 +84,12 @@ def find_judge(cfg, device):
 def train_judge(judge, cfg, device):
     """Trains a Judge on the training images, turned at random, for --judge-epochs."""
     store = ImageStore(cfg, "train", cfg.size)
-    rows = Loader(store.records, device)
+    loader = Loader(store.records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)
-    rng, batch = np.random.default_rng(cfg.seed), min(16, len(rows))
+    rng, batch = np.random.default_rng(cfg.seed), min(16, len(loader))
     for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):
-        order = rng.permutation(len(rows))[: len(rows) // batch * batch].reshape(-1, batch)
-        for images in rows.batches(order):
+        order = rng.permutation(len(loader))[: len(loader) // batch * batch].reshape(-1, batch)
+        for images in loader.batches(order):
             turned = torch.stack(images)
             for axis in (2, 3):
                 turned = turned.flip(axis) if rng.random() < 0.5 else turned

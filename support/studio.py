@@ -27,7 +27,7 @@ from support.windows import sides_of
 from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
-MOST_ANSWERS = 4
+MOST_SAMPLES = 4
 KEPT = 2**25  # pixels of all canvases; those used last stay
 EXAMPLES = 12
 
@@ -43,8 +43,8 @@ class Studio:
         self.cfg, self.classes, self.make, self.edits = cfg, classes, make, edits
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
-        self.sides = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
-        self.given, self.other = "AB" if getattr(cfg, "direction", "") == "AtoB" else "BA"
+        self.shape = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
+        self.input_side, self.other_side = "AB" if getattr(cfg, "direction", "") == "AtoB" else "BA"
         self.examples = self._examples()
 
     def _examples(self):
@@ -55,20 +55,21 @@ class Studio:
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):
-            name = "example.jpg" if self.given == "A" else "example_map.png"
+            name = "example.jpg" if self.input_side == "A" else "example_map.png"
             path = Path(__file__).parents[1] / "docs" / name
             if self.edits or self.classes or not path.is_file():
                 return []
             return [(self._picture(Raster(path).read()), None)]
         found = []
-        for k in spread(EXAMPLES, len(getattr(store, self.given))):
-            given, other = (self._stored(store, side, k) for side in (self.given, self.other))
+        for k in spread(EXAMPLES, len(getattr(store, self.input_side))):
+            given = self._stored(store, self.input_side, k)
+            other = self._stored(store, self.other_side, k)
             found.append((given, other if store.paired and not other.table else None))
         return found
 
     def _stored(self, store, side, k):
         """Image k of a store with the shape of a window, no larger than it is stored."""
-        height, width = self.sides
+        height, width = self.shape
         scale = min(1, self.cfg.size / min(height, width))
         size = round(width * scale), round(height * scale)
         images = getattr(store, side)
@@ -90,8 +91,8 @@ class Studio:
             "labels": bool(self.classes),
             "classes": list(zip(table.names, table.colors, strict=True)),
             "unlabeled": table.palette[IGNORED].tolist(),
-            "blank": dict(zip(("height", "width"), self.sides, strict=True)),
-            "most": MOST_ANSWERS,
+            "blank": dict(zip(("height", "width"), self.shape, strict=True)),
+            "most": MOST_SAMPLES,
             "examples": [png(picture[::2, ::2]) for picture in pictures],
         }
         return page_of("paint.html", about)
@@ -130,15 +131,15 @@ class Studio:
 
     def _picture(self, colours):
         """Colours (H, W, 3) uint8 as a MemoryRaster of the model's bands and depth."""
-        bands, limits = self.cfg.channels(self.given), Limits.of(self.cfg, self.given)
+        bands, limits = self.cfg.channels(self.input_side), Limits.of(self.cfg, self.input_side)
         return MemoryRaster(values_of_colours(colours, bands, limits), limits=limits)
 
     def _decoded(self, files):
         """(given, photo) of {"input": [name, base64], and of edits "photo"}."""
-        given = self._read(self.given, *files["input"])
+        given = self._read(self.input_side, *files["input"])
         if not self.edits:
             return given, None
-        photo = self._read(self.other, *files["photo"])
+        photo = self._read(self.other_side, *files["photo"])
         if photo.start.shape[:2] != given.start.shape:
             raise UserError("the photograph and its land cover differ in size")
         return given, photo
@@ -146,7 +147,7 @@ class Studio:
     def _read(self, side, name, content):
         """A file in base64 as a MemoryRaster; the file is removed at once."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
-        table = self.classes if side == self.given else None
+        table = self.classes if side == self.input_side else None
         bands, limits = self.cfg.bands(side), Limits.of(self.cfg, side)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
@@ -171,26 +172,26 @@ class Studio:
         return canvas
 
     def stroke(self, query, content):
-        """Changes a box of a canvas and generates the answers, one stroke at a time."""
+        """Changes a box of a canvas and generates the samples, one stroke at a time."""
         canvas = self._canvas(query)
         height, width = canvas.pixels.shape[:2]
         top, left = whole(query, "y", 0, height - 1), whole(query, "x", 0, width - 1)
         sides = whole(query, "height", 1, height - top), whole(query, "width", 1, width - left)
-        answers = whole(query, "answers", 1, MOST_ANSWERS)
+        samples = whole(query, "samples", 1, MOST_SAMPLES)
         shape = *sides, *canvas.pixels.shape[2:]
         if len(content) != np.prod(shape):
             raise UserError(f"a stroke of {len(content)} bytes where {np.prod(shape)} belong")
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
         if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
             raise UserError(f"a class outside the table, which has {len(self.classes)}")
-        change = canvas, (top, left, *sides), pixels, answers
+        change = canvas, (top, left, *sides), pixels, samples
         return self.worker.submit(self._generate, *change).result()
 
-    def _generate(self, canvas, box, pixels, answers):
+    def _generate(self, canvas, box, pixels, samples):
         top, left, height, width = box
         canvas.pixels[top : top + height, left : left + width] = pixels
         begin, pictures = time.perf_counter(), []
-        for sample in range(1, answers + 1):
+        for sample in range(1, samples + 1):
             (y, x, *_), picture = canvas.generated(box, sample)
             pictures.append({"x": x, "y": y, "png": png(picture)})
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}

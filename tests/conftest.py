@@ -192,7 +192,7 @@ def page_shows(studio, paths, strokes=()):
     picture = np.zeros((height, width, 3), np.uint8)
     for stroke in [(0, 0, width, height, base64.b64decode(start)), *strokes]:
         query = dict(zip(("x", "y", "width", "height"), stroke, strict=False))
-        answer = studio.stroke(query | {"canvas": opened["canvas"], "answers": 1}, stroke[-1])
+        answer = studio.stroke(query | {"canvas": opened["canvas"], "samples": 1}, stroke[-1])
         (answer,) = answer["pictures"]
         part = pixels_of(io.BytesIO(base64.b64decode(answer["png"])))
         x, y = answer["x"], answer["y"]

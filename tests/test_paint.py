@@ -118,7 +118,7 @@ def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touche
         assert np.array_equal(picture, generated(tmp_path, cfg, pixels))
 
 
-def test_answers_of_a_canvas_are_those_of_seeds(tmp_path):
+def test_samples_of_a_canvas_are_those_of_seeds(tmp_path):
     """A canvas of one window, where a model may have noise."""
     cfg, pixels = configured("pix2pix", tmp_path, window=64), random_labels(64, 64)
     canvas = translating(cfg, Painter(), pixels)
@@ -233,8 +233,8 @@ def opened(request, **wanted):
     return answer["canvas"]
 
 
-def stroke(request, canvas, x=0, y=0, width=5, height=5, value=1, answers=1):
-    query = f"canvas={canvas}&x={x}&y={y}&width={width}&height={height}&answers={answers}"
+def stroke(request, canvas, x=0, y=0, width=5, height=5, value=1, samples=1):
+    query = f"canvas={canvas}&x={x}&y={y}&width={width}&height={height}&samples={samples}"
     return request("POST", f"stroke?{query}", bytes([value]) * (width * height))
 
 
@@ -252,7 +252,7 @@ def file(array, name="x.png", kind="PNG", **options):
 def test_a_stroke_is_painted_and_the_map_can_be_read_again(server, tmp_path):
     _, request = server
     canvas = opened(request)
-    status, answer = stroke(request, canvas, 20, 10, 30, 40, answers=2)
+    status, answer = stroke(request, canvas, 20, 10, 30, 40, samples=2)
     assert status == 200
     one, other = (pixels_of(io.BytesIO(base64.b64decode(x["png"]))) for x in answer["pictures"])
     want = np.zeros((64, 80), np.uint8)
@@ -323,7 +323,7 @@ STROKES = {
     "x=80": "x 80: must be 0 to 79",
     "y=a": "y is missing, or no whole number",
     "width=61": "width 61: must be 1 to 60",
-    "answers=9": "answers 9: must be 1 to 4",
+    "samples=9": "samples 9: must be 1 to 4",
     "height=4": "a stroke of 15 bytes where 20 belong",
     "canvas=99": "this canvas was closed",
 }
@@ -333,7 +333,7 @@ def test_strokes_that_do_not_fit_are_refused(server):
     _, request = server
     canvas = opened(request)
     for change, text in STROKES.items():  # of one query's values the last counts
-        query = f"canvas={canvas}&x=20&y=0&width=5&height=3&answers=1&{change}"
+        query = f"canvas={canvas}&x=20&y=0&width=5&height=3&samples=1&{change}"
         status, answer = request("POST", f"stroke?{query}", bytes(15))
         assert status == 400 and text in answer.decode()
     assert stroke(request, canvas, value=3)[0] == 400  # no class of the table
@@ -666,9 +666,9 @@ class TestBrowser:
             tab.page.wait_for_timeout(20)
         assert tab.picture() == before
 
-    def test_answers_slider_and_files_to_take_away(self, tab, tmp_path):
+    def test_samples_slider_and_files_to_take_away(self, tab, tmp_path):
         figures = tab.page.locator("main figure")
-        tab.page.select_option("#answers", "3")
+        tab.page.select_option("#samples", "3")
         tab.wait()
         assert figures.count() == 4  # nothing to tell them apart by, so far
         tab.stroke((0.4, 0.4), (0.6, 0.6), keys="2")
