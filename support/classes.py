@@ -11,10 +11,10 @@ from support.errors import UserError
 
 _KEYS = {"name": str, "color": str, "value": int, "ignore": bool}
 _EXAMPLE = '[{"name": "lake", "color": "#1445f9" or "20,69,249", "value": 5, "ignore": false}, ...]'
-# Median distance of (r, g, b) to the table's colours. JPEG moves the demo world's labels by up to
-# 14 levels (quality 30 to 95); of photographs most lie 50 to 200 away, whatever the table.
+# A distance of (r, g, b) from the table's colours. JPEG of quality 30 to 95 moves the demo world's
+# labels by up to 14 levels; most pixels of photographs lie 50 to 200 away from any table.
 FAR = 32
-IGNORED = 255  # index of what has no class: it enters no loss and no measure
+IGNORED = 255  # index of pixels without a class: they enter no loss and no measure
 _TABLES = {
     "s2glc": """
         0 255,255,255 Clouds
@@ -233,10 +233,8 @@ class ClassTable:
 def _color(text):
     """The (r, g, b) of "#rrggbb" or "r,g,b"."""
     try:
-        if text.startswith("#"):
-            r, g, b = bytes.fromhex(text[1:])
-        else:
-            r, g, b = bytes(int(level) for level in text.split(","))
+        levels = bytes.fromhex(text[1:]) if text.startswith("#") else map(int, text.split(","))
+        r, g, b = bytes(levels)
         return r, g, b
     except ValueError:
         raise ValueError(f'color "{text}"') from None

@@ -44,7 +44,7 @@ class Limits(NamedTuple):
         return np.subtract(self.high, self.low)
 
     def to_levels(self, values):
-        """Values (H, W, C) -> levels, int16; what lies beyond a limit becomes the limit."""
+        """Values (H, W, C) -> levels, int16; values beyond a limit become the limit."""
         share = (np.nan_to_num(values.astype(np.float64)) - self.low) / self.ranges
         return np.clip((share * 65535 - 32768).round(), -32768, 32767).astype(np.int16)
 
@@ -63,7 +63,7 @@ def values_of(image, limits):
     return limits.to_values(image) if limits else as_array(image)
 
 
-ALL = Limits((0.0,), (1.0,), "float32")  # to open a file of any depth
+ALL = Limits((0.0,), (1.0,), "float32")  # opens a file of any depth
 
 
 def with_limits(cfg, split):

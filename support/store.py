@@ -27,18 +27,18 @@ from support.rasters import Raster, check_pair
 
 
 def cache_folder(cfg):
-    """Where decoded images and demo worlds lie: --cache, or cache/ beside the run folder."""
+    """The folder of stores and demo worlds: --cache, or cache/ beside the run folder."""
     beside = Path(os.path.abspath(cfg.out or "runs/run")).parent  # also of --out .
     return Path(cfg.cache or beside / "cache")
 
 
 def source(cfg):
-    """The directory of the images: --data, or the demo world's."""
+    """The directory of the images: --data, or a demo world."""
     return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
 
 
 def is_whole(path):
-    """Whether a store is there, and has the size that its header promises."""
+    """Whether a store is there, with the size that its header states."""
     try:
         array = np.lib.format.open_memmap(path, "r")
         return array.offset + array.nbytes == path.stat().st_size
@@ -99,7 +99,7 @@ class ImageStore:
         return from_bytes(rows[:, first:last], self.known(side, rows))
 
     def known(self, side, rows):
-        """Where a side has data, (B, 1, S, S); None: everywhere."""
+        """The plane of a side that is 0 without data, (B, 1, S, S); None: data everywhere."""
         plane = self.slots[side][2]
         return rows[:, plane : plane + 1] if rows.shape[1] > plane else None
 
@@ -162,7 +162,7 @@ class ImageStore:
         if first_on_machine() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
-        # "c": nothing writes, but torch wants what it could write to
+        # "c": nobody writes, but torch requires a writable array
         return np.lib.format.open_memmap(path, "c")
 
     def _build(self, pairs, path):
@@ -178,9 +178,9 @@ class ImageStore:
             pool.shutdown(cancel_futures=True)
 
     def _fill(self, pairs, counts, masked, path, pool):
-        """Decodes pairs of files, which give counts of records each, into a new file."""
+        """Decodes pairs of files, with `counts` of records each, into a new file."""
         ends = np.cumsum(counts)
-        there = [bool(path) for path in pairs[0]]  # which sides: A, B
+        there = [bool(path) for path in pairs[0]]  # A, B
         channels = sum(n for n, given in zip(self.channels, there, strict=True) if given)
         channels += masked * (there[0] + (there[1] and not self.classes))
         shape = int(ends[-1]), channels, self.side, self.side
@@ -256,7 +256,7 @@ class ImageStore:
                     yield record
 
     def _planes(self, rasters, top, step):
-        """Where the pictures of a strip have data: (H, W) bool for each."""
+        """(H, W) bool for each picture of a strip: where it has data."""
         planes = []
         for raster in rasters:
             if not raster.table:
@@ -269,7 +269,7 @@ class ImageStore:
     def _patches(self, strip):
         """The patches of a strip, resized: (C or 1, side, side) each.
 
-        The strip is a picture (H, W, C), labels (H, W), or where a picture has data, (H, W) bool.
+        The strip is a picture (H, W, C), labels (H, W), or (H, W) bool: where a picture has data.
         """
         size = self.side, self.side
         step = self.patch or strip.shape[1]

@@ -103,14 +103,14 @@ class SharedStatistics:
 
 
 class Windows:
-    """The windows by which a raster is generated.
+    """The overlapping windows of a raster, generated and blended.
 
     cut(top, left, height, width)   -> a window at the network's size, (C', S, S)
     predict(windows (B, C', S, S))  -> (B, C, S', S')
     size        (height, width) of the raster, in pixels
     window      (height, width) of a window, in pixels; None: the whole raster at once
     statistics  SharedStatistics, if the network normalises by an image's own
-    valid(top, left, height, width)  -> where a window has data; None: everywhere
+    valid(top, left, height, width)  -> where a window has data, bool; None: everywhere
     """
 
     def __init__(self, cut, predict, size, window, statistics=None, valid=None):
