@@ -12,9 +12,11 @@ from PIL import Image
 import common
 import cyclegan
 import pix2pix
+import support.limits
 from conftest import (
     PLACE,
     TABLE,
+    calls_of,
     geotiff,
     in_colours,
     last,
@@ -252,11 +254,14 @@ def test_cyclegan_translates_deep_pictures_both_ways(deep, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize(("count", "bands"), [(1, "1"), (2, "1,2"), (3, ""), (4, "")])
-def test_all_of_one_or_two_bands_are_read(count, bands, dtype, tmp_path):
+def test_all_of_one_or_two_bands_are_read(count, bands, dtype, tmp_path, monkeypatch):
+    """Each file is opened once, and with 16 bits once more for its percentiles."""
+    opened = calls_of(monkeypatch, support.limits, "Raster")
     for split in ("train", "val"):
         geotiff(tmp_path / split / "A" / "0.tif", np.ones((64, 64, count), dtype))
         save(tmp_path / split / "B" / "0.png", np.ones((64, 64, 3), np.uint8))
     assert started(tmp_path, tmp_path).bands_A == bands
+    assert len(opened) == (2 if dtype == "uint8" else 3)
 
 
 def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsys):
