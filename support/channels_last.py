@@ -6,9 +6,9 @@ from torch import nn
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """InstanceNorm without affine as BatchNorm of one image after the other.
+    """InstanceNorm without affine, as BatchNorm of one image after the other.
 
-    PyTorch's own changes to NCHW, and in 2.13 its gradient is wrong for a channels_last batch of 1.
+    PyTorch's own returns NCHW, and in 2.13 its gradient is wrong for a channels_last batch of 1.
     """
 
     def forward(self, x):
@@ -53,7 +53,7 @@ def mirrored(x, pad, dim):
 
 
 def stay_channels_last(net):
-    """Replaces these layers of a network; names and weights stay."""
+    """Replaces InstanceNorm2d and ReflectionPad2d in a network; names and weights stay."""
     for module in net.modules():
         if isinstance(module, nn.InstanceNorm2d):
             module.__class__ = InstanceNorm

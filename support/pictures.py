@@ -90,7 +90,7 @@ def resize(image, size, labels=False):
 
 
 def resize_known(known, size):
-    """Where there is data, (H, W) bool, at size (width, height): 255, or 0 beside a hole."""
+    """Where there is data, (H, W) bool, at size (width, height): 255, or 0 at and beside holes."""
     image = Image.fromarray(known.astype(np.float32))
     share = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     return np.where(abs(share - 1) < 1e-3, 255, 0).astype(np.uint8)

@@ -54,7 +54,7 @@ class Means:
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def saved(self):
-        """(names, sums, count) for a checkpoint, averaged over the processes that restore them."""
+        """(names, sums, count) for a checkpoint, averaged over all processes."""
         sums = reduced(self.sums) / world_size() if self.count else 0
         return self.names, sums, self.count
 
@@ -196,7 +196,7 @@ class Run:
         raise UserError(f"{what} not finite by step {self.step}: saved files stay; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
-        """Ends an epoch: writes its last row with scores {name: value}, and maybe the rest.
+        """Ends an epoch: writes its last row, with scores {name: value}.
 
         Checkpoint, grid, plot and page are written every few minutes, as an epoch may take a
         second, after the first and the last epoch, and every --save-every epochs.

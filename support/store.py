@@ -283,7 +283,7 @@ class ImageStore:
                 yield resize(cut, size).transpose(2, 0, 1)
 
     def windows(self):
-        """The source pixels of an image, [(height, width) of A, of B]: --patch, or the most.
+        """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image.
 
         Images that a square squeezes by more than a tenth are worth a remark.
         """

@@ -25,7 +25,7 @@ LAYERS = {  # the number of the convolution among torchvision's `features`, and 
 class VGG16Features(nn.Module):
     """Layers of VGG16 (Simonyan and Zisserman 2015, arXiv:1409.1556), frozen.
 
-    (B, C, S, S) in [-1, 1] -> a list of activations, float32, in the order of depth; of the first
+    (B, C, S, S) in [-1, 1] -> a list of activations, float32, in the order of depth, of the first
     three bands.
 
     layers    names such as relu1_2 or relu3_3; nothing deeper than the last of them is computed
