@@ -145,8 +145,8 @@ def _use(cfg, given):
     run = path.parent.parent if inside else Path("runs") / path.stem
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
-    from_B = getattr(new, "direction", "") == "BtoA"
-    window = (from_B and checkpoint.get("window_B")) or checkpoint.get("window", new.patch)
+    window = checkpoint.get("window_B") if new.sides == "BA" else None
+    window = window or checkpoint.get("window", new.patch)
     return dataclasses.replace(new, window=cfg.window or window), checkpoint
 
 

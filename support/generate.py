@@ -82,7 +82,7 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     if cfg.serve:
         translations(cfg, predict, net, from_labels, to_labels)
         return
-    given, wanted = "BA" if getattr(cfg, "direction", "") == "BtoA" else "AB"
+    given, wanted = cfg.sides
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
     tiff = not to_labels and needs_tiff(cfg, wanted)

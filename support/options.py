@@ -126,6 +126,11 @@ class Options:
         return len(self.bands(side)) or 3
 
     @property
+    def sides(self):
+        """The side of a translation's input, and that of its output: "AB" or "BA"."""
+        return "BA" if getattr(self, "direction", "") == "BtoA" else "AB"
+
+    @property
     def using(self):
         """Whether a trained model is used; else one is trained."""
         return bool(self.evaluate or self.generate or self.serve)

@@ -44,7 +44,7 @@ class Studio:
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
         self.shape = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
-        self.input_side, self.other_side = "AB" if getattr(cfg, "direction", "") == "AtoB" else "BA"
+        self.input_side, self.other_side = "BA" if edits else cfg.sides
         self.examples = self._examples()
 
     def _examples(self):
