@@ -70,10 +70,7 @@ def steps_in_epoch(count, batch_size):
 
 
 def batches_of_rank(batch_size, first, *arrays):
-    """Yields this process's share of arrays (N, ...), as (steps, batch_size, ...), from `first` on.
-
-    The rest that does not fill a step is left out.
-    """
+    """This process's share of the steps from `first` on: (steps, batch_size, ...) of each array."""
     for array in arrays:
         steps = steps_in_epoch(len(array), batch_size)
         whole = array[: steps * batch_size * world_size()]

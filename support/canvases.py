@@ -88,10 +88,7 @@ class TranslationCanvas(Windows):
         )
 
     def generated(self, box, sample):
-        """Generates the windows that overlap a box (top, left, height, width), at first all.
-
-        Returns the box around them and its pixels.
-        """
+        """Generates the windows that overlap a box, at first all: (the box around them, pixels)."""
         self.sample = sample
         known = self.known[sample]
         if not known:

@@ -68,10 +68,7 @@ def buffers_of_ranks(state):
 
 
 def state_dict(state):
-    """A State's tensors and numbers, and the state_dicts of its modules and optimizers.
-
-    A module without weights is left out.
-    """
+    """A State's tensors, numbers, and state_dicts of optimizers and of modules with weights."""
     kept = {}
     for name, value in vars(state).items():
         if hasattr(value, "state_dict"):

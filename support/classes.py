@@ -68,10 +68,7 @@ class ClassTable:
 
     @staticmethod
     def load(source):
-        """The table of a built-in name, of a path to a JSON file, or of JSON text.
-
-        None for "", and for "pictures", which states that B is no label map.
-        """
+        """The table of a built-in name, a JSON file or JSON text; None for "" and "pictures"."""
         if source in ("", "pictures"):
             return None
         if source in _TABLES:

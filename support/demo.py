@@ -18,10 +18,7 @@ _DEMO_GROUND = "104,122,76 140,132,84 46,72,44 34,62,88 160,128,112 132,130,126"
 
 
 def landscape(rng, side):
-    """A procedural landscape as (satellite, map, classes).
-
-    (side, side, 3) uint8 twice, and (side, side) uint8 indices of DEMO_CLASSES.
-    """
+    """A landscape: photograph and map (side, side, 3), (side, side) indices of DEMO_CLASSES."""
     fx, fy = np.meshgrid(np.fft.rfftfreq(side), np.fft.fftfreq(side))
     radius = np.maximum(np.hypot(fx, fy), 1 / side)
 

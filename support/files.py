@@ -56,10 +56,7 @@ def write_text(path, text):
 
 
 def write_image(path, image):
-    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image, whole or absent.
-
-    JPEG has quality 95; all other formats are lossless.
-    """
+    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image: JPEG at quality 95, others lossless."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
         picture.save(aside, quality=95, subsampling=0, lossless=True)  # JPEG; WebP

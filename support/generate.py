@@ -36,10 +36,7 @@ def inputs_of(cfg, labels=False):
 
 
 def results_of(path, to_labels=False, tiff=False):
-    """The names of the results of a file: its own, with .tif if it has a place, or .png.
-
-    tiff  the result must be a TIFF
-    """
+    """The names of a file's results: its own, with .tif for a place on earth or `tiff`, or .png."""
     if (driver_of(path) or tiff) and path.suffix.lower() not in TIFF_SUFFIXES:
         path = path.with_suffix(".tif")
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:
@@ -137,10 +134,7 @@ def edit_of_files(cfg):
 
 
 def _stroke(text, classes, height, width):
-    """A "class:x,y,width,height" as (index, top, left, bottom, right).
-
-    The beginning of a class's name is enough, if it is the beginning of no other.
-    """
+    """A "class:x,y,width,height" as (index, top, left, bottom, right); a unique prefix will do."""
     name, _, numbers = text.rpartition(":")
     names = [known.lower() for known in classes.names]
     meant = [known for known in names if known.startswith(name.lower())]

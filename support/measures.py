@@ -156,10 +156,7 @@ class Scores:
         self._add_variety(row, "variety", guess, target, mask & known)
 
     def add_labels(self, row, predicted, target, classes, by=""):
-        """Adds measure_labels of class indices (B, S, S), over all pixels.
-
-        by  "judge" for its predictions, which names the measures; "" for a model's
-        """
+        """Adds measure_labels of class indices (B, S, S); by: a judge's name, or "" for a model."""
         self.sums.setdefault(row, {})
         if not by:
             self._add_variety(row, "class_variety", predicted, target, target != IGNORED, most=1)

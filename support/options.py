@@ -54,8 +54,7 @@ class Options:
         "", "class table of B: s2glc, maps, binary, a JSON file; pictures: no classes"
     )
     bands_A: str = option(
-        "",
-        "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all if one or two",
+        "", "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all if one or two"
     )
     bands_B: str = option("", "bands of B, if B is pictures; none: as for A")
     limits_A: str = option(

@@ -17,10 +17,7 @@ def to_bytes(images):
 
 
 def from_bytes(images, known=None):
-    """Pictures (B, C, H, W), uint8 or int16 over its whole range -> float32 in [-1, 1].
-
-    known  (B, 1, H, W): where it is 0, there is no data, and the result is NaN
-    """
+    """(B, C, H, W) uint8 or int16 -> float32 in [-1, 1]; NaN where known (B, 1, H, W) is 0."""
     middle, half = (-0.5, 32767.5) if images.dtype == torch.int16 else (127.5, 127.5)
     levels = images.to(torch.float32, memory_format=torch.contiguous_format)
     levels = levels.sub_(middle).mul_(1 / half)

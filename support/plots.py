@@ -41,13 +41,10 @@ def plot_metrics(rows, path):
 
 
 def write_page(folder):
-    """Writes index.html of a run folder: run.html with the run's data, which opens from disk.
-
-    Of metrics.csv it has 2000 rows, evenly spread, and the last one of each epoch.
-    """
+    """Writes index.html of a run folder, run.html with the run's data, which opens from disk."""
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = read_metrics(folder / "metrics.csv")
-    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # its last row has the scores
+    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # last rows, which have the scores
     rows = [rows[k] for k in sorted({*spread(2000, len(rows)).tolist(), *epochs.values()})]
     columns = {}
     for name in rows[0] if rows else ():

@@ -89,10 +89,7 @@ class ImageStore:
             print(self._about(), file=sys.stderr)
 
     def images(self, side, rows):
-        """Side "A" or "B" of some rows: (B, C, S, S) in [-1, 1], NaN where a picture has no data.
-
-        Of label maps (B, S, S) uint8 class indices.
-        """
+        """Side "A" or "B" of rows: (B, C, S, S) in [-1, 1] or NaN; indices (B, S, S)."""
         first, last, _ = self.slots[side]
         if side == "B" and self.classes:
             return rows[:, first]
@@ -217,10 +214,7 @@ class ImageStore:
             yield rasters
 
     def _count(self, pair):
-        """How many records a file gives, and whether some may have pixels without data.
-
-        Refuses sizes or places that do not fit together.
-        """
+        """(records in a file, whether some may lack data); refuses sides that do not match."""
         with self._opened(pair) as rasters:
             check_pair(rasters[0], rasters[-1])
             masked = any(raster.masked for raster in rasters if not raster.table)
@@ -283,17 +277,14 @@ class ImageStore:
                 yield resize(cut, size).transpose(2, 0, 1)
 
     def windows(self):
-        """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image.
-
-        Images that a square squeezes by more than a tenth are worth a remark.
-        """
+        """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image."""
         if self.patch:
             return [(self.patch, self.patch)] * 2
         a = self._largest([(path, None) for path in self.split.A])
         return [a, a if self.paired else self._largest([(None, path) for path in self.split.B])]
 
     def _largest(self, pairs, most=1000):
-        """The largest height and the largest width of at most `most` images, evenly spread."""
+        """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
         for k in spread(most, len(pairs)):
             with self._opened(pairs[k]) as (raster, *_):

@@ -48,10 +48,7 @@ class Studio:
         self.examples = self._examples()
 
     def _examples(self):
-        """[(given, photo)] of validation images, evenly spread.
-
-        Without the data of training: the picture of docs/ that fits.
-        """
+        """[(given, photo)] of validation images; without training's data, of a picture of docs/."""
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):

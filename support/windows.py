@@ -137,10 +137,7 @@ class Windows:
         return fakes
 
     def blended(self, rows=None, about=""):
-        """Yields (top, pixels (C, strip, width) float32) of all rows, or some, from the top down.
-
-        In memory lie the rows of pixels that a window covers, and a batch.
-        """
+        """Yields (top, pixels (C, strip, width) float32), with a row of windows in memory."""
         rows = rows or self.rows
         height, width = self.sides
         band = None  # of the raster, from `top` on: sums of weighted windows
