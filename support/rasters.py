@@ -47,7 +47,7 @@ class Raster:
                 with opening.open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
-                    self._check_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
+                    self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
                     sideways = _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
@@ -98,7 +98,7 @@ class Raster:
             self._valid = pixels[..., 3] > 0
         return self._picked(pixels[..., :3])
 
-    def _check_bands(self, there):
+    def _count_bands(self, there):
         """Counts the bands of a file, and refuses numbers of others."""
         self.count = len(there)
         wrong = [band for band in self.bands if band not in there]
@@ -186,7 +186,7 @@ class Raster:
         """Chooses the bands of the TIFF to read; prints once if others are left out."""
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
-        self._check_bands([1, 2, 3] if self._palette is not None else there)
+        self._count_bands([1, 2, 3] if self._palette is not None else there)
         self._chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
             self._chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
