@@ -20,8 +20,10 @@ import torch
 
 import common
 import pix2pix
-from conftest import calls_of, land_cover, line_of, tiny_run
+from files import land_cover
+from runs import line_of, tiny_run
 from support.windows import tiles
+from tensors import calls_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,29 +13,11 @@ from PIL import Image
 
 import common
 import cyclegan
-from conftest import (
-    CPU,
-    JUDGED,
-    LABELS,
-    TABLE,
-    calls_of,
-    last,
-    line_of,
-    maps,
-    open_data,
-    picture,
-    pictures,
-    pixels_of,
-    rows_of,
-    same,
-    save,
-    side_by_side,
-    tiny,
-    tiny_run,
-    use,
-)
 from cyclegan import ImagePool, build, main, train_step, translate
+from files import LABELS, TABLE, picture, pixels_of, save, side_by_side
+from runs import JUDGED, last, line_of, rows_of, tiny_run, use
 from support.pictures import to_bytes
+from tensors import CPU, calls_of, maps, open_data, pictures, same, tiny
 
 PICTURES, LAND_COVER = tiny("cyclegan")[1], tiny("cyclegan", **LABELS)[1]
 

@@ -16,26 +16,16 @@ from PIL import Image
 import common
 import pix2pix
 from common import ImageStore
-from conftest import (
-    CLASSES,
-    CPU,
-    TABLE,
-    geotiff,
-    land_cover,
-    line_of,
-    picture,
-    pixels_of,
-    refused,
-    save,
-    side_by_side,
-)
+from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save, side_by_side
 from pix2pix import Config
+from runs import line_of, refused
 from support.classes import ClassTable
 from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
 from support.measures import confusion_matrix, measure_images, measure_labels
 from support.pictures import as_array, as_tensor, to_bytes
 from support.rasters import Raster
+from tensors import CPU
 
 
 def store_of(root, cache, side=32, split="train", **options):

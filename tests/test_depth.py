@@ -13,26 +13,14 @@ import common
 import cyclegan
 import pix2pix
 import support.limits
-from conftest import (
-    PLACE,
-    TABLE,
-    calls_of,
-    geotiff,
-    in_colours,
-    last,
-    line_of,
-    page_shows,
-    rows_of,
-    save,
-    stop_after,
-    studio_of,
-    tiny_run,
-    use,
-)
+from files import PLACE, TABLE, geotiff, save
+from pages import in_colours, page_shows, studio_of
+from runs import last, line_of, rows_of, stop_after, tiny_run, use
 from support.demo import landscape
 from support.limits import Limits
 from support.pictures import eight_bits
 from support.rasters import Raster
+from tensors import calls_of
 
 REFLECTANCE = {"dtype": "uint16", "nodata": 0}
 

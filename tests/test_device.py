@@ -21,11 +21,13 @@ import harness
 import mixlc_acgan
 import pix2pix
 import support.device
-from conftest import as_rank, calls_of, line_of, pictures, tiny, vgg_file
+from files import vgg_file
+from runs import line_of
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
 from support.processes import reduced
 from support.run import Means
+from tensors import as_rank, calls_of, pictures, tiny
 
 
 class Stream:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import CPU, line_of, rows_of, use
+from runs import line_of, rows_of, use
 from support import distances, measures
 from support.pictures import to_bytes
+from tensors import CPU
 
 
 class Colours(nn.Module):

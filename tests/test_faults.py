@@ -23,26 +23,15 @@ import common
 import mixlc
 import pix2pix
 import support.run
-from conftest import (
-    CLASSES,
-    TABLE,
-    land_cover,
-    last,
-    line_of,
-    picture,
-    same,
-    save,
-    side_by_side,
-    state_of,
-    tiny_run,
-    use,
-)
+from files import CLASSES, TABLE, land_cover, picture, save, side_by_side
+from runs import last, line_of, state_of, tiny_run, use
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.errors import SafeStream, print_once
 from support.files import LOCKS, lock, whole_or_absent
 from support.rasters import Raster
 from support.store import cache_folder
+from tensors import same
 
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
 

@@ -9,8 +9,10 @@ import torch
 
 import common
 from common import VGG16Features
-from conftest import CONVOLUTIONS, pictures, refused, vgg_file
+from files import CONVOLUTIONS, vgg_file
+from runs import refused
 from support.demo import landscape
+from tensors import pictures
 
 FIRST_RANDOM_WEIGHTS = [-0.306415, -0.313633, -0.068199]
 

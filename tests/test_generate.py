@@ -17,27 +17,14 @@ import cyclegan
 import pix2pix
 import support.edits
 import support.generate
-from conftest import (
-    CPU,
-    LABELS,
-    PLACE,
-    geotiff,
-    last,
-    noise,
-    picture,
-    pixels_of,
-    refused,
-    same,
-    save,
-    tiny,
-    tiny_run,
-    use,
-)
+from files import LABELS, PLACE, geotiff, noise, picture, pixels_of, save
+from runs import last, refused, tiny_run, use
 from support.errors import print_once
 from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
 from support.windows import SharedStatistics, Windows, overlap, tiles
+from tensors import CPU, same, tiny
 
 
 def generated(image, paint, window, size=16, **options):

@@ -10,8 +10,10 @@ import pytest
 import common
 import pix2pix
 import support.judge
-from conftest import CPU, TABLE, calls_of, refused, rows_of, same, save, tiny_run
+from files import TABLE, save
+from runs import refused, rows_of, tiny_run
 from support.judge import Judge, train_judge
+from tensors import CPU, calls_of, same
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
 

@@ -12,26 +12,15 @@ from torch import nn
 
 import common
 import mixlc
-from conftest import (
-    CPU,
-    batch_of,
-    calls_of,
-    inputs_of,
-    open_data,
-    picture,
-    pixels_of,
-    rows_of,
-    save,
-    tiny,
-    tiny_run,
-    use,
-)
+from files import picture, pixels_of, save
 from mixlc import edit_mask, grown, label_loss, main, masked_l1_loss
+from runs import rows_of, tiny_run, use
 from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
 from support.pictures import to_bytes
 from support.plots import read_metrics
+from tensors import CPU, batch_of, calls_of, inputs_of, open_data, tiny
 
 TINY = tiny("mixlc")[1]
 

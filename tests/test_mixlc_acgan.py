@@ -9,8 +9,9 @@ from torch import nn
 
 import common
 import mixlc_acgan
-from conftest import last, maps, pictures, tiny, tiny_run
 from mixlc_acgan import Discriminator, main, style_loss
+from runs import last, tiny_run
+from tensors import maps, pictures, tiny
 
 TINY = tiny("mixlc_acgan")[1]
 

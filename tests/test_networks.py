@@ -7,7 +7,7 @@ import torch
 from test_steps import CASES
 from torch import nn
 
-from conftest import CPU, maps, parameters, pictures, tiny
+from tensors import CPU, maps, parameters, pictures, tiny
 
 NAMES = (
     "pix2pix,pix2pix instance,pix2pix resnet,pix2pix resnet instance,pix2pix resize,"

@@ -15,7 +15,8 @@ from PIL import Image
 from rasterio.rpc import RPC
 
 import common
-from conftest import PLACE, geotiff, pixels_of, refused, save, tiny
+from files import PLACE, geotiff, pixels_of, save
+from runs import refused
 from support import opening
 from support.classes import ClassTable
 from support.generate import results_of
@@ -23,6 +24,7 @@ from support.opening import UPLOADS
 from support.pictures import to_bytes
 from support.rasters import Raster
 from support.writing import writing
+from tensors import tiny
 
 GREY = np.full((30, 40, 3), 9, np.uint8)
 BAND = '<VRTRasterBand dataType="Byte" band="{band}">{sources}</VRTRasterBand>'

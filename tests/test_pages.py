@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 import pix2pix
-from conftest import side_by_side
+from files import side_by_side
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 

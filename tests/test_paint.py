@@ -24,18 +24,8 @@ import torch
 from PIL import Image
 
 import common
-from conftest import (
-    CLASSES,
-    TABLE,
-    geotiff,
-    land_cover,
-    picture,
-    pixels_of,
-    refused,
-    save,
-    tiny,
-    tiny_run,
-)
+from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save
+from runs import refused, tiny_run
 from support import serve
 from support import studio as studios
 from support.canvases import EditCanvas, MemoryRaster, TranslationCanvas
@@ -44,6 +34,7 @@ from support.limits import Limits
 from support.pictures import as_array
 from support.rasters import Raster
 from support.studio import Studio
+from tensors import tiny
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PLAYWRIGHT = importlib.util.find_spec("playwright")
@@ -411,7 +402,7 @@ def test_holes_of_a_photograph_are_filled_with_its_mean_colour(tmp_path):
 
 END_WHILE_A_FILE_IS_READ = r"""
 import os, signal, sys, threading, time
-from conftest import tiny
+from tensors import tiny
 from support import serve, studio
 def hang(*_):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -9,9 +9,9 @@ from torch import nn
 
 import common
 import pix2pix
-from conftest import CPU, batch_of, open_data, tiny
 from pix2pix import State, build, train_step
 from support.pictures import to_bytes
+from tensors import CPU, batch_of, open_data, tiny
 
 TINY = tiny("pix2pix")[1]
 

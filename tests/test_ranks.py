@@ -16,9 +16,12 @@ import pytest
 import torch
 
 import common
-from conftest import SCRIPTS, land_cover, last, same, side_by_side, tiny, tiny_run
+from files import land_cover, side_by_side
+from harness import SCRIPTS
+from runs import last, tiny_run
 from support.plots import read_metrics
 from support.processes import rank
+from tensors import same, tiny
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

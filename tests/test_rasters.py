@@ -18,26 +18,15 @@ from rasterio.transform import from_bounds, from_origin
 
 import common
 from common import IGNORED
-from conftest import (
-    CLASSES,
-    CPU,
-    PLACE,
-    TABLE,
-    batch_of,
-    geotiff,
-    noise,
-    picture,
-    pixels_of,
-    refused,
-    save,
-    tiny,
-)
+from files import CLASSES, PLACE, TABLE, geotiff, noise, picture, pixels_of, save
+from runs import refused
 from support.classes import ClassTable
 from support.files import write_image
 from support.pictures import to_bytes
 from support.rasters import Raster
 from support.windows import read_filled
 from support.writing import writing
+from tensors import CPU, batch_of, tiny
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
 

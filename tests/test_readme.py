@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import cyclegan
-from conftest import SCRIPTS, geotiff, land_cover, picture, save, side_by_side, vgg_file
+from files import geotiff, land_cover, picture, save, side_by_side, vgg_file
+from harness import SCRIPTS
 from support import serve
 
 ROOT = Path(__file__).parent.parent

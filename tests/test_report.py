@@ -14,7 +14,7 @@ from paths import DOCS, RESULTS, ROOT
 from PIL import Image
 
 import mixlc
-from conftest import side_by_side
+from files import side_by_side
 from support.options import flag
 
 

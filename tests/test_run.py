@@ -20,28 +20,14 @@ from PIL import Image
 import common
 import pix2pix
 import support.run
-from conftest import (
-    CPU,
-    as_rank,
-    batch_of,
-    last,
-    line_of,
-    picture,
-    pixels_of,
-    refused,
-    rows_of,
-    same,
-    save,
-    state_of,
-    tiny,
-    tiny_run,
-    use,
-)
+from files import picture, pixels_of, save
 from pix2pix import Config, main
+from runs import last, line_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
 from support.demo import demo_world
 from support.options import parse
 from support.plots import read_metrics
+from tensors import CPU, as_rank, batch_of, same, tiny
 
 ROOT = Path(__file__).parent.parent
 LAST = "checkpoints/last.pt"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SCRIPTS
+from harness import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]

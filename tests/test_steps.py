@@ -14,7 +14,9 @@ from torch import nn
 
 import common
 import support.vgg16
-from conftest import CPU, LABELS, SCRIPTS, batch_of, calls_of, tiny
+from files import LABELS
+from harness import SCRIPTS
+from tensors import CPU, batch_of, calls_of, tiny
 
 GLOBAL = {"d": "global"}
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")

@@ -11,33 +11,13 @@ import torch
 from PIL import Image
 
 import common
-from conftest import (
-    CPU,
-    PLACE,
-    RUNS,
-    SCRIPTS,
-    TABLE,
-    as_rank,
-    batch_of,
-    calls_of,
-    geotiff,
-    in_colours,
-    last,
-    line_of,
-    open_data,
-    page_shows,
-    refused,
-    rows_of,
-    same,
-    state_of,
-    stop_after,
-    studio_of,
-    tiny,
-    tiny_run,
-    use,
-)
+from files import PLACE, TABLE, geotiff
+from harness import SCRIPTS
+from pages import in_colours, page_shows, studio_of
+from runs import RUNS, last, line_of, refused, rows_of, state_of, stop_after, tiny_run, use
 from support.checkpoints import state_dict
 from support.pictures import to_bytes
+from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 LEFT_RIGHT = {(0, 0), (1, 0)}

@@ -1,0 +1,69 @@
+"""Command lines of tiny runs, and what a run leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+from harness import SCRIPTS
+
+# the options of each script's smallest networks, beside --size 64 --width 4
+SMALLEST = {
+    "pix2pix": "",
+    "cyclegan": "--blocks 1",
+    "mixlc": "",
+    "mixlc_acgan": "--style-features random --style-layers relu1_1",
+}
+JUDGED = "--train-judge --judge-epochs 1"
+# the runs of the fixture trained
+RUNS = dict.fromkeys(SCRIPTS, "--epochs 2")
+RUNS |= {"pix2pix": "--epochs 2 --save-every 1", "mixlc_acgan": f"--epochs 2 {JUDGED}"}
+
+
+def tiny_run(script, data, out, more=""):
+    """The command line of a run of a script's smallest networks; `more` is split at blanks."""
+    line = f"--data {data} --out {out} --cache {Path(out).parent}/cache"
+    line += " --size 64 --width 4 --batch-size 2 --log-every 2 --device cpu"
+    return f"{line} {SMALLEST[script]} {more}".split()
+
+
+def use(run, action, more=""):
+    """The command line that uses a run's last checkpoint, as in use(run, "--generate x.png")."""
+    return f"{action} --checkpoint {run}/checkpoints/last.pt {more}".split()
+
+
+def stop_after(monkeypatch, steps):
+    """Has a run stop after some steps, as Ctrl-C does."""
+    monkeypatch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
+
+
+def state_of(path):
+    """A checkpoint's content."""
+    return torch.load(path, weights_only=True)
+
+
+def last(run):
+    """The content of a run's last checkpoint."""
+    return state_of(run / "checkpoints" / "last.pt")
+
+
+def rows_of(run):
+    """The rows of a run's evaluation.json."""
+    return json.loads((run / "evaluation.json").read_text())["rows"]
+
+
+def refused(text):
+    """A context in which a UserError must be raised, whose line matches text."""
+    return pytest.raises(common.UserError, match=text)
+
+
+def line_of(main, arguments, capsys):
+    """The one line on stderr that a mistake prints, with exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
