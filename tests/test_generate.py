@@ -1,6 +1,5 @@
 """Generation at the scale of training: windows, seams, shared statistics, edits."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import rasterio
 import torch
 from PIL import Image, ImageFilter
-from rasterio.transform import from_bounds, from_origin
+from rasterio.transform import from_origin
 from torch import nn
 
 import common
@@ -100,25 +99,22 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
         run = tmp_path / f"{patch}"
         pix2pix.main(tiny_run("pix2pix", pairs, run, f"--epochs 1 --patch {patch}"))
         assert last(run)["window"] == (window, window)
-    images = {"large": (100, 130), "small": (60, 50)}
-    for name, size in images.items():
+    for name, size in (("large", (100, 130)), ("small", (60, 50))):
         save(tmp_path / "in" / f"{name}.png", picture(np.random.default_rng(0), *size))
-
-    def said(folder, more=""):
-        capsys.readouterr()
-        pix2pix.main(use(run, f"--generate {tmp_path}/in", f"--out {tmp_path}/{folder} {more}"))
-        assert pixels_of(tmp_path / folder / "large.png").shape == (100, 130, 3)
-        return capsys.readouterr().err
-
-    by_window = said("a")
-    assert "large.png: 130x100: in windows of 40x40, at 64x64" in by_window
-    assert "small.png: 50x60: as a whole, at 64x64" in by_window
-    assert "large.png: 130x100: as a whole" in said("b", "--window 100")
-    a, b = (pixels_of(tmp_path / k / "large.png") for k in "ab")
-    assert (a != b).any()
     old = last(run) | {"window": 50, "window_B": None}  # one number for both sides
-    torch.save(old, run / "checkpoints" / "last.pt")
-    assert "large.png: 130x100: in windows of 50x50" in said("c")
+    torch.save(old, tmp_path / "old.pt")
+    made = f"--generate {tmp_path}/in --checkpoint {run}/checkpoints/last.pt"
+    for line, how in (
+        (f"{made} --out {tmp_path}/a", "in windows of 40x40"),
+        (f"{made} --out {tmp_path}/b --window 100", "as a whole"),
+        (f"{made} --out {tmp_path}/c --checkpoint {tmp_path}/old.pt", "in windows of 50x50"),
+    ):
+        pix2pix.main(line.split())
+        said = capsys.readouterr().err
+        assert f"large.png: 130x100: {how}, at 64x64" in said
+        assert "small.png: 50x60: as a whole, at 64x64" in said
+    a, b = (pixels_of(tmp_path / k / "large.png") for k in "ab")
+    assert a.shape == b.shape == (100, 130, 3) and (a != b).any()
 
 
 def two_folders(root, a, b, sizes):
@@ -175,8 +171,8 @@ def test_valid_pixels_do_not_depend_on_what_holes_are_filled_with(tmp_path, kind
     photo = picture(np.random.default_rng(0), 150, 200) // 2 + 60
     valid, results, net = np.ones(photo.shape[:2], bool), [], nn.InstanceNorm2d(3)
     valid[40:110, 70:140] = False
-    cfg, _ = edit(tmp_path, photo.shape[:2], ".tif", geotiff, window=window, norm_reach=1.0)
-    cfg = dataclasses.replace(cfg, paint=("water:60,30,90,90",))
+    about = {"shape": photo.shape[:2], "suffix": ".tif", "write": geotiff, "norm_reach": 1.0}
+    cfg, _ = edit(tmp_path, "water:60,30,90,90", **about, window=window)
     for level, about in ((0, {"nodata": 0}), (255, {"nodata": 255}), (90, {"valid": valid})):
         geotiff(tmp_path / "photo.tif", np.where(valid[..., None], photo, level), **about)
         cfg = dataclasses.replace(cfg, out=str(tmp_path / f"{level}"))
@@ -257,21 +253,6 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
         assert not torch.allclose(paint(x), own, atol=1e-2)
 
 
-def test_windows_are_told_where_they_stand():
-    """In windows from the top and from the left, each by its own side."""
-    told = []
-
-    class Statistics:
-        def around(self, places):
-            told.extend(places)
-            return contextlib.nullcontext()
-
-    windows = Windows(lambda *_: np.zeros((3, 20, 10), np.uint8), lambda x: x, (20, 10), None)
-    windows.statistics = Statistics()
-    windows.predicted([(10, 40), (0, 5)])
-    assert told == [(0.5, 4.0), (0.0, 0.5)]
-
-
 @pytest.mark.parametrize("top", [-5, -2, 0, 3, 7, 9])
 @pytest.mark.parametrize("left", [-6, -1, 0, 4, 6, 9])
 def test_pasting_puts_what_fits(top, left):
@@ -294,9 +275,10 @@ def test_a_sheet_of_a_large_raster_shows_the_largest_edit():
 def test_statistics_are_noted_all_over_a_raster():
     """Of 5 x 12 windows, by places counted in windows; the reach covers what lies between."""
     net = nn.InstanceNorm2d(3)
-    shared = SharedStatistics(net, 0.5)
+    shared, size = SharedStatistics(net, 0.5), (4 * 12 + 16, 11 * 24 + 32)
     shared.most = 4
-    generated(noise(4 * 12 + 16, 11 * 12 + 16), lambda x: net(x.float()), 16, statistics=shared)
+    windows = np.zeros((3, 16, 16), np.uint8)
+    Windows(lambda *_: windows, lambda x: net(x.float()), size, (16, 32), shared)
     rows, columns = ({position[k] for position in shared.positions} for k in (0, 1))
     assert len(shared.positions) == 16 and len(rows) == len(columns) == 4
     assert max(rows) == 3 * 0.75 and max(columns) == 9 * 0.75
@@ -314,7 +296,7 @@ def test_the_reach_of_the_command_line_counts(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(support.generate, "Windows", spy)
     monkeypatch.setattr(support.edits, "Windows", spy)
     for options in ({"norm_reach": 0.0}, {"norm_reach": 3.0}, {}):
-        cfg, _ = edit(tmp_path, paint=("water:0,0,300,200",), **options)
+        cfg, _ = edit(tmp_path, "water:0,0,300,200", **options)
         use_net(kind, dataclasses.replace(cfg, overwrite=True), net)
     assert seen == [0, 3.0, 2.0]
 
@@ -328,7 +310,7 @@ def test_labels_are_resized_by_nearest_alone(tmp_path):
         seen.append(set(windows[:, -2 if windows.shape[1] == 5 else 0].unique().tolist()))
         return torch.zeros(len(windows), 3, 64, 64)
 
-    cfg, _ = edit(tmp_path, paint=("road:50,50,9,9",), window=150)
+    cfg, _ = edit(tmp_path, "road:50,50,9,9", window=150)
     save(tmp_path / "labels" / "lc.png", index)
     common.edit_file(cfg, paint)
     labels = {"generate": (cfg.lc,), "out": str(tmp_path / "two")}
@@ -422,7 +404,7 @@ def test_no_input_is_replaced(tmp_path, overwrite):
     cfg = translation(tmp_path, "a.png", out=out, overwrite=overwrite)
     with refused("a.png is an input: choose another --out"):
         common.translate_files(cfg, negative)
-    cfg, _ = edit(tmp_path, paint=("water:9,9,9,9",), overwrite=overwrite)
+    cfg, _ = edit(tmp_path, "water:9,9,9,9", overwrite=overwrite)
     save(tmp_path / "labels" / "photo.png", np.zeros((300, 400), np.uint8))
     for option in ("lc", "lc_before"):
         paths = {option: str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
@@ -482,31 +464,35 @@ class Painter:
         return torch.full((len(windows), 3, *windows.shape[2:]), 0.1 * sample)
 
 
-def edit(tmp_path, shape=(300, 400), suffix=".png", write=save, **options):
-    """(cfg, photograph) for an edit of land that becomes water."""
+def edit(tmp_path, *strokes, shape=(300, 400), suffix=".png", write=save, **options):
+    """(cfg, photograph) for an edit of a photograph of land."""
     photo = picture(np.random.default_rng(0), *shape)
     write(tmp_path / f"photo{suffix}", photo)
     write(tmp_path / "labels" / f"lc{suffix}", np.zeros(shape, np.uint8))
     options = {"generate": (str(tmp_path / f"photo{suffix}"),), "window": 64} | options
     options |= {"lc": str(tmp_path / "labels" / f"lc{suffix}"), "out": str(tmp_path / "out")}
-    return tiny("mixlc", **options)[1], photo
+    return tiny("mixlc", **options, paint=strokes)[1], photo
+
+
+def edited(tmp_path, *strokes, **options):
+    """(photograph, the edited one, the windows that were painted)."""
+    (cfg, photo), painter = edit(tmp_path, *strokes, **options), Painter()
+    common.edit_file(cfg, painter)
+    with Raster(tmp_path / "out" / Path(cfg.generate[0]).name) as raster:
+        return photo, raster.read(), painter.windows
 
 
 @pytest.mark.parametrize(("suffix", "write"), [(".png", save), (".tif", geotiff)])
 def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write):
     strokes = "water:100,50,20,20", "road:300,200,90,30"
-    cfg, photo = edit(tmp_path, suffix=suffix, write=write, paint=strokes)
-    painter = Painter()
-    common.edit_file(cfg, painter)
-    with Raster(tmp_path / "out" / f"photo{suffix}") as raster:
-        edited = raster.read()
+    photo, result, windows = edited(tmp_path, *strokes, suffix=suffix, write=write)
     near, border = np.zeros((300, 400), bool), 3  # 12 at 256
     near[50 - border : 70 + border, 100 - border : 120 + border] = True
     near[200 - border : 230 + border, 300 - border : 390 + border] = True
-    assert (edited[~near] == photo[~near]).all()
-    assert (edited[55:65, 105:115] == 140).all() and (edited[205:225, 310:380] == 140).all()
-    assert len(painter.windows) == 1 + 3  # the lake has its own
-    lake = next(window for window in painter.windows if 1 in window[3])
+    assert (result[~near] == photo[~near]).all()
+    assert (result[55:65, 105:115] == 140).all() and (result[205:225, 310:380] == 140).all()
+    assert len(windows) == 1 + 3  # the lake has its own
+    lake = next(window for window in windows if 1 in window[3])
     rows, columns = torch.where(lake[4] > 0)
     assert abs((rows.min() + rows.max()) / 2 - 31.5) <= 2  # in the middle, as in training
     assert abs((columns.min() + columns.max()) / 2 - 31.5) <= 2
@@ -517,24 +503,17 @@ def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write)
             assert out.transform == PLACE["transform"]
 
 
-def test_land_cover_of_another_place_or_size_is_refused(tmp_path):
-    cfg, _ = edit(tmp_path, suffix=".tif", write=geotiff, paint=("water:9,9,9,9",))
-    path, labels = tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8)
-    geotiff(path, labels, transform=from_origin(500_100, 5_800_000, 0.5, 0.5))
+def test_land_cover_of_another_place_is_refused(tmp_path):
+    cfg, _ = edit(tmp_path, "water:9,9,9,9", suffix=".tif", write=geotiff)
+    away = from_origin(500_100, 5_800_000, 0.5, 0.5)
+    geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=away)
     with refused(r"lc.tif lies elsewhere than .*photo.tif"):
         edit_of_files(cfg)
-    for wrong in (labels[1:], labels[:, 1:]):
-        geotiff(path, wrong)
-        with refused("sizes must agree"):
-            edit_of_files(cfg)
-    here = from_bounds(500_000, 5_800_000 - 150, 500_200, 5_800_000, 400, 300)
-    geotiff(path, labels, transform=here)
-    assert edit_of_files(cfg).lc.place[1] == here
 
 
 def test_samples_that_are_there_are_kept(tmp_path, capsys):
     """Four samples, of which the second was retouched: the others are generated."""
-    cfg, photo = edit(tmp_path, paint=("water:100,50,20,20",))
+    cfg, photo = edit(tmp_path, "water:100,50,20,20")
     save(tmp_path / "out" / "photo_2.png", np.full_like(photo, 7))
     common.edit_file(cfg, Painter(), samples=4)
     said = capsys.readouterr()
@@ -555,17 +534,15 @@ def test_samples_that_are_there_are_kept(tmp_path, capsys):
 )
 def test_an_edit_at_the_edge_is_painted_up_to_it(tmp_path, stroke, top, bottom, left, right):
     """No feather towards what is not there; a stroke may begin and end outside."""
-    cfg, photo = edit(tmp_path, paint=(stroke,))
-    common.edit_file(cfg, Painter())
-    edited, inner = pixels_of(tmp_path / "out" / "photo.png"), np.zeros((300, 400), bool)
+    (photo, result, _), inner = edited(tmp_path, stroke), np.zeros((300, 400), bool)
     inner[top:bottom, left:right] = True  # but for the feather
-    assert (edited[inner] == 140).all()
+    assert (result[inner] == 140).all()
     wide = np.asarray(Image.fromarray(inner).filter(ImageFilter.MaxFilter(17)))
-    assert (edited[~wide] == photo[~wide]).all()
+    assert (result[~wide] == photo[~wide]).all()
 
 
 def test_an_edit_is_feathered(tmp_path):
-    cfg, photo = edit(tmp_path, paint=("water:100,100,40,40",))
+    cfg, photo = edit(tmp_path, "water:100,100,40,40")
     save(tmp_path / "photo.png", np.full_like(photo, 20))
     common.edit_file(cfg, Painter())
     across = pixels_of(tmp_path / "out" / "photo.png")[120, 90:111, 0].tolist()
@@ -576,11 +553,11 @@ def test_an_edit_is_feathered(tmp_path):
 def test_a_small_edit_has_a_window_of_its_own_and_those_close_together_are_one(tmp_path):
     """A margin of an eighth of the window must be left; a larger edit gets a quarter all around."""
     for side, length in ((48, 64), (52, 52 + 2 * 16)):
-        cfg, _ = edit(tmp_path, paint=(f"water:100,100,{side},{side}",))
+        cfg, _ = edit(tmp_path, f"water:100,100,{side},{side}")
         ((*_, height, width),) = edit_of_files(cfg).regions()
         assert height == width == length
     strokes = "water:100,50,20,20", "road:130,80,20,20", "road:10,250,5,5"
-    assert len(edit_of_files(edit(tmp_path, paint=strokes)[0]).regions()) == 2
+    assert len(edit_of_files(edit(tmp_path, *strokes)[0]).regions()) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -589,8 +566,7 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
     for _ in range(rng.integers(1, 9)):
         x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
         strokes.append(f"water:{x},{y},{width},{height}")
-    cfg, _ = edit(tmp_path, paint=tuple(strokes), window=(64, 64 + 16 * seed))
-    files = edit_of_files(cfg)
+    files = edit_of_files(edit(tmp_path, *strokes, window=(64, 64 + 16 * seed))[0])
     regions, left = files.regions(), files.changed(0, 0, 300, 400)
     assert left.any()
     for k, (y, x, height, width) in enumerate(regions):
@@ -602,30 +578,32 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
 
 
 def test_an_edit_of_nothing_is_the_photograph(tmp_path, capsys):
-    cfg, photo = edit(tmp_path, paint=("land:0,0,400,300",))
-    painter = Painter()
-    common.edit_file(cfg, painter)
-    assert "nothing changes" in capsys.readouterr().err and not painter.windows
-    assert (pixels_of(tmp_path / "out" / "photo.png") == photo).all()
+    photo, result, windows = edited(tmp_path, "land:0,0,400,300")
+    assert "nothing changes" in capsys.readouterr().err and not windows
+    assert (result == photo).all()
 
 
-def test_land_cover_before_and_after_as_files(tmp_path):
-    after = np.zeros((300, 400), np.uint8)
+def test_land_cover_before_and_after_as_files(tmp_path, capsys):
+    """Without the one before, or with --no-keep-outside, all is generated."""
+    after, labels = np.zeros((300, 400), np.uint8), tmp_path / "labels" / "after.png"
     after[100:120, 200:220] = 1
-    save(tmp_path / "labels" / "after.png", after)
+    save(labels, after)
     cfg, painter = edit(tmp_path)[0], Painter()
-    cfg = dataclasses.replace(cfg, lc=str(tmp_path / "labels" / "after.png"), lc_before=cfg.lc)
+    cfg = dataclasses.replace(cfg, lc=str(labels), lc_before=cfg.lc)
     common.edit_file(cfg, painter, samples=2)
     assert len(painter.windows) == 2
     first, second = (pixels_of(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2))
     assert (first != second).any(-1)[105:115, 205:215].all()
-    assert (first == second)[:90].all()
+    assert (first == second)[:90].all() and "--lc-before" not in capsys.readouterr().err
+    for name, options in (("a", {"keep_outside": False}), ("b", {"lc_before": "", "erase": False})):
+        out = tmp_path / name
+        common.edit_file(dataclasses.replace(cfg, out=str(out), **options), Painter())
+        assert (pixels_of(out / "photo.png") == 140).all()
+    assert "all is generated: --lc-before" in capsys.readouterr().err
 
 
 def test_a_small_photograph_is_edited_as_a_whole(tmp_path, capsys):
-    cfg, painter = edit(tmp_path, shape=(90, 70), paint=("water:20,30,10,10",))[0], Painter()
-    common.edit_file(cfg, painter)
-    (window,) = painter.windows
+    *_, (window,) = edited(tmp_path, "water:20,30,10,10", shape=(90, 70))
     assert "as a whole" in capsys.readouterr().err
     assert window.shape == (5, 64, 64) and window[4].sum() < 200
 

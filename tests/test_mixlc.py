@@ -25,14 +25,6 @@ from tensors import CPU, batch_of, calls_of, inputs_of, open_data, tiny
 TINY = tiny("mixlc")[1]
 
 
-@pytest.fixture
-def photo(tmp_path):
-    """Options of an edit of photo.png, all of it land."""
-    save(tmp_path / "photo.png", picture(np.random.default_rng(9), 100, 140))
-    save(tmp_path / "lc.png", np.zeros((100, 140), np.uint8))
-    return f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png"
-
-
 def choices(data, count):
     """What data chooses in `count` epochs: partners and boxes of all its tiles."""
     drawn, box = [], data.cfg.box
@@ -241,27 +233,6 @@ def test_the_verdict_on_copying(landcover, cache, monkeypatch):
     assert "0.00 levels from the target" in answers[1]
     ends = "copies its input", "does not copy its input", "does not copy its input"
     assert all(f"it {end}" in answer for answer, end in zip(answers, ends, strict=True))
-
-
-def pixels(path):
-    return pixels_of(path).astype(int)
-
-
-def test_an_edited_land_cover_file(landcover, photo, tmp_path, capsys):
-    lc = np.zeros((100, 140), np.uint8)
-    lc[:, 70:] = 1
-    save(tmp_path / "edited.png", lc)
-    photo = photo.replace("lc.png", "edited.png")
-    run = tmp_path / "whole" / "run"
-    main(tiny_run("mixlc", landcover, run, "--epochs 1 --no-erase"))
-    main(use(run, photo, f"--out {tmp_path}/a"))
-    assert "--lc-before" in capsys.readouterr().err
-    photo += f" --lc-before {tmp_path}/lc.png"
-    main(use(run, photo, f"--out {tmp_path}/b"))
-    main(use(run, photo, f"--out {tmp_path}/c --no-keep-outside"))
-    whole, kept, again = (pixels(tmp_path / name / "photo.png") for name in "abc")
-    assert (whole == again).all() and (kept[:, 80:] == whole[:, 80:]).all()
-    assert (kept[:, :60] == pixels(tmp_path / "photo.png")[:, :60]).all()
 
 
 def test_the_beginning_of_a_name_is_enough():
