@@ -54,7 +54,7 @@ def batch_of(script, cfg, seed=0):
         return a, lc_b
     if "mixlc" not in script:
         return a, b
-    box = torch.tensor([[20, 20, 24, 24], [0, 40, 16, 16]])
+    box = torch.tensor([[20, 20, 24, 24], [0, 44, 16, 16]])
     inside = torch.tensor([True, not cfg.use_ba])
     own = torch.tensor([False, True])
     return a, lc_ab, c, box, inside, lc_a, b, lc_b, own

@@ -163,23 +163,6 @@ def test_the_dilated_net_sees_the_whole_centre_box(size):
     assert top <= size * 5 // 16 and bottom >= size * 11 // 16 - 1
 
 
-def test_the_local_crop_lies_around_the_box_and_within_the_image():
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    images = torch.stack([y, x]).expand(3, 2, 64, 64)
-    box = torch.tensor([[20, 20, 24, 24], [0, 0, 8, 8], [50, 56, 14, 8]])
-    crop = mixlc.crop_around(images, box, 32)
-    assert crop.shape == (3, 2, 32, 32)
-    assert crop[:, :, 0, 0].tolist() == [[16, 16], [0, 0], [32, 32]]
-    assert crop[0, 1, 0].tolist() == list(range(16, 48))
-
-
-def test_edit_mask():
-    mask = edit_mask(torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([True, False]), 8)
-    want = torch.zeros(8, 8, dtype=torch.bool)
-    want[1:4, 2:6] = True
-    assert torch.equal(mask[0, 0], want) and torch.equal(mask[1, 0], ~want)
-
-
 @pytest.mark.parametrize(
     ("size", "box", "rows", "columns"),
     [(64, (0, 0, 8, 10), (0, 11), (0, 13)), (256, (100, 100, 20, 20), (88, 132), (88, 132))],
