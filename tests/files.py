@@ -57,6 +57,13 @@ def geotiff(path, pixels, valid=None, **profile):
     return path
 
 
+def bands_of(path, bands=None):
+    """The values of a TIFF, (H, W, bands)."""
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(path) as file:
+        return np.moveaxis(file.read(bands), 0, -1)
+
+
 def noise(height, width, channels=3):
     return np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
 

@@ -2,15 +2,17 @@
 
 import base64
 import io
+import shutil
 
 import numpy as np
-import pytest
 
 import support.serve
-from files import pixels_of
+from files import bands_of, pixels_of
 from runs import use
 from support.pictures import eight_bits
 from tensors import calls_of
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
 def studio_of(main, run, monkeypatch, more=""):
@@ -43,9 +45,7 @@ def page_shows(studio, paths, strokes=()):
 
 def in_colours(path, limits=None):
     """A TIFF in 8 bits, (H, W, 3): one band is grey, two are red and cyan, else the first three."""
-    rasterio = pytest.importorskip("rasterio")
-    with rasterio.open(path) as file:
-        values = np.moveaxis(file.read(), 0, -1)
+    values = bands_of(path)
     levels = limits.to_levels(values) if limits else values
     first = {1: [0, 0, 0], 2: [0, 1, 1]}.get(values.shape[-1], [0, 1, 2])
     return eight_bits(levels)[..., first]

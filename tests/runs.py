@@ -8,6 +8,7 @@ import torch
 
 import common
 from harness import SCRIPTS
+from support.plots import read_metrics
 
 # the options of each script's smallest networks, beside --size 64 --width 4
 SMALLEST = {
@@ -52,6 +53,11 @@ def last(run):
 def rows_of(run):
     """The rows of a run's evaluation.json."""
     return json.loads((run / "evaluation.json").read_text())["rows"]
+
+
+def metrics_of(run):
+    """The rows of a run's metrics.csv."""
+    return read_metrics(run / "metrics.csv")
 
 
 def refused(text):

@@ -6,26 +6,23 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import draw_controls
 import draw_raster
 import forged_masks
 import gpu
-import keep_run
 import numpy as np
 import pytest
 import seams
 import torch
+from paths import ROOT
 
 import common
 import pix2pix
 from files import land_cover
-from runs import line_of, tiny_run
+from runs import tiny_run
 from support.windows import tiles
 from tensors import calls_of
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_forged_masks_are_parts_of_two_real_ones():
@@ -69,30 +66,6 @@ def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, mo
         assert torch.equal(learnt[k][0], given[6 * k][0])
         assert torch.equal(masks[k][0], learnt[k][0][:, 3])
     assert not torch.equal(given[0][0], given[6][0]), "another seed takes other tiles"
-
-
-FORGE = "--data landcover --patch 80 --tiles"
-MISTAKES = [
-    (forged_masks.main, "--data pairs", "land cover"),
-    (forged_masks.main, f"{FORGE} 5", "from 2 to 4"),
-    (forged_masks.main, f"{FORGE} 2 --forged 0", "--forged"),
-    (forged_masks.main, f"{FORGE} 2 --seeds 1", "--seeds"),
-    (seams.main, "nosuch.pt scene.tif", "nosuch.pt"),
-    (seams.main, "weights scene.tif", "no checkpoint"),
-    (keep_run.main, "nosuch kept 60", "evaluation.json"),
-]
-
-
-@pytest.mark.parametrize(("main", "words", "says"), MISTAKES)
-def test_a_mistake_gets_one_line(main, words, says, pairs, landcover, tmp_path, capsys):
-    known = {"pairs": str(pairs), "landcover": str(landcover), "kept": str(tmp_path / "kept")}
-    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    known["weights"] = str(tmp_path / "weights.pt")
-    words = [known.get(word, word) for word in words.split()]
-    if main is forged_masks.main:
-        words += ["--cache", str(tmp_path / "cache")]
-    assert says in line_of(main, words, capsys)
-    assert not (tmp_path / "kept").exists()
 
 
 def test_controls_and_raster_are_drawn(tmp_path):

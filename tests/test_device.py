@@ -7,13 +7,13 @@ import datetime
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import roofline
 import torch
+from paths import ROOT
 from test_steps import double_batch, in_double
 
 import common
@@ -242,8 +242,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own switch")
 def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     """Four blocks of 64 MiB, freed, are there again without a page fault for each of theirs."""
-    call, root = [sys.executable, "-c", PAGE_FAULTS], Path(__file__).parent.parent
-    faults = [int(subprocess.check_output([*call, how], cwd=root)) for how in ("keep", "default")]
+    call = [sys.executable, "-c", PAGE_FAULTS]
+    faults = [int(subprocess.check_output([*call, how], cwd=ROOT)) for how in ("keep", "default")]
     assert faults[0] < 0.5 * faults[1]
     calls = calls_of(monkeypatch, support.device, "keep_memory")
     start(tiny("pix2pix", device="cpu")[1])

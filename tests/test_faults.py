@@ -23,7 +23,8 @@ import common
 import mixlc
 import pix2pix
 import support.run
-from files import CLASSES, TABLE, land_cover, picture, save, side_by_side
+from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side
+from harness import SCRIPTS
 from runs import last, line_of, state_of, tiny_run, use
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
@@ -36,6 +37,7 @@ from tensors import same
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
 
 EDIT = "mixlc --generate photo.png --checkpoint mixlc.pt --out o"
+FORGE = "forged_masks --data landcover --cache cache --patch 80 --tiles"
 # a command in a world of pairs/, landcover/ and model.pt, and a part of the line
 CASES = {
     f"{EDIT} --lc lc.png --paint lake:1,1,5,5": "not one class; there are land, water, road",
@@ -109,11 +111,22 @@ CASES = {
     "pix2pix --out run": "--out run holds a run: go on with --resume",
     "pix2pix --out stranger": "--out stranger holds other files",
     "pix2pix --out odd.pt": "odd.pt: File exists",
+    "pix2pix --out nowhere": "nowhere: File exists",
     "pix2pix --resume --evaluate --out run": "--generate, --evaluate and --serve need",
     "pix2pix --resume --out texts": "error: texts: its G does not fit",
     "pix2pix --resume --out no_moments": "no_moments: its opt_G does not fit",
     "pix2pix --resume --out no_G": "no_G: its G does not fit",
+    "pix2pix --data nan": "0.tif: no pixel has data",
+    "forged_masks --data pairs --cache cache": "land cover",
+    f"{FORGE} 5": "from 2 to 4",
+    f"{FORGE} 2 --forged 0": "--forged",
+    f"{FORGE} 2 --seeds 1": "--seeds",
+    "seams nothing.pt scene.tif": "nothing.pt",
+    "seams bare.pt scene.tif": "no checkpoint",
+    "keep_run empty kept 60": "evaluation.json",
 }
+for limits in ["5", "1,2,3", "3,2", "1,x", "nan,1", "1,2,3,4,5,6,7,8"]:
+    CASES[f"pix2pix --limits-A {limits}"] = "write LOW,HIGH, for all bands or for each"
 if not torch.cuda.is_available():
     CASES["pix2pix --device cuda"] = "--device cuda: no CUDA device"
 
@@ -137,7 +150,7 @@ def world(tmp_path_factory, trained):
         (root / name).mkdir()
     (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
     (root / "judged" / "judge.pt").write_bytes(b"rubbish")
-    (root / "v.pth").touch()
+    (root / "nowhere").symlink_to(root / "removed")
     Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")
     wrong_data(root)
     wrong_checkpoints(root)
@@ -155,6 +168,8 @@ def wrong_data(root):
         (root / name / "train" / "0.png").unlink()
     (root / "dangling" / "train" / "0.png").symlink_to("/nowhere.png")
     (root / "terabytes" / "train" / "0.png").write_bytes(png_header(2_000_000, 1_000_000))
+    for name in ("train/A", "train/B", "val/A", "val/B"):
+        geotiff(root / "nan" / name / "0.tif", np.full((64, 64), np.nan, np.float32))
     for name in ("arrays", "axes", "utf16", "low"):
         shutil.copytree(root / "landcover", root / name)
     save(root / "low" / "train" / "rgb" / "0.jpg", np.zeros((60, 80, 3), np.uint8))
@@ -192,6 +207,7 @@ def wrong_checkpoints(root):
         "old.pt": {key: content[key] for key in content if key != "histograms"},
         "other.pt": {"script": "cyclegan", "config": {}, "state": {}},
         "odd.pt": odd,
+        "bare.pt": {"conv.weight": torch.zeros(1)},
         "judge_alone.pt": odd | {"state": {"judge": {}}},
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +235,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, world, monkeypatch, c
     monkeypatch.chdir(world)
     before = files_of(world)
     script, *words = command.split()
-    if not {"--checkpoint", "--resume"} & set(words):
+    if script in SCRIPTS and not {"--checkpoint", "--resume"} & set(words):
         data = "landcover" if "mix" in script else "pairs"
         words = [*f"--data {data} --cache cache --out new".split(), *SMALL, *words]
     assert CASES[command] in line_of(importlib.import_module(script).main, words, capsys)
@@ -368,6 +384,7 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     said = capsys.readouterr().err
     assert "the images are not those of before: epoch 1 begins anew" in said
     assert last(run)["step"] == steps
+    assert same(last(run)["histograms"], content["histograms"])  # evaluations stay comparable
 
 
 # ------------------------------------------------------------------------------ nowhere to print to

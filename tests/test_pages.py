@@ -2,15 +2,13 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
 
 import pix2pix
 from files import side_by_side
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+from pages import BROWSER
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 import common
 from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save
+from pages import BROWSER
 from runs import refused, tiny_run
 from support import serve
 from support import studio as studios
@@ -36,9 +37,7 @@ from support.rasters import Raster
 from support.studio import Studio
 from tensors import tiny
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PLAYWRIGHT = importlib.util.find_spec("playwright")
-ROOT = Path(__file__).parent.parent
 
 
 class Painter(torch.nn.Module):

@@ -18,8 +18,7 @@ import torch
 import common
 from files import land_cover, side_by_side
 from harness import SCRIPTS
-from runs import last, tiny_run
-from support.plots import read_metrics
+from runs import last, metrics_of, tiny_run
 from support.processes import rank
 from tensors import same, tiny
 
@@ -121,10 +120,6 @@ def test_two_ranks_resume_to_the_bit(done, script):
     assert f"stopped at step 5: go on with --resume --out {parts}" in done[1]
     assert last(parts)["world"] == 2 and same(last(parts)["state"], last(whole)["state"])
     assert metrics_of(parts) == metrics_of(whole)
-
-
-def metrics_of(out):
-    return read_metrics(out / "metrics.csv")
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 import cyclegan
@@ -19,7 +20,6 @@ from files import geotiff, land_cover, picture, save, side_by_side, vgg_file
 from harness import SCRIPTS
 from support import serve
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     *(f"docs/{name}.md" for name in ("data", "use", "inria", "results/README")),

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 import common
@@ -22,23 +22,23 @@ import pix2pix
 import support.run
 from files import picture, pixels_of, save
 from pix2pix import Config, main
-from runs import last, line_of, refused, rows_of, state_of, tiny_run, use
-from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
+from support.checkpoints import (
+    RANKS,
+    buffers_of_ranks,
+    load_weights,
+    save_checkpoint,
+    state_dict,
+)
 from support.demo import demo_world
 from support.options import parse
-from support.plots import read_metrics
 from tensors import CPU, as_rank, batch_of, same, tiny
 
-ROOT = Path(__file__).parent.parent
 LAST = "checkpoints/last.pt"
 
 
 def train(data, out, more=""):
     main(tiny_run("pix2pix", data, out, more))
-
-
-def metrics_of(run):
-    return read_metrics(run / "metrics.csv")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     train(pairs, run, "--epochs 5 --save-every 4")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == [f"epoch_{k:04}.png" for k in grids] and saved == grids
+    assert Config().save_every == 10  # as docs/use.md has it
     assert {path.stem for path in (run / "checkpoints").iterdir()} == {"last", "epoch_0004"}
     assert state_of(run / "checkpoints" / "epoch_0004.pt")["epoch"] == 4
     rows = metrics_of(run)
@@ -259,6 +260,13 @@ def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
     with refused("No space left"):
         save_checkpoint(path, {"a": 2})
     assert state_of(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_a_gpu_is_read_onto_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"weight": torch.ones(2)}, tmp_path / "x.pt")
+    assert load_weights(tmp_path / "x.pt")["weight"].device == CPU
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path, monkeypatch, capsys):

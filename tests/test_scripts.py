@@ -6,13 +6,12 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from harness import SCRIPTS
 
-ROOT = Path(__file__).parent.parent
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
 # Lines down to the end of main, which is what a reader reads. Lower them when a file shrinks.

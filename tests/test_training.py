@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import common
-from files import PLACE, TABLE, geotiff
+from files import PLACE, TABLE, bands_of, geotiff
 from harness import SCRIPTS
 from pages import in_colours, page_shows, studio_of
 from runs import RUNS, last, line_of, refused, rows_of, state_of, stop_after, tiny_run, use
 from support.checkpoints import state_dict
+from support.limits import Limits
 from support.pictures import to_bytes
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
@@ -121,8 +122,9 @@ def test_crops_and_flips_are_the_same_for_all_channels_of_an_image(script):
 
 @each_script
 def test_validation_images_are_whole_unflipped_and_always_the_same(script, data, cache):
-    options = {"box": "random"} if "mixlc" in script else {}
-    one = open_data(script, data[script], cache, "val", **options)
+    edits = "mixlc" in script
+    options = {"box": "random", "use_ba": True, "own": 1.0} if edits else {}
+    one = open_data(script, data[script], cache, "val")
     other = open_data(script, data[script], cache, "val", **options, seed=5)
     (batch,) = one.in_order(np.arange(len(one)))
     (again,) = other.in_order(np.arange(len(other)))
@@ -133,6 +135,7 @@ def test_validation_images_are_whole_unflipped_and_always_the_same(script, data,
     else:
         assert same(list(some), [field[:2] for field in batch])
         assert (to_bytes(batch[0]).numpy() == one.store.records[:, :3]).all()
+    assert not edits or (batch.inside.all() and batch.box.tolist() == [[20, 20, 24, 24]] * 2)
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
@@ -298,39 +301,42 @@ MANY = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("script", MANY)
-def test_networks_of_other_bands(script, tmp_path, capsys, monkeypatch):
+def test_networks_of_other_bands_and_depths(script, dtype, tmp_path, capsys, monkeypatch):
     """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
     root, edits = tmp_path / "data", "mixlc" in script
+    folders = ("rgb", "lc") if edits else ("A", "B")
     for k in range(6):
-        a = np.random.default_rng(k).integers(0, 256, (64, 64, 6), np.uint8)
-        folders, labels = (("rgb", "lc") if edits else ("A", "B")), a[..., 0] % 3
-        split = "val" if k > 3 else "train"
+        most, split = 256 if dtype == "uint8" else 5000, "val" if k > 3 else "train"
+        a = np.random.default_rng(k).integers(0, most, (64, 64, 6), dtype)
+        b = (a[..., 0] % 3).astype(np.uint8) if edits else a[..., :5]
         geotiff(root / split / folders[0] / f"{k}.tif", a)
-        geotiff(root / split / folders[1] / f"{k}.tif", labels if edits else a[..., :5])
+        geotiff(root / split / folders[1] / f"{k}.tif", b)
     if edits:
         (root / "classes.json").write_text(json.dumps(TABLE))
-    main, out = importlib.import_module(script).main, tmp_path / "run"
-    main(tiny_run(script, root, out, f"--epochs 1 {MANY[script]}"))
-    photo = root / "val" / folders[0] / "5.tif"
+    module, out = importlib.import_module(script), tmp_path / "run"
+    module.main(tiny_run(script, root, out, f"--epochs 1 {MANY[script]}"))
+    photo, result = root / "val" / folders[0] / "5.tif", tmp_path / "new" / "5.tif"
     more = f"--lc {root}/val/lc/5.tif --paint water:0,0,30,30" if edits else ""
-    main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
-    with rasterio.open(tmp_path / "new" / "5.tif") as result:
-        assert result.count == {"pix2pix": 1, "cyclegan": 4, "mixlc": 5, "mixlc_acgan": 2}[script]
-        assert "alpha" not in [color.name for color in result.colorinterp]
-        assert result.transform == PLACE["transform"]
-        if edits:
-            bands = [int(band) for band in MANY[script].split()[-1].split(",")]
-            with rasterio.open(photo) as before:
-                assert (result.read()[:, 40:, 40:] == before.read(bands)[:, 40:, 40:]).all()
-    assert rows_of(out)
+    module.main(use(out, f"--generate {photo} {more}", f"--out {tmp_path}/new"))
+    with rasterio.open(result) as file:
+        assert file.count == {"pix2pix": 1, "cyclegan": 4, "mixlc": 5, "mixlc_acgan": 2}[script]
+        assert "alpha" not in [color.name for color in file.colorinterp]
+        assert file.dtypes[0] == dtype and file.transform == PLACE["transform"]
+    if edits:
+        before = bands_of(photo, [int(band) for band in MANY[script].split()[-1].split(",")])
+        assert (bands_of(result)[40:, 40:] == before[40:, 40:]).all()
+    title = "A to B: model" if script == "cyclegan" else "model"
+    assert ("rmse_units" in rows_of(out)[title]) == (dtype == "uint16" and not edits)
     capsys.readouterr()
-    line = line_of(main, use(out, "--evaluate", "--bands-A 3,2,1"), capsys)
+    line = line_of(module.main, use(out, "--evaluate", "--bands-A 3,2,1"), capsys)
     assert "--bands-A 3,2,1 contradicts" in line
     files = (root / "val" / "lc" / "5.tif", photo) if edits else (photo,)
     strokes = [(0, 0, 30, 30, bytes([1]) * 900)] if edits else []
-    shown = page_shows(studio_of(main, out, monkeypatch), files, strokes)
-    assert (shown == in_colours(tmp_path / "new" / "5.tif")).all()
+    shown = page_shows(studio_of(module.main, out, monkeypatch), files, strokes)
+    limits = Limits.of(module.Config(**last(out)["config"]), "A" if edits else "B")
+    assert (shown == in_colours(result, limits)).all()
 
 
 def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):

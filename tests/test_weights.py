@@ -1,16 +1,14 @@
 """weights/: every file loads, generates, and beats constant colours on a kept validation image."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 
 import pix2pix
 from support.checkpoints import load_weights
 from support.measures import constant_colors
 
-ROOT = Path(__file__).parent.parent
 KEPT = {  # file: the kept run that it is of
     "map-to-satellite": "pix2pix-map-to-satellite-256",
     "satellite-to-map": "pix2pix-satellite-to-map-256",
