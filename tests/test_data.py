@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -142,6 +143,12 @@ S2GLC = "values [1] are outside the class table's, [0, 62,"
 GREYS = [0, 90, 200, 255]
 
 
+def partly(known):
+    """Of 1000 pixels the first are land, the others like no class."""
+    land = np.arange(1000).reshape(10, 100, 1) < known
+    return np.where(land, CLASSES.palette[0], np.uint8(7))
+
+
 def paletted(*levels):
     """The codes 1, 2, 3 and 4 in shades of red."""
     image = Image.fromarray(np.array([[1, 2, 3, 4]], np.uint8))
@@ -184,6 +191,10 @@ LABELS = {
     "binary, 0 and 1, TIFF": ("binary", "x.tif", [0, 1, 1, 0], "[1] are outside"),
     "more codes": (NEAREST, "x.tif", [0, 1, 2, 3], "[2, 3] are outside"),
     "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], "is it a photograph?"),
+    "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
+    "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), "a photograph?"),
+    "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
+    "known in 0.5 %": (TABLE, "x.png", partly(5), "is it a photograph?"),
     "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are outside"),
 }
 for name in ("x.png", "x.tif"):  # values that a table names decide, else most of the colours
@@ -194,6 +205,29 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
         f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are outside"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
+
+NONE = INDEX == 255
+WHOLE = np.where(NONE, np.uint8(1), INDEX)
+FLOATS = INDEX.astype(np.float32)
+# case: (class table, pixels of a GeoTIFF, its profile, indices)
+GEOTIFFS = {
+    "codes": (TABLE, CODES, {}, INDEX),
+    "codes of 16 bits": (TABLE, CODES.astype(np.uint16), {}, INDEX),
+    "floats": (TABLE, FLOATS, {}, INDEX),
+    "NaN": (TABLE, np.where(NONE, np.nan, FLOATS), {}, INDEX),
+    "NaN is no data": (TABLE, np.where(NONE, np.nan, FLOATS), {"nodata": np.nan}, INDEX),
+    "floats, no data": (TABLE, np.where(NONE, -3e38, FLOATS), {"nodata": -3e38}, INDEX),
+    "no data": (TABLE, np.where(NONE, np.uint8(99), INDEX), {"nodata": 99}, INDEX),
+    "no data that is a class": (TABLE, WHOLE, {"nodata": 2}, WHOLE),
+    "no data of a mask": ("binary", np.where(NONE, -9, np.int16(255) * (INDEX == 1)),
+                          {"nodata": -9}, np.where(NONE, 255, INDEX == 1)),
+    "colours": (TABLE, COLOURS, {}, INDEX),
+    "a colour without a class": (TABLE, STRAY, {}, INDEX),
+    "no data in colours": (NEAREST | {"classes": TABLE[:3]},
+                           np.where(NONE[..., None], np.uint8(1), COLOURS), {"nodata": 1}, INDEX),
+}  # fmt: skip
+for name, (table, pixels, profile, want) in GEOTIFFS.items():
+    LABELS[f"GeoTIFF, {name}"] = table, "x.tif", (pixels, profile), want
 
 
 def table_of(table):
@@ -206,7 +240,9 @@ def test_label_maps(tmp_path, case):
     table, name, pixels, want = LABELS[case]
     if isinstance(pixels, list):
         pixels = np.array([pixels], np.uint8 if isinstance(pixels[0], int) else float)
-    if isinstance(pixels, Image.Image):
+    if isinstance(pixels, tuple):
+        geotiff(tmp_path / name, pixels[0], **pixels[1])
+    elif isinstance(pixels, Image.Image):
         pixels.save(tmp_path / name)
     else:
         {".npy": np.save, ".npz": np.savez}.get(name[1:], save)(tmp_path / name, pixels)
@@ -218,6 +254,7 @@ def test_label_maps(tmp_path, case):
     with Raster(tmp_path / name, table_of(table)) as raster:
         assert (raster.height, raster.width) == want.shape and (raster.read() == want).all()
         assert (raster.read(1, 2, 9, 2) == want[1:, 2:4]).all()
+        assert (raster.read(0, 0, 1, 1) == want[:1, :1]).all()  # whatever a window has
 
 
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]
@@ -357,6 +394,8 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     os.utime(root / "train" / "0.png", (1, 1))
     store_of(root, cache)
     assert len(store_files(cache)) == 3  # another time
+    store_of(shutil.copytree(root, tmp_path / "other"), cache)
+    assert len(store_files(cache)) == 4  # another place, where names, sizes and times are the same
     (root / "train" / "5.png").unlink()
     assert len(store_of(root, cache).A) == 5
 
@@ -408,16 +447,6 @@ def test_a_damaged_store_is_built_again(tmp_path):
         assert (store_of(root, cache).records == whole).all() and file.read_bytes() == content
 
 
-def test_two_datasets_of_equal_names_sizes_and_times_have_two_stores(tmp_path):
-    levels = {"a": 10, "b": 200}
-    for name, level in levels.items():
-        for split in ("train", "val"):
-            save(tmp_path / name / split / "1.bmp", np.full((40, 80, 3), level, np.uint8))
-            os.utime(tmp_path / name / split / "1.bmp", (1, 1))
-    stores = {name: store_of(tmp_path / name, tmp_path / "cache") for name in levels}
-    assert {name: store.A.max() for name, store in stores.items()} == levels
-
-
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -452,7 +481,8 @@ def test_demo_world(tmp_path):
     written = [Path(root) / name for name in ("train/000.png", "train/001.png", "val/000.png")]
     assert sorted((tmp_path / "demo-maps").rglob("*.png")) == written
     times = [path.stat().st_mtime_ns for path in written]
-    demo_world(tmp_path, "maps", train=2, val=1, side=64)
+    demo_world(tmp_path, "maps", train=3, val=1, side=32)  # another one does not replace it
+    assert sorted((tmp_path / "demo-maps").rglob("*.png")) == written
     assert [path.stat().st_mtime_ns for path in written] == times
     for path, number in zip(written, (0, 1, 100_000), strict=True):
         satellite, drawn, _ = landscape(np.random.default_rng([7, number]), 64)
@@ -564,12 +594,12 @@ def test_label_measures_by_hand():
     assert measured["mean_iou"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
-def histograms_of(images, labels=None):
+def histograms_of(images, labels=None, **most):
     """Of arrays (N, 3, S, S) and (N, 1, S, S), or of pairs of the same images."""
     rows = {"A": images, "B": images if labels is None else labels}
     classes = None if labels is None else CLASSES
     about = {"paired": True, "classes": classes, "rows": rows, "known": lambda *_: None}
-    return ImageStore.histograms(types.SimpleNamespace(**rows, **about))
+    return ImageStore.histograms(types.SimpleNamespace(**rows, **about), **most)
 
 
 def test_constant_guesses():
@@ -578,6 +608,8 @@ def test_constant_guesses():
     guesses = common.constant_colors(histograms_of(images)["A"])
     bytes_of = {name: to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
+    four = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+    assert histograms_of(four, most=2)["A"][0, :4].tolist() == [1, 0, 1, 0]  # evenly spread
     counts = torch.zeros(1, 256)
     counts[0, [0, 1, 2, 255]] = torch.tensor([1.0, 3, 1, 4])
     frequent = to_bytes(common.constant_colors(counts, CLASSES)["most frequent class"])

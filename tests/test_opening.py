@@ -56,6 +56,7 @@ FLAGS = '><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata><VRTR'
 MASK = RAW.replace('"4"', '"40"').replace('YSize="1"', 'YSize="30"').replace("><VRTR", FLAGS)
 
 
+WORLD = "0.5\n0\n0\n-0.5\n500000.25\n5799999.75\n"  # PLACE as six numbers; the first pixel's middle
 EPS, FAR = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "http://127.0.0.1:9/x.tif"
 # (file, its content, what the line says)
 RECIPES = [
@@ -72,15 +73,19 @@ RECIPES = [
     ("x.png", "P6\n4 4\n255\n" + 48 * "\0", "cannot be decoded"),  # a PPM
     ("x.eps", EPS, "endings are"),
     ("x.mrf", "<MRF_META/>", "endings are"),
+    *((f"x.{ending}", RAW, "cannot be decoded") for ending in ["jp2", "img", "gpkg", "png", "jpg"]),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "text"), RECIPES)
 def test_no_file_is_opened_by_its_content(tmp_path, name, content, text):
+    """Also where a world file beside it names its place."""
     (tmp_path / name).write_text(content)
+    (tmp_path / "x.wld").write_text(WORLD)
     with refused(text):
         Raster(tmp_path / name).read()
-    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {name: content, "x.wld": WORLD}
 
 
 @pytest.mark.parametrize("ending", [".msk", ".MSK", ".Msk", ".ovr", ".OVR"])
@@ -98,21 +103,6 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         Raster(tmp_path / "x.tif")
 
 
-@pytest.mark.parametrize(("name", "driver"), [("x.tif", "GTiff"), ("x.vrt", "VRT")])
-def test_gdal_is_told_the_driver(tmp_path, monkeypatch, name, driver):
-    geotiff(tmp_path / "x.tif", GREY)
-    (tmp_path / "x.vrt").write_text(joined("x.tif"))
-    told, honest = [], rasterio.open
-
-    def spy(*names, **how):
-        told.append(how.get("driver"))
-        return honest(*names, **how)
-
-    monkeypatch.setattr(rasterio, "open", spy)
-    Raster(tmp_path / name)
-    assert told == [driver]
-
-
 def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
     geotiff(tmp_path / "x.tif", GREY)
     (tmp_path / "raw.vrt").write_text(RAW)
@@ -122,12 +112,6 @@ def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
     (tmp_path / "half.vrt").write_text(joined("x.tif").replace(whole, half))
     with refused("half.vrt: scales what it joins"):
         Raster(tmp_path / "half.vrt")
-
-
-@pytest.mark.parametrize("name", [f"/vsicurl/{FAR}", FAR])
-def test_names_of_the_network_are_no_files(name):
-    with refused("no such file"):
-        Raster(name)
 
 
 @pytest.mark.parametrize("ending", [".tif", ".png"])
@@ -143,12 +127,15 @@ def test_names_that_are_not_utf_8(tmp_path, ending):
         Raster(path)
 
 
-def test_a_folder_or_a_pipe_is_no_picture(tmp_path):
+def test_a_folder_a_pipe_or_a_name_of_the_network_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     (tmp_path / "y.tif").mkdir()
     for name in ("x.png", "y.tif"):
         with refused(f"{name}: is no file, but a folder or a pipe"):
             Raster(tmp_path / name)
+    for name in (f"/vsicurl/{FAR}", FAR):
+        with refused("no such file"):
+            Raster(name)
 
 
 def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
@@ -161,7 +148,6 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
 
 
-WORLD = "0.5\n0\n0\n-0.5\n500000.25\n5799999.75\n"  # PLACE as six numbers; the first pixel's middle
 EIGHT, TWENTY = [float(k) for k in range(1, 9)], [1.0] * 20
 RPCS = RPC(*EIGHT[:4], TWENTY, TWENTY, *EIGHT[4:], TWENTY, TWENTY, 9.0, 10.0, -1.0, -1.0)
 NOWHERE = {"crs": None, "transform": None}
@@ -208,18 +194,6 @@ def test_a_place_is_kept_whatever_names_it(tmp_path, case):
         assert not result.rpcs or result.rpcs.to_gdal() == RPCS.to_gdal()
 
 
-@pytest.mark.parametrize("name", ["x.jp2", "x.img", "x.gpkg", "x.png", "x.jpg"])
-def test_files_with_a_place_are_opened_by_their_ending_alone(tmp_path, name):
-    """Text that is a recipe for reading other files, as the file itself and as its mask."""
-    (tmp_path / name).write_text(RAW)
-    (tmp_path / "x.wld").write_text(WORLD)
-    with refused(f"{name}: cannot be decoded"):
-        Raster(tmp_path / name)
-    (tmp_path / f"{name}.msk").write_text(MASK)
-    with refused(f"{name}.msk: cannot be decoded: is no TIFF"):
-        Raster(tmp_path / name)
-
-
 def test_a_png_without_a_place_stays_a_png(tmp_path):
     """Also beside the statistics that QGIS leaves there."""
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
@@ -264,23 +238,35 @@ def test_random_rasters_come_back(tmp_path, seed):
     common.translate_files(cfg, lambda windows, whole: -common.from_bytes(windows))
     with rasterio.open(tmp_path / "out" / "x.tif") as out:
         assert (out.crs, out.transform, out.shape) == place and out.nodata == nothing
+        assert out.profile["tiled"] and out.profile["compress"] == "deflate"
         assert np.array_equal(out.dataset_mask() > 0, valid)
         same = (np.moveaxis(out.read(), 0, -1) == 255 - pixels).all(-1)
         assert same[valid & ((255 - pixels) != nothing).any(-1)].all()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_rasters_are_trained_on(tmp_path, seed):
-    """The store has their pixels, or NaN without data: of A and B, which lie in one place."""
-    pixels = {}
+def test_random_rasters_are_trained_on(tmp_path, seed, monkeypatch):
+    """The store has their pixels, or NaN without data: of A and B, which lie in one place.
+
+    No more than a row of patches is in memory.
+    """
+    pixels, heights, honest = {}, [], Raster.read
     for side in "AB":
         (tmp_path / "data" / "train" / side).mkdir(parents=True)
         path = tmp_path / "data" / "train" / side / "x.tif"
         pixels[side] = random_geotiff(np.random.default_rng([25, seed]), path)
     with rasterio.open(path) as file:
         valid = file.dataset_mask()[:64, :64] > 0
+
+    def read(raster, *window, **more):
+        found = honest(raster, *window, **more)
+        heights.append(len(found))
+        return found
+
+    monkeypatch.setattr(Raster, "read", read)
     options = {"data": str(tmp_path / "data"), "patch": 64, "cache": str(tmp_path / "cache")}
     store = common.ImageStore(tiny("pix2pix", **options)[1], "train", 64)
+    assert set(heights) == {64}
     for side in "AB":
         (image,) = store.images(side, torch.from_numpy(store.records[:1]))
         assert np.array_equal(~image.isnan().all(0).numpy(), valid)

@@ -1,6 +1,5 @@
 """Rasters read and written by windows: GeoTIFFs, label maps, memory."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -40,19 +39,6 @@ def rewritten(source, pixels=None, table=None):
     with Raster(source) as raster, writing(out, raster, table) as put:
         put(raster.read() if pixels is None else pixels, 0)
     return rasterio.open(out)
-
-
-def test_georeferencing_nodata_and_tiling_are_kept(tmp_path):
-    pixels = np.moveaxis(noise(70, 90), 0, -1).copy()
-    pixels[:10] = 7
-    source = geotiff(tmp_path / "x.tif", pixels, nodata=7)
-    with rewritten(source, np.full((70, 90, 3), 7, np.uint8)) as out:
-        assert (out.height, out.width, out.count) == (70, 90, 3)
-        assert out.crs == PLACE["crs"] and out.transform == PLACE["transform"]
-        assert out.profile["tiled"] and out.profile["compress"] == "deflate" and out.nodata == 7
-        valid = out.dataset_mask() > 0
-        assert not valid[:10].any() and valid[10:].all()  # painted 7, 7, 7 is not nothing
-        assert (out.read()[:, 10:] == 6).all()
 
 
 @pytest.mark.parametrize("kind", ["mask", "alpha"])
@@ -103,46 +89,11 @@ def test_points_tags_and_the_meaning_of_a_pixel_are_kept(tmp_path, crs, pixel, p
 
 def test_classes_in_a_geotiff_keep_their_colours(tmp_path):
     source = geotiff(tmp_path / "x.tif", np.zeros((40, 50, 3), np.uint8))
-    with rewritten(source, CODES, CLASSES) as out:
+    codes = np.random.default_rng(0).integers(0, 3, (40, 50), np.uint8)
+    with rewritten(source, codes, CLASSES) as out:
         assert out.colormap(1)[1][:3] == CLASSES.colors[1] and out.nodata == IGNORED
         assert out.transform == PLACE["transform"]
-    assert (Raster(out.name, CLASSES).read() == CODES).all()
-
-
-CODES = np.random.default_rng(0).integers(0, 3, (40, 50), np.uint8)
-COLOURS = CLASSES.palette
-FLOATS = CODES.astype(np.float32)
-MASK = np.where(CODES == 2, -9, np.int16(255) * CODES)
-NEAREST = {"nearest": True, "classes": TABLE[:3]}
-STRAY = np.where(CODES[..., None] == 2, np.uint8(1), COLOURS[CODES])
-
-# label file: (pixels of a GeoTIFF, its profile, class table, the code that is without a class)
-LABELS = {
-    "codes": (CODES, {}, TABLE, None),
-    "codes of 16 bits": (CODES.astype(np.uint16), {}, TABLE, None),
-    "floats": (FLOATS, {}, TABLE, None),
-    "floats, NaN": (np.where(CODES == 2, np.nan, FLOATS), {}, TABLE, 2),
-    "floats, NaN is no data": (np.where(CODES == 2, np.nan, FLOATS), {"nodata": np.nan}, TABLE, 2),
-    "floats, no data": (np.where(CODES == 2, -3e38, FLOATS), {"nodata": -3e38}, TABLE, 2),
-    "no data": (np.where(CODES == 2, np.uint8(99), CODES), {"nodata": 99}, TABLE, 2),
-    "no data that is a class": (CODES, {"nodata": 2}, TABLE, None),
-    "no data of a mask of 0 and 255": (MASK, {"nodata": -9}, "binary", 2),
-    "colours": (COLOURS[CODES], {}, TABLE, None),
-    "a colour without a class": (STRAY, {}, TABLE, 2),
-    "no data in colours": (STRAY, {"nodata": 1}, NEAREST, 2),
-}
-
-
-@pytest.mark.parametrize("case", LABELS)
-def test_label_rasters_are_read_by_windows_as_as_a_whole(tmp_path, case):
-    pixels, profile, table, empty = LABELS[case]
-    geotiff(tmp_path / "x.tif", pixels, **profile)
-    table = ClassTable.load(table if isinstance(table, str) else json.dumps(table))
-    want = np.where(empty == CODES, IGNORED, CODES)
-    with Raster(tmp_path / "x.tif", table) as raster:
-        assert (raster.read() == want).all()
-        assert (raster.read(9, 5, 20, 99) == want[9:29, 5:]).all()
-        assert (raster.read(0, 0, 1, 1) == want[:1, :1]).all()  # whatever a window has
+    assert (Raster(out.name, CLASSES).read() == codes).all()
 
 
 def test_codes_of_16_bits_with_a_palette(tmp_path):
@@ -152,13 +103,6 @@ def test_codes_of_16_bits_with_a_palette(tmp_path):
         target.write_colormap(1, {k: (9, k % 256, 7) for k in range(301)})
     table = ClassTable.load(json.dumps([*TABLE[:2], forest]))
     assert Raster(tmp_path / "x.tif", table).read().tolist() == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("kind", ["uint16", "float32"])
-def test_deep_rasters_are_refused_with_the_command_that_converts_them(tmp_path, kind):
-    geotiff(tmp_path / "deep.tif", np.ones((8, 8, 3), kind))
-    with refused(f"has {kind} values.*: gdal_translate -ot Byte -scale LOW HIGH 0 255"):
-        Raster(tmp_path / "deep.tif")
 
 
 @pytest.mark.parametrize("name", ["x.tif", "x.png"])
@@ -435,29 +379,3 @@ def test_transparent_pixels_stay_transparent(tmp_path, ending):
         put(np.full((64, 64, 3), 9, np.uint8), 0)
     out = pixels_of(result)
     assert (out[:, :32] == (9, 9, 9, 255)).all() and not out[:, 32:, 3].any()
-
-
-def test_training_reads_rasters_strip_by_strip(tmp_path, monkeypatch):
-    """The same store as from a PNG, and never more in memory than a row of patches."""
-    rng = np.random.default_rng(0)
-    image, index = picture(rng, 130, 200), rng.integers(0, 3, (130, 200), np.uint8)
-    for suffix, write in ((".tif", geotiff), (".png", save)):
-        for split in ("train", "val"):
-            write(tmp_path / suffix / split / "rgb" / f"x{suffix}", image)
-            write(tmp_path / suffix / split / "lc" / f"x{suffix}", index)
-        (tmp_path / suffix / "classes.json").write_text(json.dumps(TABLE))
-    stores, honest, rows = [], Raster.read, []
-
-    def read(self, *window, **more):
-        pixels = honest(self, *window, **more)
-        rows.append(len(pixels))
-        return pixels
-
-    monkeypatch.setattr(Raster, "read", read)
-    for suffix in (".tif", ".png"):
-        _, cfg = tiny("mixlc", data=str(tmp_path / suffix), patch=60, lc_classes="")
-        cfg = dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
-        stores.append(common.ImageStore(cfg, "train", 64))
-    assert stores[0].records.shape == (6, 4, 64, 64) and max(rows) == 60
-    assert (stores[0].records == stores[1].records).all()
-    assert stores[0].windows() == [(60, 60)] * 2
