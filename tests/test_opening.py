@@ -103,6 +103,21 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         Raster(tmp_path / "x.tif")
 
 
+def test_gdal_is_told_the_driver_of_a_vrt(tmp_path, monkeypatch):
+    """It would recognise the text by its content."""
+    geotiff(tmp_path / "x.tif", GREY)
+    (tmp_path / "x.vrt").write_text(joined("x.tif"))
+    told, honest = [], rasterio.open
+
+    def spy(text, driver=""):
+        told.append(driver)
+        return honest(text, driver=driver)
+
+    monkeypatch.setattr(rasterio, "open", spy)
+    Raster(tmp_path / "x.vrt")
+    assert told == ["VRT"]
+
+
 def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
     geotiff(tmp_path / "x.tif", GREY)
     (tmp_path / "raw.vrt").write_text(RAW)
