@@ -84,6 +84,11 @@ def spread(count, total):
     return np.arange(count) * total // count
 
 
+def some_of(items, count):
+    """`count` items of a list, evenly spread, in order; all of them for 0 or too many."""
+    return [items[k] for k in spread(count, len(items))]
+
+
 def chunks(index):
     """An array of indices in pieces of at most 8."""
     return np.split(index, range(8, len(index), 8))

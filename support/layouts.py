@@ -129,25 +129,29 @@ def _one_folder(root, name, table):
     """The Split of a folder with pairs side by side, or with two endings, or None."""
     files = image_files(root / name) if (root / name).is_dir() else []
     for endings in _ENDINGS:
-        sides = [[path for path in files if path.stem.endswith(end)] for end in endings]
-        if all(sides) and sum(map(len, sides)) == len(files):
-            sides = _match(*sides, f"{root}, split {name}", endings)
+        a = [path for path in files if path.stem.endswith(endings[0])]
+        b = [path for path in files if path.stem.endswith(endings[1])]
+        if a and b and len(a) + len(b) == len(files):
+            sides = _match(a, b, f"{root}, split {name}", endings)
             return Split(root, "two endings", name, *sides, True, False, table)
     return Split(root, "side by side", name, files, files, True, True, table) if files else None
 
 
 def _match(a, b, where, endings=("", "")):
     """Matches two lists of files by stem, without endings; refuses files without one partner."""
-    named_a, named_b = (
-        {unicodedata.normalize("NFC", path.stem).removesuffix(ending): path for path in paths}
-        for paths, ending in zip((a, b), endings, strict=True)
-    )
+    named_a, named_b = _by_stem(a, endings[0]), _by_stem(b, endings[1])
     for name in sorted(set(named_a) ^ set(named_b)):
         path = named_a.get(name) or named_b.get(name)
         raise UserError(f"{where}: {len(a)} images and {len(b)}: {path} has no partner")
     if len(named_a) != len(a) or len(named_b) != len(b):
         raise UserError(f"{where}: two files in one folder have the same name but for their ending")
     return list(named_a.values()), [named_b[name] for name in named_a]
+
+
+def _by_stem(paths, ending):
+    """{stem without its ending: path}."""
+    stems = (unicodedata.normalize("NFC", path.stem) for path in paths)
+    return {stem.removesuffix(ending): path for stem, path in zip(stems, paths, strict=True)}
 
 
 def _is_inria(root):

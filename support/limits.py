@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.batches import spread
+from support.batches import some_of
 from support.errors import UserError
 from support.pictures import as_array
 from support.rasters import Raster
@@ -103,7 +103,7 @@ def _kind(path, bands=()):
 def _percentiles(paths, bands, windows=200, side=256):
     """The 2nd and 98th percentile of every band, (C, 2), from random windows of all files."""
     rng, samples = np.random.default_rng(0), []
-    files = [paths[k] for k in spread(windows, len(paths))]
+    files = some_of(paths, windows)
     for path in files:
         with Raster(path, bands=bands, limits=ALL) as raster:
             for _ in range(-(-windows // len(files))):

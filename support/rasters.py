@@ -232,8 +232,8 @@ class Raster:
         """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
         if not self.tiff:
             return self._has_alpha and not self.table
-        flags = self.tiff.mask_flag_enums
-        everywhere = all("all_valid" in (flag.name for flag in band) for band in flags)
+        all_valid = opening.gdal().enums.MaskFlags.all_valid
+        everywhere = all(all_valid in flags for flags in self.tiff.mask_flag_enums)
         return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
 
     def valid(self, top, left, height, width):

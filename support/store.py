@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.batches import spread
+from support.batches import some_of, spread
 from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
@@ -66,8 +66,7 @@ class ImageStore:
         self.cache = cache_folder(cfg)
         self.split = find_images(source(cfg), split, cfg.lc_classes)
         if split == "train" and cfg.max_images:
-            a, b = self.split.A, self.split.B
-            a, b = ([x[k] for k in spread(cfg.max_images, len(x))] for x in (a, b))
+            a, b = (some_of(files, cfg.max_images) for files in (self.split.A, self.split.B))
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
         self.side, self.patch, self.smallest = side, cfg.patch, smallest
@@ -286,8 +285,8 @@ class ImageStore:
     def _largest(self, pairs, most=1000):
         """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
-        for k in spread(most, len(pairs)):
-            with self._opened(pairs[k]) as (raster, *_):
+        for pair in some_of(pairs, most):
+            with self._opened(pair) as (raster, *_):
                 width = raster.height if self.split.halves else raster.width
                 sizes.append((raster.height, width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))

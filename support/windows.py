@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from support.batches import spread
+from support.batches import some_of
 from support.pictures import mirrored, resize
 
 
@@ -52,7 +52,7 @@ class SharedStatistics:
         """The windows of a side to note: about one in each reach, or `most` in a longer one."""
         count = min(self.most, max(8, math.ceil(0.75 * len(windows) / self.reach)))
         self.reach = max(self.reach, 0.75 * len(windows) / count)
-        return [windows[k] for k in spread(count, len(windows))]
+        return some_of(windows, count)
 
     def note(self, position, predict, tile):
         """Notes the statistics of a tile (C, S, S) at position (top, left), counted in windows."""
