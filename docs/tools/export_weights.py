@@ -30,8 +30,9 @@ def shrink(content):
     config = {name: "" if name in PATHS else value for name, value in content["config"].items()}
     config["data"] = Path(config["data"]).name
     small = {name: content[name] for name in KEPT} | {"config": config, "state": {}}
+    networks = ("G",) if content["script"] == "mixlc" else ("G", "D")  # mixlc has no --init
     for name, value in content["state"].items():
-        if name.startswith(("G", "D")):
+        if name.startswith(networks):
             small["state"][name] = {key: halved(tensor) for key, tensor in value.items()}
         elif not isinstance(value, dict):  # class weights, the place in a schedule
             small["state"][name] = value
