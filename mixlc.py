@@ -545,8 +545,7 @@ def train_step(state, batch, cfg):
         g_adv = label_loss(logits_fake, edit.lc_ab * (grown(generated) & known))
     else:
         g_adv = gan_loss(logits_fake, True)
-    has_target = ~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage
-    has_target = has_target & ~edit.rgb_ab[:, :1].isnan()
+    has_target = (~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage) & ~edit.rgb_ab[:, :1].isnan()
     g_l1 = masked_l1_loss(fake, target, has_target)
     g_local = masked_l1_loss(fake, target, near & has_target)
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
