@@ -185,13 +185,13 @@ def test_labels_count_where_both_photographs_have_data(monkeypatch):
 
 @pytest.mark.parametrize(("often", "weight"), [(12, 4.0), (114, 10 / (40 / 114))])
 def test_label_loss_by_hand(often, weight):
-    """Of three labels in `often`, 3 and 3 pixels; the last pixel has none."""
-    labels = torch.tensor([0] * often + [1] * 3 + [2] * 3 + [3])
-    target = torch.eye(4)[labels][None, None].movedim(-1, 1)[:, :3]
-    logits = torch.zeros(1, 3, 1, len(labels))
-    logits[0, 1, 0, labels == 1] = np.log(2)  # 1/2 instead of 1/3
+    """Of four labels in `often`, 3, 3 and no pixels; the last pixel has none."""
+    labels = torch.tensor([0] * often + [1] * 3 + [2] * 3 + [4])
+    target = torch.eye(5)[labels][None, None].movedim(-1, 1)[:, :4]
+    logits = torch.zeros(1, 4, 1, len(labels))
+    logits[0, 1, 0, labels == 1] = np.log(3)  # 1/2 instead of 1/4
     rare = 3 * weight
-    want = (often * np.log(3) + rare * np.log(2) + rare * np.log(3)) / (often + 2 * rare)
+    want = (often * np.log(4) + rare * np.log(2) + rare * np.log(4)) / (often + 2 * rare)
     assert label_loss(logits, target).item() == pytest.approx(want)
     assert label_loss(logits, target * 0).item() == 0
 
