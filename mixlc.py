@@ -13,7 +13,7 @@ those labels that were asked for.
     python mixlc.py --generate a.png --lc a_lc.png --paint water:80,96,64,48 --checkpoint X
 
 Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its losses; OASIS
-(Schonfeld, Sushko et al. 2021, arXiv:2012.04781) for the discriminator, or with --d global Iizuka,
+(Schönfeld, Sushko et al. 2021, arXiv:2012.04781) for the discriminator, or with --d global Iizuka,
 Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
 (doi:10.1145/3072959.3073659).
 
@@ -377,7 +377,7 @@ class Discriminator(nn.Module):
 class LabelDiscriminator(nn.Module):
     """What is every pixel of a photograph (B, 3, S, S)? -> (B, classes + 1, S, S) logits.
 
-    A class of land cover, or the last one: generated. A U-Net (Schonfeld et al. 2021, section 3.1),
+    A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.1),
     here with BatchNorm and the shape of the generator's. All photographs are augmented.
     """
 
@@ -444,7 +444,7 @@ def label_loss(logits, target):
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    All labels of a batch weigh the same, however rare (Schonfeld et al. 2021, section 3.1), but a
+    All labels of a batch weigh the same, however rare (Schönfeld et al. 2021, section 3.1), but a
     pixel at most ten times the mean.
     """
     counts = target.sum((0, 2, 3))
@@ -542,7 +542,7 @@ def train_step(state, batch, cfg):
     with common.autocast(cfg, rgb_a.device):
         logits_fake = state.D(shown, edit.box)
     if cfg.d == "label":
-        g_adv = label_loss(logits_fake, edit.lc_ab * (grown(generated) & known))
+        g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))
     else:
         g_adv = gan_loss(logits_fake, True)
     has_target = (~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage) & ~edit.rgb_ab[:, :1].isnan()

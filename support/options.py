@@ -152,9 +152,7 @@ class EditOptions(Options):
     own: float = option(
         0.5, "share of edits that ask for the photograph's own land cover", low=0.0, high=1.0
     )
-    composite: bool = option(
-        True, "show D the edit within its photograph, and count its losses at the edit alone"
-    )
+    composite: bool = option(True, "show D the edit within its photograph; off: all of G's output")
     erase: bool = option(
         True, "put noise where the edit is in the generator's photograph", group="model"
     )

@@ -18,8 +18,11 @@ FRONT = (
     ("mixlc_acgan-dubai", "edit", "", "judge_mean_iou"),
 )
 MODEL = "model"
-TITLES = {"rmse": "RMSE", "l1_inside": "L1 inside the edit"}
-TITLES |= {"judge_mean_iou": "IoU of a judge (more is better)"}
+TITLES = {
+    "rmse": "RMSE",
+    "l1_inside": "L1 inside the edit",
+    "judge_mean_iou": "IoU of a judge (more is better)",
+}
 # From the papers' own tables, on Cityscapes: pixel accuracy, class accuracy, mean IoU.
 JUDGED_PAPERS = (
     ("Isola et al. 2017, table 1", "pix2pix, L1 + cGAN", 0.66, 0.23, 0.17),
