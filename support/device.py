@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from support.channels_last import stay_channels_last
-from support.errors import UserError
+from support.errors import UserError, print_once
 from support.processes import rank
 
 WITH_INSTANCE_NORM = torch.channels_last  # their memory format on CUDA; or contiguous_format
@@ -36,6 +36,7 @@ def start(cfg):
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
     if not cuda:
         keep_memory()
+        recommend_bf16(cfg)
     torch.manual_seed(cfg.seed)
     return device
 
@@ -56,6 +57,13 @@ def keep_memory():
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+
+
+def recommend_bf16(cfg):
+    """Prints a remark if training would be faster in bf16, which AMX multiplies in hardware."""
+    trains = not (cfg.using or cfg.resume or cfg.quick or rank())
+    if trains and cfg.precision == "auto" and torch.cpu.get_capabilities().get("amx_bf16"):
+        print_once("this CPU has AMX: training is faster with --precision bf16")
 
 
 def seed_step(seed, epoch, batch):

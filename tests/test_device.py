@@ -250,6 +250,17 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     assert calls == [()]
 
 
+def test_a_new_run_on_a_cpu_with_amx_hears_of_bf16(monkeypatch, capsys):
+    """But not one that chose a precision, is resumed, is quick, or is none."""
+    monkeypatch.setattr(support.device, "print_once", print)
+    for has, remarks in ((True, 1), (False, 0)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
+        start(tiny("pix2pix", device="cpu", precision="auto")[1])
+        for other in ({"quick": True}, {"resume": True}, {"evaluate": True}, {"precision": "fp32"}):
+            start(tiny("pix2pix", **{"device": "cpu", "precision": "auto"} | other)[1])
+        assert capsys.readouterr().out.count("--precision bf16") == remarks
+
+
 def test_benchmarks_compute_as_training_does(monkeypatch):
     """Without TF32, each convolution by its fastest algorithm."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
