@@ -108,18 +108,19 @@ class PhotoEdit:
         return np.concatenate([rgb, lc[None], changed[None]])
 
     def _feathered(self, pixels, top, left):
-        """Generated pixels where land cover changes, a ramp, and the photograph elsewhere."""
+        """Generated pixels where land cover changes, a ramp, and the photograph elsewhere.
+
+        A region has no change near its sides, but the strips above and below may have.
+        """
         height, width = pixels.shape[:2]
         if self.whole:
             return pixels
-        border = self.border
-        above, before = min(border, top), min(border, left)
-        window = top - above, left - before, height + above + border, width + before + border
-        mask = Image.fromarray(self.changed(*window).astype(np.uint8) * 255)
-        mask = mask.filter(ImageFilter.BoxBlur(border))
-        mask = mask.crop((before, above, before + width, above + height))
+        border, above = self.border, min(self.border, top)
+        changed = self.changed(top - above, left, above + height + border, width)
+        mask = Image.fromarray(changed.astype(np.uint8) * 255)
+        mask = np.asarray(mask.filter(ImageFilter.BoxBlur(border)), np.float64)
+        share = mask[above : above + height, :, None] / 255
         under = self.photo.values(top, left, height, width)
-        share = np.asarray(mask, np.float64)[..., None] / 255
         blend = under + share * (pixels - under.astype(np.float64))
         return (blend if pixels.dtype.kind == "f" else blend.round()).astype(pixels.dtype)
 
