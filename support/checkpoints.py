@@ -24,7 +24,7 @@ def save_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error}): free some space") from None
+        raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None
 
 
 def load_weights(path):
