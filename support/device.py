@@ -16,7 +16,7 @@ from support.channels_last import stay_channels_last
 from support.errors import UserError, print_once
 from support.processes import rank
 
-WITH_INSTANCE_NORM = torch.channels_last  # their memory format on CUDA; or contiguous_format
+WITH_INSTANCE_NORM = torch.channels_last  # their memory format; or contiguous_format
 
 
 def start(cfg):
@@ -120,11 +120,11 @@ def generating(net, cfg, dropout=False):
 
 def to_device(net, device):
     """Moves a network to the device, in the memory format that is fastest there."""
-    instance_norm = any(isinstance(module, nn.InstanceNorm2d) for module in net.modules())
-    layout = WITH_INSTANCE_NORM if instance_norm else torch.channels_last
-    if device.type == "cpu":
-        layout = torch.contiguous_format
-    elif layout == torch.channels_last:
+    on_cpu = device.type == "cpu"
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    if any(isinstance(module, nn.InstanceNorm2d) for module in net.modules()):
+        layout = WITH_INSTANCE_NORM
+    if layout == torch.channels_last:
         stay_channels_last(net)
     return net.to(device, memory_format=layout)
 

@@ -169,13 +169,15 @@ def test_generating_uses_the_statistics_of_eval_norm(norm, own):
 
 @pytest.mark.parametrize("case", ["cyclegan", "pix2pix"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_layers_that_stay_channels_last_are_right(case, count):
-    """Against the plain layers in NCHW and float64: outputs, gradients; every layout stays."""
+def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):
+    """Against PyTorch's own in NCHW and float64: outputs, gradients; every layout stays."""
+    monkeypatch.setattr(support.device, "WITH_INSTANCE_NORM", torch.contiguous_format)
     options = {"norm": "instance", "generator": "resnet"} if case == "pix2pix" else {}
     module, cfg = tiny(case, width=2, blocks=1, **options)
     state = module.build(cfg, torch.device("cpu"))
     plain = (state.G if case == "pix2pix" else state.G_AB).double()
     net, x = copy.deepcopy(plain).to(memory_format=torch.channels_last), pictures(0, count).double()
+    assert not any(isinstance(module, InstanceNorm) for module in plain.modules())
     stay_channels_last(net)
     assert net.state_dict().keys() == plain.state_dict().keys()
     outputs = []
@@ -195,11 +197,12 @@ def test_layers_that_stay_channels_last_are_right(case, count):
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_one_line_chooses_the_layout_with_instance_norm(layout, monkeypatch):
     monkeypatch.setattr(support.device, "WITH_INSTANCE_NORM", layout)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))
-    monkeypatch.setattr(net, "to", lambda device, memory_format: memory_format)
-    assert common.to_device(net, torch.device("cuda")) == layout
-    assert isinstance(net[1], InstanceNorm) == (layout == torch.channels_last)
-    assert common.to_device(net, torch.device("cpu")) == torch.contiguous_format
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device, memory_format: memory_format)
+    for device, without in (("cuda", torch.channels_last), ("cpu", torch.contiguous_format)):
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))
+        assert common.to_device(net, torch.device(device)) == layout
+        assert isinstance(net[1], InstanceNorm) == (layout == torch.channels_last)
+        assert common.to_device(net[:1], torch.device(device)) == without
 
 
 def test_vgg_in_bf16_keeps_the_direction_of_the_gradient(tmp_path):
