@@ -113,8 +113,23 @@ def lsgan(logits, real):
     return ((logits - float(real)) ** 2).mean()
 
 
+def full(images):
+    """Pictures with holes (NaN) in the mean colour of the rest of their image."""
+    images = images.clone()
+    for channel in images.flatten(0, 1):
+        channel[channel.isnan()] = channel[~channel.isnan()].mean()
+    return images
+
+
+def with_holes(fake, real):
+    """A generated picture with the holes of a real one, filled as there."""
+    return torch.where(real.isnan(), full(real), fake)
+
+
 def l1(a, b):
-    return (a - b).abs().mean()
+    """The mean error where b has no holes."""
+    known = ~b.isnan()
+    return (a[known] - b[known]).abs().mean()
 
 
 def vgg16(module, image, wanted):
@@ -194,14 +209,15 @@ class Pix2pix:
 
     def step(self, x, y):
         gan = bce if self.cfg.gan == "bce" else lsgan
-        image = self.G(x)
+        x = full(x)
+        image = with_holes(self.G(x), y)
         d_fake = gan(self.D(x, image.detach()), False)
-        d_real = gan(self.D(x, y), True)
+        d_real = gan(self.D(x, full(y)), True)
         d_total = self.cfg.d_weight * d_real + self.cfg.d_weight * d_fake
         self.adam_D.minimise(d_total)
         g = {"g_adv": gan(self.D(x, image), True), "g_l1": l1(image, y)}
         if self.cfg.content == "vgg":
-            (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, y))
+            (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, full(y)))
             g["g_content"] = ((a - b) ** 2).mean()
             g_total = g["g_adv"] + self.cfg.lambda_vgg * g["g_content"]
         else:
@@ -265,7 +281,8 @@ class CycleGAN:
         self.adam_D = Adam([self.D_A, self.D_B], cfg.lr)
         self.pool_A, self.pool_B = Pool(cfg.pool_size), Pool(cfg.pool_size)
 
-    def step(self, a, b):
+    def step(self, real_A, real_B):
+        a, b = full(real_A), full(real_B)
         fake_B, fake_A = self.G_AB(a), self.G_BA(b)
         if self.labels:
             fake_B = OneHot.apply(fake_B)
@@ -276,19 +293,20 @@ class CycleGAN:
             cycle_B = F.cross_entropy(cycled_B, index, ignore_index=255)
             fake_B = torch.where(holes, 0.0, fake_B)
         else:
-            cycle_B = l1(cycled_B, b)
+            cycle_B = l1(cycled_B, real_B)
+        fake_A, fake_B = with_holes(fake_A, real_A), with_holes(fake_B, real_B)
         losses = {
             "adv_AB": lsgan(self.D_B(fake_B), True),
             "adv_BA": lsgan(self.D_A(fake_A), True),
-            "cycle_A": l1(cycled_A, a),
+            "cycle_A": l1(cycled_A, real_A),
             "cycle_B": cycle_B,
         }
         loss = losses["adv_AB"] + losses["adv_BA"]
         loss = loss + self.cfg.lambda_cycle * losses["cycle_A"]
         loss = loss + self.cfg.lambda_cycle * losses["cycle_B"]
         if not self.labels and self.cfg.lambda_identity > 0:
-            losses["identity_A"] = l1(self.G_BA(a), a)
-            losses["identity_B"] = l1(self.G_AB(b), b)
+            losses["identity_A"] = l1(self.G_BA(a), real_A)
+            losses["identity_B"] = l1(self.G_AB(b), real_B)
             weight = self.cfg.lambda_cycle * self.cfg.lambda_identity
             loss = loss + weight * losses["identity_A"] + weight * losses["identity_B"]
         self.adam_G.minimise(loss)
@@ -406,8 +424,8 @@ def grown(mask):
 
 
 def l1_where(fake, target, where):
-    """The mean over images of the mean error where `where` (B, 1, S, S) is true."""
-    errors = (fake - target).abs().mean(1)
+    """The mean over images of the mean error where `where` (B, 1, S, S) is true, but for holes."""
+    errors, where = (fake - full(target)).abs().mean(1), where & ~target[:, :1].isnan()
     means = [error[here[0]].mean() for error, here in zip(errors, where, strict=True)]
     return sum(means) / len(means)
 
@@ -415,8 +433,8 @@ def l1_where(fake, target, where):
 def visible(edit, cfg):
     """rgb_a; with --erase noise where the edit is."""
     if not cfg.erase:
-        return edit.rgb_a
-    return torch.where(edit_mask(edit), torch.randn_like(edit.rgb_a) / 2, edit.rgb_a)
+        return full(edit.rgb_a)
+    return torch.where(edit_mask(edit), torch.randn_like(edit.rgb_a) / 2, full(edit.rgb_a))
 
 
 def at_the_edit(logits, near):
@@ -451,7 +469,8 @@ class Mixlc:
         mask = edit_mask(edit)
         near = grown(mask)
         fake = self.G(visible(edit, self.cfg), edit.lc_ab)
-        shown = torch.where(mask, fake, edit.rgb_a) if self.cfg.composite else fake
+        shown = torch.where(mask, fake, full(edit.rgb_a)) if self.cfg.composite else fake
+        shown = with_holes(shown, edit.rgb_b)
 
         real, fakes, asked = True, False, True  # what D is to answer, and what G wants
         if self.cfg.d == "label":
@@ -460,9 +479,11 @@ class Mixlc:
                 here = around = torch.ones_like(here)
             real, asked = (x.argmax(1).where(x.any(1), -1) for x in (edit.lc_b, edit.lc_ab))
             fakes, asked = asked.where(~here, edit.lc_ab.shape[1]), asked.where(around, -1)
+            both = ~(edit.rgb_a.isnan() | edit.rgb_b.isnan())[:, 0]
+            real, fakes, asked = (labels.where(both, -1) for labels in (real, fakes, asked))
         adv = labelled if self.cfg.d == "label" else bce
         d_fake = adv(self.D(shown.detach(), edit.box), fakes)
-        d_real = adv(self.D(edit.rgb_b, edit.box), real)
+        d_real = adv(self.D(full(edit.rgb_b), edit.box), real)
         d_total = d_real / 2 + d_fake / 2
         self.adam_D.minimise(d_total)
         g_adv = adv(self.D(shown, edit.box), asked)
@@ -533,7 +554,8 @@ class MixlcACGAN:
 
     def style(self, fake, target):
         loss = 0.0
-        pairs = zip(*(vgg16(self.vgg, x, self.layers) for x in (fake, target)), strict=True)
+        pictures = with_holes(fake, target), full(target)
+        pairs = zip(*(vgg16(self.vgg, x, self.layers) for x in pictures), strict=True)
         for a, b in pairs:
             size = a[0].numel()
             gram_a, gram_b = (torch.einsum("bihw,bjhw->bij", x, x) / size for x in (a, b))
@@ -545,10 +567,11 @@ class MixlcACGAN:
         rgb, mask = visible(edit, cfg), edit_mask(edit)
         near = grown(mask) if cfg.composite else torch.ones_like(mask)
         fake = self.G(rgb, edit.lc_ab)
-        shown = torch.where(mask, fake, edit.rgb_a) if cfg.composite else fake
+        shown = torch.where(mask, fake, full(edit.rgb_a)) if cfg.composite else fake
+        shown = with_holes(shown, edit.rgb_b)
         logits = self.D(shown.detach(), edit.lc_ab, "adversarial")[0]
         d_fake = bce(at_the_edit(logits, near), False)
-        logits, classes = self.D(edit.rgb_b, edit.lc_b)
+        logits, classes = self.D(full(edit.rgb_b), edit.lc_b)
         d_real = bce(at_the_edit(logits, near), True)
         d_class = class_loss(classes, edit.lc_b, self.weights)
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
