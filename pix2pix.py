@@ -135,8 +135,8 @@ class Pairs:
         room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
         turns = common.turns("horizontal" if self.cfg.flip == "auto" else self.cfg.flip)
-        limits = room + 1, room + 1, *turns  # of top, left, flip, upside_down
-        crops = rng.integers(0, limits, (len(self), 4))
+        bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
+        crops = rng.integers(0, bounds, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(self.loader.batches(order), crops, strict=True):
             yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
