@@ -6,7 +6,7 @@ python docs/tools/draw_front.py
 from paths import DOCS
 from sheet import kept_picture, sheet
 
-CELLS = [  # the first two validation images of one run, the next three of the other
+CELLS = [  # the first two rows of one run's sample grid, the next three of the other's
     *[("pix2pix-satellite-to-map-256", row) for row in (0, 1)],
     *[("pix2pix-map-to-satellite-256", row) for row in (2, 3, 4)],
 ]
