@@ -61,7 +61,7 @@ class Config(common.Options):
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images of each domain in a step of one process", low=1)
     epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
-    epochs_decay: int = option(-1, "last epochs, with a falling rate; -1: half of all", low=-1)
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
     init_AB: str = option(
         "",
         "start from these weights of G_AB (a checkpoint: of D_B as well)",
@@ -77,7 +77,7 @@ class Config(common.Options):
     direction: str = option(
         "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
     )
-    fid: bool = option(False, "also measure FID, KID and LPIPS (needs torchmetrics)")
+    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)")
 
 
 QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}

@@ -29,7 +29,7 @@ Differences from the original system, which has no paper (to train it: --box cen
 - Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are untouched photographs. The original used collages, whose
   seams give them away.
-- Losses take logits, and the networks' depth follows --size.
+- Losses are computed from logits, and the networks' depth follows --size.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Config(common.EditOptions):
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
     collage: bool = option(
-        False, "L1 losses inside edits that ask for other land cover", group="training"
+        False, "L1 losses also inside edits of other land cover", group="training"
     )
     lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)

@@ -53,7 +53,7 @@ class Config(common.EditOptions):
     script = "mixlc_acgan"
 
     dropout: float = option(
-        0.5, "dropout of G, always on: it is the noise", group="model", low=0.0, high=0.9
+        0.5, "dropout of G, also in generation", group="model", low=0.0, high=0.9
     )
     d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
     lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
@@ -61,12 +61,12 @@ class Config(common.EditOptions):
     lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
     lambda_class: float = option(0.05, "weight of the class loss of the fake", low=0.0)
     lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
-    class_weights: bool = option(True, "weights of the class losses by inverse frequency")
+    class_weights: bool = option(True, "weight the class losses by inverse frequency")
     style_features: str = option(
         "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
+    vgg16: str = option("", "file of VGG16's weights; none: from torch.hub", file=True)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(16, "edits in a step of one process", low=1)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)

@@ -66,10 +66,10 @@ class Config(common.Options):
         choices=("bce", "lsgan"),
     )
     d_weight: float = option(0.5, "weight of D's loss; 0.5 as in the paper", low=0.0)
-    content: str = option("l1", "content loss: l1, or vgg (of features)", choices=("l1", "vgg"))
+    content: str = option("l1", "content loss: l1, vgg (of features)", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
-    vgg16: str = option("", "VGG16's weights; none: from torch.hub", file=True)
+    vgg16: str = option("", "file of VGG16's weights; none: from torch.hub", file=True)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images in a step of one process", low=1)
@@ -80,7 +80,7 @@ class Config(common.Options):
         high=10**6,
         may_change=lambda run: run["schedule"] != "linear",
     )
-    epochs_decay: int = option(-1, "last epochs, with a falling rate; -1: half of all", low=-1)
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
     schedule: str = option(
         "linear",
         "learning rate: linear (falls in the last epochs), constant, plateau (halves when the "
@@ -98,7 +98,7 @@ class Config(common.Options):
     )
     fid: bool = option(
         False,
-        "also measure FID, KID and LPIPS (needs torchmetrics)",
+        "with --evaluate: FID, KID and LPIPS (needs torchmetrics)",
         group="use",
     )
 

@@ -40,8 +40,8 @@ class Options:
     max_images: int = option(0, "train on N images, evenly spread over all; 0: on all", low=0)
     flip: str = option(
         "auto",
-        "mirrored training images: none, horizontal (left to right), both (also upside down), "
-        "auto (horizontal; both with land cover)",
+        "mirror training images: none, horizontal (left to right), both (also upside down), "
+        "auto (horizontal; with one-hot land cover both)",
         choices=("auto", "none", "horizontal", "both"),
     )
     cache: str = option("", "folder of decoded images; none: beside the run", may_change=True)
@@ -51,16 +51,18 @@ class Options:
     )
     width: int = option(64, "channels of the first layer", low=1, high=1024)
     lc_classes: str = option(
-        "", "class table of B: s2glc, maps, binary, a JSON file; pictures: no classes"
+        "",
+        "class table of B: s2glc, maps, binary, a JSON file, or pictures (no classes); none: "
+        "classes.json in --data",
     )
     bands_A: str = option(
-        "", "bands of A, 1 to 32, such as 8,4,3; none: red, green and blue, or all if one or two"
+        "", "bands of A, 1 to 32, such as 8,4,3; none: red, green, blue, or all if there are 1 or 2"
     )
-    bands_B: str = option("", "bands of B, if B is pictures; none: as for A")
+    bands_B: str = option("", "the same for B, if B is pictures")
     limits_A: str = option(
         "",
-        "LOW,HIGH: values of A that become -1 and 1, for all bands or for each; none: 0,255 for 8 "
-        "bits, else the 2nd and 98th percentile of the training images",
+        "LOW,HIGH: values of A that become -1 and 1, one pair for all bands or one for each; none: "
+        "0,255 for 8 bits, else the 2nd and 98th percentile of the training images",
     )
     limits_B: str = option("", "the same for B, if B is pictures")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
@@ -68,10 +70,18 @@ class Options:
         0, "random seed of weights, data order, augmentation and noise", low=0, high=2**32 - 1
     )
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
-    out: str = option("", "folder of the run, or of results; none: runs/<script>", may_change=True)
-    resume: bool = option(False, "continue the run in --out where it stopped", may_change=True)
+    out: str = option(
+        "",
+        "folder of the run or results; none: runs/<script>, or that of --checkpoint",
+        may_change=True,
+    )
+    resume: bool = option(
+        False, "continue the run in --out, or the newest, where it stopped", may_change=True
+    )
     log_every: int = option(50, "largest number of steps between rows of metrics.csv", low=1)
-    save_every: int = option(10, "keep a checkpoint every N epochs", low=0, may_change=True)
+    save_every: int = option(
+        10, "keep a checkpoint every N epochs; 0: the last one only", low=0, may_change=True
+    )
     sample_rows: int = option(6, "validation images in a sample grid", low=1)
     track: str = option(
         "",
@@ -90,16 +100,21 @@ class Options:
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
-        "", "measure with this judge.pt; none: the run's own", may_change=True, file=True
+        "",
+        "measure with this judge, a file of --train-judge; none: the run's own",
+        may_change=True,
+        file=True,
     )
     train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
     judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)
     generate: tuple = option((), "images or folders to translate, or a photograph to edit")
-    overwrite: bool = option(False, "replace results that --out already has")
+    overwrite: bool = option(False, "replace results that are already in --out")
     serve: bool = option(False, "serve a local page to paint on, in a browser")
     address: str = option("127.0.0.1", "network address of the page")
     port: int = option(8000, "port of the page; 0: a free one", low=0, high=65535)
-    window: int = option(0, "side of a window, in source pixels; 0: as in training", low=0)
+    window: int = option(
+        0, "side of the windows of large images, in source pixels; 0: as in training", low=0
+    )
     norm_reach: float = option(
         2.0,
         "radius, in windows, over which normalisation statistics are shared; 0: not shared",
@@ -154,7 +169,7 @@ class EditOptions(Options):
     )
     composite: bool = option(True, "show D the edit within its photograph; off: all of G's output")
     erase: bool = option(
-        True, "put noise where the edit is in the generator's photograph", group="model"
+        True, "replace the photograph inside the edit by noise, in G's input", group="model"
     )
     eval_norm: str = option(
         "auto",
