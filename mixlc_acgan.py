@@ -108,12 +108,12 @@ class Edits:
         self.store = common.ImageStore(cfg, split, cfg.size, smallest=cfg.size)
         self.classes = self.store.classes
         if not self.store.paired:
-            raise UserError(f"--data {cfg.data}: trainA and trainB are no pairs, which edits need")
+            raise UserError(f"--data {cfg.data}: edits need pairs: trainA and trainB are not")
         if not self.classes:
             remedy = "pass --lc-classes (maps for the maps data)"
             raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
-            what = f"split {split} has one image, and an edit needs two"
+            what = f"split {split} has one image: an edit needs two"
             raise UserError(f"--data {cfg.data}: {what}")
         self.loader = common.Loader(self.store.records, device)
 
@@ -444,7 +444,7 @@ def build(cfg, device, training=True):
     Without `training` neither optimisers nor VGG16.
     """
     if not cfg.classes:
-        raise UserError("--lc-classes: the networks need a class table")
+        raise UserError("edits need land cover: pass --lc-classes")
     classes, bands = len(cfg.classes), cfg.channels("A")
     G = init_weights(Generator(classes, bands, cfg.width, cfg.dropout))
     D = init_weights(Discriminator(classes, bands, cfg.width, cfg.d_dropout))

@@ -91,7 +91,7 @@ def begin(config, doc, quick, argv=None):
     results = Path(cfg.out) / "evaluation.json"
     ours = not results.is_file() or '"rows": {' in results.read_text(errors="replace")
     if cfg.evaluate and not ours:
-        raise UserError(f"{results}: is another program's: choose another --out")
+        raise UserError(f"{results}: written by another program: choose another --out")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if not cfg.using and not checkpoint:
@@ -102,7 +102,7 @@ def begin(config, doc, quick, argv=None):
 def _check_modes(cfg):
     """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
-        remedy = "--resume trains on"
+        remedy = "use --resume to train on"
         raise UserError(f"--checkpoint is for --generate, --evaluate and --serve; {remedy}")
     weights = any(getattr(cfg, name) for name in weight_options(cfg))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
@@ -118,10 +118,10 @@ def _resume(cfg, given):
     saved, fields = checkpoint["config"], cfg.__dataclass_fields__
     unknown = ", ".join(sorted(saved.keys() - fields.keys()))
     if unknown:
-        raise UserError(f"{path}: this version has no option {unknown}: use that of the run")
+        raise UserError(f"{path}: this version has no option {unknown}: use the version of the run")
     world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
     if world != here:
-        raise UserError(f"{path}: is of {world} processes: torchrun --nproc-per-node {world}")
+        raise UserError(f"{path}: the run has {world} processes: torchrun --nproc-per-node {world}")
     fixed = set()
     for name, field in fields.items():
         may_change = field.metadata.get("may_change", False)
@@ -136,7 +136,7 @@ def _use(cfg, given):
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
     if cfg.evaluate and "histograms" not in checkpoint:
-        raise UserError(f"{path}: written by an older version: it has nothing to compare with")
+        raise UserError(f"{path}: written by an older version: --evaluate has no baselines for it")
     groups = {field.name: group for group, field in grouped_fields(type(cfg))}
     fixed = {name for name in groups if groups[name] == "model"}
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
@@ -177,7 +177,7 @@ def _newest_run(cfg):
         folders = [*Path("runs").glob(cfg.script), *Path("runs").glob(f"{cfg.script}-[0-9]*")]
     saved = [path for folder in folders for path in folder.glob("checkpoints/last.pt")]
     if not saved:
-        raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'} to go on from")
+        raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'} to continue from")
     return max(saved, key=lambda path: path.stat().st_mtime).parent.parent
 
 
@@ -188,7 +188,7 @@ def _new_run(cfg):
     split = find_images(source(cfg), "train", cfg.lc_classes)
     for name in ("bands_B", "limits_B"):
         if split.classes and getattr(cfg, name):
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: B has land cover: leave it out")
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: B is land cover: leave it out")
     text = split.classes.text if split.classes else "pictures"
     cfg = with_limits(dataclasses.replace(cfg, lc_classes=text), split)
     out = "" if rank() else _claim_folder(cfg)
@@ -200,12 +200,12 @@ def _new_run(cfg):
 def _check_folder(folder, script):
     """Refuses a folder that has any files but those of a run that saved no checkpoint."""
     if any(folder.glob("checkpoints/[!.]*.pt")):
-        raise UserError(f"--out {folder} holds a run: go on with --resume, or choose another --out")
+        raise UserError(f"--out {folder} has a run: continue by --resume, or choose another --out")
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     if any(files) and f'"script": "{script}"' not in text:
-        raise UserError(f"--out {folder} holds other files: choose an empty or a new folder")
+        raise UserError(f"--out {folder} has other files: choose an empty or a new folder")
 
 
 def _claim_folder(cfg):

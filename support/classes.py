@@ -172,7 +172,7 @@ class ClassTable:
             if index != IGNORED:
                 codes[index] = value
         if codes.min() < 0 or codes.max() > 65535:
-            raise UserError("only values of 0 to 65535 can be written: change the class table")
+            raise UserError("class values must be 0 to 65535 to be written: change the class table")
         return codes.astype(np.uint8 if codes.max() < 256 else np.uint16)
 
     @functools.cached_property
@@ -222,7 +222,7 @@ class ClassTable:
             array = np.moveaxis(array, 0, -1)
         alone = np.isin(array, (0, 1, 255)).all() and (array > 0).sum(-1).max() <= 1
         if array.shape[-1] not in indices or not alone:
-            raise UserError(f"{path}: is no one-hot of the class table's {len(self)} classes")
+            raise UserError(f"{path}: is not one-hot in the class table's {len(self)} classes")
         index = np.array(indices[array.shape[-1]], np.uint8)[array.argmax(-1)]
         return np.where(array.max(-1) > 0, index, np.uint8(IGNORED))
 

@@ -58,7 +58,9 @@ def missing(cfg, names, inputs):
             raise UserError(f"{out / name} is an input: choose another --out")
     kept = [name for name in names if os.path.lexists(out / name) and not cfg.overwrite]
     if kept:
-        print(f"{len(kept)} result(s) in {out} are kept: --overwrite replaces", file=sys.stderr)
+        print(
+            f"{len(kept)} result(s) in {out} are kept: --overwrite replaces them", file=sys.stderr
+        )
     return set(names) - set(kept)
 
 
@@ -120,7 +122,7 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
 def edit_of_files(cfg):
     """The PhotoEdit of --generate, --lc, --lc-before and --paint."""
     if len(cfg.generate) > 1:
-        raise UserError(f"--generate {' '.join(cfg.generate)}: name one photograph")
+        raise UserError(f"--generate {' '.join(cfg.generate)}: an edit needs one photograph")
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover")
     photo = Raster(cfg.generate[0], bands=cfg.bands("A"), limits=Limits.of(cfg, "A"))
@@ -144,7 +146,9 @@ def _stroke(text, classes, height, width):
     except ValueError:
         raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
     if len(meant) != 1:
-        raise UserError(f"--paint {text}: not one class; there are {', '.join(classes.names)}")
+        raise UserError(
+            f"--paint {text}: no such class, or several; there are {', '.join(classes.names)}"
+        )
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
     return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
@@ -174,7 +178,10 @@ def edit_file(cfg, predict, net=None, samples=1):
     new = missing(cfg, [*names, sheet], inputs)
     print_windows(cfg, edit.photo, edit.window)
     if not edit.has_before:
-        print("all is generated: --lc-before FILE tells what changed", file=sys.stderr)
+        print(
+            "the whole photograph is generated: pass --lc-before FILE to edit what changed",
+            file=sys.stderr,
+        )
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
     results = {}

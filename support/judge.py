@@ -67,10 +67,10 @@ def find_judge(cfg, device):
     classes = list(cfg.classes.names)
     if trained:
         content = load_weights(path)
-        with refusing(f"{path}: is no judge of {len(classes)} classes"):
+        with refusing(f"{path}: is not a judge of {len(classes)} classes"):
             judge.load_state_dict(content["state"]["judge"])
         if list(content.get("classes", classes)) != classes:
-            raise UserError(f"{path}: judges other classes: {', '.join(content['classes'])}")
+            raise UserError(f"{path}: a judge of other classes: {', '.join(content['classes'])}")
     else:
         train_judge(judge, cfg, device)
         if rank() == 0:

@@ -70,7 +70,7 @@ def find_images(data, split, lc_classes=""):
     """
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such directory (a checkpoint needs --data if it moved)")
+        raise UserError(f"--data {root}: no such directory (if the data has moved, pass --data)")
     table = _class_table(root, lc_classes)
     names = ["val", "validation", "test"] if split == "val" else [split]
     if split == "val" and _is_inria(root):
@@ -86,7 +86,7 @@ def find_images(data, split, lc_classes=""):
         return found
     folder = root / names[0]
     has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
-    raise UserError(f"{root}: no layout with images of split {split}{has}; known are: {LAYOUTS}")
+    raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
 
 
 def _class_table(root, lc_classes):
@@ -97,7 +97,7 @@ def _class_table(root, lc_classes):
     table = ClassTable.load(lc_classes or own)
     if table and own and ClassTable.load(own).entries != table.entries:
         names = ", ".join(table.names)
-        print_once(f"{own}: is another class table than the one in use ({names})")
+        print_once(f"{own}: differs from the class table in use ({names})")
     return table
 
 
@@ -144,7 +144,7 @@ def _match(a, b, where, endings=("", "")):
         path = named_a.get(name) or named_b.get(name)
         raise UserError(f"{where}: {len(a)} images and {len(b)}: {path} has no partner")
     if len(named_a) != len(a) or len(named_b) != len(b):
-        raise UserError(f"{where}: two files in one folder have the same name but for their ending")
+        raise UserError(f"{where}: two files in one folder have the same name but for the ending")
     return list(named_a.values()), [named_b[name] for name in named_a]
 
 

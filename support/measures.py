@@ -250,8 +250,8 @@ def write_evaluation(cfg, rows, **about):
     for title, row in rows.items():
         varieties = [value for name, value in row.items() if name.endswith("variety")]
         if title.endswith("model") and min(varieties, default=1) < 0.15:
-            share = f"{min(varieties):.1%} of what the targets do"
-            print(f"{title}: ignores its input: its outputs hardly differ ({share})")
+            share = f"{min(varieties):.1%} of the targets' difference"
+            print(f"{title} ignores its input: its outputs hardly differ ({share})")
     print(f"written to {path}")
     if (path.parent / "config.json").is_file():
         with drawing(path.parent / "index.html"):

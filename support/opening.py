@@ -43,7 +43,7 @@ def decoding(path):
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{path}: claims more pixels than memory can hold") from None
+        raise UserError(f"{path}: has more pixels than fit in memory") from None
     except Exception as error:  # Pillow and numpy raise a dozen kinds, as files differ
         raise UserError(f"{path}: cannot be decoded ({error}): replace or remove it") from None
 
@@ -54,7 +54,7 @@ def check_ending(path, endings):
         what = "is no file, but a folder or a pipe" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}")
     if path.suffix.lower() not in endings:
-        raise UserError(f"{path}: cannot be decoded: endings are {' '.join(sorted(endings))}")
+        raise UserError(f"{path}: cannot be decoded: known endings are {' '.join(sorted(endings))}")
 
 
 def open_image(path):
@@ -108,7 +108,7 @@ def _check_files(path, *parts):
         with open(file, "rb") as opened:
             start = opened.read(4)
         if start not in _TIFF_STARTS:
-            raise UserError(f"{file}: cannot be decoded: is no TIFF")
+            raise UserError(f"{file}: cannot be decoded: it is not a TIFF")
 
 
 def _joined_tiffs(path):
@@ -116,12 +116,12 @@ def _joined_tiffs(path):
     root = ElementTree.fromstring(path.read_bytes())
     for part in root.iter():
         if part.tag not in _VRT_PARTS.split() or "subclass" in str(part.attrib).lower():
-            raise UserError(f"{path}: has {part.tag} {part.attrib}: only TIFFs are joined")
+            raise UserError(f"{path}: has {part.tag} {part.attrib}: a VRT may only join TIFFs")
         if part.tag in ("SimpleSource", "ComplexSource"):
             rectangles = part.find("SrcRect"), part.find("DstRect")
             sides = [(float(r.get("xSize")), float(r.get("ySize"))) for r in rectangles]
             if sides[0] != sides[1]:  # GDAL would look for overviews, and open them by content
-                raise UserError(f"{path}: scales what it joins: write it as one TIFF")
+                raise UserError(f"{path}: scales the TIFFs that it joins: write it as one TIFF")
         if part.tag == "SourceFilename":
             folder = path.parent if part.get("relativeToVRT") == "1" else Path()
             source = (folder / part.text).absolute()

@@ -81,7 +81,7 @@ class Raster:
 
     def _open_array(self, most):
         if not self.table:
-            raise UserError(f"{self.path}: is an array, which is read as a label map only")
+            raise UserError(f"{self.path}: an array can only be a label map, not a picture")
         self._array = opening.open_array(self.path, most)
         sides = self._array.shape
         if len(sides) == 3:
@@ -157,12 +157,12 @@ class Raster:
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
         self.dtype = str(np.result_type(*kinds))
         if np.dtype(self.dtype).kind not in "iuf":
-            raise UserError(f"{self.path}: has {self.dtype} values, which are not read")
+            raise UserError(f"{self.path}: has {self.dtype} values, which are not supported")
         deep = self.dtype != "uint8"
         if self.table and self.tiff.count > 1 and deep:
             raise UserError(f"{self.path}: a label map has one band of codes, or 8-bit colours")
         if deep and not (self.table or self.limits):
-            remedy = "gdal_translate -ot Byte -scale LOW HIGH 0 255"
+            remedy = "use gdal_translate -ot Byte -scale LOW HIGH 0 255"
             raise UserError(f"{self.path}: has {self.dtype} values, not 8 bits: {remedy}")
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)

@@ -95,7 +95,7 @@ class Run:
         if not rank():
             self._prepare_folder(saved)
         if saved.get("fingerprint", self.fingerprint) != self.fingerprint:
-            self.print(f"the images are not those of before: epoch {self.epoch + 1} begins anew")
+            self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
             self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
@@ -162,7 +162,7 @@ class Run:
         self.save(state)
         self._draw({})
         if number:
-            self.print(f"stopped at step {self.step}: go on with --resume --out {self.out}")
+            self.print(f"stopped at step {self.step}: continue with --resume --out {self.out}")
             self.bar.close()
             sys.exit(128 + number)
 
@@ -193,7 +193,7 @@ class Run:
         return values
 
     def _refuse(self, what):
-        raise UserError(f"{what} not finite by step {self.step}: saved files stay; {REMEDY}")
+        raise UserError(f"{what} not finite by step {self.step}: saved files are kept; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
         """Ends an epoch: writes its last row, with scores {name: value}.

@@ -77,7 +77,7 @@ def listening(studio):
         raise UserError(f"{asked}: {reason}") from None
     host, port = server.server_address[:2]
     if not ipaddress.ip_address(host).is_loopback:
-        print(f"warning: {asked}: whoever has the address below may use it", file=sys.stderr)
+        print(f"warning: {asked}: anyone with the address below can use it", file=sys.stderr)
         server.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
     host = f"[{host}]" if ":" in host else host
     print(f"paint at http://{host}:{port}/{server.token}/ (Ctrl-C ends it)", flush=True)

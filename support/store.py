@@ -166,7 +166,7 @@ class ImageStore:
         try:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
-                raise UserError(f"--patch {self.patch}: no image is that large")
+                raise UserError(f"--patch {self.patch}: every image is smaller")
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it
@@ -219,7 +219,7 @@ class ImageStore:
             masked = any(raster.masked for raster in rasters if not raster.table)
         name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
         if self.split.halves and width != 2 * height:
-            raise UserError(f"{name}: {width}x{height} is no pair side by side: not twice as wide")
+            raise UserError(f"{name}: {width}x{height} is no pair: it is not twice as wide as high")
         if self.split.halves:
             width = height
         if min(width, height, self.patch or width) < self.smallest:

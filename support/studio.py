@@ -180,7 +180,7 @@ class Studio:
             raise UserError(f"a stroke of {len(content)} bytes where {np.prod(shape)} belong")
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
         if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
-            raise UserError(f"a class outside the table, which has {len(self.classes)}")
+            raise UserError(f"a class outside the table of {len(self.classes)} classes")
         change = canvas, (top, left, *sides), pixels, samples
         return self.worker.submit(self._generate, *change).result()
 

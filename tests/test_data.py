@@ -113,7 +113,7 @@ NOT_LAYOUTS = {
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
                     "2 images and 1: .*y.png has no partner"),
     "a lone file of B": ("train/A/x.png train/B/x.png train/B/y.png", "y.png has no partner"),
-    "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "but for their ending"),
+    "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "but for the ending"),
     "no class table": ("train/rgb/x.png train/lc/x.png", "pass --lc-classes s2glc"),
 }  # fmt: skip
 
@@ -171,8 +171,8 @@ LABELS = {
     "one-hot": (TABLE, "x.npz", ONE_HOT, INDEX),
     "one-hot, channels first": (TABLE, "x.npz", np.moveaxis(ONE_HOT, -1, 0), INDEX),
     "one-hot of all rows": (TABLE, "x.npz", CODES[..., None] == np.arange(4), INDEX),
-    "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is no one-hot"),
-    "no numbers": (TABLE, "x.npy", np.full((4, 4, 3), np.nan), "is no one-hot"),
+    "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is not one-hot"),
+    "no numbers": (TABLE, "x.npy", np.full((4, 4, 3), np.nan), "is not one-hot"),
     "a stranger": (TABLE, "x.png", [0, 77], "[77] are outside the class table's"),
     "a fraction": (TABLE, "x.npy", [0.7], "[0.7] are outside the class table's"),
     "s2glc": ("s2glc", "x.png", [0, 62, 162, 255], [0, 1, 13, 255]),
@@ -401,7 +401,7 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
 
 
 MISFITS = {  # dataset and file: (its size, its type, a part of the line)
-    "pairs/train/2.png": ((80, 100, 3), np.uint8, "2.png: 100x80 is no pair side by side"),
+    "pairs/train/2.png": ((80, 100, 3), np.uint8, "2.png: 100x80 is no pair: it is not"),
     "pairs/train/3.png": ((80, 160), np.uint16, "3.png: has uint16 values"),
     "landcover/train/lc/1.png": ((80, 79), np.uint8, "1.png: 80x80 and 79x80: sizes"),
     "landcover/train/rgb/3.jpg": (1200, bytes, "3.jpg: cannot be decoded .*truncated"),

@@ -40,8 +40,8 @@ EDIT = "mixlc --generate photo.png --checkpoint mixlc.pt --out o"
 FORGE = "forged_masks --data landcover --cache cache --patch 80 --tiles"
 # a command in a world of pairs/, landcover/ and model.pt, and a part of the line
 CASES = {
-    f"{EDIT} --lc lc.png --paint lake:1,1,5,5": "not one class; there are land, water, road",
-    f"{EDIT} --lc lc.png --paint :1,1,5,5": "not one class; there are",
+    f"{EDIT} --lc lc.png --paint lake:1,1,5,5": "several; there are land, water, road",
+    f"{EDIT} --lc lc.png --paint :1,1,5,5": "or several; there are",
     f"{EDIT} --lc lc.png --paint water:1,1": "write class:x,y,width,height",
     f"{EDIT} --lc lc.png --paint water:140,1,5,5": "lies outside the image, 140x100",
     f"{EDIT} --lc lc.png": "or train with --no-erase",
@@ -51,7 +51,7 @@ CASES = {
     "pix2pix --generate pairs/val --checkpoint model.pt --window 99999999999": "must be at most 2",
     "pix2pix --data=": "--data is empty: pass a value",
     "pix2pix --resume --out renamed": "this version has no option adv_lambda, alpha",
-    "pix2pix --evaluate --checkpoint model.pt --out stranger": "is another program's",
+    "pix2pix --evaluate --checkpoint model.pt --out stranger": "written by another program",
     "pix2pix --evaluate --checkpoint judge_alone.pt": "not a checkpoint of pix2pix",
     "pix2pix --lambda-l1 nan": "--lambda-l1 nan: must be at",
     "pix2pix --lambda-l1 inf": "--lambda-l1 inf: must be at most",
@@ -63,12 +63,12 @@ CASES = {
     "pix2pix --generate pairs/val --checkpoint model.pt --out pairs/val": "0.png is an input",
     "pix2pix --data dangling": "dangling/train/0.png: no such file",
     "pix2pix --data terabytes": "is too large: make it a TIFF",
-    "mixlc --data arrays --patch 40": "0.npz: claims more pixels than memory can hold",
+    "mixlc --data arrays --patch 40": "0.npz: has more pixels than fit in memory",
     "mixlc --data axes": "0.npy: cannot be decoded",
     "mixlc --data utf16": "classes.json: 'utf-8' codec",
-    "pix2pix --resume --out two": "is of 2 processes: torchrun --nproc-per-node 2",
+    "pix2pix --resume --out two": "the run has 2 processes: torchrun --nproc-per-node 2",
     "pix2pix --evaluate --checkpoint judged/last.pt --out judged": "judge.pt: not a checkpoint",
-    "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is no judge of",
+    "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is not a judge of",
     "pix2pix --out model.pt/run": "model.pt/run: Not a directory",
     "mixlc_acgan --style-features random --style-layers relu9_9": "choose from relu1_1,",
     "pix2pix --init model.pt --width 8": "check --generator",
@@ -108,8 +108,8 @@ CASES = {
     "pix2pix --resume --out run --lambda-l1 50": "--lambda-l1 50.0 contradicts",
     "pix2pix --resume --out run --epochs 9": "ends there; a new run with --init trains on",
     "pix2pix --resume --out empty": "no checkpoints/last.pt in empty",
-    "pix2pix --out run": "--out run holds a run: go on with --resume",
-    "pix2pix --out stranger": "--out stranger holds other files",
+    "pix2pix --out run": "--out run has a run: continue by --resume",
+    "pix2pix --out stranger": "--out stranger has other files",
     "pix2pix --out odd.pt": "odd.pt: File exists",
     "pix2pix --out nowhere": "nowhere: File exists",
     "pix2pix --resume --evaluate --out run": "--generate, --evaluate and --serve need",
@@ -305,7 +305,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     """Same data, order of the classes reversed, since the run began."""
     root = land_cover(tmp_path / "data")
     mixlc.main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1"))
-    assert "is another class table" not in capsys.readouterr().err
+    assert "class table in use" not in capsys.readouterr().err
     (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
     print_once.cache_clear()
     mixlc.main(use(tmp_path / "run", "--evaluate"))
@@ -382,7 +382,7 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     capsys.readouterr()
     pix2pix.main(f"--resume --out {run}".split())
     said = capsys.readouterr().err
-    assert "the images are not those of before: epoch 1 begins anew" in said
+    assert "the images have changed: epoch 1 starts again" in said
     assert last(run)["step"] == steps
     assert same(last(run)["histograms"], content["histograms"])  # evaluations stay comparable
 

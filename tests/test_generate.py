@@ -366,7 +366,7 @@ def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
     (out / "c.png").symlink_to(tmp_path / "removed.png")
     common.translate_files(cfg, negative)
     said = capsys.readouterr()
-    assert f"2 result(s) in {out} are kept: --overwrite replaces" in said.err
+    assert f"2 result(s) in {out} are kept: --overwrite replaces them" in said.err
     assert said.out == f"1 image(s) written to {out}\n" and level(out / "a.png") == 255
     assert level(out / "b.png") == 7 and not (out / "c.png").exists()
     common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
@@ -595,7 +595,7 @@ def test_land_cover_before_and_after_as_files(tmp_path, capsys):
         out = tmp_path / name
         common.edit_file(dataclasses.replace(cfg, out=str(out), **options), Painter())
         assert (pixels_of(out / "photo.png") == 140).all()
-    assert "all is generated: --lc-before" in capsys.readouterr().err
+    assert "is generated: pass --lc-before" in capsys.readouterr().err
 
 
 def test_a_small_photograph_is_edited_as_a_whole(tmp_path, capsys):

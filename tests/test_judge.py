@@ -53,7 +53,7 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
     given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
     assert found("c", **given).name == kept.name == one.name
     assert not (tmp_path / "c").exists()
-    with refused("judges other classes"):
+    with refused("a judge of other classes"):
         found("c", **given, lc_classes=json.dumps(TABLE).replace("water", "renamed"))
     val = pix2pix.Pairs(dataclasses.replace(cfg, out=str(tmp_path / "a")), "val", CPU)
     scores = common.Scores()

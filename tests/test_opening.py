@@ -63,7 +63,7 @@ RECIPES = [
     ("x.tif", "<MRF_META><Raster><Size x='64' y='64'/></Raster></MRF_META>", "cannot be decoded"),
     ("x.tif", RAW, "cannot be decoded"),
     ("x.vrt", RAW, "VRTRawRasterBand"),
-    ("x.vrt", RAW.replace("subClass", "SUBCLASS"), "only TIFFs are joined"),
+    ("x.vrt", RAW.replace("subClass", "SUBCLASS"), "may only join TIFFs"),
     ("x.vrt", RAW.replace("VRTRasterBand", "vrtrasterband"), "vrtrasterband"),
     ("x.vrt", "<VRTDataset><PixelFunctionCode/></VRTDataset>", "PixelFunctionCode"),
     ("x.vrt", joined(f"/vsicurl/{FAR}"), "No such file"),
@@ -99,7 +99,7 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         with Raster(tmp_path / "x.tif") as raster:
             assert not raster.masked and (raster.read() == GREY).all()
         return
-    with refused(f"x.tif{ending}: cannot be decoded: is no TIFF"):
+    with refused(f"x.tif{ending}: cannot be decoded: it is not a TIFF"):
         Raster(tmp_path / "x.tif")
 
 
@@ -125,7 +125,7 @@ def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
         target.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(tmp_path / "raw.vrt"))
     whole, half = 'yOff="0" xSize="40" ySize="30"/></S', 'xSize="20" ySize="15"/></S'
     (tmp_path / "half.vrt").write_text(joined("x.tif").replace(whole, half))
-    with refused("half.vrt: scales what it joins"):
+    with refused("half.vrt: scales the TIFFs that it joins"):
         Raster(tmp_path / "half.vrt")
 
 

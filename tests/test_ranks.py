@@ -117,7 +117,7 @@ def test_rank_0_alone_writes(done, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_ranks_resume_to_the_bit(done, script):
     whole, parts = done[0] / script / "whole", done[0] / script / "parts"
-    assert f"stopped at step 5: go on with --resume --out {parts}" in done[1]
+    assert f"stopped at step 5: continue with --resume --out {parts}" in done[1]
     assert last(parts)["world"] == 2 and same(last(parts)["state"], last(whole)["state"])
     assert metrics_of(parts) == metrics_of(whole)
 
