@@ -200,7 +200,7 @@ def _new_run(cfg):
 def _check_folder(folder, script):
     """Refuses a folder that has any files but those of a run that saved no checkpoint."""
     if any(folder.glob("checkpoints/[!.]*.pt")):
-        raise UserError(f"--out {folder} has a run: continue by --resume, or choose another --out")
+        raise UserError(f"--out {folder} has a run: --resume continues it; or choose another --out")
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")

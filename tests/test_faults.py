@@ -108,7 +108,7 @@ CASES = {
     "pix2pix --resume --out run --lambda-l1 50": "--lambda-l1 50.0 contradicts",
     "pix2pix --resume --out run --epochs 9": "ends there; a new run with --init trains on",
     "pix2pix --resume --out empty": "no checkpoints/last.pt in empty",
-    "pix2pix --out run": "--out run has a run: continue by --resume",
+    "pix2pix --out run": "--out run has a run: --resume continues it",
     "pix2pix --out stranger": "--out stranger has other files",
     "pix2pix --out odd.pt": "odd.pt: File exists",
     "pix2pix --out nowhere": "nowhere: File exists",
