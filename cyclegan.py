@@ -63,16 +63,10 @@ class Config(common.Options):
     epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
     epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
     init_AB: str = option(
-        "",
-        "start from these weights of G_AB (a checkpoint: of D_B as well)",
-        file=True,
-        weights=True,
+        "", "start from these weights of G_AB (a checkpoint: D_B, too)", file=True, weights=True
     )
     init_BA: str = option(
-        "",
-        "start from these weights of G_BA (a checkpoint: of D_A as well)",
-        file=True,
-        weights=True,
+        "", "start from these weights of G_BA (a checkpoint: D_A, too)", file=True, weights=True
     )
     direction: str = option(
         "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")

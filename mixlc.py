@@ -72,9 +72,7 @@ class Config(common.EditOptions):
         choices=("label", "global"),
     )
     local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
-    collage: bool = option(
-        False, "L1 losses also inside edits of other land cover", group="training"
-    )
+    collage: bool = option(False, "L1 losses also inside edits that are collages", group="training")
     lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
     lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)

@@ -52,9 +52,7 @@ class Config(common.EditOptions):
 
     script = "mixlc_acgan"
 
-    dropout: float = option(
-        0.5, "dropout of G, also in generation", group="model", low=0.0, high=0.9
-    )
+    dropout: float = option(0.5, "noise: dropout of G, always on", group="model", low=0.0, high=0.9)
     d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
     lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
     lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)

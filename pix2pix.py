@@ -88,7 +88,7 @@ class Config(common.Options):
         choices=("linear", "constant", "plateau"),
     )
     init: str = option(
-        "", "start from these weights of G (a checkpoint: of D as well)", file=True, weights=True
+        "", "start from these weights of G (a checkpoint: D, too)", file=True, weights=True
     )
     eval_norm: str = option(
         "auto",
@@ -96,11 +96,7 @@ class Config(common.Options):
         "training), auto (batch where --batch-size is 1, else running)",
         choices=("batch", "running", "auto"),
     )
-    fid: bool = option(
-        False,
-        "with --evaluate: FID, KID and LPIPS (needs torchmetrics)",
-        group="use",
-    )
+    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)", group="use")
 
 
 QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
