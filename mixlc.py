@@ -170,7 +170,7 @@ class Edits:
             yield self.paste(a, b, *edit, use_ba)
 
     def paste(self, a, b, box, own, use_ba):
-        """Records a and b (B, 4, S, S) uint8, box (B, 4) and own (B,) -> an Edit."""
+        """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""
         inside = torch.ones_like(own)
         if use_ba:
             a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
@@ -178,8 +178,8 @@ class Edits:
         pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
         ab = torch.where(pasted, b, a)
         rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (self.store.images("B", x) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in (lc_a, lc_b, lc_ab))
+        labels = (self.store.images("B", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in labels)
         return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
 
 
@@ -203,10 +203,10 @@ def edit_mask(box, inside, size):
 
 
 def visible(edit, cfg):
-    """The part of rgb_a that the generator gets: all of it, or with --erase noise inside the edit.
+    """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    Then there is nothing to copy, as in the image completion of Iizuka et al. 2017. Texture grows
-    from the noise: where land cover is even, nothing else differs from one pixel to the next.
+    With noise there is nothing to copy, as in the image completion of Iizuka et al. 2017. Texture
+    grows from it: where land cover is even, nothing else differs from one pixel to the next.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
