@@ -83,8 +83,8 @@ class Domains:
     """Images of domain A and of domain B, drawn independently of each other, in batches.
 
     Training images are stored at 286/256 of the size, cropped at random and mirrored half of the
-    time, with land cover also turned upside down. An epoch is as long as the larger domain.
-    Paired data is treated as unpaired: B is shuffled apart from A.
+    time (--flip), with land cover also turned upside down. An epoch is as long as the larger
+    domain. Paired data is treated as unpaired: B is shuffled apart from A.
     """
 
     def __init__(self, cfg, split, device):
@@ -107,17 +107,17 @@ class Domains:
         for a, b in zip(drawn_A, drawn_B, strict=True):
             yield self.side_A(a), self.side_B(b)
 
-    def drawn(self, rows, rng, first):
+    def drawn(self, loader, rng, first):
         """One domain's images in random order, jittered, batch by batch."""
-        rounds = math.ceil(len(self) / len(rows))  # of the smaller domain
-        order = np.concatenate([rng.permutation(len(rows)) for _ in range(rounds)])[: len(self)]
+        rounds = math.ceil(len(self) / len(loader))  # of the smaller domain
+        order = np.concatenate([rng.permutation(len(loader)) for _ in range(rounds)])[: len(self)]
         room = self.store.side - self.cfg.size
         auto = "both" if self.classes else "horizontal"
         turns = common.turns(auto if self.cfg.flip == "auto" else self.cfg.flip)
         bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
         crops = rng.integers(0, bounds, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
-        for images, crop in zip(rows.batches(order), crops, strict=True):
+        for images, crop in zip(loader.batches(order), crops, strict=True):
             yield jitter(images, crop.tolist(), self.cfg.size)
 
     def in_order(self, images):
@@ -128,11 +128,11 @@ class Domains:
             yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
 
     def side_A(self, records):
-        """(B, C, S, S) uint8 -> (B, C, S, S) in [-1, 1], or NaN where there is no data."""
+        """Records -> (B, C, S, S) in [-1, 1], or NaN where there is no data."""
         return self.store.images("A", records)
 
     def side_B(self, records):
-        """(B, C, S, S) uint8 -> pictures (B, C, S, S) in [-1, 1] or NaN, or one-hot maps."""
+        """Records -> pictures, as side_A's, or one-hot maps (B, classes, S, S)."""
         images = self.store.images("B", records)
         return common.one_hot(images, len(self.classes)) if self.classes else images
 

@@ -128,8 +128,8 @@ class Pairs:
     def batches(self, epoch, first=0):
         """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
         rng = np.random.default_rng([self.cfg.seed, epoch])
-        room = self.store.side - self.cfg.size
         order = rng.permutation(len(self))
+        room = self.store.side - self.cfg.size
         turns = common.turns("horizontal" if self.cfg.flip == "auto" else self.cfg.flip)
         bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
         crops = rng.integers(0, bounds, (len(self), 4))
@@ -138,12 +138,12 @@ class Pairs:
             yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
 
     def in_order(self, images):
-        """Images by index, without jitter: batches of records (B, 3 + C, S, S) uint8."""
+        """Images by index, without jitter: batches of the store's records."""
         for index in common.chunks(images):
             yield torch.stack(next(self.loader.batches(index[None])))
 
     def sides(self, records):
-        """Records uint8 -> (input, target), (B, C, S, S) in [-1, 1]; no data: NaN."""
+        """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data."""
         a, b = self.store.images("A", records), self.store.images("B", records)
         if self.store.classes:
             b = common.draw(b, self.store.classes)
