@@ -342,9 +342,9 @@ def build(cfg, device, training=True):
     """Networks, optimisers and pools on the device; without `training` the generators alone."""
     channels_A = cfg.channels("A")
     channels_B = len(cfg.classes) if cfg.classes else cfg.channels("B")
-    shape = cfg.width, cfg.blocks or (9 if cfg.size >= 256 else 6)
-    G_AB = ResNetGenerator(channels_A, channels_B, *shape, not cfg.classes, cfg.upsample)
-    G_BA = ResNetGenerator(channels_B, channels_A, *shape, True, cfg.upsample)
+    blocks = cfg.blocks or (9 if cfg.size >= 256 else 6)
+    G_AB = ResNetGenerator(channels_A, channels_B, cfg.width, blocks, not cfg.classes, cfg.upsample)
+    G_BA = ResNetGenerator(channels_B, channels_A, cfg.width, blocks, True, cfg.upsample)
     G_AB, G_BA = (common.to_device(init_weights(G), device) for G in (G_AB, G_BA))
     state = State(G_AB, G_BA)
     if not training:
@@ -643,7 +643,7 @@ def use(cfg, device, checkpoint):
 
 def load_generators(state, cfg):
     """Fills the generators from --init-AB and --init-BA, where they are given."""
-    needed = (cfg.generate or cfg.serve) and f"init_{cfg.direction[0]}{cfg.direction[-1]}"
+    needed = (cfg.generate or cfg.serve) and f"init_{cfg.sides}"
     if needed and not getattr(cfg, needed):
         remedy = f"needs --checkpoint, or {common.flag(needed)}"
         raise UserError(f"--direction {cfg.direction} {remedy}")

@@ -485,15 +485,15 @@ def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
         raise UserError("edits need land cover: pass --lc-classes")
-    channels = len(cfg.classes), cfg.channels("A")
-    G = Generator(*channels, cfg.size, cfg.width, cfg.fusion, cfg.skips)
+    classes, bands = len(cfg.classes), cfg.channels("A")
+    G = Generator(classes, bands, cfg.size, cfg.width, cfg.fusion, cfg.skips)
     state = State(common.to_device(init_weights(G), device))
     if not training:
         return state
     if cfg.d == "label":
-        D = LabelDiscriminator(*channels, cfg.size, cfg.width)
+        D = LabelDiscriminator(classes, bands, cfg.size, cfg.width)
     else:
-        D = Discriminator(cfg.channels("A"), cfg.size, cfg.width, cfg.local_d)
+        D = Discriminator(bands, cfg.size, cfg.width, cfg.local_d)
     state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
     state.opt_D = common.adam(state.D, cfg, device)

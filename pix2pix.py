@@ -357,7 +357,7 @@ class State:
 
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
-    channels = cfg.channels(cfg.direction[0]), cfg.channels(cfg.direction[-1])  # in, out
+    channels = [cfg.channels(side) for side in cfg.sides]  # in, out
     if cfg.generator == "unet":
         G = UNetGenerator(*channels, cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
     else:
