@@ -506,11 +506,12 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    fake = G(rgb_a, lc_ab), with --erase of an erased rgb_a
-    shown = fake, with --composite inside the edit only, in photograph a
+    fake = G(rgb_a, lc_ab); with --erase rgb_a has noise in the edit
+    shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
     L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
     L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit
+    L1 counts outside edits and inside own ones; with --collage everywhere.
     With --d global the first losses are GAN(D(rgb_b), 1), GAN(D(shown), 0) and GAN(D(shown), 1).
     """
     edit = Edit(*batch)
@@ -518,9 +519,10 @@ def train_step(state, batch, cfg):
     near = grown(mask)
     generated = mask if cfg.composite else torch.ones_like(mask)
     known = ~(edit.rgb_a + edit.rgb_b)[:, :1].isnan()  # both photographs have data
+    rgb = visible(edit, cfg)
     rgb_a, rgb_b, target = (common.filled(x) for x in (edit.rgb_a, edit.rgb_b, edit.rgb_ab))
-    with common.autocast(cfg, rgb_a.device):
-        fake = state.G(visible(edit, cfg), edit.lc_ab)
+    with common.autocast(cfg, rgb.device):
+        fake = state.G(rgb, edit.lc_ab)
         shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
         shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.box)  # the D step must not reach G
@@ -537,7 +539,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb_a.device):
+    with common.autocast(cfg, rgb.device):
         logits_fake = state.D(shown, edit.box)
     if cfg.d == "label":
         g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))

@@ -464,12 +464,13 @@ def build(cfg, device, training=True):
 def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
-    fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a), with --erase of an erased rgb_a
-    shown = fake, with --composite inside the edit only, in photograph a
+    fake = G(rgb_a, lc_ab), same = G(rgb_a, lc_a); with --erase rgb_a has noise in the edit
+    shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
     L_D = 1/2 [GAN(D(rgb_b, lc_b), 1) + GAN(D(shown, lc_ab), 0)] + class loss of rgb_b
     L_G = lambda_adv * GAN(D(shown, lc_ab), 1) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_style * style(fake, rgb_ab) + lambda_class * class loss of shown
           + lambda_id * [L1 + style](same, rgb_a)
+    GAN, and the class loss of shown, count in and around the edit.
     """
     edit = Edit(*batch)
     mask = edit_mask(edit.box, edit.inside, cfg.size)
@@ -504,8 +505,8 @@ def train_step(state, batch, cfg):
     if cfg.lambda_id:
         with common.autocast(cfg, rgb.device):
             same = state.G(rgb, edit.lc_a)
-        g_id = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
-        losses["g_id"], loss_g = g_id, loss_g + cfg.lambda_id * g_id
+        losses["g_id"] = l1_loss(same, edit.rgb_a) + style_loss(state.vgg, same, edit.rgb_a)
+        loss_g = loss_g + cfg.lambda_id * losses["g_id"]
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)

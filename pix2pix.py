@@ -417,8 +417,7 @@ def train_step(state, batch, cfg):
     loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    losses = {"g_total": loss_g, **losses}
-    return losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
+    return {"g_total": loss_g} | losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
 
 
 def learning_rate(state, cfg, epoch):
