@@ -232,11 +232,11 @@ def encoder(channels_in, size, width):
 
 
 def decoder(size, width, encoders, skips):
-    """Up blocks from the bottlenecks of `encoders`, with `skips` of them at every level."""
+    """Up blocks from the bottlenecks of 1 or 2 encoders, with 1 or 2 skips at every level."""
     depth = size.bit_length() - 1
-    ups, channels = nn.ModuleList(), encoders * width * min(2 ** (depth - 1), 8)
-    for level in reversed(range(1, depth)):
-        out = width * min(2 ** (level - 1), 8)
+    widths = [width * min(2**level, 8) for level in range(depth)]
+    ups, channels = nn.ModuleList(), encoders * widths[-1]
+    for out in reversed(widths[:-1]):
         conv = nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)
         ups.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
         channels = (1 + skips) * out
@@ -270,7 +270,7 @@ class UNet(nn.Module):
 class MiddleUNet(nn.Module):
     """Two encoders joined at the bottleneck, one decoder: -> (B, 128 or 192, S/2, S/2).
 
-    skips: of both encoders, or of the land cover's alone, so that less can be copied.
+    skips: of "both" encoders, or of the land cover's ("lc") alone, so that less can be copied.
     """
 
     def __init__(self, classes, bands, size, width, skips):
@@ -313,20 +313,20 @@ class Generator(nn.Module):
 
     def __init__(self, classes, bands, size, width, fusion, skips):
         super().__init__()
-        self.fusion, channels = fusion, 4 * width
+        self.fusion = fusion
         if fusion == "early":
-            self.unet, channels = UNet(bands + classes, size, width), 2 * width
+            self.unet = UNet(bands + classes, size, width)
+            channels = 2 * width
         elif fusion == "middle":
             self.unet = MiddleUNet(classes, bands, size, width, skips)
             channels = (3 if skips == "both" else 2) * width
         else:
-            self.rgb_net = UNet(bands, size, width)
-            is_late = fusion == "late"
-            self.lc_net = (UNet if is_late else DilatedNet)(classes, size, width)
+            lc_net = UNet if fusion == "late" else DilatedNet
+            self.rgb_net, self.lc_net = UNet(bands, size, width), lc_net(classes, size, width)
+            channels = 4 * width
         last = nn.ConvTranspose2d(width, bands, 4, 2, 1)
-        self.output_net = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()
-        )
+        layers = [nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()]
+        self.output_net = nn.Sequential(*layers)
 
     def forward(self, rgb, lc):
         if self.fusion == "early":
@@ -339,10 +339,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Is the photograph (B, 3, S, S) untouched? (Iizuka et al. 2017, section 3.3) -> (B, 1) logits.
+    """Is a photograph (B, bands, S, S) untouched? -> (B, 1) logits.
 
-    With local_d a second trunk gets a crop of half the side around the box; the last layer joins
-    the two.
+    Iizuka et al. 2017, section 3.3. With local_d a second trunk gets a crop of half the side around
+    the box; the last layer joins the two.
     """
 
     def __init__(self, bands, size, width, local_d):
@@ -373,10 +373,10 @@ class Discriminator(nn.Module):
 
 
 class LabelDiscriminator(nn.Module):
-    """What is every pixel of a photograph (B, 3, S, S)? -> (B, classes + 1, S, S) logits.
+    """What is every pixel of a photograph (B, bands, S, S)? -> (B, classes + 1, S, S) logits.
 
     A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.1),
-    here with BatchNorm and the shape of the generator's. All photographs are augmented.
+    here with BatchNorm and the shape of the generator's. Its input is augmented, real or generated.
     """
 
     def __init__(self, classes, bands, size, width):
@@ -391,8 +391,8 @@ class LabelDiscriminator(nn.Module):
 def augment(images):
     """Images (B, C, S, S) lighter or darker, with a grey square of up to S/4: for D only.
 
-    D overfits on few photographs. Differentiable, so that G learns through it: Zhao et al. 2020
-    (arXiv:2006.10738).
+    Otherwise D overfits on few photographs. G learns through it: it is differentiable (Zhao et al.
+    2020, arXiv:2006.10738).
     """
     batch, side = images.shape[0], images.shape[-1]
     contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
@@ -442,8 +442,8 @@ def label_loss(logits, target):
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    All labels of a batch weigh the same, however rare (Schönfeld et al. 2021, section 3.1), but a
-    pixel at most ten times the mean.
+    All labels of a batch weigh the same, however rare (Schönfeld et al. 2021, section 3.1), but no
+    pixel weighs more than 10, where 1 is the weight in a label of mean frequency.
     """
     counts = target.sum((0, 2, 3))
     mean = counts.sum() / (counts > 0).sum().clamp_min(1)
@@ -553,8 +553,8 @@ def train_step(state, batch, cfg):
     loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    of_G = {"g_total": loss_g, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
-    return of_G | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
+    losses = {"g_total": loss_g, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
+    return losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
 
 
 # --------------------------------------------------------------------------------------------- main
