@@ -16,8 +16,8 @@ arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time 
 Super-Resolution, arXiv:1603.08155.
 
 Differences from the original system, which has no paper:
-- Noise stands where the edit is in the photograph that the generator gets (--no-erase: it gets all
-  of it), and the discriminator sees the edit in its place (--no-composite: as generated).
+- In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
+  discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
   (--own 0 --lambda-id 0.1), and boxes have any size (--box center).
 - The original classifier was given its own target as input. Here land cover enters the
@@ -287,12 +287,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Two heads on one trunk, whose input is the photograph alone (Odena et al. 2017, section 3).
+    """Two heads on one trunk, which gets the photograph alone (Odena et al. 2017, section 3).
 
-    forward: real or fake? Logits (B, 1, S/32, S/32) of a photograph (B, 3, S, S), given the
+    forward: real or fake? Logits (B, 1, S/32, S/32) of a photograph (B, bands, S, S), given the
     share of every class of its land cover (B, classes, S, S) at each logit.
     classify: class logits of every pixel, (B, classes, S, S), from the photograph alone: a
-    classifier that saw land cover would copy it, and teach nothing.
+    classifier with land cover in its input would copy it, and teach nothing.
     """
 
     def __init__(self, classes, bands, width, dropout=0.0):
@@ -361,7 +361,7 @@ def gan_loss(logits, real, near):
     """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
-    near  (B, 1, S, S) bool: of logits (B, 1, P, P) those count whose S/P x S/P pixels touch it
+    near  (B, 1, S, S) bool: a logit of (B, 1, P, P) counts if its S/P x S/P pixels touch it
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(real))
@@ -397,8 +397,8 @@ def class_loss(logits, target, weights):
 def style_loss(vgg, fake, target):
     """Squared Frobenius distance of Gram matrices, the sum over layers: a scalar.
 
-    Johnson et al. 2016, equation 4; the mean over the batch. In float32 under any autocast: a
-    Gram matrix is a sum of thousands of products, which bf16 has too few digits for.
+    Johnson et al. 2016, equation 4; the mean over the batch. Gram matrices are float32 under any
+    autocast: they are sums of thousands of products, for which bf16 has too few digits.
     """
     loss = 0.0
     fake, target = common.holes_of(target, fake), common.filled(target)
@@ -412,9 +412,9 @@ def style_loss(vgg, fake, target):
 
 
 def inverse_frequency(counts):
-    """Class weights (classes,) float32 from how often each class occurs, (classes,).
+    """Class weights, (classes,) float32, from the number of pixels of each class, (classes,).
 
-    The mean count / the class's own, at most 10; 0 for a class that does not occur.
+    The mean number / the class's own, at most 10; 0 for a class that does not occur.
     """
     counts = counts.double()
     mean = counts[counts > 0].mean()
@@ -587,8 +587,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
     colors  from common.constant_colors: adds a colour everywhere, or for each class
-    judge   measures whether the edits show the land cover that was asked for, as D's own classifier
-            does (own_)
+    judge   measures whether the edits show the land cover that was asked for; D's own classifier
+            always measures it (own_)
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores()
