@@ -15,9 +15,9 @@ Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using C
 Adversarial Networks, arXiv:1703.10593.
 
 Differences from the paper:
-- All four layers of the discriminator have stride 2, as in the paper's appendix: 16x16 logits at
-  256, each with a receptive field of 94 pixels (70 in the authors' code).
-- The identity loss, which the paper uses for paintings, is on for all pictures.
+- Four layers of the discriminator have stride 2, as in the paper's appendix, and not three, as in
+  the authors' code: 16x16 logits at 256, each with a receptive field of 94 pixels, and not 70.
+- The identity loss, which the paper uses for paintings (section 5.2), is on for all pictures.
 - Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
   with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
   without a class are holes, all zeros; fake maps get a real map's holes before D_B judges them.
@@ -303,9 +303,7 @@ def gan_loss(logits, real):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference where there is data, a scalar: equation 2 of Zhu et al. 2017 for one
-    direction, and the identity loss of its section 5.2.
-    """
+    """Mean absolute difference, equation 2 of Zhu et al. 2017, where there is data: a scalar."""
     known = ~target.isnan()
     difference = common.full_precision(fake) - common.full_precision(target)
     return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
@@ -386,7 +384,7 @@ def train_step(state, batch, cfg):
             same_A = state.G_BA(real_A)
             same_B = state.G_AB(real_B)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(1, keepdim=True)  # with the holes of real maps
+            fake_B = fake_B * real_B.sum(1, keepdim=True)  # with the holes of the real map
         fake_A, fake_B = common.holes_of(A, fake_A), common.holes_of(B, fake_B)
         logits_A = state.D_A(fake_A)
         logits_B = state.D_B(fake_B)

@@ -16,8 +16,8 @@ Networks, arXiv:1611.07004.
 
 Differences from the paper:
 - The U-Net halves the image down to 1x1 at every --size. This bottleneck has no norm.
-- Dropout stands where the authors' code has it, one block further from the bottleneck than in the
-  paper. As in that code, the learning rate falls linearly in the second half.
+- Dropout stands where the authors' PyTorch code has it, one block further from the bottleneck than
+  in the paper. As in that code, the learning rate falls linearly in the second half.
 - --generator resnet (no skips over its bottleneck), --norm instance (in G and D), --gan lsgan and
   --content vgg are experiments. Other systems use --schedule constant and --d-weight 1.0.
 """
@@ -269,14 +269,14 @@ class ResNetGenerator(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (paper, section 3.2.2): input and image, (B, C, S, S) -> logits (B, 1, P, P).
 
-    patch_gan is the receptive field of one logit in pixels. 1 has 1x1 convolutions only.
+    patch_gan is the receptive field of a logit in pixels; 1: all convolutions are 1x1.
     """
 
     def __init__(self, channels_in, width, norm, patch_gan):
         super().__init__()
         bias = norm == "instance"  # BatchNorm brings its own shift
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
-        # normalised layers between the first and the last: all but the last of them are strided
+        # layers between the first and the last: normalised, and all but the last of them strided
         depth = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
         layers = [nn.Conv2d(channels_in, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
         channels = width
@@ -295,7 +295,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(net):
-    """Convolutions N(0, 0.02), norm scales N(1, 0.02), biases 0 (paper, appendix 6.2)."""
+    """Convolutions N(0, 0.02) (paper, appendix 6.2), norm scales N(1, 0.02), biases 0."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -331,7 +331,7 @@ def l1_loss(fake, target):
 
 
 def vgg_loss(vgg, fake, target):
-    """Mean squared difference of relu3_3, equation 2 of Johnson et al. 2016: a scalar."""
+    """Mean squared difference of relu3_3, equation 2 of arXiv:1603.08155: a scalar."""
     with torch.autocast(fake.device.type, enabled=False):
         (features_fake,) = vgg(common.full_precision(fake))
         (features_target,) = vgg(common.full_precision(target))
@@ -432,9 +432,9 @@ def learning_rate(state, cfg, epoch):
 
 
 def follow_plateau(state, loss, patience=20, floor=0.01):
-    """--schedule plateau: halves the rate when the mean content loss of epochs stalls.
+    """--schedule plateau: halves the rate when the content loss, the mean of an epoch, stalls.
 
-    It stalls if it has not fallen by 0.1 % for `patience` epochs. The rate stays above `floor`
+    It stalls if it has not fallen by 0.1 % for `patience` epochs. The rate is at least `floor`
     times --lr. Other losses would lower it too early: adversarial losses rise as training goes
     well, and the validation error is best long before the pictures are.
     """

@@ -41,7 +41,7 @@ class Options:
     flip: str = option(
         "auto",
         "mirror training images: none, horizontal (left to right), both (also upside down), "
-        "auto (horizontal; with one-hot land cover both)",
+        "auto (horizontal; both for edits and for unpaired land cover)",
         choices=("auto", "none", "horizontal", "both"),
     )
     cache: str = option("", "folder of decoded images; none: beside the run", may_change=True)
