@@ -489,8 +489,7 @@ def both_ways(state, real_A, real_B, cfg):
 
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
-    batches = zip(*val.in_order(images), strict=True)
-    real_A, real_B = (torch.cat(side) for side in batches)
+    real_A, real_B = map(torch.cat, zip(*val.in_order(images), strict=True))
     fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
     return {
         "real A": real_A,
@@ -613,7 +612,7 @@ def generate(state, cfg, device):
 
     @torch.no_grad()
     def predict(windows, whole):
-        """Windows (B, 3 or 1, S, S) uint8 of one domain -> of the other, (B, C, S, S)."""
+        """Windows (B, C, S, S) of the input -> (B, C', S, S) in [-1, 1], or probabilities."""
         windows = windows.to(device)
         if from_labels:
             x = common.one_hot(windows[:, 0], len(cfg.classes))

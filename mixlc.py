@@ -2,8 +2,8 @@
 
 A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
 the box, and the pasted land cover, and generates the missing part. A discriminator gets the whole
-and labels every pixel, with a class of land cover or as generated. The generator learns to get
-those labels that were asked for.
+and labels every pixel, with a class of land cover or as generated. The generator learns to get the
+labels that were asked for.
 
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
@@ -19,16 +19,15 @@ Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
 
 Differences from the original system, which has no paper (to train it: --box center --fusion late
 --no-erase --own 0 --no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
-- The original generator copies its input. Here noise replaces what the edit covers, so that it
-  cannot; evaluation.json measures this.
-- The original's target is a collage, photograph b in the box of a. It is one of many right answers
-  and has a seam, and an L1 loss to it teaches a blur. Here half of the edits ask for the land cover
-  that is there: their target is the photograph (SESAME, Ntavelis et al. 2020, arXiv:2004.04977).
-  The others are left to the discriminator.
+- The original generator copies its input. Here noise replaces the part to edit, so that it cannot;
+  evaluation.json measures this.
+- The original's target is a collage, photograph b in the box of a. It has a seam, and is one of
+  many right answers, so that an L1 loss teaches a blur. Here half of the edits ask for the land
+  cover that is there, and their target is the photograph (SESAME, Ntavelis et al. 2020,
+  arXiv:2004.04977). Inside the others there is no L1 loss.
 - The original discriminator gives one number for a whole photograph, and does not get land cover.
 - Boxes have any size. In one that covers the image everything must follow from land cover.
-- Real images of the discriminator are untouched photographs. The original used collages, whose
-  seams give them away.
+- Real images of the discriminator are photographs. The original used collages, which have seams.
 - Losses are computed from logits, and the networks' depth follows --size.
 """
 
@@ -695,7 +694,7 @@ def generate(state, cfg, device):
     """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
 
     def predict(windows, sample):
-        """Windows of a photograph, (B, C + 2, S, S) uint8, as edited: (B, C, S, S) in [-1, 1]."""
+        """Windows (B, C + 2, S, S): photograph, land cover, 1 in the edit -> (B, C, S, S)."""
         windows = windows.to(device)
         rgb, lc, changed = windows[:, :-2], windows[:, -2], windows[:, -1:] > 0
         rgb = common.from_bytes(rgb)

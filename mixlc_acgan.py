@@ -658,7 +658,7 @@ def generate(state, cfg, device):
     """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
 
     def predict(windows, sample):
-        """Windows of a photograph, (B, C + 2, S, S) uint8, as edited: (B, C, S, S) in [-1, 1]."""
+        """Windows (B, C + 2, S, S): photograph, land cover, 1 in the edit -> (B, C, S, S)."""
         fakes = []
         for window in windows.to(device).split(1):
             common.seed_step(cfg.seed, sample, 0)  # the same noise in every window

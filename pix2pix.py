@@ -581,7 +581,7 @@ def generate(state, cfg, device):
     classes = cfg.classes if cfg.direction == "BtoA" else None
 
     def predict(windows, whole):
-        """Windows (B, C, S, S) uint8 of the input -> (B, C', S, S) in [-1, 1]."""
+        """Windows (B, C, S, S) of the input -> (B, C', S, S) in [-1, 1]."""
         windows = windows.to(device)
         x = common.draw(windows[:, 0], classes) if classes else common.from_bytes(windows)
         return translate(state, x, cfg, noise=whole)
