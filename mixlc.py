@@ -154,11 +154,10 @@ class Edits:
         """Images by index, unflipped, with partners and boxes that no option changes."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
+        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
         for index in common.chunks(images):
-            flips = np.zeros((1, len(index), 4), np.int64)
-            own = np.zeros((1, len(index)), bool)
-            plan = index[None], partner[index][None], boxes[index][None], flips, own
-            yield from self.pasted(*plan)
+            plan = index, partner[index], boxes[index], flips[index], own[index]
+            yield from self.pasted(*(part[None] for part in plan))
 
     def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
         """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
@@ -221,9 +220,8 @@ def encoder(channels_in, size, width):
     widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
     first = nn.Conv2d(channels_in, width, 4, 2, 1, padding_mode="reflect")
     downs = nn.ModuleList([nn.Sequential(first, nn.LeakyReLU(0.2))])
-    for level in range(1, depth - 1):
-        out = widths[level]
-        conv = nn.Conv2d(widths[level - 1], out, 4, 2, 1, bias=False)
+    for channels, out in itertools.pairwise(widths[:-1]):
+        conv = nn.Conv2d(channels, out, 4, 2, 1, bias=False)
         downs.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)))
     bottleneck = nn.Conv2d(widths[-2], widths[-1], 4, 2, 1)
     downs.append(nn.Sequential(bottleneck, nn.ReLU()))

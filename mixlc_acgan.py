@@ -145,11 +145,10 @@ class Edits:
         """Images by index, unflipped, with partners and boxes that no option changes."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
+        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
         for index in common.chunks(images):
-            flips = np.zeros((1, len(index), 4), np.int64)
-            own = np.zeros((1, len(index)), bool)
-            plan = index[None], partner[index][None], boxes[index][None], flips, own
-            yield from self.pasted(*plan)
+            plan = index, partner[index], boxes[index], flips[index], own[index]
+            yield from self.pasted(*(part[None] for part in plan))
 
     def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
         """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
@@ -227,16 +226,15 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width, 16 * width]  # 64 128 256 512 1024
         self.downs = nn.ModuleList([down_block(channels_in, width, "reflect")])
-        for level in range(1, 5):
-            self.downs.append(down_block(widths[level - 1], widths[level]))
+        for channels, out in itertools.pairwise(widths):
+            self.downs.append(down_block(channels, out))
+        channels = widths[-1]
         self.bottom = nn.Sequential(
-            block(nn.Conv2d(widths[4], widths[4], 3, 1, 1), dropout),
-            block(nn.Conv2d(widths[4], widths[4], 3, 1, 1), dropout),
+            block(nn.Conv2d(channels, channels, 3, 1, 1), dropout),
+            block(nn.Conv2d(channels, channels, 3, 1, 1), dropout),
         )
         self.ups = nn.ModuleList()
-        channels = widths[4]
-        for level in reversed(range(1, 5)):
-            out = widths[level - 1]
+        for out in reversed(widths[:-1]):
             self.ups.append(block(nn.ConvTranspose2d(channels, out, 4, 2, 1), dropout))
             channels = 2 * out  # with the skip
         self.last = block(nn.Conv2d(channels, width, 3, 1, 1))
