@@ -154,6 +154,19 @@ def jitter(images, crops, size):
 # ----------------------------------------------------------------------------------------- networks
 
 
+def doubling(transposed, upsample):
+    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+
+    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
+    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    """
+    if upsample == "transposed":
+        return transposed
+    bias = transposed.bias is not None
+    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
+
+
 class ResidualBlock(nn.Module):
     """Two reflection-padded 3x3 convolutions and a shortcut (after arXiv:1603.08155)."""
 
@@ -171,19 +184,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         return x + self.layers(x)
-
-
-def doubling(transposed, upsample):
-    """A layer that doubles height and width: this transposed convolution, or one that resizes.
-
-    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
-    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
-    """
-    if upsample == "transposed":
-        return transposed
-    bias = transposed.bias is not None
-    conv = nn.Conv2d(transposed.in_channels, transposed.out_channels, 3, 1, 1, bias=bias)
-    return nn.Sequential(nn.Upsample(scale_factor=2), conv)
 
 
 class ResNetGenerator(nn.Module):

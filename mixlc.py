@@ -434,6 +434,22 @@ def gan_loss(logits, real):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
 
 
+def grown(mask):
+    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
+    border = round(12 * mask.shape[-1] / 256)
+    return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
+
+
+def masked_l1_loss(fake, target, where):
+    """Mean absolute difference where `where` (B, 1, S, S) is true: a scalar.
+
+    The mean of each image's own mean, or 0. True everywhere: equation 3 of Isola et al. 2017.
+    """
+    difference = (common.full_precision(fake) - common.full_precision(target)).abs()
+    total = (difference * where).sum((1, 2, 3))  # (B,)
+    return (total / (fake.shape[1] * where.sum((1, 2, 3)).clamp_min(1))).mean()
+
+
 def label_loss(logits, target):
     """Cross-entropy of logits (B, classes + 1, S, S) with one-hot labels: a scalar.
 
@@ -447,22 +463,6 @@ def label_loss(logits, target):
     weighted = target * (mean / counts.clamp_min(1)).clamp_max(10).view(1, -1, 1, 1)
     log_likelihood = common.full_precision(logits).log_softmax(1)[:, : len(counts)]
     return -(log_likelihood * weighted).sum() / weighted.sum().clamp_min(1)
-
-
-def grown(mask):
-    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
-    border = round(12 * mask.shape[-1] / 256)
-    return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
-
-
-def masked_l1_loss(fake, target, where):
-    """Mean absolute difference where `where` (B, 1, S, S) is true: a scalar.
-
-    The mean of each image's own mean. True everywhere: equation 3 of Isola et al. 2017.
-    """
-    difference = (common.full_precision(fake) - common.full_precision(target)).abs()
-    total = (difference * where).sum((1, 2, 3))  # (B,)
-    return (total / (fake.shape[1] * where.sum((1, 2, 3)).clamp_min(1))).mean()
 
 
 # -------------------------------------------------------------------------------------------- build

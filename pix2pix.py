@@ -206,7 +206,7 @@ class UNetGenerator(nn.Module):
             out = widths[level - 1]
             conv = doubling(nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=bias), upsample)
             layers = [nn.ReLU(), conv, norm_layer(norm, out)]
-            if 4 <= level < depth - 1:
+            if 4 <= level < depth - 1:  # 512 channels on both sides, but not the innermost
                 layers.append(nn.Dropout(dropout))
             self.ups.append(nn.Sequential(*layers))
             channels = 2 * out  # with the skip
@@ -510,7 +510,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 
     colors  from common.constant_colors: adds the baselines, a copy of the input and one colour
             for the image or for each class
-    judge   measures whether photographs that were generated from label maps show their classes
+    judge   measures whether generated photographs show the land cover that was asked for
 
     If the target is a label map, the classes of nearest colour are measured as well.
     """
