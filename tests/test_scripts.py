@@ -15,7 +15,7 @@ from harness import SCRIPTS
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
 # Lines down to the end of main, which is what a reader reads. Lower them when a file shrinks.
-CAPS = {"pix2pix": 490, "cyclegan": 473, "mixlc": 589, "mixlc_acgan": 553}
+CAPS = {"pix2pix": 479, "cyclegan": 462, "mixlc": 585, "mixlc_acgan": 546}
 
 # The files of support/, floor by floor: each imports only from floors below its own.
 FLOORS = [
