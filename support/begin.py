@@ -75,9 +75,9 @@ def _explain(error):
 def begin(config, doc, quick, argv=None):
     """Begins a program: (cfg, device, checkpoint). The arguments are parse's.
 
-    A new run has no checkpoint; it gets a folder of its own, and cfg its class table. --resume
-    takes all options from the checkpoint, --evaluate, --generate and --serve those of the group
-    "model"; a typed option that contradicts them is refused.
+    A new run has no checkpoint; it gets a folder of its own, and cfg its class table. Otherwise
+    options come from the checkpoint, but for the group "use". A typed option wins, or is refused
+    where the checkpoint fixes it: with --resume unless it may change, else in the group "model".
     """
     cfg, given = parse(config, doc, quick, argv)
     _check_modes(cfg)
