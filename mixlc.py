@@ -120,8 +120,7 @@ class Edits:
             remedy = "pass --lc-classes (maps for the maps data)"
             raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
         if len(self.store.records) < 2:
-            what = f"split {split} has one image: an edit needs two"
-            raise UserError(f"--data {cfg.data}: {what}")
+            raise UserError(f"--data {cfg.data}: split {split} has one image; an edit needs two")
         self.loader = common.Loader(self.store.records, device)
 
     def __len__(self):
