@@ -310,7 +310,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     print_once.cache_clear()
     mixlc.main(use(tmp_path / "run", "--evaluate"))
     said = capsys.readouterr().err
-    assert "classes.json: is another class table than the one in use (land, water, road)" in said
+    assert "classes.json: differs from the class table in use (land, water, road)" in said
 
 
 # --------------------------------------------------------------------------------- failing machines
