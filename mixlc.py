@@ -515,12 +515,13 @@ def train_step(state, batch, cfg):
     near = grown(mask)
     generated = mask if cfg.composite else torch.ones_like(mask)
     known = ~(edit.rgb_a + edit.rgb_b)[:, :1].isnan()  # both photographs have data
+    real = edit.rgb_b.masked_fill(~known, torch.nan)
     rgb = visible(edit, cfg)
-    rgb_a, rgb_b, target = (common.filled(x) for x in (edit.rgb_a, edit.rgb_b, edit.rgb_ab))
+    rgb_a, rgb_b, target = (common.filled(x) for x in (edit.rgb_a, real, edit.rgb_ab))
     with common.autocast(cfg, rgb.device):
         fake = state.G(rgb, edit.lc_ab)
         shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
-        shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
+        shown = common.holes_of(real, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.box)  # the D step must not reach G
         logits_real = state.D(rgb_b, edit.box)
     if cfg.d == "label":

@@ -473,16 +473,18 @@ def train_step(state, batch, cfg):
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     judged = grown(mask) if cfg.composite else torch.ones_like(mask)
     rgb = visible(edit, cfg)
-    rgb_a, rgb_b = common.filled(edit.rgb_a), common.filled(edit.rgb_b)
+    known = ~(edit.rgb_a + edit.rgb_b)[:, :1].isnan()  # both photographs have data
+    real = edit.rgb_b.masked_fill(~known, torch.nan)
+    rgb_a, rgb_b = common.filled(edit.rgb_a), common.filled(real)
     with common.autocast(cfg, rgb.device):
         fake = state.G(rgb, edit.lc_ab)
         shown = torch.where(mask, fake, rgb_a) if cfg.composite else fake
-        shown = common.holes_of(edit.rgb_b, shown)  # D sees the same holes in both
+        shown = common.holes_of(real, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab)  # the D step must not reach G
         logits_real, classes_real = state.D.both(rgb_b, edit.lc_b)
     d_real = gan_loss(logits_real, True, judged)
     d_fake = gan_loss(logits_fake, False, judged)
-    d_class = class_loss(classes_real, edit.lc_b, state.class_weights)
+    d_class = class_loss(classes_real, edit.lc_b * known, state.class_weights)
     loss_d = 0.5 * (d_real + d_fake) + d_class
     state.opt_D.zero_grad()
     loss_d.backward()
@@ -495,7 +497,7 @@ def train_step(state, batch, cfg):
         "g_adv": gan_loss(logits_fake, True, judged),
         "g_pixel": l1_loss(fake, edit.rgb_ab),
         "g_style": style_loss(state.vgg, fake, edit.rgb_ab),
-        "g_class": class_loss(classes_fake, edit.lc_ab * judged, state.class_weights),
+        "g_class": class_loss(classes_fake, edit.lc_ab * (judged & known), state.class_weights),
     }
     loss_g = cfg.lambda_adv * losses["g_adv"] + cfg.lambda_l1 * losses["g_pixel"]
     loss_g = loss_g + cfg.lambda_style * losses["g_style"] + cfg.lambda_class * losses["g_class"]

@@ -430,6 +430,13 @@ def l1_where(fake, target, where):
     return sum(means) / len(means)
 
 
+def with_holes_of_both(edit):
+    """Photograph b with the holes (NaN) of both, as D sees no other difference than the edit."""
+    photo = edit.rgb_b.clone()
+    photo[edit.rgb_a.isnan()] = torch.nan
+    return photo
+
+
 def visible(edit, cfg):
     """rgb_a; with --erase noise where the edit is."""
     if not cfg.erase:
@@ -470,7 +477,8 @@ class Mixlc:
         near = grown(mask)
         fake = self.G(visible(edit, self.cfg), edit.lc_ab)
         shown = torch.where(mask, fake, full(edit.rgb_a)) if self.cfg.composite else fake
-        shown = with_holes(shown, edit.rgb_b)
+        photo = with_holes_of_both(edit)
+        shown = with_holes(shown, photo)
 
         real, fakes, asked = True, False, True  # what D is to answer, and what G wants
         if self.cfg.d == "label":
@@ -479,11 +487,11 @@ class Mixlc:
                 here = around = torch.ones_like(here)
             real, asked = (x.argmax(1).where(x.any(1), -1) for x in (edit.lc_b, edit.lc_ab))
             fakes, asked = asked.where(~here, edit.lc_ab.shape[1]), asked.where(around, -1)
-            both = ~(edit.rgb_a.isnan() | edit.rgb_b.isnan())[:, 0]
-            real, fakes, asked = (labels.where(both, -1) for labels in (real, fakes, asked))
+            known = ~photo.isnan()[:, 0]
+            real, fakes, asked = (labels.where(known, -1) for labels in (real, fakes, asked))
         adv = labelled if self.cfg.d == "label" else bce
         d_fake = adv(self.D(shown.detach(), edit.box), fakes)
-        d_real = adv(self.D(full(edit.rgb_b), edit.box), real)
+        d_real = adv(self.D(full(photo), edit.box), real)
         d_total = d_real / 2 + d_fake / 2
         self.adam_D.minimise(d_total)
         g_adv = adv(self.D(shown, edit.box), asked)
@@ -568,17 +576,19 @@ class MixlcACGAN:
         near = grown(mask) if cfg.composite else torch.ones_like(mask)
         fake = self.G(rgb, edit.lc_ab)
         shown = torch.where(mask, fake, full(edit.rgb_a)) if cfg.composite else fake
-        shown = with_holes(shown, edit.rgb_b)
+        photo = with_holes_of_both(edit)
+        shown = with_holes(shown, photo)
         logits = self.D(shown.detach(), edit.lc_ab, "adversarial")[0]
         d_fake = bce(at_the_edit(logits, near), False)
-        logits, classes = self.D(full(edit.rgb_b), edit.lc_b)
+        logits, classes = self.D(full(photo), edit.lc_b)
         d_real = bce(at_the_edit(logits, near), True)
-        d_class = class_loss(classes, edit.lc_b, self.weights)
+        known = ~photo.isnan()[:, :1]
+        d_class = class_loss(classes, edit.lc_b * known, self.weights)
         self.adam_D.minimise(d_real / 2 + d_fake / 2 + d_class)
         logits, classes = self.D(shown, edit.lc_ab)
         g_adv, g_pixel = bce(at_the_edit(logits, near), True), l1(fake, edit.rgb_ab)
         g_style = self.style(fake, edit.rgb_ab)
-        g_class = class_loss(classes, edit.lc_ab * near, self.weights)
+        g_class = class_loss(classes, edit.lc_ab * near * known, self.weights)
         g_total = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_pixel + cfg.lambda_style * g_style
         g = {"g_adv": g_adv, "g_pixel": g_pixel, "g_style": g_style, "g_class": g_class}
         if cfg.lambda_id:
