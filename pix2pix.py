@@ -143,10 +143,15 @@ class Pairs:
             yield torch.stack(next(self.loader.batches(index[None])))
 
     def sides(self, records):
-        """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data."""
+        """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
+
+        Ignored labels are no data in a target, and have a colour of their own in an input.
+        """
         a, b = self.store.images("A", records), self.store.images("B", records)
         if self.store.classes:
-            b = common.draw(b, self.store.classes)
+            labels, b = b, common.draw(b, self.store.classes)
+            if self.cfg.direction == "AtoB":
+                b = b.masked_fill((labels == common.IGNORED)[:, None], torch.nan)
         return (a, b) if self.cfg.direction == "AtoB" else (b, a)
 
 

@@ -125,8 +125,9 @@ class ImageStore:
     def histograms(self, most=1000):
         """Counts of each level, or class: {"A": (C, 256), "B": (C or 1, 256)} int64.
 
-        With K classes and pairs also the levels in each class: "A of classes" (K, C, 256). They are
-        of at most `most` images, evenly spread, and all baselines follow from them.
+        With K classes and pairs also the levels in each class: "A of classes" (K, C, 256). Pixels
+        without data or class do not count. At most `most` images, evenly spread, are counted; all
+        baselines follow from this.
         """
         counts = {}
         for name, images in (("A", self.A), ("B", self.B)):
@@ -136,6 +137,8 @@ class ImageStore:
                 seen = slice(None) if known is None else known[row, 0] > 0
                 bands = images[row] if name == "B" and self.classes else eight_bits(images[row])
                 counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in bands]
+        if self.classes:
+            counts["B"][:, IGNORED] = 0
         if self.classes and self.paired:
             by_class = np.zeros((256, self.A.shape[1], 256), np.int64)
             for row in spread(most, len(self.A)):

@@ -34,6 +34,10 @@ def test_label_maps_are_drawn_in_their_class_colours(landcover, cache):
     table = {(0x84, 0x29, 0xF6), (0xE2, 0xA9, 0x29), (0x6E, 0xC1, 0xE4), (0x9B, 0x9B, 0x9B)}
     assert colors == table
     val = open_data("pix2pix", landcover, cache, "val", direction="AtoB")
+    (records,) = val.in_order(np.arange(2))
+    ignored = val.store.images("B", records) == common.IGNORED  # no data in a target
+    assert ignored.any() and torch.equal(val.sides(records)[1].isnan().all(1), ignored)
+    assert val.store.histograms()["B"].sum() == (~ignored).sum()
     cfg = dataclasses.replace(val.cfg, lc_classes=val.store.classes.text)
     rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2)).table()
     assert set(rows["model"]) >= {"psnr", "pixel_accuracy", "mean_iou"}
