@@ -203,18 +203,22 @@ def _check_folder(folder, script):
         raise UserError(f"--out {folder} has a run: --resume continues it; or choose another --out")
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    if any(files) and f'"script": "{script}"' not in text:
+    files = {path.name for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+    if files - {"samples.png"} and f'"script": "{script}"' not in text:
         raise UserError(f"--out {folder} has other files: choose an empty or a new folder")
 
 
 def _claim_folder(cfg):
-    """Makes a new run's folder: --out, or the first free one of runs/script, runs/script-2, ..."""
+    """Makes a new run's folder: --out, or the first free one of runs/script, runs/script-2, ...
+
+    A picture of training edits is no run, and lies in runs/script-samples.
+    """
     if cfg.out:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return cfg.out
+    name = f"{cfg.script}-samples" if getattr(cfg, "show_samples", 0) else cfg.script
     for k in itertools.count(1):
-        folder = Path(f"runs/{cfg.script}-{k}" if k > 1 else f"runs/{cfg.script}")
+        folder = Path(f"runs/{name}-{k}" if k > 1 else f"runs/{name}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             break

@@ -280,7 +280,8 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained):
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
-def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path):
+def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path, monkeypatch):
+    """And leaves the folder, --out or runs/script, to a training."""
     main = importlib.import_module(script).main
     main(tiny_run(script, landcover, tmp_path / "show", "--show-samples 3 --box center"))
     assert [path.name for path in (tmp_path / "show").glob("[!.]*")] == ["samples.png"]
@@ -289,6 +290,11 @@ def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp
     target = sheet[16 : 16 + 64, 4 + 5 * 68 : 4 + 5 * 68 + 64]
     assert (target[19, 19:45] == 255).all()  # the frame of the box at 20..43
     assert (target[18, 18] != 255).any()
+    monkeypatch.chdir(tmp_path)
+    about = f"--data {landcover} --cache c --size 64 --width 2 --batch-size 2 --device cpu"
+    main([*about.split(), "--show-samples", "1"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{script}-samples"]
+    main(tiny_run(script, landcover, tmp_path / "show", "--epochs 1"))
 
 
 # ------------------------------------------------------------------------------------------- bands
