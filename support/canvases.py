@@ -41,6 +41,8 @@ class MemoryRaster(Raster):
     now     the same, changed by strokes. A new colour changes the bands that are shown
     """
 
+    masked = False  # every pixel has data
+
     def __init__(self, pixels, table=None, limits=None):
         self.path, self.table, self.tiff, self.limits = Path("canvas"), table, None, limits
         self.height, self.width = pixels.shape[:2]
@@ -60,9 +62,6 @@ class MemoryRaster(Raster):
         pixels = pixels.astype(np.result_type(pixels, new))
         pixels[painted, :3] = new[:, :3]
         return pixels
-
-    def valid(self, *_):
-        """None: every pixel has data."""
 
 
 class TranslationCanvas(Windows):

@@ -110,8 +110,7 @@ def _percentiles(paths, bands, windows=200, side=256):
                 room = max(raster.height - side, 0), max(raster.width - side, 0)
                 corner = rng.integers(0, room, endpoint=True).tolist()
                 values = raster.values(*corner, side, side)
-                valid = raster.valid(*corner, *values.shape[:2])
-                values = values.reshape(-1, values.shape[-1]) if valid is None else values[valid]
+                values = values[raster.valid(*corner, *values.shape[:2])]  # (K, C)
                 samples.append(values[:: 1 + len(values) // 2000])
     if not any(map(len, samples)):
         raise UserError(f"{paths[0]}: no pixel has data")

@@ -180,7 +180,7 @@ class Raster:
         self._choose_reading(sample, lossy=str(self.tiff.compression) == "Compression.jpeg")
         if self._by_colour:  # a photograph is refused here
             valid = self.valid(top, left, *sample.shape[:2])
-            self._indices(sample if valid is None else sample[valid][None], strict=True)
+            self._indices(sample[valid][None], strict=True)
 
     def _choose_bands(self):
         """Chooses the bands of the TIFF to read; prints once if others are left out."""
@@ -237,9 +237,9 @@ class Raster:
         return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
 
     def valid(self, top, left, height, width):
-        """Where a window has data, (height, width) bool; None: in every pixel of the file."""
+        """Where a window has data: (height, width) bool."""
         if not self.masked:
-            return None
+            return np.ones((height, width), bool)
         if not self.tiff:
             self.values()  # decodes the file
             return self._valid[top : top + height, left : left + width]

@@ -253,11 +253,8 @@ class ImageStore:
 
     def _planes(self, rasters, top, step):
         """(H, W) bool for each picture of a strip: where it has data."""
-        planes = []
-        for raster in rasters:
-            if not raster.table:
-                valid = raster.valid(top, 0, step, raster.width)
-                planes.append(np.ones((step, raster.width), bool) if valid is None else valid)
+        pictures = [raster for raster in rasters if not raster.table]
+        planes = [picture.valid(top, 0, step, picture.width) for picture in pictures]
         if self.split.halves:
             planes = np.split(planes[0], 2, axis=1)[: 1 if self.classes else 2]
         return planes

@@ -154,8 +154,8 @@ class Studio:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: too many pixels for this page")
                     pixels = raster.values()
-                    valid = None if table else raster.valid(0, 0, *pixels.shape[:2])
-                    if valid is not None and valid.any():
+                    valid = raster.valid(0, 0, *pixels.shape[:2])
+                    if raster.masked and valid.any() and not table:
                         pixels[~valid] = pixels[valid].mean(0)
                     return MemoryRaster(pixels, table, limits)
             except UserError as error:

@@ -110,7 +110,7 @@ class Windows:
     size        (height, width) of the raster, in pixels
     window      (height, width) of a window, in pixels; None: the whole raster at once
     statistics  SharedStatistics, if the network normalises by an image's own
-    valid(top, left, height, width)  -> where a window has data, bool; None: everywhere
+    valid(top, left, height, width)  -> where a window has data, bool; without it: everywhere
     """
 
     def __init__(self, cut, predict, size, window, statistics=None, valid=None):
@@ -164,8 +164,7 @@ class Windows:
                 yield left, weights, fake
 
     def _has_data(self, top, left):
-        valid = self.valid(top, left, *self.sides) if self.valid else None
-        return valid is None or valid.any()
+        return not self.valid or self.valid(top, left, *self.sides).any()
 
     def _noted(self):
         """Corners of the windows to note: spread over the raster, where there is data."""
@@ -205,8 +204,8 @@ def read_filled(raster, top, left, height, width):
     A network must not see how a file marks its holes.
     """
     pixels = raster.read(top, left, height, width)
-    valid = None if raster.table else raster.valid(top, left, *pixels.shape[:2])
-    if valid is not None and not valid.all():
+    valid = raster.valid(top, left, *pixels.shape[:2])
+    if not (raster.table or valid.all()):
         middle = 0 if raster.limits else 127.5
         colour = pixels[valid].mean(0) if valid.any() else middle
         pixels = np.where(valid[..., None], pixels, np.asarray(colour).astype(pixels.dtype))

@@ -39,11 +39,11 @@ def label_image(index, classes):
 def _writing_whole(path, source, classes, bands):
     whole = np.zeros((source.height, source.width, *(() if classes else (bands,))), np.uint8)
     yield functools.partial(paste, whole)
-    valid = source.valid(0, 0, source.height, source.width)
-    if valid is not None:
+    if source.masked:
+        valid = source.valid(0, 0, source.height, source.width)
         whole[~valid] = IGNORED if classes else 0
     if not classes:
-        if valid is not None and path.suffix.lower() in (".png", ".webp"):
+        if source.masked and path.suffix.lower() in (".png", ".webp"):
             whole = np.dstack([whole, valid * np.uint8(255)])
         write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole)
         return
@@ -95,9 +95,9 @@ def _writing_tiff(path, source, classes, bands, limits):
         window = (top, top + height), (left, left + width)
         valid = source.valid(top, left, height, width)
         bands = classes.codes[pixels][None] if classes else np.moveaxis(pixels, -1, 0)
-        if valid is not None and nothing is None:
+        if source.masked and nothing is None:
             target.write_mask(valid, window=window)
-        elif valid is not None:
+        elif source.masked:
             if not classes:  # generated pixels must not look like no data
                 other = nothing - 1 if nothing > 0 else nothing + 1
                 bands = np.where((bands == nothing).all(0), other, bands)
