@@ -1,5 +1,6 @@
 """Measures of pictures, label maps and edits, and the baselines beside them."""
 
+import collections
 import json
 import math
 from pathlib import Path
@@ -108,16 +109,15 @@ class Scores:
 
     def __init__(self, brief=False, fid=False):
         self.brief, self.fid = brief, fid
-        self.sums = {}  # {row: {name: (sum, count)}}
-        self.confusions = {}  # {(row, by): matrix}
+        self.sums = collections.defaultdict(int)  # {(row, name): (sum, count)}
+        self.confusions = collections.defaultdict(int)  # {(row, by): matrix}
         self.distances = {}  # {row: Distances}
 
     def _add(self, row, name, values, where=1.0):
         """Adds values that are not NaN to a mean, with `where` as their weights."""
-        cells = self.sums.setdefault(row, {})
         weights = ~values.isnan() * where
-        amounts = torch.stack([(values.nan_to_num() * weights).sum(), weights.sum()]).cpu()
-        cells[name] = cells.get(name, 0) + amounts
+        amounts = [(values.nan_to_num() * weights).sum(), weights.sum()]
+        self.sums[row, name] += torch.stack(amounts).cpu()
 
     def add_images(self, row, guess, target, limits=None):
         """Adds measure_images of pictures (B, C, S, S) in [-1, 1] or NaN: means over images.
@@ -157,11 +157,9 @@ class Scores:
 
     def add_labels(self, row, predicted, target, classes, by=""):
         """Adds measure_labels of class indices (B, S, S); by: a judge's name, or "" for a model."""
-        self.sums.setdefault(row, {})
         if not by:
             self._add_variety(row, "class_variety", predicted, target, target != IGNORED, most=1)
-        confusion = confusion_matrix(predicted, target, classes).cpu()
-        self.confusions[row, by] = self.confusions.get((row, by), 0) + confusion
+        self.confusions[row, by] += confusion_matrix(predicted, target, classes).cpu()
 
     def _add_variety(self, row, name, guess, target, known, most=255):
         """Adds by how much each guess, and each target, differs from the one before it."""
@@ -169,25 +167,22 @@ class Scores:
         changes = [x.double().diff(dim=0).abs().clamp(max=most) * both for x in (guess, target)]
         amounts = torch.stack([change.sum() for change in changes]).cpu()
         if amounts[1] > 0:
-            cells = self.sums.setdefault(row, {})
-            cells[name] = cells.get(name, 0) + amounts
+            self.sums[row, name] += amounts
 
     def table(self):
         """{row: {measure: value}}."""
-        rows = {}
-        for row, cells in self.sums.items():
-            rows[row] = {}
-            for name, (total, count) in cells.items():
-                mean = (total / count).item()
-                if name in ("mse", "mse_units"):
-                    name, mean = f"r{name}", math.sqrt(mean)
-                rows[row][name] = mean
+        rows = collections.defaultdict(dict)
+        for (row, name), (total, count) in self.sums.items():
+            mean = (total / count).item()
+            if name in ("mse", "mse_units"):
+                name, mean = f"r{name}", math.sqrt(mean)
+            rows[row][name] = mean
         for row, distances in self.distances.items():
-            rows.setdefault(row, {}).update(distances.measures())
+            rows[row].update(distances.measures())
         for (row, by), confusion in self.confusions.items():
             for name, value in measure_labels(confusion).items():
                 rows[row][f"{by}_{name}" if by else name] = value
-        return rows
+        return dict(rows)
 
 
 def constant_colors(histogram, classes=None, by_class=None):
