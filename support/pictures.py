@@ -110,7 +110,7 @@ def paste(picture, pixels, top, left=0):
 def shown(images):
     """Pictures (B, C, H, W) as colours (B, 3, H, W): one band grey, two red and cyan, or three."""
     if images.shape[1] == 2:
-        return images[:, [0, 1, 1]]
+        return torch.cat([images, images[:, 1:]], 1)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 
