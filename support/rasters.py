@@ -170,10 +170,13 @@ class Raster:
         self._choose_bands()
         if not self.table:
             return
+        black_white = [[0] * 3, [255] * 3]
+        colors = black_white if self._palette is None else self._palette[:2].tolist()
         one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
-        if one_bit and sorted(self._palette[:2].tolist()) == [[0] * 3, [255] * 3]:
+        if one_bit and sorted(colors) == black_white:
             one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
-            self._levels, self._palette = self._palette[:2, 0] // 255 * np.uint8(one), None
+            self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
+            self._palette = None
         top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)

@@ -260,7 +260,7 @@ def test_label_maps(tmp_path, case):
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.tif", "white_is_zero.tif"])
+@pytest.mark.parametrize("name", ["x.png", "placed.png", "x.tif", "white_is_zero.tif"])
 @pytest.mark.parametrize("table", ["binary", TABLE, TWO])
 def test_masks_of_one_bit(tmp_path, table, name):
     """Also where the middle, which is looked at first, has only one of the two."""
@@ -270,6 +270,7 @@ def test_masks_of_one_bit(tmp_path, table, name):
         geotiff(tmp_path / name, np.uint8(~mask), nbits="1", photometric="MINISWHITE")
     else:
         save(tmp_path / name, mask)
+        (tmp_path / "placed.pgw").write_text("1\n0\n0\n-1\n0\n0\n")
     assert (pixels_of(tmp_path / name) == mask).all()
     assert (Raster(tmp_path / name, table_of(table)).read() == mask).all()
 
