@@ -44,9 +44,8 @@ def load_checkpoint(path, script):
     content = content if isinstance(content, dict) else {}
     if content.get("script", script) != script:
         raise UserError(f"{path}: written by {content['script']}.py: use that script")
-    for part in (content.get("config"), content.get("state")):
-        if not part or not isinstance(part, dict):
-            raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init?")
+    if not all(map(content.get, ("script", "config", "state"))):
+        raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init?")
     return content
 
 
@@ -136,7 +135,7 @@ def load_network(module, path, cfg, key, optional=False):
         content = content["state"].get(key)
     if optional and (not ours or content is None):
         return
-    if not isinstance(content, dict) or len(list(tensors_of(content))) != len(content):
+    if not (isinstance(content, dict) and all(map(torch.is_tensor, content.values()))):
         raise UserError(f"{path}: no network {key} in it, and no state dict")
     own = module.state_dict()
     if not any("running_mean" in name for name in own):
