@@ -79,8 +79,7 @@ def batches_of_rank(batch_size, first, *arrays):
 
 def spread(count, total):
     """`count` of `total` indices, evenly spread, in order; all of them for 0 or too many."""
-    if count == 0 or count >= total:
-        return np.arange(total)
+    count = min(count or total, total)
     return np.arange(count) * total // count
 
 

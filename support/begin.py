@@ -89,8 +89,7 @@ def begin(config, doc, quick, argv=None):
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     results = Path(cfg.out) / "evaluation.json"
-    ours = not results.is_file() or '"rows": {' in results.read_text(errors="replace")
-    if cfg.evaluate and not ours:
+    if cfg.evaluate and results.is_file() and b'"rows": {' not in results.read_bytes():
         raise UserError(f"{results}: written by another program: choose another --out")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run

@@ -120,8 +120,7 @@ def generating(net, cfg, dropout=False):
 
 def to_device(net, device):
     """Moves a network to the device, in the memory format that is fastest there."""
-    on_cpu = device.type == "cpu"
-    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     if any(isinstance(module, nn.InstanceNorm2d) for module in net.modules()):
         layout = WITH_INSTANCE_NORM
     if layout == torch.channels_last:

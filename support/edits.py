@@ -42,11 +42,10 @@ class PhotoEdit:
         labels = (self.first or self.lc).read(top, left, height, width)
         return mirrored(labels, height, width)
 
-    def changed(self, top, left, height, width):
-        """Where a window's land cover changes: (height, width) bool."""
+    def changed(self, *window):
+        """Where the land cover of a window (top, left, height, width) changes: bool."""
         if not self.has_before:
-            return np.ones((height, width), bool)
-        window = top, left, height, width
+            return np.ones(window[2:], bool)
         return self.before(*window) != self.after(*window)
 
     def regions(self):

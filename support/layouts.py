@@ -51,8 +51,7 @@ class Split:
 def image_files(folder, labels=False):
     """The images of a folder; for labels arrays, too."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
-    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
-    return [path for path in found if not path.name.startswith(".")]
+    return [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in suffixes]
 
 
 def contents(folder):
