@@ -212,14 +212,12 @@ class ClassTable:
         return index[inverse.reshape(packed.shape)]
 
     def from_one_hot(self, array, path):
-        """(H, W, C) or (C, H, W) one-hot -> (H, W) uint8 indices; IGNORED where all are zero.
+        """(H, W, C) one-hot -> (H, W) uint8 indices; IGNORED where all are zero.
 
         C  the number of classes, or of all rows of the table
         """
         rows = [index for _, _, index in self.entries]
         indices = {len(self): range(len(self)), len(rows): rows}
-        if array.shape[-1] not in indices:
-            array = np.moveaxis(array, 0, -1)
         alone = np.isin(array, (0, 1, 255)).all() and (array > 0).sum(-1).max() <= 1
         if array.shape[-1] not in indices or not alone:
             raise UserError(f"{path}: is not one-hot in the class table's {len(self)} classes")

@@ -82,12 +82,12 @@ class Raster:
     def _open_array(self, most):
         if not self.table:
             raise UserError(f"{self.path}: an array can only be a label map, not a picture")
-        self._array = opening.open_array(self.path, most)
-        sides = self._array.shape
-        if len(sides) == 3:
-            classes_last = sides[-1] in (1, len(self.table), len(self.table.entries))
-            sides = sides[:2] if classes_last else sides[1:]
-        self.height, self.width = sides
+        array = opening.open_array(self.path, most)
+        channels = 1, len(self.table), len(self.table.entries)
+        if array.ndim == 3 and array.shape[-1] not in channels:
+            array = np.moveaxis(array, 0, -1)
+        self._array = array
+        self.height, self.width = array.shape[:2]
 
     def _read_picture(self):
         with opening.open_image(self.path) as image:
@@ -114,16 +114,14 @@ class Raster:
     def _read_labels(self):
         table, path = self.table, self.path
         if path.suffix.lower() in ARRAY_SUFFIXES:
-            array = self._array
-            if array.ndim == 3 and 1 not in (array.shape[0], array.shape[-1]):
-                return table.from_one_hot(array, path)
-            return table.from_codes(array.reshape(self.height, self.width), path)
+            if self._array.ndim == 3 and self._array.shape[-1] > 1:
+                return table.from_one_hot(self._array, path)
+            return table.from_codes(self._array.reshape(self.height, self.width), path)
         with opening.open_image(path) as image:
             lossy = image.format in ("JPEG", "WEBP")
             if image.mode == "P":
-                colors = np.reshape(image.getpalette("RGB"), (-1, 3))
-                self._palette = np.zeros((256, 3), np.uint8)
-                self._palette[: len(colors)] = colors
+                colors = bytes(image.getpalette("RGB")).ljust(3 * 256, b"\0")
+                self._palette = np.frombuffer(colors, np.uint8).reshape(256, 3)
             elif image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
                 image = image.convert("RGB")
             pixels = np.atleast_3d(np.asarray(image))
