@@ -86,18 +86,14 @@ class SharedStatistics:
         means, variances = torch.stack(self.moments[layer], 1)  # (N, C) each
         weights = weights.to(means)
         mean = weights @ means
-        variance = weights @ (variances + means.square()) - mean.square()
-        done = 0
+        variance = (weights @ (variances + means.square()) - mean.square()).clamp_min(0)
+        moments = zip(mean, variance, strict=True)  # of each window; a batch may come in pieces
+        affine = layer.weight, layer.bias
 
         def forward(x):
-            nonlocal done  # a batch may come in pieces
-            rows, done = slice(done, done + len(x)), done + len(x)
-            flat = x.reshape(1, -1, *x.shape[2:])
-            moments = mean[rows].flatten(), variance[rows].flatten().clamp_min(0)
-            x = F.batch_norm(flat, *moments, eps=layer.eps).view_as(x)
-            if layer.weight is None:
-                return x
-            return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+            images = x.split(1)
+            images = [F.batch_norm(x, *next(moments), *affine, eps=layer.eps) for x in images]
+            return torch.cat(images)
 
         return forward
 
