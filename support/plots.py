@@ -23,7 +23,7 @@ def plot_metrics(rows, path):
     from matplotlib.figure import Figure  # slow to import
 
     names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
-    height = -(-len(names) // 3)
+    height = max(1, -(-len(names) // 3))
     figure = Figure(figsize=(13, 2.6 * height))
     axes = figure.subplots(height, 3, squeeze=False)
     for axis in axes.flat[len(names) :]:
