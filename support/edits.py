@@ -15,7 +15,7 @@ class PhotoEdit:
     lc          Raster of the land cover after the edit, without the strokes
     first       Raster of the land cover before it; None: lc
     strokes     rectangles of a class, [(index, top, left, bottom, right), ...]
-    has_before  whether the land cover before is given, and with it what changes
+    has_before  whether the land cover before is given, so that only its changes are generated
     window      (height, width) of a window, in pixels; None: the whole photograph
     border      width of the ramp between an edit and the photograph: 12 pixels in 256
     whole       everything is generated, and nothing of the photograph is kept

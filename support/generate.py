@@ -74,8 +74,8 @@ def print_windows(cfg, raster, window):
 def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     """--generate of pictures or label maps, at the scale of training, into --out.
 
-    predict(windows (B, C or 1, S, S) uint8, whole)  -> pictures (B, C, S, S) in [-1, 1], or scores
-           of the classes (B, classes, S, S); whole: there is just one window
+    predict(windows (B, C or 1, S, S), whole)  -> pictures (B, C, S, S) in [-1, 1], or scores of the
+           classes (B, classes, S, S). Windows are uint8, or int16 levels; whole: there is just one
     net    the network, if it normalises by an image's own statistics
     """
     if cfg.serve:
@@ -160,8 +160,8 @@ def edit_file(cfg, predict, net=None, samples=1):
     Only windows around changes are generated, and blended into the photograph (see PhotoEdit).
     With several samples the sheet also shows their standard deviation, white at 32 levels.
 
-    predict(windows (B, C + 2, S, S) uint8, sample)  -> (B, C, S, S) in [-1, 1]; a window is the
-           photograph, the land cover to be, and 1 where it changes
+    predict(windows (B, C + 2, S, S), sample)  -> (B, C, S, S) in [-1, 1]; a window is the
+           photograph, uint8 or int16 levels, the land cover to be, and 1 where it changes
     net    the network, if it normalises by an image's own statistics
     """
     if cfg.serve:

@@ -141,7 +141,7 @@ class Run:
             set_lr(optimizer, lr)
 
     def end_step(self, state, losses):
-        """Ends a step with losses {name: 0-d tensor}, whose means are read every --log-every.
+        """Ends a step with losses {name: 0-d tensor}; their means are read every --log-every steps.
 
         Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """

@@ -232,7 +232,7 @@ class ImageStore:
         return count, masked
 
     def _records(self, pair, masked):
-        """One file, or pair of files, cut row by row: (channels, side, side) uint8 each."""
+        """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
         with self._opened(pair) as rasters:
             step = self.patch or rasters[0].height
             for top in range(0, rasters[0].height - step + 1, step):

@@ -28,7 +28,7 @@ from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_SAMPLES = 4
-KEPT = 2**25  # pixels of all canvases; those used last stay
+KEPT = 2**25  # values of all canvases, three for a pixel of a picture; those used last stay
 EXAMPLES = 12
 
 
