@@ -77,14 +77,10 @@ class TranslationCanvas(Windows):
         self.seed, self.show = cfg.seed, show
         self.pixels, self.start = raster.now, raster.start
         self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
-        window = window_of(cfg, raster)
-        super().__init__(
-            functools.partial(network_input, raster, cfg.size),
-            functools.partial(predict, whole=not window),
-            (raster.height, raster.width),
-            window,
-            shared_statistics(cfg, net),
-        )
+        window, size = window_of(cfg, raster), (raster.height, raster.width)
+        cut = functools.partial(network_input, raster, cfg.size)
+        predict = functools.partial(predict, whole=not window)
+        super().__init__(cut, predict, size, window, shared_statistics(cfg, net))
 
     def generated(self, box, sample):
         """Generates the windows that overlap a box, at first all: (the box around them, pixels)."""

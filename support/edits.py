@@ -87,13 +87,12 @@ class PhotoEdit:
     def generated(self, region, predict, net=None):
         """Generates a region (top, left, height, width): yields (pixels (h, w, C), top, left)."""
         y, x, *size = region
-        windows = Windows(
-            lambda top, left, *sides: self._cut(y + top, x + left, *sides),
-            predict,
-            size,
-            self.window,
-            shared_statistics(self.cfg, net),
-        )
+
+        def cut(top, left, *sides):
+            return self._cut(y + top, x + left, *sides)
+
+        statistics = shared_statistics(self.cfg, net)
+        windows = Windows(cut, predict, size, self.window, statistics)
         for top, strip in windows.blended(about=self.photo.path.name):
             pixels = values_of(strip, self.photo.limits)
             yield self._feathered(pixels, y + top, x), y + top, x
