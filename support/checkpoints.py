@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from support.device import set_lr
 from support.errors import UserError, refusing
 from support.files import whole_or_absent
 from support.options import flag
@@ -110,13 +109,11 @@ def tensors_of(content):
 
 
 def _load_state_dict(value, saved):
-    """Loads a module's or an optimizer's state, with this device's memory format and switches."""
+    """Loads a module's or an optimizer's state, but not its memory format, switches and rate."""
     groups = [dict(group) for group in getattr(value, "param_groups", [])]
     value.load_state_dict(saved)
     for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
-        rate = float(group["lr"])
-        group.update({key: own[key] for key in ("lr", "fused", "capturable")})
-        set_lr(value, rate)
+        group.update({key: own[key] for key in ("lr", "fused", "capturable")})  # see Run.set_lr
         for parameter in group["params"]:  # fused Adam pairs elements by their memory address
             for key, moment in value.state[parameter].items():
                 if moment.shape == parameter.shape and moment.stride() != parameter.stride():
