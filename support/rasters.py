@@ -33,7 +33,7 @@ class Raster:
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._palette, self._levels = None, None
-        self._has_alpha, self.bands = False, [] if table else list(bands)
+        self._has_alpha, self.bands = False, list(bands)
         self.limits, self.dtype = limits, "uint8"
         suffix = self.path.suffix.lower()
         with opening.decoding(path):
@@ -66,7 +66,7 @@ class Raster:
         A picture is uint8, or with limits the int16 levels between them.
         """
         pixels = self.values(top, left, height, width)
-        return self.limits.to_levels(pixels) if self.limits and not self.table else pixels
+        return self.limits.to_levels(pixels) if self.limits else pixels
 
     def values(self, top=0, left=0, height=None, width=None):
         """The same window, but a picture in the values of the file."""
