@@ -268,12 +268,9 @@ class ImageStore:
         step = self.patch or strip.shape[1]
         for left in range(0, strip.shape[1] - step + 1, step):
             cut = np.ascontiguousarray(strip[:, left : left + step])
-            if cut.dtype == bool:
-                yield resize_known(cut, size)[None]
-            elif cut.ndim == 2:
-                yield resize(cut, size, labels=True)[None]
-            else:
-                yield resize(cut, size).transpose(2, 0, 1)
+            known = cut.dtype == bool
+            small = resize_known(cut, size) if known else resize(cut, size, labels=cut.ndim == 2)
+            yield np.moveaxis(np.atleast_3d(small), -1, 0)
 
     def windows(self):
         """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image."""

@@ -211,7 +211,7 @@ def read_filled(raster, top, left, height, width):
 def network_input(raster, size, *window):
     """A window (top, left, height, width) of a raster at a network's size: (C or 1, S, S)."""
     small = resize(read_filled(raster, *window), (size, size), labels=bool(raster.table))
-    return small[None] if raster.table else np.moveaxis(small, -1, 0)
+    return np.moveaxis(np.atleast_3d(small), -1, 0)
 
 
 def overlap(a, b):
