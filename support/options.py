@@ -244,11 +244,9 @@ def _argument(field):
         kwargs["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, tuple):
         kwargs |= {"action": "extend", "nargs": "+", "metavar": "TEXT"}
-    elif choices:
-        kwargs |= {"type": type(default), "choices": choices}
     else:
-        kind = type(default)
-        kwargs |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[type(default)]
+        kwargs |= {"type": type(default), "choices": choices, "metavar": metavar}
     return kwargs | {"help": f"{field.metadata['help']} [{shown}]"}
 
 
