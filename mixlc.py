@@ -702,7 +702,7 @@ def generate(state, cfg, device):
         return translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg)
 
     net = state.G if common.own_statistics(cfg) else None
-    common.edit_file(cfg, predict, net, cfg.samples)
+    common.edit_file(cfg, predict, net)
 
 
 def use(cfg, device, checkpoint):

@@ -668,7 +668,7 @@ def generate(state, cfg, device):
         return torch.cat(fakes)
 
     net = state.G if common.own_statistics(cfg) else None
-    common.edit_file(cfg, predict, net, cfg.samples)
+    common.edit_file(cfg, predict, net)
 
 
 def use(cfg, device, checkpoint):

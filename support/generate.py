@@ -154,11 +154,11 @@ def _stroke(text, classes, height, width):
     return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
 
 
-def edit_file(cfg, predict, net=None, samples=1):
+def edit_file(cfg, predict, net=None):
     """--generate of an edit, at the scale of training, into --out, with a before/after sheet.
 
     Only windows around changes are generated, and blended into the photograph (see PhotoEdit).
-    With several samples the sheet also shows their standard deviation, white at 32 levels.
+    With several --samples the sheet also shows their standard deviation, white at 32 levels.
 
     predict(windows (B, C + 2, S, S), sample)  -> (B, C, S, S) in [-1, 1]; a window is the
            photograph, uint8 or int16 levels, the land cover to be, and 1 where it changes
@@ -171,9 +171,9 @@ def edit_file(cfg, predict, net=None, samples=1):
     path, regions = edit.photo.path, edit.regions()
     names = results_of(path, tiff=needs_tiff(cfg, "A"))
     sheet = f"{path.stem}_sheet.png"
-    if samples > 1:
+    if cfg.samples > 1:
         suffix = Path(names[0]).suffix
-        names = [f"{path.stem}_{k}{suffix}" for k in range(1, samples + 1)]
+        names = [f"{path.stem}_{k}{suffix}" for k in range(1, cfg.samples + 1)]
     inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
     new = missing(cfg, [*names, sheet], inputs)
     print_windows(cfg, edit.photo, edit.window)
@@ -188,7 +188,7 @@ def edit_file(cfg, predict, net=None, samples=1):
     for k, name in enumerate(names, 1):
         if name in new:
             _write_edit(out / name, edit, regions, functools.partial(predict, sample=k), net)
-            results[f"after {k}" if samples > 1 else "after"] = out / name
+            results[f"after {k}" if cfg.samples > 1 else "after"] = out / name
     if sheet in new and results:
         pictures = _pictures(edit, regions, results)
         save_grid(out / sheet, {title: as_tensor(x) for title, x in pictures.items()})

@@ -504,9 +504,9 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
 
 def test_samples_that_are_there_are_kept(tmp_path, capsys):
     """Four samples, of which the second was retouched: the others are generated."""
-    cfg, photo = edit(tmp_path, "water:100,50,20,20")
+    cfg, photo = edit(tmp_path, "water:100,50,20,20", samples=4)
     save(tmp_path / "out" / "photo_2.png", np.full_like(photo, 7))
-    common.edit_file(cfg, Painter(), samples=4)
+    common.edit_file(cfg, Painter())
     said = capsys.readouterr()
     assert "1 result(s) in" in said.err and "3 picture(s) written" in said.out
     pictures = [Image.open(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2, 3, 4)]
@@ -586,7 +586,7 @@ def test_land_cover_before_and_after_as_files(tmp_path, capsys):
     save(labels, after)
     cfg, painter = edit(tmp_path)[0], Painter()
     cfg = dataclasses.replace(cfg, lc=str(labels), lc_before=cfg.lc)
-    common.edit_file(cfg, painter, samples=2)
+    common.edit_file(dataclasses.replace(cfg, samples=2), painter)
     assert len(painter.windows) == 2
     first, second = (pixels_of(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2))
     assert (first != second).any(-1)[105:115, 205:215].all()
@@ -607,7 +607,7 @@ def test_a_small_photograph_is_edited_as_a_whole(tmp_path, capsys):
 def test_the_noise_of_a_sample_is_one_for_all_windows(monkeypatch):
     module, cfg = tiny("mixlc_acgan", erase=True)
     state, seen = module.build(cfg, CPU, training=False), []
-    monkeypatch.setattr(common, "edit_file", lambda cfg, paint, net, samples: seen.append(paint))
+    monkeypatch.setattr(common, "edit_file", lambda cfg, paint, net: seen.append(paint))
     module.generate(state, cfg, CPU)
     window = torch.randint(0, 3, (1, 5, 64, 64), dtype=torch.uint8)
     both = seen[0](torch.cat([window, window]), sample=1)
