@@ -84,6 +84,7 @@ CASES = {
     "pix2pix --vgg16 nowhere.pth": "--vgg16 nowhere.pth: no such file",
     "pix2pix --content vgg --vgg16 odd.pt": "no features.0.weight: pass",
     "pix2pix --init odd.pt": "no network G in it",
+    "pix2pix --init nested.pt": "no network G in it",
     "pix2pix --init model.pt --generator resnet": "do not fit this G: check --gen",
     "pix2pix --serve": "--serve need --checkpoint FILE",
     "mixlc --data pairs": "--lc-classes",
@@ -208,6 +209,7 @@ def wrong_checkpoints(root):
         "other.pt": {"script": "cyclegan", "config": {}, "state": {}},
         "odd.pt": odd,
         "bare.pt": {"conv.weight": torch.zeros(1)},
+        "nested.pt": {"networks": {"a": torch.zeros(1), "b": torch.zeros(1)}, "epoch": 3},
         "judge_alone.pt": odd | {"state": {"judge": {}}},
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
