@@ -178,10 +178,7 @@ def edit_file(cfg, predict, net=None):
     new = missing(cfg, [*names, sheet], inputs)
     print_windows(cfg, edit.photo, edit.window)
     if not edit.has_before:
-        print(
-            "the whole photograph is generated: pass --lc-before FILE to edit what changed",
-            file=sys.stderr,
-        )
+        print("everything is generated: --lc-before FILE limits it to changes", file=sys.stderr)
     if not regions:
         print("the land cover is the same before and after: nothing changes", file=sys.stderr)
     results = {}
@@ -192,7 +189,8 @@ def edit_file(cfg, predict, net=None):
     if sheet in new and results:
         pictures = _pictures(edit, regions, results)
         save_grid(out / sheet, {title: as_tensor(x) for title, x in pictures.items()})
-    print(f"{len(results)} picture(s) written to {out}, with a before/after sheet")
+        print(f"before and after: {out / sheet}")
+    print(f"{len(results)} picture(s) written to {out}")
 
 
 def _write_edit(path, edit, regions, predict, net):

@@ -595,7 +595,7 @@ def test_land_cover_before_and_after_as_files(tmp_path, capsys):
         out = tmp_path / name
         common.edit_file(dataclasses.replace(cfg, out=str(out), **options), Painter())
         assert (pixels_of(out / "photo.png") == 140).all()
-    assert "is generated: pass --lc-before" in capsys.readouterr().err
+    assert "is generated: --lc-before" in capsys.readouterr().err
 
 
 def test_a_small_photograph_is_edited_as_a_whole(tmp_path, capsys):
