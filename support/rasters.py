@@ -86,8 +86,8 @@ class Raster:
         channels = 1, len(self.table), len(self.table.entries)
         if array.ndim == 3 and array.shape[-1] not in channels:
             array = np.moveaxis(array, 0, -1)
-        self._array = array
-        self.height, self.width = array.shape[:2]
+        self._array = np.atleast_3d(array)  # (H, W, 1 or classes)
+        self.height, self.width, _ = self._array.shape
 
     def _read_picture(self):
         with opening.open_image(self.path) as image:
@@ -114,9 +114,9 @@ class Raster:
     def _read_labels(self):
         table, path = self.table, self.path
         if path.suffix.lower() in ARRAY_SUFFIXES:
-            if self._array.ndim == 3 and self._array.shape[-1] > 1:
+            if self._array.shape[-1] > 1:
                 return table.from_one_hot(self._array, path)
-            return table.from_codes(self._array.reshape(self.height, self.width), path)
+            return table.from_codes(self._array[..., 0], path)
         with opening.open_image(path) as image:
             lossy = image.format in ("JPEG", "WEBP")
             if image.mode == "P":
@@ -210,7 +210,7 @@ class Raster:
             return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
         nothing, by_codes = self.tiff.nodata, self._palette is None and not self._by_colour
         if by_codes and nothing is not None and nothing not in self.table.values:
-            pixels = np.where(pixels == nothing, self.table.unused, pixels)
+            pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
         indices = self._indices(pixels)
         if self.masked and not (by_codes and nothing is not None):
             valid = self.valid(top, left, *indices.shape)
