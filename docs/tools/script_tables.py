@@ -45,9 +45,11 @@ def scripts():
         text = (ROOT / f"{name}.py").read_text()
         task = text.split("\n")[0].split(": ", 1)[1].rstrip(".")
         count = len(re.split(r"\n# -+ use\n", text)[0].splitlines())
-        number = re.search(r"arXiv:(\d{4}\.\d{5})", text)[1]
-        paper = f"[{number}](https://arxiv.org/abs/{number})"
-        lines.append([f"`{name}.py`", task, paper, count, NEW.get(name, "")])
+        numbers = re.findall(
+            r"arXiv:(\d{4}\.\d{5})", re.search(r"\nPapers?: .*?\n\n", text, re.S)[0]
+        )
+        papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)
+        lines.append([f"`{name}.py`", task, papers, count, NEW.get(name, "")])
     return table(["script", "task", "builds on", "lines to read", "the one new idea"], lines)
 
 
