@@ -441,6 +441,23 @@ def test_windows_without_data_are_left_out(tmp_path):
         assert ((out.dataset_mask() > 0) == (pixels[..., 0] > 0)).all()
 
 
+def test_land_cover_with_holes_becomes_a_photograph_with_holes(tmp_path):
+    """No data is no class: 255 for the network, all zeros in its one-hot map."""
+    labels, windows = np.ones((200, 160), np.uint8), []
+    labels[:30, 50:] = 200
+    geotiff(tmp_path / "x.tif", labels, nodata=200)
+
+    def predict(tiles, whole):
+        windows.append(tiles)
+        return torch.zeros(len(tiles), 3, *tiles.shape[2:])
+
+    cfg = translation(tmp_path, generate=(str(tmp_path / "x.tif"),), window=64, **LABELS)
+    common.translate_files(cfg, predict, from_labels=True)
+    assert torch.cat(windows).unique().tolist() == [1, common.IGNORED]
+    with rasterio.open(tmp_path / "out" / "x.tif") as out:
+        assert ((out.dataset_mask() == 0) == (labels == 200)).all()
+
+
 # -------------------------------------------------------------------------------------------- edits
 
 
@@ -513,6 +530,8 @@ def test_samples_that_are_there_are_kept(tmp_path, capsys):
     assert [picture.getpixel((110, 60))[0] for picture in pictures] == [140, 7, 166, 178]
     sheet = pixels_of(tmp_path / "out" / "photo_sheet.png")
     assert sheet.shape[1] == 7 * 404 + 4  # three before, three after, and how they differ
+    differ = sheet[16:, 4 + 6 * 404 :][:300, :400]  # eight times the deviation of 140, 166, 178
+    assert (differ[60, 110] == int(8 * np.std([140, 166, 178]))).all() and not differ[200:].any()
 
 
 @pytest.mark.parametrize(
