@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.device import start
+from support.device import recommend_bf16, start
 from support.errors import SafeStream, UserError, out_of_memory
 from support.files import LOCKS, lock
 from support.layouts import find_images
@@ -95,6 +95,7 @@ def begin(config, doc, quick, argv=None):
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if not cfg.using and not checkpoint:
         cfg = _new_run(cfg)
+        recommend_bf16(cfg)
     return cfg, device, checkpoint
 
 

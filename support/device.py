@@ -36,7 +36,6 @@ def start(cfg):
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
     if not cuda:
         keep_memory()
-        recommend_bf16(cfg)
     torch.manual_seed(cfg.seed)
     return device
 
@@ -60,9 +59,9 @@ def keep_memory():
 
 
 def recommend_bf16(cfg):
-    """Prints a remark if training would be faster in bf16, which AMX multiplies in hardware."""
-    trains = not (cfg.using or cfg.resume or cfg.quick or rank())
-    if trains and cfg.precision == "auto" and torch.cpu.get_capabilities().get("amx_bf16"):
+    """Prints a remark if a new run would be faster in bf16, which AMX multiplies in hardware."""
+    in_fp32 = cfg.device == "cpu" and cfg.precision == "auto" and not (cfg.quick or rank())
+    if in_fp32 and torch.cpu.get_capabilities().get("amx_bf16"):
         print_once("this CPU has AMX: training is faster with --precision bf16")
 
 

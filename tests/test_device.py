@@ -22,9 +22,11 @@ import mixlc_acgan
 import pix2pix
 import support.device
 from files import vgg_file
-from runs import line_of
+from runs import line_of, use
+from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
+from support.files import LOCKS
 from support.processes import reduced
 from support.run import Means
 from tensors import as_rank, calls_of, pictures, tiny
@@ -253,15 +255,26 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     assert calls == [()]
 
 
-def test_a_new_run_on_a_cpu_with_amx_hears_of_bf16(monkeypatch, capsys):
-    """But not one that chose a precision, is resumed, is quick, or is none."""
+def test_a_new_run_on_a_cpu_with_amx_hears_of_bf16(pairs, trained, tmp_path, monkeypatch, capsys):
+    """But not one that chose a precision, or is quick, resumed, refused, or none."""
+    evaluation = use(trained("pix2pix"), "--evaluate")
+    resumed = ["--resume", "--out", str(trained("pix2pix"))]
+    capsys.readouterr()
     monkeypatch.setattr(support.device, "print_once", print)
     for has, remarks in ((True, 1), (False, 0)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
-        start(tiny("pix2pix", device="cpu", precision="auto")[1])
-        for other in ({"quick": True}, {"resume": True}, {"evaluate": True}, {"precision": "fp32"}):
-            start(tiny("pix2pix", **{"device": "cpu", "precision": "auto"} | other)[1])
-        assert capsys.readouterr().out.count("--precision bf16") == remarks
+        new_run = [*f"--data {pairs} --patch 8 --device cpu --size 64 --out".split(), str(tmp_path)]
+        for typed in ("", "--quick", "--precision fp32"):
+            folder = f"{new_run[-1]}/{has}{typed[2:5]}"
+            begin(pix2pix.Config, "", {}, [*new_run[:-1], folder, *typed.split()])
+        for words in (evaluation, resumed):
+            begin(pix2pix.Config, "", {}, words)
+            LOCKS.clear()
+        with pytest.raises(SystemExit):
+            pix2pix.main(["--data", "nowhere"])  # a mistake is one line
+        said = capsys.readouterr()
+        assert said.out.count("--precision bf16") == remarks
+        assert said.err.count("\n") == 1 and "nowhere" in said.err
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):
