@@ -2,6 +2,7 @@
 small options follow the printed ones and win.
 """
 
+import functools
 import importlib
 import re
 import shlex
@@ -18,7 +19,8 @@ from PIL import Image
 import cyclegan
 from files import geotiff, land_cover, picture, save, side_by_side, vgg_file
 from harness import SCRIPTS
-from support import serve
+from support import serve, store
+from support.demo import demo_world
 
 PAGES = [
     "README.md",
@@ -66,7 +68,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Every file that the pages name; a server that is told to end at once."""
+    """Every file that the pages name; small demo worlds; a server that is told to end at once."""
     monkeypatch.chdir(tmp_path)
     for folder in ("weights", "docs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -104,6 +106,7 @@ def world(tmp_path, monkeypatch):
     def ctrl_c(server, *_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(store, "demo_world", functools.partial(demo_world, train=8, val=2))
     monkeypatch.setattr(socketserver.BaseServer, "serve_forever", ctrl_c)
     monkeypatch.setattr(serve, "ENDED", threading.Event())
     return tmp_path
