@@ -133,14 +133,18 @@ class ClassTable:
     def by_palette(self, codes, palette):
         """Whether a file is read by the colours of its palette (256, 3), and not by codes (H, W).
 
-        It is if the table gives no values, or not all that occur, and has most of the colours.
+        It is if the table gives no values, or not all that occur, and has most of the colours that
+        occur, or the palette most of the table's: a tile of one class is read like the others.
         """
         used = np.unique(codes)
         if self.valued and self._coded(used):
             return False
         colors = {tuple(color) for color in palette[used].tolist()}
         known = {color for _, color, _ in self.entries}
-        return 2 * len(known & colors) > len(colors)
+        if 2 * len(known & colors) > len(colors):
+            return True
+        greys = (palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
+        return not greys and 2 * len(known & set(map(tuple, palette.tolist()))) > len(known)
 
     def by_grey(self, levels, jpeg):
         """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.

@@ -52,9 +52,9 @@ def missing(cfg, names, inputs):
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"--generate: two results would be called {name}")
-    inputs = {path.resolve() for path in inputs}
+    inputs = {os.path.realpath(path) for path in inputs}
     for name in names:
-        if (out / name).resolve() in inputs:
+        if os.path.realpath(out / name) in inputs:
             raise UserError(f"{out / name} is an input: choose another --out")
     kept = [name for name in names if os.path.lexists(out / name) and not cfg.overwrite]
     if kept:
@@ -126,6 +126,9 @@ def edit_of_files(cfg):
     if not cfg.lc:
         raise UserError("--generate needs --lc FILE, the photograph's land cover")
     photo = Raster(cfg.generate[0], bands=cfg.bands("A"), limits=Limits.of(cfg, "A"))
+    if photo.limits and photo.dtype != photo.limits.dtype:
+        remedy = f"convert it to {photo.limits.dtype}, that of training"
+        raise UserError(f"{photo.path}: has {photo.dtype} values: {remedy}")
     maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
     for labels in maps:
         check_pair(photo, labels)
@@ -150,7 +153,7 @@ def _stroke(text, classes, height, width):
             f"--paint {text}: no such class, or several; there are {', '.join(classes.names)}"
         )
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
-        raise UserError(f"--paint {text}: lies outside the image, {width}x{height} pixels")
+        raise UserError(f"--paint {text}: paints nothing in the image, {width}x{height} pixels")
     return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
 
 

@@ -130,9 +130,14 @@ def _one_folder(root, name, table):
     for endings in _ENDINGS:
         a = [path for path in files if path.stem.endswith(endings[0])]
         b = [path for path in files if path.stem.endswith(endings[1])]
-        if a and b and len(a) + len(b) == len(files):
-            sides = _match(a, b, f"{root}, split {name}", endings)
-            return Split(root, "two endings", name, *sides, True, False, table)
+        others = [path for path in files if path not in {*a, *b}]
+        pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()
+        if not (a and b) or (others and not pairs):
+            continue
+        for path in others:
+            raise UserError(f"{path}: ends neither in {endings[0]} nor in {endings[1]}: remove it")
+        sides = _match(a, b, f"{root}, split {name}", endings)
+        return Split(root, "two endings", name, *sides, True, False, table)
     return Split(root, "side by side", name, files, files, True, True, table) if files else None
 
 

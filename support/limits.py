@@ -15,7 +15,7 @@ class Limits(NamedTuple):
     """The values that become -1 and 1. Between them lie 65536 levels, as int16.
 
     low, high  of every band, (C,) each
-    dtype      of the files, such as "uint16"; results are written in it
+    dtype      of the files, such as "uint16"; results are written in it. "": of any
     """
 
     low: tuple
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
             low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T.tolist()
         except ValueError:
             low, high = [0], [0]
-        if not all(a < b for a, b in zip(low, high, strict=True)):
+        if not (np.less(low, high).all() and np.isfinite([low, high]).all()):
             raise UserError(f"--limits-{side} {numbers}: write LOW,HIGH, for all bands or for each")
         return cls(tuple(low), tuple(high), dtype or "float32")
 
@@ -45,8 +45,8 @@ class Limits(NamedTuple):
 
     def to_levels(self, values):
         """Values (H, W, C) -> levels, int16; values beyond a limit become the limit."""
-        share = (np.nan_to_num(values.astype(np.float64)) - self.low) / self.ranges
-        return np.clip((share * 65535 - 32768).round(), -32768, 32767).astype(np.int16)
+        values = np.clip(np.nan_to_num(values.astype(np.float64)), self.low, self.high)
+        return ((values - self.low) / self.ranges * 65535 - 32768).round().astype(np.int16)
 
     def to_values(self, image):
         """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
@@ -63,7 +63,7 @@ def values_of(image, limits):
     return limits.to_values(image) if limits else as_array(image)
 
 
-ALL = Limits((0.0,), (1.0,), "float32")  # opens a file of any depth
+ALL = Limits((0.0,), (1.0,), "")  # opens a file of any depth
 
 
 def with_limits(cfg, split):

@@ -48,10 +48,13 @@ class Raster:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
                     self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
-                    sideways = _orientation(image) >= 5
+                    sideways = not table and _orientation(image) >= 5
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
                 raise UserError(f"{path}: {self.width}x{self.height} is too large: make it a TIFF")
+            wanted = limits.dtype if limits and not table else ""
+            if wanted and (wanted == "uint8") != (self.dtype == "uint8"):
+                raise UserError(f"{path}: has {self.dtype} values; the training images: {wanted}")
 
     def __enter__(self):
         return self
@@ -119,16 +122,22 @@ class Raster:
             return table.from_codes(self._array[..., 0], path)
         with opening.open_image(path) as image:
             lossy = image.format in ("JPEG", "WEBP")
+            self._valid = np.asarray(image.convert("RGBA"))[..., 3] > 0 if self.masked else None
             if image.mode == "P":
                 colors = bytes(image.getpalette("RGB")).ljust(3 * 256, b"\0")
                 self._palette = np.frombuffer(colors, np.uint8).reshape(256, 3)
             elif image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
-                image = image.convert("RGB")
+                image = image.convert("L" if image.mode == "LA" else "RGB")
             pixels = np.atleast_3d(np.asarray(image))
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
+        if self.masked:
+            pixels, whole = pixels[self._valid][None], np.full(pixels.shape[:2], IGNORED, np.uint8)
         self._choose_reading(pixels, lossy)
-        return self._indices(pixels, strict=True)
+        indices = self._indices(pixels, strict=True)
+        if self.masked:
+            whole[self._valid] = indices[0]
+        return whole if self.masked else indices
 
     def _choose_reading(self, sample, lossy):
         """Chooses to read a label map by codes, palette or colours; sample (H, W, 1 or 3)."""
@@ -141,10 +150,15 @@ class Raster:
             self._by_colour = self.table.by_grey(sample, lossy)
             self._nearest = self._nearest or self._by_colour
 
+    @property
+    def _by_codes(self):
+        return self._palette is None and not self._by_colour
+
     def _indices(self, pixels, strict=False):
         """Class indices (H, W) of pixels (H, W, 1 or 3); strict: refuses a photograph."""
         if self._palette is not None:
-            return self.table.from_colours(self._palette[pixels[..., 0]], self.path, False, strict)
+            colours = self._palette[pixels[..., 0]]
+            return self.table.from_colours(colours, self.path, nearest=False, strict=False)
         if self._by_colour:
             colours = np.repeat(pixels, 3 // pixels.shape[-1], -1)
             return self.table.from_colours(colours, self.path, self._nearest, strict)
@@ -208,11 +222,11 @@ class Raster:
         if not self.table:
             grey = pixels.shape[-1] == 1 and not self.bands
             return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
-        nothing, by_codes = self.tiff.nodata, self._palette is None and not self._by_colour
-        if by_codes and nothing is not None and nothing not in self.table.values:
+        nothing = self.tiff.nodata
+        if self._by_codes and nothing is not None and nothing not in self.table.values:
             pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
         indices = self._indices(pixels)
-        if self.masked and not (by_codes and nothing is not None):
+        if self.masked and not (self._by_codes and nothing is not None):
             valid = self.valid(top, left, *indices.shape)
             indices = np.where(valid, indices, np.uint8(IGNORED))
         return indices
@@ -232,20 +246,30 @@ class Raster:
     def masked(self):
         """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
         if not self.tiff:
-            return self._has_alpha and not self.table
+            return self._has_alpha
+        if self.table and self._by_codes and self.tiff.nodata in self.table.values:
+            return False
         all_valid = opening.gdal().enums.MaskFlags.all_valid
         everywhere = all(all_valid in flags for flags in self.tiff.mask_flag_enums)
         return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
 
     def valid(self, top, left, height, width):
-        """Where a window has data: (height, width) bool."""
+        """Where a window has data: (height, width) bool.
+
+        GDAL's mask of all bands decides; but in a picture of more than 8 bits the no-data value of
+        one band that is read is enough, unless it is 0, which a dark pixel may have.
+        """
         if not self.masked:
             return np.ones((height, width), bool)
         if not self.tiff:
             self.values()  # decodes the file
             return self._valid[top : top + height, left : left + width]
         window = (top, top + height), (left, left + width)
-        valid = self.tiff.dataset_mask(window=window) > 0
+        with opening.decoding(self.path):
+            if self.tiff.nodata and self.dtype != "uint8" and not self.table:
+                valid = (self.tiff.read_masks(self._chosen, window=window) > 0).all(0)
+            else:
+                valid = self.tiff.dataset_mask(window=window) > 0
         if self.table or np.dtype(self.dtype).kind != "f":
             return valid
         return valid & np.isfinite(self.values(top, left, height, width)).all(-1)

@@ -226,7 +226,8 @@ class ImageStore:
         if self.split.halves:
             width = height
         if min(width, height, self.patch or width) < self.smallest:
-            what = f"--patch {self.patch}" if self.patch else f"{width}x{height}"
+            patched = self.patch and self.patch <= min(width, height)
+            what = f"--patch {self.patch}" if patched else f"{width}x{height}"
             raise UserError(f"{name}: {what} is smaller than --size {self.smallest}")
         count = (width // self.patch) * (height // self.patch) if self.patch else 1
         return count, masked

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -55,9 +57,10 @@ def _profile(source, classes, bands, limits):
     """rasterio's profile of a TIFF with the size and the place of a Raster."""
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     nothing = classes.unused if classes else source.tiff and source.tiff.nodata
-    if nothing is not None and dtype.kind != "f":
-        within = np.iinfo(dtype).min <= nothing <= np.iinfo(dtype).max
-        nothing = int(nothing) if within else None  # else: a mask
+    if nothing is not None:
+        about = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+        fits = about.min <= nothing <= about.max or (dtype.kind == "f" and np.isnan(nothing))
+        nothing = dtype.type(nothing).item() if fits else None  # else: a mask
     profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
     if not classes and bands != 3:  # GDAL would call the fourth alpha
         profile["photometric"] = "MINISBLACK"
@@ -122,6 +125,9 @@ def _writing_tiff(path, source, classes, bands, limits):
                     how = gdal().enums.Resampling["nearest" if classes else "average"]
                     halvings = range(1, (max(target.shape) // 256).bit_length())
                     target.build_overviews([2**k for k in halvings], how)
+            beside = Path(f"{aside}.aux.xml")  # of GDAL: a CRS that a TIFF cannot hold
+            if beside.is_file():
+                os.replace(beside, f"{path}.aux.xml")
             # GDAL reports no error when it closes a file on a full disk
             for level in range(_read_through(aside)):
                 _read_through(aside, overview_level=level)

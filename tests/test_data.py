@@ -102,6 +102,7 @@ NOT_LAYOUTS = {
     "sub-folders": ("train/A/x/1.png train/B/1.png", "train/A: .*has x .*not searched"),
     "twins on a Mac": ("train/A/\u00e9.png train/A/e\u0301.png train/B/\u00e9.png",
                        "the same name but for"),
+    "another ending": ("train/1_A.png train/1_B.png train/x.png", "x.png: ends neither in _A nor"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "2_A.png has no par"),
     "masks without a table": ("train/images/x.png train/masks/x.png", "s2glc, maps or b"),
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
@@ -149,9 +150,15 @@ def partly(known):
     return np.where(land, CLASSES.palette[0], np.uint8(7))
 
 
-def paletted(*levels):
-    """The codes 1, 2, 3 and 4 in shades of red."""
-    image = Image.fromarray(np.array([[1, 2, 3, 4]], np.uint8))
+def with_alpha(pixels):
+    """Pixels, transparent and 7 where INDEX has no class."""
+    none = INDEX[..., None] == 255
+    return np.dstack([np.where(none, np.uint8(7), np.atleast_3d(pixels)), ~none * np.uint8(255)])
+
+
+def paletted(*levels, codes=(1, 2, 3, 4)):
+    """Codes of which 1, 2, 3 and 4 are shades of red, and 0 is black."""
+    image = Image.fromarray(np.array([codes], np.uint8))
     image.putpalette([0, 0, 0, *(part for level in levels for part in (level, 0, 0))])
     return image
 
@@ -162,6 +169,10 @@ FAR_REDS = [row | {"value": k} for k, row in enumerate(REDS, 50)]  # none of the
 
 # case: (class table, file, pixels or a row of codes, indices or the end of a message)
 LABELS = {
+    "transparent": (TABLE, "x.png", with_alpha(COLOURS), INDEX),
+    "transparent grey": (TABLE, "x.png", Image.fromarray(with_alpha(INDEX), "LA"), INDEX),
+    "transparent photograph": (TABLE, "x.png", with_alpha(COLOURS // 2), "is it a photograph?"),
+    "a palette of greys": (EXACT, "x.png", Image.fromarray(INDEX % 2).convert("P"), INDEX % 2),
     "indices": (TABLE, "x.png", CODES, INDEX),
     "colours": (TABLE, "x.png", COLOURS, INDEX),
     "a stray colour": (TABLE, "x.png", STRAY, INDEX),
@@ -202,6 +213,12 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
         f"another red, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 240), [0, 1, 2, 3]),
         f"one red twice, {name}": (VALUED_REDS, name, paletted(40, 80, 120, 120), [0, 1, 2, 3]),
         f"no values, {name}": (REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
+        f"one of the reds, {name}": (
+            REDS,
+            name,
+            paletted(160, 120, 80, 40, codes=(1, 0, 0, 0)),
+            [3, 255, 255, 255],
+        ),
         f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are outside"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
@@ -255,6 +272,7 @@ def test_label_maps(tmp_path, case):
         assert (raster.height, raster.width) == want.shape and (raster.read() == want).all()
         assert (raster.read(1, 2, 9, 2) == want[1:, 2:4]).all()
         assert (raster.read(0, 0, 1, 1) == want[:1, :1]).all()  # whatever a window has
+        assert (want[~raster.valid(0, 0, *want.shape)] == 255).all()
 
 
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]

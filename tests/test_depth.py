@@ -16,6 +16,7 @@ from files import PLACE, TABLE, bands_of, geotiff, noise, save
 from pages import in_colours, page_shows, studio_of
 from runs import last, line_of, rows_of, stop_after, tiny_run, use
 from support.demo import landscape
+from support.device import in_bf16
 from support.limits import Limits
 from support.pictures import eight_bits
 from support.rasters import Raster
@@ -175,8 +176,8 @@ def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, mo
     assert 38_000 < photo.pixels.min() < photo.pixels.max() < 44_000
 
 
-def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch):
-    """By windows; what is painted lies within the limits, in a dark photograph of 8 bits, too."""
+def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
+    """By windows; what is painted lies within the limits, in a dark photograph, too."""
     root, bands, out = tmp_path / "data", (4, 3, 2, 1, 5, 6), tmp_path / "run"
     for path in deep.glob("*/A/*"):
         pixels, folder = bands_of(path), root / path.parent.parent.name
@@ -189,7 +190,7 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch):
     labels, dark = root / "val" / "lc" / photo.name, tmp_path / "dark.tif"
     for path in (photo, labels):
         geotiff(path, np.tile(bands_of(path), (3, 3, 1)))
-    geotiff(dark, np.full((192, 192, 6), 9, np.uint8))
+    geotiff(dark, np.full((192, 192, 6), 9, np.uint16))
     limits = Limits.of(mixlc.Config(**last(out)["config"]), "A")
     for path in (photo, dark):
         edit = f"--generate {path} --lc {labels} --paint water:0,0,20,20"
@@ -199,6 +200,11 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch):
         inside = new[:10, :10]
         assert (np.floor(limits.low) <= inside).all() and (inside <= np.ceil(limits.high)).all()
         assert (inside != old[:10, :10]).mean() > 0.9
+    for dtype in (np.uint8, np.int16):  # outside the edit their values would not stay
+        geotiff(dark, np.full((192, 192, 6), 9, dtype))
+        with pytest.raises(SystemExit):
+            main(use(out, edit, f"--out {tmp_path}/new --overwrite"))
+        assert f"has {np.dtype(dtype)} values" in capsys.readouterr().err
     studio = studio_of(main, out, monkeypatch)
     shown = page_shows(studio, [labels, photo], [(0, 0, 20, 20, bytes([1]) * 400)])
     assert (shown == in_colours(tmp_path / "new" / photo.name, limits)).all()
@@ -229,6 +235,24 @@ def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsy
     main(use(run, f"--generate {tmp_path}/train/A/1.png", f"--out {tmp_path}/new"))
     assert "band 1 of 3 is read" in capsys.readouterr().err
     assert Image.open(tmp_path / "new" / "1.png").mode == "L"
+
+
+@pytest.mark.parametrize(("nothing", "missing"), [(-9999, (1, 3)), (0, (3,))])
+def test_no_data_in_one_of_the_bands_read(nothing, missing, tmp_path):
+    """Is a hole, unless it is 0, which a dark pixel may have in a band."""
+    pixels = np.full((4, 4, 3), 500, np.int16)
+    pixels[0, 1, :1] = pixels[0, 2, 2] = pixels[0, 3] = nothing
+    path = geotiff(tmp_path / "x.tif", pixels, nodata=nothing)
+    with Raster(path, bands=(1, 2), limits=Limits((0.0,), (1000.0,), "int16")) as raster:
+        assert np.argwhere(~raster.valid(0, 0, 4, 4)).tolist() == [[0, k] for k in missing]
+
+
+def test_only_pictures_of_eight_bits_are_computed_in_bf16_by_default():
+    cuda = torch.device("cuda")
+    for limits, precision, wanted in (("", "auto", 1), ("0,9 int16", "auto", 0), ("", "fp32", 0)):
+        cfg = pix2pix.Config(limits_A=limits, precision=precision)
+        assert in_bf16(cfg, cuda) == wanted and not in_bf16(cfg, torch.device("cpu"))
+    assert in_bf16(pix2pix.Config(limits_B="0,9 int16", precision="bf16"), torch.device("cpu"))
 
 
 def test_levels_are_shown_in_eight_bits():

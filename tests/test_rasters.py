@@ -21,6 +21,7 @@ from files import CLASSES, PLACE, TABLE, geotiff, noise, picture, pixels_of, sav
 from runs import refused
 from support.classes import ClassTable
 from support.files import write_image
+from support.limits import Limits
 from support.pictures import to_bytes
 from support.rasters import Raster
 from support.windows import read_filled
@@ -188,6 +189,23 @@ def test_bands_that_a_file_lacks_are_refused(tmp_path, name, bands):
     with refused(f"{name}: --bands names {bands[-1]}, but its .*1, 2"):
         Raster(tmp_path / name, bands=bands).read()
     assert (Raster(tmp_path / name, bands=(3, 1)).read() == pixels[..., [2, 0]]).all()
+
+
+def test_what_a_tiff_cannot_hold_lies_beside_it_or_in_a_mask(tmp_path):
+    """A CRS of a rotated pole; a no-data value beyond the results' type."""
+    rotated = "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39 +lon_0=18 +R=6371229 +no_defs"
+    pixels = np.ones((8, 8))
+    pixels[:2] = -1.7976931348623157e308
+    source = geotiff(tmp_path / "x.tif", pixels, crs=rotated, nodata=pixels[0, 0])
+    limits = Limits((0.0,), (2.0,), "float32")
+    with Raster(source, limits=limits, bands=(1,)) as raster:
+        with writing(tmp_path / "out" / "x.tif", raster, bands=1, limits=limits) as put:
+            put(np.ones((8, 8, 1), np.float32), 0)
+        with rasterio.open(tmp_path / "out" / "x.tif") as out:
+            assert out.crs == raster.tiff.crs and out.crs
+            assert (out.dataset_mask() > 0).sum(1).tolist() == [0] * 2 + [8] * 6
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert sorted(names) == ["x.tif", "x.tif.aux.xml"]
 
 
 @pytest.mark.parametrize("kind", ["nodata", "mask", "classes"])
