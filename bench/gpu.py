@@ -164,15 +164,16 @@ class Session:
         if (run / "evaluation.json").exists():
             seconds = self.work / f"{name}.seconds"
             times = seconds.read_text().split() if seconds.exists() else []
-            keep(run, self.out / name / "kept", sum(map(float, times)))
+            try:
+                keep(run, self.out / name / "kept", sum(map(float, times)))
+            except (OSError, LookupError) as error:  # stopped within its first epoch
+                self.print(f"{name}: not kept: {error!r}")
         write_generators(last, self.work / f"{name}.pt")
 
     def draw(self):
-        """Front and raster pictures of the map of a photograph."""
-        kept, last = self.out / "sat2map/kept", self.work / "sat2map/checkpoints/last.pt"
-        tools, photograph = DOCS / "tools", DOCS / "example.jpg"
-        self.do("front", 30, tools / "draw_front.py", kept, self.out / "front.jpg")
-        self.do("raster", 90, tools / "draw_raster.py", last, photograph, self.out / "raster.jpg")
+        """A picture of the map of a photograph."""
+        tool, last = DOCS / "tools/draw_raster.py", self.work / "sat2map/checkpoints/last.pt"
+        self.do("raster", 90, tool, last, DOCS / "example.jpg", self.out / "raster.jpg")
 
     def pack(self):
         """OUT/pack: small.tar.gz, and each generator, whole or in pieces."""

@@ -26,6 +26,8 @@ def start(cfg):
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: only {torch.cuda.device_count()} GPUs are visible here")
     if cuda:
         torch.cuda.set_device(device)
         set_arithmetic()
@@ -78,9 +80,18 @@ def seed_step(seed, epoch, batch):
 
 
 def autocast(cfg, device):
-    """Autocast to bf16 by --precision (auto: on CUDA); never to fp16, which overflows in GANs."""
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    """Autocast to bf16 by --precision; never to fp16, which overflows in GANs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bf16(cfg, device))
+
+
+def in_bf16(cfg, device):
+    """Whether networks compute in bf16: auto is bf16 on CUDA, for pictures of 8 bits.
+
+    Its 8 bits of significand give outputs near -1 and 1 steps of 1/256: too coarse for 16 bits.
+    """
+    deep = cfg.limits_A or cfg.limits_B
+    auto = cfg.precision == "auto" and device.type == "cuda" and not deep
+    return cfg.precision == "bf16" or auto
 
 
 def full_precision(x):

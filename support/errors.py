@@ -6,8 +6,6 @@ import os
 import re
 import sys
 
-import torch
-
 
 class UserError(Exception):
     """A user's mistake: its text names the file or the option and the remedy, on one line."""
@@ -15,8 +13,8 @@ class UserError(Exception):
 
 def out_of_memory(error):
     """Whether an error is a lack of memory, on the CPU or the GPU."""
-    text = re.search("can't allocate memory|could not create a primitive", str(error))
-    return bool(text) or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    texts = "can't allocate memory|could not create a primitive|out of memory|ALLOC_FAILED"
+    return bool(re.search(texts, str(error))) or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager

@@ -93,9 +93,11 @@ class Options:
         "auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"), may_change=True
     )
     precision: str = option(
-        "auto", "auto: bf16 networks on CUDA, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 networks on CUDA for pictures of 8 bits, else fp32",
+        choices=("auto", "fp32", "bf16"),
     )
-    graph: bool = option(True, "capture the training step in a CUDA graph")
+    graph: bool = option(True, "capture the training step in a CUDA graph", may_change=True)
     checkpoint: str = option("", "the trained model, a .pt file", group="use")
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"))

@@ -12,7 +12,7 @@ from harness import SCRIPTS
 from runs import RUNS, tiny_run
 
 if not PLACE:  # without rasterio; the other files have tests that need no GeoTIFF
-    collect_ignore = ["test_generate.py", "test_opening.py", "test_rasters.py"]
+    collect_ignore = ["test_depth.py", "test_generate.py", "test_opening.py", "test_rasters.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def tiny_run(script, data, out, more=""):
 
 def use(run, action, more=""):
     """The command line that uses a run's last checkpoint, as in use(run, "--generate x.png")."""
-    return f"{action} --checkpoint {run}/checkpoints/last.pt {more}".split()
+    return f"{action} --checkpoint {run}/checkpoints/last.pt --device cpu {more}".split()
 
 
 def stop_after(monkeypatch, steps):
