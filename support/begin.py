@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import os
@@ -13,9 +14,9 @@ from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.device import recommend_bf16, start
+from support.device import start
 from support.errors import SafeStream, UserError, out_of_memory
-from support.files import LOCKS, lock
+from support.files import lock, unlock
 from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
@@ -49,8 +50,7 @@ def command(main):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:
-                while LOCKS:
-                    LOCKS.pop().release()
+                unlock()
 
     return wrapper
 
@@ -60,7 +60,9 @@ def _explain(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'writing'}: {error.strerror}; choose another --out or --cache"
+        lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+        remedy = "replace or remove it" if lacks else "choose another --out or --cache"
+        return f"{error.filename or 'writing'}: {error.strerror}: {remedy}"
     cause = error
     while cause:  # a lack of memory while a graph is captured causes another error
         if out_of_memory(cause):
@@ -95,7 +97,6 @@ def begin(config, doc, quick, argv=None):
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if not cfg.using and not checkpoint:
         cfg = _new_run(cfg)
-        recommend_bf16(cfg)
     return cfg, device, checkpoint
 
 

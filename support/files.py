@@ -28,6 +28,17 @@ def lock(folder):
         raise UserError(f"--out {folder}: another process is training in it") from None
 
 
+def unlock():
+    """Releases the run folders of this process, and removes those that hold nothing."""
+    while LOCKS:
+        reserved = LOCKS.pop()
+        reserved.release()
+        path = Path(reserved.lock_file)
+        if list(path.parent.iterdir()) == [path]:
+            path.unlink()
+            path.parent.rmdir()
+
+
 @contextlib.contextmanager
 def whole_or_absent(path):
     """Yields the name of a new file, which replaces path in the end; after an error it is removed.

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import datetime
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -22,11 +23,10 @@ import mixlc_acgan
 import pix2pix
 import support.device
 from files import vgg_file
-from runs import line_of, use
+from runs import line_of, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
-from support.files import LOCKS
 from support.processes import reduced
 from support.run import Means
 from tensors import as_rank, calls_of, pictures, tiny
@@ -258,23 +258,22 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
 def test_a_new_run_on_a_cpu_with_amx_hears_of_bf16(pairs, trained, tmp_path, monkeypatch, capsys):
     """But not one that chose a precision, or is quick, resumed, refused, or none."""
     evaluation = use(trained("pix2pix"), "--evaluate")
-    resumed = ["--resume", "--out", str(trained("pix2pix"))]
-    capsys.readouterr()
     monkeypatch.setattr(support.device, "print_once", print)
+    shutil.copytree(pairs, tmp_path / "broken")
+    (tmp_path / "broken" / "train" / "1.png").write_bytes(b"rubbish")
     for has, remarks in ((True, 1), (False, 0)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
-        new_run = [*f"--data {pairs} --patch 8 --device cpu --size 64 --out".split(), str(tmp_path)]
+        capsys.readouterr()
         for typed in ("", "--quick", "--precision fp32"):
-            folder = f"{new_run[-1]}/{has}{typed[2:5]}"
-            begin(pix2pix.Config, "", {}, [*new_run[:-1], folder, *typed.split()])
-        for words in (evaluation, resumed):
-            begin(pix2pix.Config, "", {}, words)
-            LOCKS.clear()
+            folder = tmp_path / f"{has}{typed[2:5]}"
+            pix2pix.main(tiny_run("pix2pix", pairs, folder, f"--epochs 1 {typed}"))
+        pix2pix.main(["--resume", "--out", str(folder)])
+        begin(pix2pix.Config, "", {}, evaluation)
+        assert capsys.readouterr().out.count("--precision bf16") == remarks
         with pytest.raises(SystemExit):
-            pix2pix.main(["--data", "nowhere"])  # a mistake is one line
-        said = capsys.readouterr()
-        assert said.out.count("--precision bf16") == remarks
-        assert said.err.count("\n") == 1 and "nowhere" in said.err
+            pix2pix.main(tiny_run("pix2pix", tmp_path / "broken", tmp_path / "run"))
+        said = capsys.readouterr()  # a mistake is one line
+        assert "1.png: cannot be decoded" in said.err and "bf16" not in said.out
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):

@@ -43,7 +43,7 @@ CASES = {
     f"{EDIT} --lc lc.png --paint lake:1,1,5,5": "several; there are land, water, road",
     f"{EDIT} --lc lc.png --paint :1,1,5,5": "or several; there are",
     f"{EDIT} --lc lc.png --paint water:1,1": "write class:x,y,width,height",
-    f"{EDIT} --lc lc.png --paint water:140,1,5,5": "lies outside the image, 140x100",
+    f"{EDIT} --lc lc.png --paint water:140,1,5,5": "paints nothing in the image, 140x100",
     f"{EDIT} --lc lc.png": "or train with --no-erase",
     f"{EDIT} --lc small.png --paint water:1,1,5,5": "10x10: sizes must agree",
     f"{EDIT} --paint water:1,1,5,5": "needs --lc",
@@ -56,12 +56,16 @@ CASES = {
     "pix2pix --lambda-l1 nan": "--lambda-l1 nan: must be at",
     "pix2pix --lambda-l1 inf": "--lambda-l1 inf: must be at most",
     "pix2pix --load-size 99999999": "must be --size 64 to 4096",
-    "pix2pix --cache model.pt/c": "Not a directory; choose another",
+    "pix2pix --cache model.pt/c": "Not a directory: choose another",
     "pix2pix --data nope": "--data nope: no such directory",
     "pix2pix --data unaligned": "cyclegan.py",
     "mixlc --lc-classes nope.json": "nope.json: no such file",
     "pix2pix --generate pairs/val --checkpoint model.pt --out pairs/val": "0.png is an input",
     "pix2pix --data dangling": "dangling/train/0.png: no such file",
+    "pix2pix --data dangling_later": "dangling_later/train/1.png: No such file or directory: rep",
+    "pix2pix --generate loop --checkpoint model.pt --out o": "loop/x.png: no such file",
+    "pix2pix --data mixed": "1.png: has uint8 values; the training images: uint16",
+    "mixlc --data low --patch 128": "0.jpg: 80x60 is smaller than --size 64",
     "pix2pix --data terabytes": "is too large: make it a TIFF",
     "mixlc --data arrays --patch 40": "0.npz: has more pixels than fit in memory",
     "mixlc --data axes": "0.npy: cannot be decoded",
@@ -126,7 +130,7 @@ CASES = {
     "seams bare.pt scene.tif": "no checkpoint",
     "keep_run empty kept 60": "evaluation.json",
 }
-for limits in ["5", "1,2,3", "3,2", "1,x", "nan,1", "1,2,3,4,5,6,7,8"]:
+for limits in ["5", "1,2,3", "3,2", "1,x", "nan,1", "0,inf", "1,2,3,4,5,6,7,8"]:
     CASES[f"pix2pix --limits-A {limits}"] = "write LOW,HIGH, for all bands or for each"
 if not torch.cuda.is_available():
     CASES["pix2pix --device cuda"] = "--device cuda: no CUDA device"
@@ -164,6 +168,14 @@ def run_of(world, out, more=""):
 
 
 def wrong_data(root):
+    (root / "loop").mkdir()
+    (root / "loop" / "x.png").symlink_to("x.png")
+    for name in ("train/A", "train/B", "val/A", "val/B"):
+        geotiff(root / "mixed" / name / "0.tif", np.full((64, 64), 999, np.uint16))
+        save(root / "mixed" / name / "1.png", np.zeros((64, 64), np.uint8))
+    shutil.copytree(root / "pairs", root / "dangling_later")
+    (root / "dangling_later" / "train" / "1.png").unlink()
+    (root / "dangling_later" / "train" / "1.png").symlink_to("/nowhere.png")
     for name in ("dangling", "terabytes"):
         shutil.copytree(root / "pairs", root / name)
         (root / name / "train" / "0.png").unlink()
@@ -245,8 +257,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, world, monkeypatch, c
 
 
 def files_of(folder):
-    """All but hidden ones and caches; a run that ended before its first line is an empty folder."""
-    found = (path for path in folder.rglob("*") if not path.is_dir() and "cache" not in path.parts)
+    """All files and folders but hidden ones and caches."""
+    found = (path for path in folder.rglob("*") if "cache" not in path.parts)
     return sorted(path for path in found if not path.name.startswith("."))
 
 
