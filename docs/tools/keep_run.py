@@ -2,7 +2,7 @@
 
     python docs/tools/keep_run.py runs/pix2pix docs/results/NAME SECONDS
 
-result.json holds the options that differ from the defaults (of the data only the folder's name),
+result.json holds the options that differ from the defaults (of other files only the name),
 SECONDS in hours, versions, the rows of evaluation.json and the measures after each epoch. grid.jpg
 is the last sample grid: validation images 0, n, 2n, ..., a rule that is older than the training.
 """
@@ -74,7 +74,7 @@ def changed_options(about):
     changed = {}
     for name, value in asked.items():
         if name not in PLACE and value != defaults.get(name):
-            changed[name] = value
+            changed[name] = Path(value).name if name in ("judge", "init") else value
     return changed
 
 
