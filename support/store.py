@@ -153,8 +153,10 @@ class ImageStore:
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
         text = [f"{what} planar, holes {about}"]
         for path in filter(None, itertools.chain(*pairs)):
-            stat = path.stat()
-            text.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+            beside = (f"{path}{ending}" for ending in (".msk", ".aux.xml"))
+            for file in (path, *filter(os.path.isfile, beside)):
+                stat = os.stat(file)
+                text.append(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
         path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"

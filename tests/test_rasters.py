@@ -20,6 +20,7 @@ from common import IGNORED
 from files import CLASSES, PLACE, TABLE, geotiff, noise, picture, pixels_of, save
 from runs import refused
 from support.classes import ClassTable
+from support.errors import print_once
 from support.files import write_image
 from support.limits import Limits
 from support.pictures import to_bytes
@@ -351,6 +352,23 @@ def test_pixels_without_data_are_ignored(tmp_path, capsys, how, labels):
     assert rows["median training colour"]["accuracy_5"] == 1.0
     assert rows["black"]["accuracy_5"] == rows["median training colour"]["rmse"] == 0.0
     assert rows["black"]["rmse"] == pytest.approx(np.sqrt((200**2 + 60**2 + 20**2) / 3))
+
+
+def test_a_mask_that_is_added_later_counts(tmp_path, capsys):
+    """Beside a TIFF that is in the store already."""
+    for side in "AB":
+        geotiff(tmp_path / "train" / side / "x.tif", noise(64, 64).transpose(1, 2, 0))
+    module, cfg = tiny("pix2pix", data=str(tmp_path), cache=str(tmp_path / "cache"))
+    module.Pairs(cfg, "train", CPU)
+    assert "ignored" not in capsys.readouterr().err
+    path = tmp_path / "train" / "A" / "x.tif"
+    kept = os.stat(path)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as target:
+        target.write_mask(np.arange(64 * 64).reshape(64, 64) < 32 * 64)
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    print_once.cache_clear()
+    module.Pairs(cfg, "train", CPU)
+    assert "% of the pixels ignored" in capsys.readouterr().err
 
 
 # (the call of a generator, the field of the batch, the loss of their difference)
