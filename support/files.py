@@ -23,7 +23,8 @@ def lock(folder):
     if os.environ.get("RANK", "0") != "0":  # torchrun's first process reserves it for all
         return
     try:
-        LOCKS.append(FileLock(Path(folder) / ".lock").acquire(timeout=0).lock)
+        path = Path(folder).absolute() / ".lock"
+        LOCKS.append(FileLock(path).acquire(timeout=0).lock)
     except Timeout:
         raise UserError(f"--out {folder}: another process is training in it") from None
 
@@ -34,9 +35,10 @@ def unlock():
         reserved = LOCKS.pop()
         reserved.release()
         path = Path(reserved.lock_file)
-        if list(path.parent.iterdir()) == [path]:
-            path.unlink()
-            path.parent.rmdir()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            if list(path.parent.iterdir()) == [path]:
+                path.unlink()
+                path.parent.rmdir()
 
 
 @contextlib.contextmanager
