@@ -23,7 +23,7 @@ import mixlc_acgan
 import pix2pix
 import support.device
 from files import vgg_file
-from runs import line_of, tiny_run, use
+from runs import line_of, refused, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
@@ -97,6 +97,7 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
         monkeypatch.setenv(name, value)
     for module, name, replaced in (
         (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 2),
         (torch.cuda, "set_device", lambda device: calls.append(("set", device))),
         (torch.distributed, "is_initialized", lambda: False),
         (torch.distributed, "init_process_group", lambda *a, **how: calls.append((*a, how))),
@@ -112,6 +113,9 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
     assert about["timeout"] >= datetime.timedelta(hours=1)  # one builds the store, others wait
     assert destroy is torch.distributed.destroy_process_group
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with refused("--nproc-per-node: only 1 GPUs"):
+        start(tiny("pix2pix", device="cuda")[1])
 
 
 def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
