@@ -219,6 +219,7 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
             paletted(160, 120, 80, 40, codes=(1, 0, 0, 0)),
             [3, 255, 255, 255],
         ),
+        f"a palette of one red, {name}": (REDS, name, paletted(160, codes=[1] * 4), [3] * 4),
         f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are outside"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
@@ -273,6 +274,17 @@ def test_label_maps(tmp_path, case):
         assert (raster.read(1, 2, 9, 2) == want[1:, 2:4]).all()
         assert (raster.read(0, 0, 1, 1) == want[:1, :1]).all()  # whatever a window has
         assert (want[~raster.valid(0, 0, *want.shape)] == 255).all()
+
+
+def test_label_maps_are_not_turned(tmp_path):
+    """By the orientation that a camera writes: they were drawn, and have no upright."""
+    image, exif = Image.fromarray(np.zeros((40, 60, 3), np.uint8)), Image.Exif()
+    exif[274] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    with Raster(tmp_path / "x.jpg", table_of(NEAREST)) as raster:
+        assert (raster.height, raster.width) == raster.read().shape == (40, 60)
+    with Raster(tmp_path / "x.jpg") as raster:
+        assert (raster.height, raster.width, 3) == raster.read().shape == (60, 40, 3)
 
 
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]

@@ -203,7 +203,7 @@ def test_what_a_tiff_cannot_hold_lies_beside_it_or_in_a_mask(tmp_path):
         with writing(tmp_path / "out" / "x.tif", raster, bands=1, limits=limits) as put:
             put(np.ones((8, 8, 1), np.float32), 0)
         with rasterio.open(tmp_path / "out" / "x.tif") as out:
-            assert out.crs == raster.tiff.crs and out.crs
+            assert out.crs == raster.tiff.crs and out.crs and out.nodata is None
             assert (out.dataset_mask() > 0).sum(1).tolist() == [0] * 2 + [8] * 6
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert sorted(names) == ["x.tif", "x.tif.aux.xml"]
