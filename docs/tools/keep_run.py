@@ -2,7 +2,7 @@
 
     python docs/tools/keep_run.py runs/pix2pix docs/results/NAME SECONDS
 
-result.json holds the options that differ from the defaults (of other files only the name),
+result.json holds the options that differ from the defaults (of the data only the folder's name),
 SECONDS in hours, versions, the rows of evaluation.json and the measures after each epoch. grid.jpg
 is the last sample grid: validation images 0, n, 2n, ..., a rule that is older than the training.
 """
@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 GRID_BYTES = 300_000  # the largest grid.jpg
-PLACE = {"data", "cache", "out", "resume", "vgg16", "track", "device"}  # of this machine
+PLACE = {"data", "cache", "out", "resume", "vgg16", "judge", "track", "device"}  # of this machine
 BUILT_IN = ("s2glc", "maps", "binary")  # class tables
 WAYS = {  # the curves of cyclegan: the start of their rows in evaluation.json, and the measure
     "rmse_AB": ("A to B: ", "rmse"),
@@ -74,7 +74,7 @@ def changed_options(about):
     changed = {}
     for name, value in asked.items():
         if name not in PLACE and value != defaults.get(name):
-            changed[name] = Path(value).name if name in ("judge", "init") else value
+            changed[name] = value
     return changed
 
 
