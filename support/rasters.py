@@ -131,13 +131,11 @@ class Raster:
             pixels = np.atleast_3d(np.asarray(image))
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
-        if self.masked:
-            pixels, whole = pixels[self._valid][None], np.full(pixels.shape[:2], IGNORED, np.uint8)
+        known = self._valid if self.masked else np.ones(pixels.shape[:2], bool)
+        indices, pixels = np.full(known.shape, IGNORED, np.uint8), pixels[known][None]
         self._choose_reading(pixels, lossy)
-        indices = self._indices(pixels, strict=True)
-        if self.masked:
-            whole[self._valid] = indices[0]
-        return whole if self.masked else indices
+        indices[known] = self._indices(pixels, strict=True)[0]
+        return indices
 
     def _choose_reading(self, sample, lossy):
         """Chooses to read a label map by codes, palette or colours; sample (H, W, 1 or 3)."""
