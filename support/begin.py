@@ -97,6 +97,8 @@ def begin(config, doc, quick, argv=None):
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if not cfg.using and not checkpoint:
         cfg = _new_run(cfg)
+    if (cfg.judge or cfg.train_judge) and not cfg.classes:
+        raise UserError("a judge needs data with land cover: leave --judge and --train-judge out")
     return cfg, device, checkpoint
 
 

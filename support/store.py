@@ -172,6 +172,8 @@ class ImageStore:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
                 raise UserError(f"--patch {self.patch}: every image is smaller")
+            if small := counts.count(0):
+                print_once(f"{small} images are smaller than --patch {self.patch}: left out")
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it

@@ -392,7 +392,7 @@ def test_patches(pairs, tmp_path):
         store_of(pairs, tmp_path, patch=81)
 
 
-def test_patches_of_labels(tmp_path):
+def test_patches_of_labels(tmp_path, capsys):
     """Two rasters of two by two; another is smaller than a patch and gives none."""
     rng, rows = np.random.default_rng(0), []
     for name, shape in (("a", (50, 45)), ("b", (50, 45)), ("small", (19, 45))):
@@ -402,6 +402,7 @@ def test_patches_of_labels(tmp_path):
         rows += [index[:20, :20], index[:20, 20:40], index[20:40, :20], index[20:40, 20:40]]
     store = store_of(tmp_path, tmp_path / "cache", 20, patch=20)
     assert store.records.shape == (8, 4, 20, 20) and (store.B[:, 0] == rows[:8]).all()
+    assert "1 images are smaller than --patch 20: left out" in capsys.readouterr().err
 
 
 def test_labels_are_resized_with_nearest_only(landcover, tmp_path):

@@ -73,6 +73,8 @@ CASES = {
     "pix2pix --resume --out two": "the run has 2 processes: torchrun --nproc-per-node 2",
     "pix2pix --evaluate --checkpoint judged/last.pt --out judged": "judge.pt: not a checkpoint",
     "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is not a judge of",
+    "pix2pix --data pairs --judge model.pt": "a judge needs data with land cover",
+    "pix2pix --evaluate --checkpoint model.pt --train-judge": "a judge needs data with land cover",
     "pix2pix --out model.pt/run": "model.pt/run: Not a directory",
     "mixlc_acgan --style-features random --style-layers relu9_9": "choose from relu1_1,",
     "pix2pix --init model.pt --width 8": "check --generator",
