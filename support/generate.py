@@ -199,7 +199,7 @@ def edit_file(cfg, predict, net=None):
 def _write_edit(path, edit, regions, predict, net):
     """Writes the photograph, and over it the generated regions."""
     photo, bands = edit.photo, edit.cfg.channels("A")
-    with writing(path, photo, bands=bands, limits=photo.limits) as put:
+    with writing(path, photo, bands=bands, limits=photo.limits, edited=True) as put:
         for top in range(0, edit.size[0], 256):
             put(photo.values(top, 0, 256), top)
         for region in regions:

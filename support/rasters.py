@@ -27,7 +27,7 @@ class Raster:
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
-    tiff           rasterio's dataset of a TIFF or VRT, else None
+    tiff           rasterio's dataset of a TIFF or VRT, else None; chosen: its bands that are read
     """
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
@@ -200,17 +200,17 @@ class Raster:
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
         self._count_bands([1, 2, 3] if self._palette is not None else there)
-        self._chosen = there[:3] if len(there) >= 3 else there[:1]
+        self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
-            self._chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
+            self.chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
         if self.bands and self._palette is None:
-            self._chosen = self.bands
-        elif len(there) > len(self._chosen) and not self.table:
-            chosen = ", ".join(map(str, self._chosen))
+            self.chosen = self.bands
+        elif len(there) > len(self.chosen) and not self.table:
+            chosen = ", ".join(map(str, self.chosen))
             print_once(f"images have {len(there)} bands: {chosen} are read (--bands-A, --bands-B)")
 
     def _cut(self, top, left, bottom, right):
-        pixels = self.tiff.read(self._chosen, window=((top, bottom), (left, right)))
+        pixels = self.tiff.read(self.chosen, window=((top, bottom), (left, right)))
         return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
@@ -265,7 +265,7 @@ class Raster:
         window = (top, top + height), (left, left + width)
         with opening.decoding(self.path):
             if self.tiff.nodata and self.dtype != "uint8" and not self.table:
-                valid = (self.tiff.read_masks(self._chosen, window=window) > 0).all(0)
+                valid = (self.tiff.read_masks(self.chosen, window=window) > 0).all(0)
             else:
                 valid = self.tiff.dataset_mask(window=window) > 0
         if self.table or np.dtype(self.dtype).kind != "f":

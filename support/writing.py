@@ -15,17 +15,18 @@ from support.opening import gdal
 from support.pictures import paste
 
 
-def writing(path, source, classes=None, bands=3, limits=None):
+def writing(path, source, classes=None, bands=3, limits=None, edited=False):
     """A context that gives put(pixels, top, left=0): a new picture of a Raster's size, by windows.
 
     With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours;
     else they are (H, W, bands) uint8, or of the type of Limits. A TIFF has the place on earth and
-    the holes of its source. Other files are written at the end, and have one band or three of 8
-    bits. The file appears when it is whole.
+    the holes of its source; if that is edited, also its bands' names, units, scales and offsets.
+    Other files are written at the end, and have one band or three of 8 bits. The file appears when
+    it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before anything is generated
     if path.suffix.lower() in TIFF_SUFFIXES:
-        return _writing_tiff(path, source, classes, bands, limits)
+        return _writing_tiff(path, source, classes, bands, limits, edited)
     return _writing_whole(path, source, classes, bands)
 
 
@@ -87,7 +88,7 @@ def _read_through(path, **overview):
 
 
 @contextlib.contextmanager
-def _writing_tiff(path, source, classes, bands, limits):
+def _writing_tiff(path, source, classes, bands, limits, edited):
     profile = _profile(source, classes, bands, limits)
     nothing, tags = profile["nodata"], source.tiff.tags() if source.tiff else {}
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
@@ -114,6 +115,10 @@ def _writing_tiff(path, source, classes, bands, limits):
                 gdal().open(aside, "w", **profile) as target,
             ):
                 target.update_tags(**tags)
+                if edited and source.tiff:
+                    for about in ("descriptions", "units", "scales", "offsets"):
+                        values = [getattr(source.tiff, about)[k - 1] for k in source.chosen]
+                        setattr(target, about, (values * bands)[:bands])  # grey is read thrice
                 if classes:
                     for value, _, index in classes.entries:
                         if index != IGNORED:

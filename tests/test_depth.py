@@ -190,6 +190,9 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
     labels, dark = root / "val" / "lc" / photo.name, tmp_path / "dark.tif"
     for path in (photo, labels):
         geotiff(path, np.tile(bands_of(path), (3, 3, 1)))
+    with rasterio.open(photo, "r+") as file:
+        file.scales, file.offsets = [k / 10 for k in range(1, 7)], range(6)
+        file.descriptions, file.units = "ABCDEF", ["m"] * 6
     geotiff(dark, np.full((192, 192, 6), 9, np.uint16))
     limits = Limits.of(mixlc.Config(**last(out)["config"]), "A")
     for path in (photo, dark):
@@ -200,6 +203,9 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
         inside = new[:10, :10]
         assert (np.floor(limits.low) <= inside).all() and (inside <= np.ceil(limits.high)).all()
         assert (inside != old[:10, :10]).mean() > 0.9
+    with rasterio.open(tmp_path / "new" / photo.name) as file:
+        assert file.scales == (0.4, 0.3, 0.2, 0.1, 0.5, 0.6) and file.offsets == (3, 2, 1, 0, 4, 5)
+        assert "".join(file.descriptions) == "DCBAEF" and file.units == ("m",) * 6
     for dtype in (np.uint8, np.int16):  # outside the edit their values would not stay
         geotiff(dark, np.full((192, 192, 6), 9, dtype))
         with pytest.raises(SystemExit):
@@ -287,4 +293,4 @@ def test_a_deep_landscape_is_learnt(bands, tmp_path):
             real = np.nan_to_num(target.read(list(range(1, len(new) + 1))))
         known = ~new.mask & (real > 0)
         assert known.any(0).mean() > 0.9
-        assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.02
+        assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.05
