@@ -32,7 +32,7 @@ class Raster:
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        self._palette, self._levels = None, None
+        self._palette, self._levels, self._alpha = None, None, None
         self._has_alpha, self.bands = False, list(bands)
         self.limits, self.dtype = limits, "uint8"
         suffix = self.path.suffix.lower()
@@ -98,7 +98,7 @@ class Raster:
             rgb = image.convert("RGBA" if self.masked else "RGB")
             pixels = np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
         if self.masked:
-            self._valid = pixels[..., 3] > 0
+            self._alpha = pixels[..., 3]
         return self._picked(pixels[..., :3])
 
     def _count_bands(self, there):
@@ -122,7 +122,8 @@ class Raster:
             return table.from_codes(self._array[..., 0], path)
         with opening.open_image(path) as image:
             lossy = image.format in ("JPEG", "WEBP")
-            self._valid = np.asarray(image.convert("RGBA"))[..., 3] > 0 if self.masked else None
+            if self.masked:
+                self._alpha = np.asarray(image.convert("RGBA"))[..., 3]
             if image.mode == "P":
                 colors = bytes(image.getpalette("RGB")).ljust(3 * 256, b"\0")
                 self._palette = np.frombuffer(colors, np.uint8).reshape(256, 3)
@@ -131,7 +132,7 @@ class Raster:
             pixels = np.atleast_3d(np.asarray(image))
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
-        known = self._valid if self.masked else np.ones(pixels.shape[:2], bool)
+        known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
         indices, pixels = np.full(known.shape, IGNORED, np.uint8), pixels[known][None]
         self._choose_reading(pixels, lossy)
         indices[known] = self._indices(pixels, strict=True)[0]
@@ -261,7 +262,7 @@ class Raster:
             return np.ones((height, width), bool)
         if not self.tiff:
             self.values()  # decodes the file
-            return self._valid[top : top + height, left : left + width]
+            return self._alpha[top : top + height, left : left + width] > 0
         window = (top, top + height), (left, left + width)
         with opening.decoding(self.path):
             if self.tiff.nodata and self.dtype != "uint8" and not self.table:
@@ -271,6 +272,11 @@ class Raster:
         if self.table or np.dtype(self.dtype).kind != "f":
             return valid
         return valid & np.isfinite(self.values(top, left, height, width)).all(-1)
+
+    def alpha(self):
+        """The opacity of every pixel, (H, W) uint8: of a TIFF 0 without data, else 255."""
+        valid = self.valid(0, 0, self.height, self.width)
+        return valid * np.uint8(255) if self._alpha is None else self._alpha
 
 
 # EXIF's orientations 2 to 8: the turn that makes a photograph upright

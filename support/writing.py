@@ -43,11 +43,11 @@ def _writing_whole(path, source, classes, bands):
     whole = np.zeros((source.height, source.width, *(() if classes else (bands,))), np.uint8)
     yield functools.partial(paste, whole)
     if source.masked:
-        valid = source.valid(0, 0, source.height, source.width)
-        whole[~valid] = IGNORED if classes else 0
+        alpha = source.alpha()
+        whole[alpha == 0] = IGNORED if classes else 0
     if not classes:
         if source.masked and path.suffix.lower() in (".png", ".webp"):
-            whole = np.dstack([whole, valid * np.uint8(255)])
+            whole = np.dstack([whole, alpha])
         write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole)
         return
     write_image(path.with_suffix(".png"), label_image(whole, classes))

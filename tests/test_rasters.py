@@ -415,3 +415,11 @@ def test_transparent_pixels_stay_transparent(tmp_path, ending):
         put(np.full((64, 64, 3), 9, np.uint8), 0)
     out = pixels_of(result)
     assert (out[:, :32] == (9, 9, 9, 255)).all() and not out[:, 32:, 3].any()
+
+
+def test_opacity_stays(tmp_path):
+    opacity = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    save(tmp_path / "x.png", np.dstack([noise(64, 64).transpose(1, 2, 0), opacity]))
+    with Raster(tmp_path / "x.png") as raster, writing(tmp_path / "y.png", raster) as put:
+        put(np.full((64, 64, 3), 9, np.uint8), 0)
+    assert (pixels_of(tmp_path / "y.png")[..., 3] == opacity).all()
