@@ -133,9 +133,13 @@ class Raster:
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        indices, pixels = np.full(known.shape, IGNORED, np.uint8), pixels[known][None]
-        self._choose_reading(pixels, lossy)
-        indices[known] = self._indices(pixels, strict=True)[0]
+        self._choose_reading(pixels[known][None], lossy)
+        return self._labels(pixels, known, strict=True)
+
+    def _labels(self, pixels, known, strict=False):
+        """Class indices (H, W) of pixels (H, W, 1 or 3), IGNORED where they are not known."""
+        indices = np.full(known.shape, IGNORED, np.uint8)
+        indices[known] = self._indices(pixels[known][None], strict)[0]
         return indices
 
     def _choose_reading(self, sample, lossy):
@@ -180,6 +184,7 @@ class Raster:
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
         self._choose_bands()
         if not self.table:
+            self._scale_grey(deep)
             return
         black_white = [[0] * 3, [255] * 3]
         colors = black_white if self._palette is None else self._palette[:2].tolist()
@@ -191,15 +196,29 @@ class Raster:
         top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)
+        known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
+        sample = sample[known][None]
         self._choose_reading(sample, lossy=str(self.tiff.compression) == "Compression.jpeg")
         if self._by_colour:  # a photograph is refused here
-            valid = self.valid(top, left, *sample.shape[:2])
-            self._indices(sample[valid][None], strict=True)
+            self._indices(sample, strict=True)
+
+    def _scale_grey(self, deep):
+        """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""
+        white_first = self.tiff.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        most = 2 ** int(self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
+        if self._palette is None and not deep and (white_first or most < 255):
+            levels = (np.arange(256).clip(0, most) * (255 // most)).astype(np.uint8)
+            self._levels = 255 - levels if white_first else levels
 
     def _choose_bands(self):
         """Chooses the bands of the TIFF to read; prints once if others are left out."""
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
+        all_valid = opening.gdal().enums.MaskFlags.all_valid
+        self._has_mask = not all(all_valid in kinds for kinds in self.tiff.mask_flag_enums)
+        # GDAL counts alpha as the second band or the fourth only, and other masks instead of it
+        alphas = [] if self._has_mask else range(1, len(names) + 1)
+        self._alphas = [band for band in alphas if band not in there]
         self._count_bands([1, 2, 3] if self._palette is not None else there)
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
@@ -224,11 +243,7 @@ class Raster:
         nothing = self.tiff.nodata
         if self._by_codes and nothing is not None and nothing not in self.table.values:
             pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
-        indices = self._indices(pixels)
-        if self.masked and not (self._by_codes and nothing is not None):
-            valid = self.valid(top, left, *indices.shape)
-            indices = np.where(valid, indices, np.uint8(IGNORED))
-        return indices
+        return self._labels(pixels, self.valid(top, left, *pixels.shape[:2]))
 
     @functools.cached_property
     def place(self):
@@ -247,10 +262,10 @@ class Raster:
         if not self.tiff:
             return self._has_alpha
         if self.table and self._by_codes and self.tiff.nodata in self.table.values:
-            return False
-        all_valid = opening.gdal().enums.MaskFlags.all_valid
-        everywhere = all(all_valid in flags for flags in self.tiff.mask_flag_enums)
-        return not everywhere or (np.dtype(self.dtype).kind == "f" and not self.table)
+            per_dataset = opening.gdal().enums.MaskFlags.per_dataset
+            return any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
+        floats = np.dtype(self.dtype).kind == "f" and not self.table
+        return bool(self._has_mask or self._alphas or floats)
 
     def valid(self, top, left, height, width):
         """Where a window has data: (height, width) bool.
@@ -269,6 +284,8 @@ class Raster:
                 valid = (self.tiff.read_masks(self.chosen, window=window) > 0).all(0)
             else:
                 valid = self.tiff.dataset_mask(window=window) > 0
+            for band in self._alphas:
+                valid &= self.tiff.read(band, window=window) > 0
         if self.table or np.dtype(self.dtype).kind != "f":
             return valid
         return valid & np.isfinite(self.values(top, left, height, width)).all(-1)

@@ -149,7 +149,7 @@ class ImageStore:
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
     def _open(self, pairs, what):
-        table = self.classes and (self.classes.entries, self.classes.nearest)
+        table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
         text = [f"{what} planar, holes {about}"]
         for path in filter(None, itertools.chain(*pairs)):

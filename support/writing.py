@@ -57,7 +57,8 @@ def _writing_whole(path, source, classes, bands):
 def _profile(source, classes, bands, limits):
     """rasterio's profile of a TIFF with the size and the place of a Raster."""
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
-    nothing = classes.unused if classes else source.tiff and source.tiff.nodata
+    nothing = source.tiff.nodata if source.tiff and source.masked else None
+    nothing = classes.unused if classes else nothing
     if nothing is not None:
         about = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
         fits = about.min <= nothing <= about.max or (dtype.kind == "f" and np.isnan(nothing))
@@ -103,8 +104,11 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
             target.write_mask(valid, window=window)
         elif source.masked:
             if not classes:  # generated pixels must not look like no data
-                other = nothing - 1 if nothing > 0 else nothing + 1
-                bands = np.where((bands == nothing).all(0), other, bands)
+                step = (abs(nothing) * 1e-5 or 1e-30) if bands.dtype.kind == "f" else 1
+                other = nothing - step if nothing > 0 else nothing + step
+                same = bands == nothing  # in one band is enough where Raster.valid says so
+                same = same if nothing and bands.dtype != np.uint8 else same.all(0)
+                bands = np.where(same, other, bands)
             bands = np.where(valid, bands, nothing).astype(profile["dtype"])
         target.write(bands, window=window)
 

@@ -225,6 +225,8 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
     }
 
 NONE = INDEX == 255
+VALUES = [row | {"value": k} for k, row in enumerate(TABLE)]
+SWAPPED = {"nearest": True, "classes": [EXACT[0] | {"value": 250}, EXACT[1] | {"value": 1}]}
 WHOLE = np.where(NONE, np.uint8(1), INDEX)
 FLOATS = INDEX.astype(np.float32)
 # case: (class table, pixels of a GeoTIFF, its profile, indices)
@@ -237,6 +239,10 @@ GEOTIFFS = {
     "floats, no data": (TABLE, np.where(NONE, -3e38, FLOATS), {"nodata": -3e38}, INDEX),
     "no data": (TABLE, np.where(NONE, np.uint8(99), INDEX), {"nodata": 99}, INDEX),
     "no data that is a class": (TABLE, WHOLE, {"nodata": 2}, WHOLE),
+    "a mask, no data that is a class": (TABLE, WHOLE, {"nodata": 2, "valid": ~NONE}, INDEX),
+    "a mask over a stranger": (TABLE, np.where(NONE, np.uint8(77), INDEX), {"valid": ~NONE}, INDEX),
+    "no data, nearest": (SWAPPED, np.array([250, 1, 1, 0], np.uint8)[INDEX.clip(0, 3)],
+                         {"nodata": 0}, np.where(NONE, 255, INDEX > 0)),
     "no data of a mask": ("binary", np.where(NONE, -9, np.int16(255) * (INDEX == 1)),
                           {"nodata": -9}, np.where(NONE, 255, INDEX == 1)),
     "colours": (TABLE, COLOURS, {}, INDEX),
@@ -408,6 +414,8 @@ def test_patches_of_labels(tmp_path, capsys):
 def test_labels_are_resized_with_nearest_only(landcover, tmp_path):
     store = store_of(landcover, tmp_path, 50)
     assert store.B.shape == (4, 1, 50, 50) and set(np.unique(store.B)) == {0, 1, 2, 255}
+    store_of(landcover, tmp_path, 50, lc_classes=json.dumps(VALUES))
+    assert len(store_files(tmp_path)) == 2  # given values may decide how palettes are read
 
 
 def store_files(folder):

@@ -43,6 +43,67 @@ def rewritten(source, pixels=None, table=None):
     return rasterio.open(out)
 
 
+@pytest.mark.parametrize("names", ["0001", "1000", "00001", "000001", "01"])
+def test_alpha_counts_wherever_it_is(tmp_path, names):
+    """GDAL counts it as the second band or the fourth only."""
+    pixels, alpha = np.full((20, 30, len(names)), 9, np.uint8), names.index("1")
+    pixels[:5, :, alpha] = 0
+    geotiff(tmp_path / "x.tif", pixels, photometric="MINISBLACK")
+    kinds = rasterio.enums.ColorInterp.undefined, rasterio.enums.ColorInterp.alpha
+    with rasterio.open(tmp_path / "x.tif", "r+") as target:
+        target.colorinterp = [kinds[int(name)] for name in names]
+    with Raster(tmp_path / "x.tif") as raster:
+        assert raster.valid(0, 0, 20, 30).sum(1).tolist() == [0] * 5 + [30] * 15
+
+
+@pytest.mark.parametrize("white_first", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_greys_of_few_bits_reach_from_black_to_white(tmp_path, bits, white_first):
+    codes = np.tile(np.arange(2**bits, dtype=np.uint8), (4, 1))
+    kind = "MINISWHITE" if white_first else "MINISBLACK"
+    geotiff(tmp_path / "x.tif", codes, nbits=bits, photometric=kind)
+    levels = np.round(np.linspace(0, 255, 2**bits))
+    found = Raster(tmp_path / "x.tif").read()[0]
+    assert (found == levels[:: -1 if white_first else 1, None]).all()
+
+
+GENERATED = [  # values of the photograph, its no-data value, what is generated, limits
+    (np.uint8, 0, np.float32, 0.0, (0.0, 1.0)),
+    (np.uint8, 255, np.float32, 255.0, (0.0, 255.0)),
+    (np.uint16, 65535, np.uint16, 65535, (0, 65535)),
+    (np.int16, -9999, np.float32, -9999.0, (-9999.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("given", "nothing", "dtype", "value", "limits"), GENERATED)
+def test_generated_pixels_do_not_look_like_no_data(tmp_path, given, nothing, dtype, value, limits):
+    """In a deep picture one band of three would be enough."""
+    pixels = np.full((20, 30, 3), 7, given)
+    pixels[:5] = nothing
+    source = geotiff(tmp_path / "x.tif", pixels, nodata=nothing)
+    seen = Limits((0.0,) * 3, (9.0,) * 3, str(np.dtype(given))) if given != np.uint8 else None
+    limits = Limits(*((limit,) * 3 for limit in limits), str(np.dtype(dtype)))
+    new = np.full((20, 30, 3), (limits.high[0] + limits.low[0]) / 2, dtype)
+    new[10:15, :, 0], new[15:] = value, value
+    target = tmp_path / "y.tif"
+    with Raster(source, limits=seen) as raster, writing(target, raster, limits=limits) as put:
+        put(new, 0)
+    with Raster(target, limits=limits) as raster:
+        assert raster.valid(0, 0, 20, 30).sum(1).tolist() == [0] * 5 + [30] * 15
+        near = 1 if np.dtype(dtype).kind != "f" else 1e-4 * abs(value) + 1e-9
+        assert (np.abs(raster.values()[5:] - new[5:].astype(float)) <= near).all()
+
+
+def test_a_picture_of_labels_without_holes_has_none(tmp_path):
+    """Where the no-data value is a class, it marks nothing in the result either."""
+    table = ClassTable.load(json.dumps([row | {"value": k} for k, row in enumerate(TABLE)]))
+    source = geotiff(tmp_path / "x.tif", np.zeros((20, 30), np.uint8), nodata=0)
+    with Raster(source, table) as raster, writing(tmp_path / "y.tif", raster) as put:
+        put(np.zeros((20, 30, 3), np.uint8), 0)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        assert out.nodata is None and (out.dataset_mask() > 0).all()
+
+
 @pytest.mark.parametrize("kind", ["mask", "alpha"])
 def test_masks_stay_and_black_stays_black(tmp_path, kind):
     """A mask or transparency says what holds data; no colour is taken for nothing."""
