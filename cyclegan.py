@@ -472,10 +472,13 @@ def translate(state, inputs, cfg, direction=None):
     Pictures are in [-1, 1]; land cover is one-hot, in and out. direction: "AtoB" or "BtoA"; None:
     --direction.
     """
-    to_B, inputs = (direction or cfg.direction) == "AtoB", common.filled(inputs)
+    to_B = (direction or cfg.direction) == "AtoB"
+    net = state.G_AB if to_B else state.G_BA
     with common.autocast(cfg, inputs.device):
-        fakes = state.G_AB(inputs) if to_B else state.G_BA(inputs)
-    return (straight_through(fakes) if to_B and cfg.classes else fakes).float()
+        fakes = net(common.filled(inputs))
+    if to_B and cfg.classes:
+        fakes = straight_through(fakes)
+    return fakes.float()
 
 
 def both_ways(state, real_A, real_B, cfg):
@@ -489,7 +492,8 @@ def both_ways(state, real_A, real_B, cfg):
 
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
-    real_A, real_B = map(torch.cat, zip(*val.in_order(images), strict=True))
+    batches_A, batches_B = zip(*val.in_order(images), strict=True)
+    real_A, real_B = torch.cat(batches_A), torch.cat(batches_B)
     fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
     return {
         "real A": real_A,
@@ -640,8 +644,8 @@ def use(cfg, device, checkpoint):
 
 def load_generators(state, cfg):
     """Fills the generators from --init-AB and --init-BA, where they are given."""
-    needed = (cfg.generate or cfg.serve) and f"init_{cfg.sides}"
-    if needed and not getattr(cfg, needed):
+    needed = f"init_{cfg.sides}"
+    if (cfg.generate or cfg.serve) and not getattr(cfg, needed):
         remedy = f"needs --checkpoint, or {common.flag(needed)}"
         raise UserError(f"--direction {cfg.direction} {remedy}")
     for key, path, D in (("G_AB", cfg.init_AB, "D_B"), ("G_BA", cfg.init_BA, "D_A")):

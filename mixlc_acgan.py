@@ -15,7 +15,7 @@ Papers: Odena, Olah, Shlens 2017, Conditional Image Synthesis With Auxiliary Cla
 arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution, arXiv:1603.08155.
 
-Differences from the original system, which has no paper:
+Differences from the original system, which has no paper (the options in brackets restore it):
 - In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
@@ -106,7 +106,7 @@ class Edits:
         self.store = common.ImageStore(cfg, split, cfg.size, smallest=cfg.size)
         self.classes = self.store.classes
         if not self.store.paired:
-            raise UserError(f"--data {cfg.data}: edits need pairs: trainA and trainB are not")
+            raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")
         if not self.classes:
             remedy = "pass --lc-classes (maps for the maps data)"
             raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
@@ -135,7 +135,7 @@ class Edits:
         order = rng.permutation(len(self))
         partner, boxes = self.choose(rng, order, self.cfg.box)
         turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
-        flips = rng.integers(0, turns * 2, (len(self), 4))  # flip, upside_down: of a, of b
+        flips = rng.integers(0, (*turns, *turns), (len(self), 4))  # flip, upside_down: of a, of b
         own = rng.random(len(self)) < self.cfg.own
         plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
         yield from self.pasted(*plan, self.cfg.use_ba)
@@ -153,9 +153,9 @@ class Edits:
         """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
         boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
         tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, *edit, flip in zip(tiles_a, tiles_b, boxes, own, flips, strict=True):
+        for a, b, box, flip, is_own in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
             a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, *edit, use_ba)
+            yield self.paste(a, b, box, is_own, use_ba)
 
     def paste(self, a, b, box, own, use_ba):
         """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""

@@ -524,7 +524,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     limits = val.store.limits["B" if cfg.direction == "AtoB" else "A"]
     for records in val.in_order(images):
         x, y = val.sides(records)
-        labels = val.store.images("B", records)
+        labels = val.store.images("B", records) if cfg.classes else None
         guesses = {"model": translate(state, x, cfg)}
         if colors:
             if x.shape == y.shape:

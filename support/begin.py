@@ -148,6 +148,9 @@ def _use(cfg, given):
     run = path.parent.parent if inside else Path("runs") / path.stem
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
+    if not (new.cache or cfg.out):  # as in training, also for results in generated/
+        beside = Path(os.path.abspath(run)).parent
+        new = dataclasses.replace(new, cache=str(beside / "cache"))
     window = checkpoint.get("window_B") if new.sides == "BA" else None
     window = window or checkpoint.get("window", new.patch)
     return dataclasses.replace(new, window=cfg.window or window), checkpoint

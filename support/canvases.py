@@ -76,7 +76,7 @@ class TranslationCanvas(Windows):
     def __init__(self, cfg, predict, net, raster, show):
         self.seed, self.show = cfg.seed, show
         self.pixels, self.start = raster.now, raster.start
-        self.known = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
+        self.kept = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
         window, size = window_of(cfg, raster), (raster.height, raster.width)
         cut = functools.partial(network_input, raster, cfg.size)
         predict = functools.partial(predict, whole=not window)
@@ -85,14 +85,14 @@ class TranslationCanvas(Windows):
     def generated(self, box, sample):
         """Generates the windows that overlap a box, at first all: (the box around them, pixels)."""
         self.sample = sample
-        known = self.known[sample]
-        if not known:
+        kept = self.kept[sample]
+        if not kept:
             box = 0, 0, *self.size
         torch.manual_seed(self.seed + sample - 1)
         corners = [(top, left) for top, _ in self.rows for left, _ in self.columns]
         touched = [corner for corner in corners if overlap((*corner, *self.sides), box)]
         for corner in touched:
-            known.pop(corner, None)
+            kept.pop(corner, None)
         top, left = touched[0]
         bottom = min(touched[-1][0] + self.sides[0], self.size[0])
         right = min(touched[-1][1] + self.sides[1], self.size[1])
@@ -103,11 +103,11 @@ class TranslationCanvas(Windows):
 
     def predicted(self, corners):
         """The windows at these corners; those without a change are kept from before."""
-        known = self.known[self.sample]
-        new = [corner for corner in corners if corner not in known]
+        kept = self.kept[self.sample]
+        new = [corner for corner in corners if corner not in kept]
         if new:
-            known |= zip(new, super().predicted(new), strict=True)
-        return torch.stack([known[corner] for corner in corners])
+            kept |= zip(new, super().predicted(new), strict=True)
+        return torch.stack([kept[corner] for corner in corners])
 
 
 class EditCanvas:
@@ -120,21 +120,21 @@ class EditCanvas:
         self.predict, self.net, self.photo = predict, net, photo
         self.pixels, self.start = labels.now, labels.start
         self.edit = PhotoEdit(cfg, photo, labels, MemoryRaster(self.start, cfg.classes))
-        self.known = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
+        self.kept = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
 
     def generated(self, box, sample):
         """Generates new regions. Returns the box around all that differs, and its pixels."""
-        known, found = self.known[sample], {}
+        kept, found = self.kept[sample], {}
         predict = functools.partial(self.predict, sample=sample)
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
-            if key not in known:
-                known[key] = list(self.edit.generated(region, predict, self.net))
+            if key not in kept:
+                kept[key] = list(self.edit.generated(region, predict, self.net))
                 box = hull(box, region)
-            found[key] = known[key]
-        for region, _ in known.keys() - found.keys():  # erased, or part of another region now
+            found[key] = kept[key]
+        for region, _ in kept.keys() - found.keys():  # erased, or part of another region now
             box = hull(box, region)
-        self.known[sample] = found
+        self.kept[sample] = found
         picture = self.photo.values(*box)
         for pixels, y, x in itertools.chain(*found.values()):
             paste(picture, pixels, y - box[0], x - box[1])

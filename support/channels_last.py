@@ -12,8 +12,10 @@ class InstanceNorm(nn.InstanceNorm2d):
     """
 
     def forward(self, x):
-        images = [F.batch_norm(x, None, None, training=True, eps=self.eps) for x in x.split(1)]
-        return images[0] if len(images) == 1 else torch.cat(images)
+        normalised = []
+        for image in x.split(1):
+            normalised.append(F.batch_norm(image, None, None, training=True, eps=self.eps))
+        return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
 
 
 class ReflectionPad(nn.ReflectionPad2d):
@@ -31,7 +33,7 @@ class Reflected(torch.autograd.Function):
         ctx.pad = pad
         out = F.pad(x, [pad] * 4)
         for dim in (2, 3):
-            for border, inside in mirrored(out, pad, dim):
+            for border, inside in borders(out, pad, dim):
                 border.copy_(inside.flip(dim))
         return out
 
@@ -39,12 +41,12 @@ class Reflected(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.clone()
         for dim in (3, 2):
-            for border, inside in mirrored(gradient, ctx.pad, dim):
+            for border, inside in borders(gradient, ctx.pad, dim):
                 inside.add_(border.flip(dim))
         return F.pad(gradient, [-ctx.pad] * 4), None
 
 
-def mirrored(x, pad, dim):
+def borders(x, pad, dim):
     """Two views (border, the part inside that it mirrors) of a padded tensor, along dim."""
     end = x.shape[dim] - pad
     before = x.narrow(dim, 0, pad), x.narrow(dim, pad + 1, pad)

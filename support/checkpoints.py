@@ -58,7 +58,7 @@ def buffers_of_ranks(state):
     """
     own = {}
     for name, module in vars(state).items():
-        if isinstance(module, nn.Module):
+        if isinstance(module, nn.Module) and module.state_dict():  # VGG16 keeps nothing
             own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
     gathered = [None] * world_size() if rank() == 0 else None
     dist.gather_object(own, gathered)
@@ -94,9 +94,12 @@ def restore(state, checkpoint, path):
                 value.copy_(saved[name])
             else:
                 setattr(state, name, saved[name])
-    own = saved[RANKS][rank() - 1] if rank() and RANKS in saved else {}
+    others = saved.get(RANKS, [])
+    own = others[rank() - 1] if 0 < rank() <= len(others) else {}
     for name, buffers in own.items():
-        getattr(state, name).load_state_dict(buffers, strict=False)
+        module = getattr(state, name)
+        if module is not None:  # a discriminator is None in use
+            module.load_state_dict(buffers, strict=False)
 
 
 def tensors_of(content):

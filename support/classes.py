@@ -133,8 +133,9 @@ class ClassTable:
     def by_palette(self, codes, palette):
         """Whether a file is read by the colours of its palette (256, 3), and not by codes (H, W).
 
-        It is if the table gives no values, or not all that occur, and has most of the colours that
-        occur, or the palette most of the table's: a tile of one class is read like the others.
+        It is if the table gives no values, or lacks some that occur, and if it has most of the
+        colours that occur, or the palette has most of the table's colours. The last rule reads a
+        tile of one class like the others.
         """
         used = np.unique(codes)
         if self.valued and self._coded(used):
@@ -149,8 +150,9 @@ class ClassTable:
     def by_grey(self, levels, jpeg):
         """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
 
-        They are if some are no codes of the table, in a JPEG, and with a `nearest` table or one of
-        greys. Without JPEG they must show several classes: a mask of 0 and 1 is not all black.
+        They are if some levels are no codes of the table, and if the file is a JPEG, the table is
+        `nearest`, or each of its colours is the grey of its value. Without JPEG they must also show
+        several classes: a mask of 0 and 1 is not all black.
         """
         used = np.unique(levels)
         graded = all(color == (value,) * 3 for value, color, _ in self.entries)

@@ -73,7 +73,7 @@ def seed_step(seed, epoch, batch):
     So a resume needs no state. torch.manual_seed, which visits every backend, is ten times slower.
     """
     words = np.random.SeedSequence([seed, epoch, batch, rank()]).generate_state(2)
-    number = int(words[0]) << 31 ^ int(words[1])
+    number = (int(words[0]) << 31) ^ int(words[1])
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)

@@ -47,7 +47,7 @@ class SafeStream:
             self.stream.flush()
         except RuntimeError:  # a signal's message in the middle of another one
             pass
-        except OSError:  # from now on nowhere: Python itself flushes the stream once more
+        except OSError:  # later text goes nowhere: at the end Python flushes the stream once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

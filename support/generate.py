@@ -36,7 +36,10 @@ def inputs_of(cfg, labels=False):
 
 
 def results_of(path, to_labels=False, tiff=False):
-    """The names of a file's results: its own, with .tif for a place on earth or `tiff`, or .png."""
+    """The names of a file's results: its own name, with an ending that can be written.
+
+    That is .tif for a file with a place on earth, or with `tiff`; .png for label maps and arrays.
+    """
     if (driver_of(path) or tiff) and path.suffix.lower() not in TIFF_SUFFIXES:
         path = path.with_suffix(".tif")
     if to_labels and path.suffix.lower() not in TIFF_SUFFIXES:

@@ -77,7 +77,8 @@ def find_judge(cfg, device):
             save_checkpoint(path, {"state": {"judge": judge.state_dict()}, "classes": classes})
     weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
     judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
-    print(f"the judge is {path}")
+    if rank() == 0:
+        print(f"the judge is {path}")
     return judge
 
 

@@ -134,8 +134,9 @@ def _one_folder(root, name, table):
         pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()
         if not (a and b) or (others and not pairs):
             continue
-        for path in others:
-            raise UserError(f"{path}: ends neither in {endings[0]} nor in {endings[1]}: remove it")
+        if others:
+            what = f"ends neither in {endings[0]} nor in {endings[1]}"
+            raise UserError(f"{others[0]}: {what}: remove it")
         sides = _match(a, b, f"{root}, split {name}", endings)
         return Split(root, "two endings", name, *sides, True, False, table)
     return Split(root, "side by side", name, files, files, True, True, table) if files else None
@@ -144,8 +145,9 @@ def _one_folder(root, name, table):
 def _match(a, b, where, endings=("", "")):
     """Matches two lists of files by stem, without endings; refuses files without one partner."""
     named_a, named_b = _by_stem(a, endings[0]), _by_stem(b, endings[1])
-    for name in sorted(set(named_a) ^ set(named_b)):
-        path = named_a.get(name) or named_b.get(name)
+    alone = set(named_a) ^ set(named_b)
+    if alone:
+        path = (named_a | named_b)[min(alone)]
         raise UserError(f"{where}: {len(a)} images and {len(b)}: {path} has no partner")
     if len(named_a) != len(a) or len(named_b) != len(b):
         raise UserError(f"{where}: two files in one folder have the same name but for the ending")

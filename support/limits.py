@@ -33,7 +33,7 @@ class Limits(NamedTuple):
             pairs = np.array(numbers.split(","), float).reshape(-1, 2)
             low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T.tolist()
         except ValueError:
-            low, high = [0], [0]
+            low, high = [0], [0]  # refused below
         if not (np.less(low, high).all() and np.isfinite([low, high]).all()):
             raise UserError(f"--limits-{side} {numbers}: write LOW,HIGH, for all bands or for each")
         return cls(tuple(low), tuple(high), dtype or "float32")

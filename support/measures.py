@@ -27,9 +27,9 @@ def measure_images(fake, target, brief=False, known=None):
     mse          mean squared error, in squared levels 0-255; brief: these two alone
     ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
                  sigma 1.5, mean over channels and places, no padding
-    rmse_rgb     root of the squared error summed over channels, the mean over pixels, and
-    accuracy_5   share of pixels whose largest channel difference is less than 5 levels,
-    accuracy_10  or than 10: Fu et al. 2019 (arXiv:1809.05852)
+    rmse_rgb     root of the mean over pixels of the squared error summed over channels
+    accuracy_5   share of pixels whose largest channel difference is less than 5 levels
+    accuracy_10  the same with 10 levels; these three: Fu et al. 2019 (arXiv:1809.05852)
     """
     fake, target = fake.double(), target.double()
     if known is None:
@@ -104,11 +104,11 @@ class Scores:
     """Measures of several guesses (a model's, its baselines'), gathered batch by batch.
 
     brief  pictures get only the measures that are logged after every epoch
-    fid    add_distances has an effect
+    fid    add_distances has an effect, unless brief
     """
 
     def __init__(self, brief=False, fid=False):
-        self.brief, self.fid = brief, fid
+        self.brief, self.fid = brief, fid and not brief
         self.sums = collections.defaultdict(int)  # {(row, name): (sum, count)}
         self.confusions = collections.defaultdict(int)  # {(row, by): matrix}
         self.distances = {}  # {row: Distances}

@@ -72,7 +72,8 @@ class Options:
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
     out: str = option(
         "",
-        "folder of the run or results; none: runs/<script>, or that of --checkpoint",
+        "folder of the run or results; none: runs/<script>, or the run of --checkpoint, or "
+        "generated/ in that",
         may_change=True,
     )
     resume: bool = option(
@@ -177,6 +178,7 @@ class EditOptions(Options):
         "auto",
         "BatchNorm in generation: batch (the image's own statistics), running (those of "
         "training), auto (batch where --batch-size is 1, else running)",
+        group="training",
         choices=("batch", "running", "auto"),
     )
     show_samples: int = option(0, "draw N training edits, then stop; 0: train", group="run", low=0)

@@ -23,7 +23,8 @@ class Raster:
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
                    names them, or the first three, or one band three times. Never alpha
     endings        those that may be opened: READABLE, or UPLOADS of strangers
-    most           pixels of a file that is decoded whole; 8 bytes for each in an array file
+    most           largest number of pixels of a file that is decoded whole; an array file may
+                   have 8 bytes for each
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
@@ -48,7 +49,7 @@ class Raster:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
                     self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
-                    sideways = not table and _orientation(image) >= 5
+                    sideways = not table and 5 <= _orientation(image) <= 8
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
                 raise UserError(f"{path}: {self.width}x{self.height} is too large: make it a TIFF")
@@ -315,7 +316,9 @@ def check_pair(a, b):
         return
     crs, other_crs = a.place[0], b.place[0]
     same = not (crs and other_crs) or crs == other_crs
-    same = same or crs.to_epsg() == other_crs.to_epsg() is not None
+    if not same:  # one CRS, written in two ways
+        code = crs.to_epsg()
+        same = code is not None and code == other_crs.to_epsg()
     to_a, to_b = (np.reshape(raster.place[1], (3, 3)) for raster in (a, b))
     corners = np.array([[0, a.width, 0, a.width], [0, 0, a.height, a.height], [1, 1, 1, 1]])
     apart = np.abs(np.linalg.inv(to_a) @ to_b @ corners - corners).max()  # in pixels

@@ -164,9 +164,13 @@ class Run:
         self.save(state)
         self._draw({})
         if number:
-            self.print(f"stopped at step {self.step}: continue with --resume --out {self.out}")
-            self.bar.close()
-            sys.exit(128 + number)
+            self._stop(number)
+
+    def _stop(self, number):
+        """Ends the program after a signal."""
+        self.print(f"stopped at step {self.step}: continue with --resume --out {self.out}")
+        self.bar.close()
+        sys.exit(128 + number)
 
     def epoch_mean(self, name):
         """The mean of a loss over the epoch so far, in all processes."""
@@ -219,7 +223,8 @@ class Run:
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
-        self.saved_at, content = time.monotonic(), state_dict(state)
+        self.saved_at = time.monotonic()
+        content = state_dict(state)
         tensors = [t for t in tensors_of(content) if t.is_floating_point() and t.numel()]
         finite = torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors])
         if not finite.all():
@@ -260,11 +265,16 @@ class Run:
             write_page(self.out)
 
     def close(self):
-        """Ends the run, and the handling of signals; an evaluation may follow."""
-        self.bar.close()
+        """Ends the run, and the handling of signals; an evaluation may follow.
+
+        After a signal that came with the last epoch, which is saved, the program ends here.
+        """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.interrupted:
+            self._stop(self.interrupted)
+        self.bar.close()
 
 
 def fingerprint(store, lc_classes):

@@ -183,9 +183,10 @@ class ImageStore:
     def _fill(self, pairs, counts, masked, path, pool):
         """Decodes pairs of files, with `counts` of records each, into a new file."""
         ends = np.cumsum(counts)
-        there = [bool(path) for path in pairs[0]]  # A, B
-        channels = sum(n for n, given in zip(self.channels, there, strict=True) if given)
-        channels += masked * (there[0] + (there[1] and not self.classes))
+        has_a, has_b = (path is not None for path in pairs[0])
+        channels = has_a * self.channels[0] + has_b * self.channels[1]
+        if masked:  # a plane for each side of pictures
+            channels += has_a + (has_b and not self.classes)
         shape = int(ends[-1]), channels, self.side, self.side
         dtype = np.int16 if any(self.limits.values()) else np.uint8
         store = np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -243,10 +244,11 @@ class ImageStore:
             for top in range(0, rasters[0].height - step + 1, step):
                 strips = [raster.read(top, height=step) for raster in rasters]
                 if self.split.halves:
-                    a, b = (np.split(strips[k], 2, axis=1)[k] for k in (0, -1))
+                    a, _ = np.split(strips[0], 2, axis=1)
+                    _, b = np.split(strips[-1], 2, axis=1)
                     if self.classes:
-                        lossy = self.classes.nearest or pair[0].suffix.lower() in LOSSY
-                        b = self.classes.from_colours(b, pair[0], lossy, not self.patch)
+                        nearest = self.classes.nearest or pair[0].suffix.lower() in LOSSY
+                        b = self.classes.from_colours(b, pair[0], nearest, strict=not self.patch)
                     strips = [a, b]
                 planes = self._planes(rasters, top, step) if masked else []
                 for patches in zip(*map(self._patches, strips + planes), strict=True):

@@ -73,7 +73,8 @@ class VGG16Features(nn.Module):
             self.autocast = autocast
 
     def forward(self, images):
-        x, activations = ((shown(images) + 1) / 2 - self.mean) / self.std, []
+        x = ((shown(images) + 1) / 2 - self.mean) / self.std
+        activations = []
         with self.autocast:
             for name in self.computed:
                 if name.endswith("_1") and name != "relu1_1":

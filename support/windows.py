@@ -49,7 +49,10 @@ class SharedStatistics:
         self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
-        """The windows of a side to note: about one in each reach, or `most` in a longer one."""
+        """The windows of a side to note: about one in each reach.
+
+        Where this gives more than `most`, the reach becomes longer.
+        """
         count = min(self.most, max(8, math.ceil(0.75 * len(windows) / self.reach)))
         self.reach = max(self.reach, 0.75 * len(windows) / count)
         return some_of(windows, count)

@@ -40,7 +40,8 @@ def label_image(index, classes):
 
 @contextlib.contextmanager
 def _writing_whole(path, source, classes, bands):
-    whole = np.zeros((source.height, source.width, *(() if classes else (bands,))), np.uint8)
+    size = source.height, source.width
+    whole = np.zeros(size if classes else (*size, bands), np.uint8)
     yield functools.partial(paste, whole)
     if source.masked:
         alpha = source.alpha()
@@ -99,18 +100,18 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
         height, width = pixels.shape[:2]
         window = (top, top + height), (left, left + width)
         valid = source.valid(top, left, height, width)
-        bands = classes.codes[pixels][None] if classes else np.moveaxis(pixels, -1, 0)
+        layers = classes.codes[pixels][None] if classes else np.moveaxis(pixels, -1, 0)
         if source.masked and nothing is None:
             target.write_mask(valid, window=window)
         elif source.masked:
             if not classes:  # generated pixels must not look like no data
-                step = (abs(nothing) * 1e-5 or 1e-30) if bands.dtype.kind == "f" else 1
+                step = (abs(nothing) * 1e-5 or 1e-30) if layers.dtype.kind == "f" else 1
                 other = nothing - step if nothing > 0 else nothing + step
-                same = bands == nothing  # in one band is enough where Raster.valid says so
-                same = same if nothing and bands.dtype != np.uint8 else same.all(0)
-                bands = np.where(same, other, bands)
-            bands = np.where(valid, bands, nothing).astype(profile["dtype"])
-        target.write(bands, window=window)
+                same = layers == nothing  # in one band is enough where Raster.valid says so
+                same = same if nothing and layers.dtype != np.uint8 else same.all(0)
+                layers = np.where(same, other, layers)
+            layers = np.where(valid, layers, nothing).astype(profile["dtype"])
+        target.write(layers, window=window)
 
     try:
         with whole_or_absent(path) as aside:

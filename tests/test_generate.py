@@ -1,6 +1,7 @@
 """Generation at the scale of training: windows, seams, shared statistics, edits."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from support.errors import print_once
 from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
+from support.store import cache_folder
 from support.windows import SharedStatistics, Windows, overlap, tiles
 from tensors import CPU, same, tiny
 
@@ -631,3 +633,14 @@ def test_the_noise_of_a_sample_is_one_for_all_windows(monkeypatch):
     window = torch.randint(0, 3, (1, 5, 64, 64), dtype=torch.uint8)
     both = seen[0](torch.cat([window, window]), sample=1)
     assert same(both[0], both[1]) and not same(seen[0](window, sample=2)[0], both[0])
+
+
+def test_using_keeps_the_cache_of_training_and_may_normalise_otherwise(trained, tmp_path):
+    for script in ("pix2pix", "mixlc"):
+        content, run = last(trained(script)), tmp_path / script / "run"
+        content["config"] |= {"cache": "", "out": str(run)}
+        (run / "checkpoints").mkdir(parents=True)
+        torch.save(content, run / "checkpoints" / "last.pt")
+        words = use(run, "--serve --eval-norm running")
+        cfg, *_ = common.begin(importlib.import_module(script).Config, "", {}, words)
+        assert cfg.eval_norm == "running" and cache_folder(cfg) == tmp_path / script / "cache"

@@ -126,6 +126,25 @@ def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
     assert run.must_save() == [15, 15]
 
 
+def test_a_signal_during_the_last_validation_stops_before_the_report(pairs, tmp_path, monkeypatch):
+    """A resume writes the report."""
+    honest = common.Run.end_epoch
+
+    def end_epoch(run, *more):
+        honest(run, *more)
+        if run.epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "end_epoch", end_epoch)
+        with pytest.raises(SystemExit) as stopped:
+            train(pairs, tmp_path / "run", "--epochs 2")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    main(["--resume", "--out", str(tmp_path / "run")])
+    assert rows_of(tmp_path / "run")["model"]
+
+
 def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1")
@@ -329,17 +348,23 @@ def test_moments_are_laid_out_like_their_parameters():
 
 def test_each_process_gets_its_own_buffers(monkeypatch):
     """Of three, the first of which saves and has a mean of 0."""
-    state = pix2pix.State(torch.nn.BatchNorm2d(1))
-    others = [{"G": {"running_mean": torch.tensor([float(k)])}} for k in (1, 2)]
-    gather = lambda own, gathered: gathered.__setitem__(slice(None), [own, *others])  # noqa: E731
+    state = pix2pix.State(torch.nn.BatchNorm2d(1), vgg=torch.nn.Module())  # as in use, without D
+    state.vgg.register_buffer("weights", torch.zeros(1), persistent=False)
+    others = [{"G": {"running_mean": torch.tensor([float(k)])}, "D": {}} for k in (1, 2)]
+
+    def gather(own, gathered):
+        assert list(own) == ["G"]
+        gathered[:] = [own, *others]
+
     monkeypatch.setattr(torch.distributed, "gather_object", gather)
     as_rank(monkeypatch, 0, 3)
     saved, means = {"state": state_dict(state) | {RANKS: buffers_of_ranks(state)}}, []
-    for rank in range(3):
-        as_rank(monkeypatch, rank, 3)
-        common.restore(state, copy.deepcopy(saved), "x.pt")
+    saved = copy.deepcopy(saved)
+    for rank in range(4):  # a model may be used by more processes than trained it
+        as_rank(monkeypatch, rank, 4)
+        common.restore(state, saved, "x.pt")
         means.append(state.G.running_mean.item())
-    assert means == [0, 1, 2]
+    assert means == [0, 1, 2, 0]
 
 
 # ------------------------------------------------------------------------------ trained models used
