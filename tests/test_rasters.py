@@ -56,6 +56,17 @@ def test_alpha_counts_wherever_it_is(tmp_path, names):
         assert raster.valid(0, 0, 20, 30).sum(1).tolist() == [0] * 5 + [30] * 15
 
 
+def test_an_edit_of_one_band_that_is_read_thrice_keeps_its_scale(tmp_path):
+    geotiff(tmp_path / "x.tif", noise(20, 30, 1)[0])
+    with rasterio.open(tmp_path / "x.tif", "r+") as target:
+        target.scales = (0.5,)
+    with Raster(tmp_path / "x.tif") as raster:
+        with writing(tmp_path / "y.tif", raster, edited=True) as put:
+            put(raster.values(), 0)
+        with rasterio.open(tmp_path / "y.tif") as out:
+            assert out.scales == (0.5,) * 3 and (out.read() == raster.tiff.read(1)).all()
+
+
 @pytest.mark.parametrize("white_first", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_greys_of_few_bits_reach_from_black_to_white(tmp_path, bits, white_first):
