@@ -641,6 +641,8 @@ def test_using_keeps_the_cache_of_training_and_may_normalise_otherwise(trained, 
         content["config"] |= {"cache": "", "out": str(run)}
         (run / "checkpoints").mkdir(parents=True)
         torch.save(content, run / "checkpoints" / "last.pt")
-        words = use(run, "--serve --eval-norm running")
-        cfg, *_ = common.begin(importlib.import_module(script).Config, "", {}, words)
-        assert cfg.eval_norm == "running" and cache_folder(cfg) == tmp_path / script / "cache"
+        caches = {"": f"{script}/cache", f"--out {tmp_path}/o/x": "o/cache"}
+        for more, cache in (caches | {f"--cache {tmp_path}/c": "c"}).items():
+            words = use(run, "--serve --eval-norm running", more)
+            cfg, *_ = common.begin(importlib.import_module(script).Config, "", {}, words)
+            assert cfg.eval_norm == "running" and cache_folder(cfg) == tmp_path / cache
