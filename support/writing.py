@@ -89,6 +89,16 @@ def _read_through(path, **overview):
         return len(written.overviews(1))
 
 
+def _unlike(nothing, layers):
+    """Generated bands (C, H, W) in which no pixel looks like no data to Raster.valid."""
+    step = (abs(nothing) * 1e-5 or 1e-30) if layers.dtype.kind == "f" else 1
+    other = nothing - step if nothing > 0 else nothing + step
+    same = layers == nothing
+    if layers.dtype == np.uint8 or nothing == 0:  # one band with this value is not enough
+        same = same.all(0)
+    return np.where(same, other, layers)
+
+
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes, bands, limits, edited):
     profile = _profile(source, classes, bands, limits)
@@ -104,12 +114,8 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
         if source.masked and nothing is None:
             target.write_mask(valid, window=window)
         elif source.masked:
-            if not classes:  # generated pixels must not look like no data
-                step = (abs(nothing) * 1e-5 or 1e-30) if layers.dtype.kind == "f" else 1
-                other = nothing - step if nothing > 0 else nothing + step
-                same = layers == nothing  # in one band is enough where Raster.valid says so
-                same = same if nothing and layers.dtype != np.uint8 else same.all(0)
-                layers = np.where(same, other, layers)
+            if not classes:
+                layers = _unlike(nothing, layers)
             layers = np.where(valid, layers, nothing).astype(profile["dtype"])
         target.write(layers, window=window)
 
