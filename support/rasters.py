@@ -134,11 +134,13 @@ class Raster:
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        self._choose_reading(pixels[known][None], lossy)
+        self._choose_reading(pixels if known.all() else pixels[known][None], lossy)
         return self._labels(pixels, known, strict=True)
 
     def _labels(self, pixels, known, strict=False):
         """Class indices (H, W) of pixels (H, W, 1 or 3), IGNORED where they are not known."""
+        if known.all():
+            return self._indices(pixels, strict)
         indices = np.full(known.shape, IGNORED, np.uint8)
         indices[known] = self._indices(pixels[known][None], strict)[0]
         return indices
@@ -198,7 +200,7 @@ class Raster:
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)
         known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
-        sample = sample[known][None]
+        sample = sample if known.all() else sample[known][None]
         self._choose_reading(sample, lossy=str(self.tiff.compression) == "Compression.jpeg")
         if self._by_colour:  # a photograph is refused here
             self._indices(sample, strict=True)
