@@ -21,7 +21,7 @@ from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
 from support.processes import first_on_machine, of_rank_0, rank, world_size
-from support.store import source
+from support.store import cache_folder, source
 
 
 def command(main):
@@ -148,9 +148,9 @@ def _use(cfg, given):
     run = path.parent.parent if inside else Path("runs") / path.stem
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
-    if not (new.cache or cfg.out):  # as in training, also for results in generated/
-        beside = Path(os.path.abspath(run)).parent
-        new = dataclasses.replace(new, cache=str(beside / "cache"))
+    if not cfg.out:  # the cache of training, also for results in generated/
+        cache = cache_folder(dataclasses.replace(new, out=str(run)))
+        new = dataclasses.replace(new, cache=str(cache))
     window = checkpoint.get("window_B") if new.sides == "BA" else None
     window = window or checkpoint.get("window", new.patch)
     return dataclasses.replace(new, window=cfg.window or window), checkpoint

@@ -134,7 +134,7 @@ class Raster:
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        self._choose_reading(pixels if known.all() else pixels[known][None], lossy)
+        self._choose_reading(pixels, known, lossy)
         return self._labels(pixels, known, strict=True)
 
     def _labels(self, pixels, known, strict=False):
@@ -145,8 +145,12 @@ class Raster:
         indices[known] = self._indices(pixels[known][None], strict)[0]
         return indices
 
-    def _choose_reading(self, sample, lossy):
-        """Chooses to read a label map by codes, palette or colours; sample (H, W, 1 or 3)."""
+    def _choose_reading(self, sample, known, lossy):
+        """Chooses to read a label map by codes, palette or colours.
+
+        It follows from the pixels of a sample (H, W, 1 or 3) that are known.
+        """
+        sample = sample if known.all() else sample[known][None]
         self._nearest = lossy or self.table.nearest
         self._by_colour = sample.shape[-1] == 3
         if self._palette is not None:
@@ -200,10 +204,10 @@ class Raster:
         bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
         sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)
         known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
-        sample = sample if known.all() else sample[known][None]
-        self._choose_reading(sample, lossy=str(self.tiff.compression) == "Compression.jpeg")
+        lossy = str(self.tiff.compression) == "Compression.jpeg"
+        self._choose_reading(sample, known, lossy)
         if self._by_colour:  # a photograph is refused here
-            self._indices(sample, strict=True)
+            self._labels(sample, known, strict=True)
 
     def _scale_grey(self, deep):
         """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""
