@@ -22,7 +22,7 @@ from support.channels_last import stay_channels_last
 SCRIPTS = ("pix2pix", "cyclegan", "mixlc", "mixlc_acgan")
 TABLE = json.dumps([{"name": f"class {k}", "color": f"{k},0,0"} for k in range(14)])
 # plain: what one would write first; fast: everything that this project adds
-# nchw: the fast path, with NCHW where a network has InstanceNorm
+# nchw: the fast path in NCHW
 # vgg_fp32: the fast path, with the features of VGG16 in float32
 # keep_memory: what is freed stays with the process, which takes effect on the CPU alone
 # the others: plain, with one part of the fast path
@@ -81,18 +81,16 @@ def prepare(script, variant, device, **options):
     bf16 = variant == "bf16" or (fast and device.type == "cuda")
     options |= {"graph": fast or variant == "graph", "precision": "bf16" if bf16 else "fp32"}
     module, cfg = config(script, **options)
-    layout = torch.channels_last if variant in (FAST, "vgg_fp32") else torch.contiguous_format
-    with mock.patch.object(support.device, "WITH_INSTANCE_NORM", layout):
+    nchw = mock.patch.object(support.device, "fastest_layout", lambda *_: torch.contiguous_format)
+    with nchw if variant not in (FAST, "vgg_fp32") else contextlib.nullcontext():
         state = module.build(cfg, device)
     if fast and script == "mixlc_acgan" and variant != "vgg_fp32":
         state.vgg.autocast = common.autocast(cfg, device)  # as with ImageNet's weights
     for name, value in vars(state).items():
         if isinstance(value, nn.Module):
-            if not fast:  # there as build placed it
-                last = variant == "channels_last"
-                value.to(memory_format=torch.channels_last if last else torch.contiguous_format)
             if variant == "channels_last":
                 stay_channels_last(value)
+                value.to(memory_format=torch.channels_last)
             if variant == "compile":
                 value.compile()
         fused = fast or variant in ("fused", "graph")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.device import start
+from support.device import has_avx512, start
 from support.errors import SafeStream, UserError, out_of_memory
 from support.files import lock, unlock
 from support.layouts import find_images
@@ -95,6 +95,8 @@ def begin(config, doc, quick, argv=None):
         raise UserError(f"{results}: written by another program: choose another --out")
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
+    if cfg.using and "precision" not in given and cfg.device == "cpu" and not has_avx512():
+        cfg = dataclasses.replace(cfg, precision="fp32")  # training's bf16 would be far slower
     if not cfg.using and not checkpoint:
         cfg = _new_run(cfg)
     if (cfg.judge or cfg.train_judge) and not cfg.classes:

@@ -16,8 +16,6 @@ from support.channels_last import stay_channels_last
 from support.errors import UserError, print_once
 from support.processes import rank
 
-WITH_INSTANCE_NORM = torch.channels_last  # their memory format; or contiguous_format
-
 
 def start(cfg):
     """Chooses the device, and starts random numbers and, under torchrun, the process group."""
@@ -60,11 +58,19 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
-def recommend_bf16(cfg):
-    """Prints a remark if a new run would be faster in bf16, which AMX multiplies in hardware."""
-    in_fp32 = cfg.device == "cpu" and cfg.precision == "auto" and not (cfg.quick or rank())
-    if in_fp32 and torch.cpu.get_capabilities().get("amx_bf16"):
+def has_avx512():
+    """Whether this CPU has AVX-512, which bf16 and channels_last need to be fast (bench/README)."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def recommend_precision(cfg):
+    """Prints a remark if a new run on the CPU would be faster in another --precision."""
+    if cfg.device != "cpu" or cfg.quick or rank():
+        return
+    if cfg.precision == "auto" and torch.cpu.get_capabilities().get("amx_bf16"):
         print_once("this CPU has AMX: training is faster with --precision bf16")
+    if cfg.precision == "bf16" and not has_avx512():
+        print_once("this CPU has no AVX-512: training is much faster with --precision fp32")
 
 
 def seed_step(seed, epoch, batch):
@@ -128,11 +134,16 @@ def generating(net, cfg, dropout=False):
                 module.track_running_stats = True
 
 
+def fastest_layout(net, device):
+    """The memory format in which a network is fastest: channels_last, or contiguous (NCHW)."""
+    instance_norm = any(isinstance(module, nn.InstanceNorm2d) for module in net.modules())
+    last = device.type == "cuda" or (instance_norm and has_avx512())
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def to_device(net, device):
     """Moves a network to the device, in the memory format that is fastest there."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    if any(isinstance(module, nn.InstanceNorm2d) for module in net.modules()):
-        layout = WITH_INSTANCE_NORM
+    layout = fastest_layout(net, device)
     if layout == torch.channels_last:
         stay_channels_last(net)
     return net.to(device, memory_format=layout)

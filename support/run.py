@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict, tensors_of
-from support.device import recommend_bf16, set_lr
+from support.device import recommend_precision, set_lr
 from support.errors import UserError, drawing
 from support.files import UNFINISHED, whole_or_absent, write_text
 from support.layouts import find_images
@@ -109,7 +109,7 @@ class Run:
             cut_metrics(self.metrics, saved["metrics_bytes"])
             self._keep()
         else:
-            recommend_bf16(self.cfg)
+            recommend_precision(self.cfg)
         self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
         self.print(f"run folder {self.out}")
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import copy
 import datetime
+import itertools
 import platform
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ import common
 import harness
 import mixlc_acgan
 import pix2pix
+import support.begin
 import support.device
 from files import vgg_file
-from runs import line_of, refused, tiny_run, use
+from runs import line_of, refused, state_of, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
@@ -177,7 +179,7 @@ def test_generating_uses_the_statistics_of_eval_norm(norm, own):
 @pytest.mark.parametrize("count", [1, 2])
 def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):
     """Against PyTorch's own in NCHW and float64: outputs, gradients; every layout stays."""
-    monkeypatch.setattr(support.device, "WITH_INSTANCE_NORM", torch.contiguous_format)
+    monkeypatch.setattr(support.device, "has_avx512", lambda: False)  # built in NCHW
     options = {"norm": "instance", "generator": "resnet"} if case == "pix2pix" else {}
     module, cfg = tiny(case, width=2, blocks=1, **options)
     state = module.build(cfg, torch.device("cpu"))
@@ -200,15 +202,17 @@ def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in outputs)
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_one_line_chooses_the_layout_with_instance_norm(layout, monkeypatch):
-    monkeypatch.setattr(support.device, "WITH_INSTANCE_NORM", layout)
+@pytest.mark.parametrize("avx512", [True, False])
+def test_the_layout_is_what_measures_fastest(avx512, monkeypatch):
+    """channels_last on CUDA; on the CPU with AVX-512 and InstanceNorm alone."""
+    monkeypatch.setattr(support.device, "has_avx512", lambda: avx512)
     monkeypatch.setattr(torch.nn.Module, "to", lambda net, device, memory_format: memory_format)
-    for device, without in (("cuda", torch.channels_last), ("cpu", torch.contiguous_format)):
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))
-        assert common.to_device(net, torch.device(device)) == layout
-        assert isinstance(net[1], InstanceNorm) == (layout == torch.channels_last)
-        assert common.to_device(net[:1], torch.device(device)) == without
+    for device, norm in itertools.product(("cuda", "cpu"), ("InstanceNorm2d", "BatchNorm2d")):
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), getattr(torch.nn, norm)(4))
+        last = device == "cuda" or (avx512 and norm == "InstanceNorm2d")
+        want = torch.channels_last if last else torch.contiguous_format
+        assert common.to_device(net, torch.device(device)) == want
+        assert isinstance(net[1], InstanceNorm) == (last and norm == "InstanceNorm2d")
 
 
 def test_vgg_in_bf16_keeps_the_direction_of_the_gradient(tmp_path):
@@ -259,7 +263,29 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     assert calls == [()]
 
 
-def test_a_new_run_on_a_cpu_with_amx_hears_of_bf16(pairs, trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("avx512", [True, False])
+def test_bf16_of_training_is_used_where_the_cpu_is_fast_at_it(
+    trained, tmp_path, avx512, monkeypatch, capsys
+):
+    """Without AVX-512 a new run warns, and a use of its checkpoint computes in float32."""
+    checkpoint = state_of(trained("pix2pix") / "checkpoints" / "last.pt")
+    checkpoint["config"]["precision"] = "bf16"
+    torch.save(checkpoint, tmp_path / "bf16.pt")
+    argv = ["--evaluate", "--device", "cpu", "--checkpoint", str(tmp_path / "bf16.pt")]
+    for module in (support.begin, support.device):
+        monkeypatch.setattr(module, "has_avx512", lambda: avx512)
+    for typed in ([], ["--precision", "bf16"]):
+        cfg, device, _ = begin(pix2pix.Config, "", {}, argv + typed)
+        with common.autocast(cfg, device):
+            assert torch.is_autocast_enabled("cpu") == (avx512 or bool(typed))
+    monkeypatch.setattr(support.device, "print_once", print)
+    support.device.recommend_precision(cfg)
+    assert ("--precision fp32" in capsys.readouterr().out) == (not avx512)
+
+
+def test_a_new_run_on_a_cpu_hears_of_a_faster_precision(
+    pairs, trained, tmp_path, monkeypatch, capsys
+):
     """But not one that chose a precision, or is quick, resumed, refused, or none."""
     evaluation = use(trained("pix2pix"), "--evaluate")
     monkeypatch.setattr(support.device, "print_once", print)

@@ -60,11 +60,12 @@ def test_weights_follow_their_input(tmp_path, way):
 
 
 def test_maps_beat_every_constant_colour(tmp_path):
+    """More of their pixels lie within 10 levels of the target's, in every channel."""
     made, targets = (x.astype(float) for x in translated(WAYS[-1], tmp_path))
-    error = np.square(made - targets).mean()
     histogram = load_weights(ROOT / "weights" / "satellite-to-map.pt")["histograms"]["B"]
-    for color in constant_colors(histogram).values():
-        assert error < np.square((color.numpy() + 1) * 127.5 - targets).mean()
+    constants = [(color.numpy() + 1) * 127.5 for color in constant_colors(histogram).values()]
+    right, *others = ((abs(x - targets) < 10).all(-1).mean() for x in (made, *constants))
+    assert right > 1.05 * max(others)
 
 
 @pytest.mark.parametrize(("name", "index"), [("road", 2), ("vegetation", 3)])
