@@ -66,7 +66,8 @@ def brief(rows):
     for row in of_scripts(rows, "bench_step"):
         if (row["variant"], row["size"], row["batch_size"]) != ("fast", 256, 1):
             continue
-        hours = f"{row['seconds'] * 200 * 1096 / 3600:.3g} h"
+        hours = row["seconds"] * 200 * 1096 / 3600
+        hours = f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
         times = [seconds(row["plain_seconds"]), seconds(row["seconds"])]
         ratios = [ratio(row, "plain"), ratio(row, "reference")]
         lines.append([row["script"], *times, *ratios, hours, row["device"]])
