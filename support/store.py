@@ -173,7 +173,7 @@ class ImageStore:
             if sum(counts) == 0:
                 raise UserError(f"--patch {self.patch}: every image is smaller")
             if small := counts.count(0):
-                print_once(f"{small} images are smaller than --patch {self.patch}: left out")
+                print_once(f"smaller than --patch {self.patch} and left out: {small} image(s)")
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it

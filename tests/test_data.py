@@ -408,7 +408,7 @@ def test_patches_of_labels(tmp_path, capsys):
         rows += [index[:20, :20], index[:20, 20:40], index[20:40, :20], index[20:40, 20:40]]
     store = store_of(tmp_path, tmp_path / "cache", 20, patch=20)
     assert store.records.shape == (8, 4, 20, 20) and (store.B[:, 0] == rows[:8]).all()
-    assert "1 images are smaller than --patch 20: left out" in capsys.readouterr().err
+    assert "smaller than --patch 20 and left out: 1 image(s)" in capsys.readouterr().err
 
 
 def test_labels_are_resized_with_nearest_only(landcover, tmp_path):
