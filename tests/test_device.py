@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,6 +262,12 @@ def test_a_run_on_the_cpu_keeps_freed_memory(monkeypatch):
     calls = calls_of(monkeypatch, support.device, "keep_memory")
     start(tiny("pix2pix", device="cpu")[1])
     assert calls == [()]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux's own list")
+def test_avx512_is_found():
+    flags = Path("/proc/cpuinfo").read_text()
+    assert support.device.has_avx512() == ("avx512bw" in flags and "avx512vl" in flags)
 
 
 @pytest.mark.parametrize("avx512", [True, False])
