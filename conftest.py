@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-benchmark the other tests run
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What a result is worth knowing of its machine, and not what the machine is called."""
     del machine_info["node"]

@@ -72,7 +72,7 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
 
     numbers = iter(range(1000))
     benchmark.group = f"epoch-{size}-batch-{batch_size}-{script}-{device}"
-    rounds = (20 if device == "cuda" else 2) if timed else 1
+    rounds = (5 if device == "cuda" else 2) if timed else 1
     if timed:
         epoch(next(numbers))
         steps_alone()

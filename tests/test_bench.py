@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -151,3 +152,29 @@ def test_epochs_follow_from_the_time_of_one(session, monkeypatch):
     assert [gpu.epochs_of("pix2pix", [], minutes) for minutes in (3, 0)] == ["90", "1"]
     assert "--patch 256" in " ".join(session.options("mixlc", ""))
     assert "--patch" not in session.options("pix2pix", "")
+
+
+def test_no_training_begins_after_the_signal_to_stop(session, monkeypatch):
+    """Which arrives while the epochs of the first are found."""
+    monkeypatch.setattr(gpu, "epochs_of", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "1")
+    trained = calls_of(monkeypatch, subprocess, "run", lambda *_, **__: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    session.train(1)
+    signal.signal(signal.SIGTERM, handler)
+    assert not trained
+
+
+def test_the_third_part_packs_what_it_evaluates(session, monkeypatch):
+    for name in ("draw", "stop"):
+        monkeypatch.setattr(gpu.Session, name, lambda *_: None)
+    monkeypatch.setattr(
+        gpu.Session, "finish", lambda session, name: save(session.work / name / gpu.SMALL[0])
+    )
+    gpu.play(session, 3)
+    assert all((session.out / name / "evaluation.json").is_file() for name in gpu.RUNS)
+    assert (session.out / "pack" / "small.tar.gz").is_file()
+
+
+def save(path):
+    path.parent.mkdir()
+    path.write_text("{}")

@@ -223,7 +223,8 @@ def test_fast_path_trains_like_the_plain_one(case, device):
     slow = copy.deepcopy(fast)
     for name, net in sides(slow).items():
         net.to(memory_format=torch.contiguous_format)
-        adam = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.5, 0.999))
+        lr = cfg.lr if device == "cpu" else torch.tensor(cfg.lr).item()  # there it is a tensor
+        adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.999))
         setattr(slow, f"opt_{name}", adam)
     step = common.fast_step(module.train_step, cfg, torch.device(device))
     for k in range(3 if device == "cpu" else 10):
