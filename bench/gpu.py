@@ -37,7 +37,7 @@ from support.batches import steps_in_epoch
 from support.checkpoints import load_weights, save_checkpoint
 
 SECONDS, PIECE = 500, 15_000_000  # for a part's commands; the bytes of a file's piece
-# name: part that begins it, script, its words, minutes: all end within part 2, side by side
+# name: part that begins it, script, its words, minutes: meant to end within part 2, side by side
 RUNS = {
     "sat2map": (1, "pix2pix", "--direction AtoB", 2),
     "map2sat": (1, "pix2pix", "", 1),
