@@ -23,7 +23,6 @@ RUNS = [  # device, size, batch size, variants, rounds
     ("cpu", 256, 1, ("fast", "channels_last", "bf16"), 3),  # seven seconds a step of cyclegan
     *(("cuda", 256, batch_size, (variant,), 30) for variant, batch_size in harness.BY_WORTH),
 ]
-ONLY = {"vgg_fp32": ("mixlc_acgan",), "nchw": ("cyclegan",)}  # with a style loss, with InstanceNorm
 CASES = [
     pytest.param(
         *(script, device, size, batch_size, variant, rounds),
@@ -33,7 +32,7 @@ CASES = [
     for device, size, batch_size, variants, rounds in RUNS
     for script in harness.SCRIPTS
     for variant in variants
-    if script in ONLY.get(variant, harness.SCRIPTS)
+    if script in harness.ONLY.get(variant, harness.SCRIPTS)
 ]
 
 

@@ -2,12 +2,12 @@
 
     bash bench/gpu.sh 1 OUT --maps maps/ --landcover dubai/ --vgg16 vgg16.pth
     bash bench/gpu.sh 2 OUT ...      the same words: begins the edits, waits for trainings, collects
-    bash bench/gpu.sh 3 OUT ...      stops the trainings, evaluates, draws, packs
+    bash bench/gpu.sh 3 OUT ...      stops the trainings, evaluates, draws, packs, times the rest
 
-Part 1 tests and times, and begins trainings that outlive it. Each part first does what earlier ones
-left undone. Trainings lie in OUT-work. OUT/pack is what to take home: small.tar.gz, and generators
-in half precision; a larger file comes in pieces of 15 MB (cat NAME.* > NAME). Without data the demo
-world is used; without a GPU everything has toy size.
+Part 1 tests and times, and begins trainings that outlive it. Each part also does what earlier ones
+left undone. OUT lies outside the checkout; trainings lie in OUT-work. OUT/pack is what to take
+home: small.tar.gz, and generators in half precision; a larger file comes in pieces of 15 MB
+(cat NAME.* > NAME). Without data the demo world is used; without a GPU everything has toy size.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SECONDS, PIECE = 500, 15_000_000  # for a part's commands; the bytes of a file's
 # name: part that begins it, script, its words, minutes: meant to end within part 2, side by side
 RUNS = {
     "sat2map": (1, "pix2pix", "--direction AtoB", 2),
-    "map2sat": (1, "pix2pix", "", 1),
+    "map2sat": (1, "pix2pix", "", 2),
     "cyclegan": (1, "cyclegan", "", 3),
     "mixlc": (2, "mixlc", "--batch-size 16", 1),
     "mixlc_acgan": (2, "mixlc_acgan", "", 2),
@@ -87,7 +87,7 @@ class Session:
     def options(self, script, more):
         """The words of a training."""
         sizes = TOY if self.toy else "--val-images 24"
-        words = f"{more} --cache {self.work / 'cache'} {sizes}".split()
+        words = f"{more} --cache {self.work / 'cache'} --save-every 0 {sizes}".split()
         if "mixlc" in script and self.words.landcover:
             words += ["--data", os.path.abspath(self.words.landcover), "--patch", "256"]
         elif "mixlc" not in script and self.words.maps:
@@ -203,7 +203,7 @@ def epochs_of(script, words, minutes):
 
 
 def seconds_of_an_epoch(script, words):
-    """From 20 of its steps, after the first ones and the capture of the graph."""
+    """From 20 of its steps, after the first ones and the capture of the graph, and its measures."""
     module = importlib.import_module(script)
     scratch = Path(words[words.index("--cache") + 1]) / f"timed-{os.getpid()}"
     words = [*words, "--out", str(scratch)]
@@ -215,8 +215,12 @@ def seconds_of_an_epoch(script, words):
         if number == 10:
             began = harness.device_time()
         step(state, batch, cfg)
-    seconds = (harness.device_time() - began) / 20
-    print(seconds * steps_in_epoch(len(train), cfg.batch_size))
+    seconds = (harness.device_time() - began) / 20 * steps_in_epoch(len(train), cfg.batch_size)
+    val = harness.dataset(module, cfg, "val", device)
+    for _ in range(2):  # the first one chooses its kernels
+        began = harness.device_time()
+        module.evaluate(state, val, cfg, common.spread(cfg.val_images, len(val)))
+    print(seconds + harness.device_time() - began)
 
 
 def write_generators(checkpoint, path):
@@ -238,35 +242,43 @@ def tests(session):
     do("tests", 120, "-m", "pytest", "-m", "cuda", "tests/test_steps.py" if toy else "tests")
 
 
-def times(session, steps):
-    """Some of the (variant, batch size) of harness.BY_WORTH, and epochs. Needs an idle GPU."""
-    cases = [("step", f"cuda-256-{batch_size}-{variant}") for variant, batch_size in steps]
-    cases += [("epoch", f"{script}-cuda") for script in harness.SCRIPTS]
+def times(session, fast_only=False):
+    """Benchmarks, each in a process of its own: the fast steps, epochs, the other variants."""
+    steps = [
+        ("step", f"{script}-cuda-256-{batch_size}-{variant}")
+        for variant, batch_size in harness.BY_WORTH
+        for script in harness.ONLY.get(variant, harness.SCRIPTS)
+    ]
+    fast = 2 * len(harness.SCRIPTS)  # at batch size 1 and 16
+    epochs = [("epoch", f"{script}-cuda") for script in harness.SCRIPTS]
+    cases = steps[:fast] + epochs + ([] if fast_only else steps[fast:])
     for bench, case in cases * (not session.toy):
-        words = ["-m", "pytest", f"bench/bench_{bench}.py", "--benchmark-only", "-k", case]
+        words = ["-m", "pytest", f"bench/bench_{bench}.py", "-k", case, "--benchmark-only"]
         report = f"--benchmark-json={session.out}/{bench}-{case}.json"
-        session.do(f"{bench}-{case}", 90, *words, report)
+        session.do(f"{bench}-{case}", 60, *words, report)
 
 
 def play(session, part):
-    """A part, after what earlier parts left undone; but nothing is timed beside trainings."""
-    if part < 3:
-        tests(session)
+    """A part. Nothing is timed beside trainings."""
     if part == 1:
-        times(session, harness.BY_WORTH[:2])
-    for begun in (1, 2):
-        if part == 3:
-            session.stop(begun)
-        elif begun <= part:
-            session.begin(begun)
-    if part == 2:
+        tests(session)
+        times(session, fast_only=True)
+        session.begin(1)
+    elif part == 2:
+        session.begin(1)
+        session.begin(2)
+        tests(session)  # what part 1 left undone
         session.wait()
-    for name in RUNS if part == 3 else ():
-        session.finish(name)
+    else:
+        session.stop(1)
+        session.stop(2)
+        for name in RUNS:
+            session.finish(name)
     session.collect()
     if part == 3:
         session.draw()
-        times(session, harness.BY_WORTH)
+        session.pack()  # should the call end while the rest is timed
+        times(session)
         session.pack()
 
 

@@ -31,6 +31,7 @@ FULL = (FAST, "nchw", "vgg_fp32")
 # on CUDA: (variant, batch size), in the order of their worth
 BY_WORTH = [(FAST, 1), (FAST, 16), ("nchw", 1), ("vgg_fp32", 16), ("nchw", 16), (FAST, 4)]
 BY_WORTH += [(variant, 1) for variant in SINGLE]  # compile takes longest
+ONLY = {"vgg_fp32": ("mixlc_acgan",), "nchw": ("cyclegan",)}  # with a style loss, with InstanceNorm
 
 
 def device_time():

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import bench_epoch
+import bench_step
 import draw_controls
 import draw_raster
 import forged_masks
@@ -152,6 +154,21 @@ def test_epochs_follow_from_the_time_of_one(session, monkeypatch):
     assert [gpu.epochs_of("pix2pix", [], minutes) for minutes in (3, 0)] == ["90", "1"]
     assert "--patch 256" in " ".join(session.options("mixlc", ""))
     assert "--patch" not in session.options("pix2pix", "")
+
+
+def test_every_benchmark_of_the_gpu_is_timed_once_by_its_name(session, monkeypatch):
+    """The fast path comes first."""
+    session.toy, asked = False, []
+    monkeypatch.setattr(session, "do", lambda name, seconds, *words: asked.append(words[2:5:2]))
+    gpu.times(session)
+    for bench in (bench_step, bench_epoch):
+        names = [case.id for case in bench.CASES if "-cuda-" in case.id]
+        words = [word for file, word in asked if file == f"bench/{bench.__name__}.py"]
+        assert sorted(name for word in words for name in names if word in name) == sorted(names)
+    first = asked[:12]
+    asked.clear()
+    gpu.times(session, fast_only=True)
+    assert asked == first
 
 
 def test_no_training_begins_after_the_signal_to_stop(session, monkeypatch):
