@@ -195,8 +195,9 @@ class ClassTable:
         present, inverse = np.unique(codes, return_inverse=True)
         wrong = [code for code in present.tolist() if code not in index]
         if wrong:
-            what = f"label values {wrong[:8]} are outside the class table's"
-            raise UserError(f"{path}: {what}, {sorted(self.values)}")
+            there = [f"{v} {self.names[i]}" for v, i in self.values.items() if i != IGNORED]
+            what = f"label values {wrong[:8]} are not in the class table"
+            raise UserError(f"{path}: {what}: {', '.join(there)}")
         indices = np.array([index[code] for code in present.tolist()], np.uint8)
         return indices[inverse.reshape(codes.shape)]
 

@@ -69,7 +69,7 @@ def find_images(data, split, lc_classes=""):
     """
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such directory (if the data has moved, pass --data)")
+        raise UserError(f"--data {root}: no such directory: pass --data with its path")
     table = _class_table(root, lc_classes)
     names = ["val", "validation", "test"] if split == "val" else [split]
     if split == "val" and _is_inria(root):

@@ -111,7 +111,8 @@ class Run:
         else:
             recommend_precision(self.cfg)
         self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
-        self.print(f"run folder {self.out}")
+        done = ": all epochs are done" if self.epoch >= self.cfg.epochs else ""
+        self.print(f"run folder {self.out}{done}")
 
     def print(self, text):
         """Prints a line on stderr, above the progress bar."""

@@ -140,7 +140,7 @@ MIXED = [VALUED[2], {"name": "x", "color": "#000001"}]  # the value of a row wit
 IGNORED_SECOND = [TABLE[0], TABLE[3], *TABLE[1:3]]
 EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
 NEAREST = {"nearest": True, "classes": EXACT}
-S2GLC = "values [1] are outside the class table's, [0, 62,"
+S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
 
 
@@ -184,12 +184,12 @@ LABELS = {
     "one-hot of all rows": (TABLE, "x.npz", CODES[..., None] == np.arange(4), INDEX),
     "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is not one-hot"),
     "no numbers": (TABLE, "x.npy", np.full((4, 4, 3), np.nan), "is not one-hot"),
-    "a stranger": (TABLE, "x.png", [0, 77], "[77] are outside the class table's"),
-    "a fraction": (TABLE, "x.npy", [0.7], "[0.7] are outside the class table's"),
+    "a stranger": (TABLE, "x.png", [0, 77], "[77] are not in the class table: "),
+    "a fraction": (TABLE, "x.npy", [0.7], "[0.7] are not in the class table: "),
     "s2glc": ("s2glc", "x.png", [0, 62, 162, 255], [0, 1, 13, 255]),
     "positions in s2glc": ("s2glc", "x.png", [0, 1], S2GLC),
     "values": (VALUED, "x.png", [1, 2, 3, 255], [0, 1, 2, 255]),
-    "a position": (VALUED, "x.png", [0, 1, 2], "[0] are outside"),
+    "a position": (VALUED, "x.png", [0, 1, 2], "[0] are not in"),
     "some values": (MIXED, "x.png", [3, 1], [0, 1]),
     "no values, a row ignored": (IGNORED_SECOND, "x.png", [0, 1, 2, 3], [0, 255, 1, 2]),
     "a mask": ("binary", "x.png", [0, 255, 255], [0, 1, 1]),
@@ -198,15 +198,15 @@ LABELS = {
     "codes": (NEAREST, "x.png", [0, 1, 1, 0], [0, 1, 1, 0]),
     "binary, soft": ("binary", "x.png", GREYS, [0, 0, 1, 1]),
     "binary, soft, TIFF": ("binary", "x.tif", GREYS, [0, 0, 1, 1]),
-    "binary, 0 and 1": ("binary", "x.png", [0, 1, 1, 0], "[1] are outside"),
-    "binary, 0 and 1, TIFF": ("binary", "x.tif", [0, 1, 1, 0], "[1] are outside"),
-    "more codes": (NEAREST, "x.tif", [0, 1, 2, 3], "[2, 3] are outside"),
+    "binary, 0 and 1": ("binary", "x.png", [0, 1, 1, 0], "[1] are not in"),
+    "binary, 0 and 1, TIFF": ("binary", "x.tif", [0, 1, 1, 0], "[1] are not in"),
+    "more codes": (NEAREST, "x.tif", [0, 1, 2, 3], "[2, 3] are not in"),
     "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], "is it a photograph?"),
     "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
     "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), "a photograph?"),
     "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
     "known in 0.5 %": (TABLE, "x.png", partly(5), "is it a photograph?"),
-    "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are outside"),
+    "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are not in"),
 }
 for name in ("x.png", "x.tif"):  # values that a table names decide, else most of the colours
     LABELS |= {
@@ -220,7 +220,7 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
             [3, 255, 255, 255],
         ),
         f"a palette of one red, {name}": (REDS, name, paletted(160, codes=[1] * 4), [3] * 4),
-        f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are outside"),
+        f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are not in"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
 
