@@ -102,15 +102,6 @@ def restore(state, checkpoint, path):
             module.load_state_dict(buffers, strict=False)
 
 
-def tensors_of(content):
-    """Every tensor in nested dicts."""
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict):
-        for value in content.values():
-            yield from tensors_of(value)
-
-
 def _load_state_dict(value, saved):
     """Loads a module's or an optimizer's state, but not its memory format, switches and rate."""
     groups = [dict(group) for group in getattr(value, "param_groups", [])]

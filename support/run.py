@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from support.batches import spread, steps_in_epoch
-from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict, tensors_of
+from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
 from support.device import recommend_precision, set_lr
 from support.errors import UserError, drawing
 from support.files import UNFINISHED, whole_or_absent, write_text
@@ -105,8 +106,8 @@ class Run:
             for path in folder.glob(f"{UNFINISHED}*"):
                 path.unlink()
         write_config(self.cfg)
+        cut_metrics(self.metrics, saved.get("metrics_bytes", 0))
         if saved:
-            cut_metrics(self.metrics, saved["metrics_bytes"])
             self._keep()
         else:
             recommend_precision(self.cfg)
@@ -225,11 +226,11 @@ class Run:
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
         self.saved_at = time.monotonic()
-        content = state_dict(state)
-        tensors = [t for t in tensors_of(content) if t.is_floating_point() and t.numel()]
-        finite = torch.stack([t.detach().abs().max().isfinite().cpu() for t in tensors])
-        if not finite.all():
+        modules = [part for part in vars(state).values() if isinstance(part, nn.Module)]
+        weights = [weight for module in modules for weight in module.parameters()]
+        if not nn.utils.get_total_norm(weights, math.inf).isfinite():
             self._refuse("weights")
+        content = state_dict(state)
         if world_size() > 1:
             content[RANKS] = buffers_of_ranks(state)
         about = {"of_row": self.of_row.saved(), "of_epoch": self.of_epoch.saved()}

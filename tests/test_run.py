@@ -312,10 +312,13 @@ def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch,
         next(state.D.parameters()).data.fill_(float("inf"))
         return scores
 
-    monkeypatch.setattr(pix2pix, "evaluate", evaluate)
     words = tiny_run("pix2pix", pairs, tmp_path / "run", "--epochs 1")
-    assert "weights not finite" in line_of(main, words, capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(pix2pix, "evaluate", evaluate)
+        assert "weights not finite" in line_of(main, words, capsys)
     assert not (tmp_path / "run" / LAST).exists()
+    main(words)  # starts again, without the rows of before
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["2", "3"]
 
 
 def test_moments_are_laid_out_like_their_parameters():
