@@ -103,7 +103,7 @@ class Edits:
 
     def __init__(self, cfg, split, device):
         self.cfg, self.device = cfg, device
-        self.store = common.ImageStore(cfg, split, cfg.size, smallest=cfg.size)
+        self.store = common.ImageStore(cfg, split, cfg.size)
         self.classes = self.store.classes
         if not self.store.paired:
             raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")

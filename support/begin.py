@@ -140,8 +140,6 @@ def _use(cfg, given):
     """(cfg, checkpoint) of --checkpoint, with the group "use" of the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
-    if cfg.evaluate and "histograms" not in checkpoint:
-        raise UserError(f"{path}: written by an older version: --evaluate has no baselines for it")
     groups = {field.name: group for group, field in grouped_fields(type(cfg))}
     fixed = {name for name in groups if groups[name] == "model"}
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}

@@ -49,9 +49,8 @@ def is_whole(path):
 class ImageStore:
     """A split's images, decoded, cut and resized once, in a memory-mapped file that stays.
 
-    split     "train", "val" or "test"
-    side      every image, or patch, is resized to side x side (bicubic; labels nearest)
-    smallest  images, or patches, of a smaller side than this are refused
+    split  "train", "val" or "test"
+    side   every image, or patch, is resized to side x side (bicubic; labels nearest)
 
     A        (N, C, side, side) uint8, or int16 levels of Limits if A or B has more than 8 bits
     B        (M, C, side, side), the same, or (M, 1, side, side) class indices; M = N if paired
@@ -62,14 +61,14 @@ class ImageStore:
     where it has data. Labels are IGNORED where their photograph has none.
     """
 
-    def __init__(self, cfg, split, side, smallest=0):
+    def __init__(self, cfg, split, side):
         self.cache = cache_folder(cfg)
         self.split = find_images(source(cfg), split, cfg.lc_classes)
         if split == "train" and cfg.max_images:
             a, b = (some_of(files, cfg.max_images) for files in (self.split.A, self.split.B))
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
-        self.side, self.patch, self.smallest = side, cfg.patch, smallest
+        self.side, self.patch = side, cfg.patch
         self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
         self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
         self.limits = {side: Limits.of(cfg, side) for side in "AB"}
@@ -230,10 +229,6 @@ class ImageStore:
             raise UserError(f"{name}: {width}x{height} is no pair: it is not twice as wide as high")
         if self.split.halves:
             width = height
-        if min(width, height, self.patch or width) < self.smallest:
-            patched = self.patch and self.patch <= min(width, height)
-            what = f"--patch {self.patch}" if patched else f"{width}x{height}"
-            raise UserError(f"{name}: {what} is smaller than --size {self.smallest}")
         count = (width // self.patch) * (height // self.patch) if self.patch else 1
         return count, masked
 

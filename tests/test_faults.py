@@ -65,7 +65,6 @@ CASES = {
     "pix2pix --data dangling_later": "dangling_later/train/1.png: No such file or directory: rep",
     "pix2pix --generate loop --checkpoint model.pt --out o": "loop/x.png: no such file",
     "pix2pix --data mixed": "1.png: has uint8 values; the training images: uint16",
-    "mixlc --data low --patch 128": "0.jpg: 80x60 is smaller than --size 64",
     "pix2pix --data terabytes": "is too large: make it a TIFF",
     "mixlc --data arrays --patch 40": "0.npz: has more pixels than fit in memory",
     "mixlc --data axes": "0.npy: cannot be decoded",
@@ -94,7 +93,6 @@ CASES = {
     "pix2pix --init model.pt --generator resnet": "do not fit this G: check --gen",
     "pix2pix --serve": "--serve need --checkpoint FILE",
     "mixlc --data pairs": "--lc-classes",
-    "mixlc --data low": "0.jpg: 80x60 is smaller than --size 64",
     "mixlc --data lone": "has one image",
     "pix2pix --bands-A 0": "write 1 to 32 numbers from 1, such as 8,4,3",
     "pix2pix --bands-A 1,x": "write 1 to 32 numbers from 1, such as 8,4,3",
@@ -108,7 +106,6 @@ CASES = {
     "pix2pix --evaluate --checkpoint odd.pt": "not a checkpoint of pix2pix.py",
     "pix2pix --evaluate --checkpoint nothing.pt": "nothing.pt: no such file",
     "pix2pix --evaluate --checkpoint run": "no such file (in a run folder: checkpoints/last.pt)",
-    "pix2pix --evaluate --checkpoint old.pt": "old.pt: written by an older version",
     "pix2pix --evaluate --checkpoint model.pt --size 128": "--size 128 contradicts",
     "pix2pix --generate no --checkpoint model.pt": "no such file or directory",
     "pix2pix --generate empty --checkpoint model.pt": "no images in it",
@@ -185,10 +182,8 @@ def wrong_data(root):
     (root / "terabytes" / "train" / "0.png").write_bytes(png_header(2_000_000, 1_000_000))
     for name in ("train/A", "train/B", "val/A", "val/B"):
         geotiff(root / "nan" / name / "0.tif", np.full((64, 64), np.nan, np.float32))
-    for name in ("arrays", "axes", "utf16", "low"):
+    for name in ("arrays", "axes", "utf16"):
         shutil.copytree(root / "landcover", root / name)
-    save(root / "low" / "train" / "rgb" / "0.jpg", np.zeros((60, 80, 3), np.uint8))
-    save(root / "low" / "train" / "lc" / "0.png", np.zeros((60, 80), np.uint8))
     for name in ("arrays", "axes"):
         (root / name / "train" / "lc" / "0.png").unlink()
     header = io.BytesIO()
@@ -219,7 +214,6 @@ def wrong_checkpoints(root):
         "texts/checkpoints/last.pt": with_state(G={"downs.0.0.weight": "x"}),
         "no_moments/checkpoints/last.pt": with_state(opt_G={}),
         "no_G/checkpoints/last.pt": with_state(G=None),
-        "old.pt": {key: content[key] for key in content if key != "histograms"},
         "other.pt": {"script": "cyclegan", "config": {}, "state": {}},
         "odd.pt": odd,
         "bare.pt": {"conv.weight": torch.zeros(1)},
