@@ -72,8 +72,8 @@ class Options:
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
     out: str = option(
         "",
-        "folder of the run or results; none: runs/<script>, or the run of --checkpoint, or "
-        "generated/ in that",
+        "folder of the run or results; none: runs/<script>; to evaluate, the checkpoint's run; to "
+        "generate, generated/ in that",
         may_change=True,
     )
     resume: bool = option(
