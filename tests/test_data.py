@@ -379,15 +379,6 @@ def test_store_holds_the_resized_images(pairs, tmp_path):
     assert np.shares_memory(store.A, store.records)
 
 
-def test_store_of_two_lists(tmp_path):
-    for name, level in (("trainA/1", 10), ("trainA/2", 20), ("trainB/x", 30)):
-        save(tmp_path / f"{name}.png", np.full((16, 16, 3), level, np.uint8))
-    store = store_of(tmp_path, tmp_path / "cache", 8)
-    assert store.A.shape == (2, 3, 8, 8) and store.B.shape == (1, 3, 8, 8)
-    assert store.records is None and store.A.max((1, 2, 3)).tolist() == [10, 20]
-    assert store.B.max() == 30
-
-
 def test_patches(pairs, tmp_path):
     store = store_of(pairs, tmp_path, patch=32)
     both = pixels_of(pairs / "train" / "0.png")

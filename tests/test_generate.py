@@ -71,20 +71,6 @@ def test_windows_equal_the_whole_for_a_convolution(size):
     assert torch.allclose(tiled, whole, atol=1e-5)
 
 
-def test_windows_are_resized_to_the_network_and_back():
-    smooth = np.array(Image.fromarray(noise(4, 4, 1)[0]).resize((200, 150), 2))[None]
-    seen = []
-
-    def paint(windows):
-        seen.append(tuple(windows.shape))
-        return windows.float()
-
-    back = generated(smooth, paint, 64, size=16)
-    assert {shape[1:] for shape in seen} == {(1, 16, 16)}
-    assert back.shape == smooth.shape
-    assert (back - torch.from_numpy(smooth).float()).abs().mean() < 3
-
-
 def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     """--patch, or the side of the training images; in the checkpoint, for --generate."""
     for patch, window in ((0, 80), (40, 40)):

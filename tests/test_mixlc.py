@@ -168,21 +168,6 @@ def test_local_loss_by_hand(size, box, rows, columns):
     assert masked_l1_loss(fake, target, near).item() == pytest.approx(2.5)
 
 
-def test_labels_count_where_both_photographs_have_data(monkeypatch):
-    """Of the discriminator's three losses: real, fake, and the generator's."""
-    module, cfg = tiny("mixlc")
-    edit, calls = module.Edit(*batch_of("mixlc", cfg)), calls_of(monkeypatch, mixlc, "label_loss")
-    rgb_a, rgb_b = edit.rgb_a.clone(), edit.rgb_b.clone()
-    rgb_a[..., :8], rgb_b[..., 56:] = torch.nan, torch.nan
-    module.train_step(module.build(cfg, CPU), edit._replace(rgb_a=rgb_a, rgb_b=rgb_b), cfg)
-    real, fake, asked = (target[..., 8:56] for _, target in calls)
-    assert not any(target[..., [*range(8), *range(56, 64)]].any() for _, target in calls)
-    mask = edit_mask(edit.box, edit.inside, 64)
-    assert torch.equal(real, edit.lc_b[..., 8:56])
-    assert torch.equal(fake, torch.cat([edit.lc_ab * ~mask, mask], 1)[..., 8:56])
-    assert torch.equal(asked, (edit.lc_ab * grown(mask))[..., 8:56])
-
-
 @pytest.mark.parametrize(("often", "weight"), [(12, 4.0), (114, 10 / (40 / 114))])
 def test_label_loss_by_hand(often, weight):
     """Of four labels in `often`, 3, 3 and no pixels; the last pixel has none."""

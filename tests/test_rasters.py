@@ -17,7 +17,7 @@ from rasterio.transform import from_bounds, from_origin
 
 import common
 from common import IGNORED
-from files import CLASSES, PLACE, TABLE, geotiff, noise, picture, pixels_of, save
+from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save
 from runs import refused
 from support.classes import ClassTable
 from support.errors import print_once
@@ -133,10 +133,11 @@ def test_masks_stay_and_black_stays_black(tmp_path, kind):
         assert ((out.dataset_mask() > 0) == (valid > 0)).all()
 
 
-def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path):
+@pytest.mark.parametrize("nothing", [-9999, 9999])
+def test_no_data_that_a_byte_cannot_hold_becomes_a_mask(tmp_path, nothing):
     index = np.zeros((20, 30), np.int16)
-    index[:7] = -9999
-    source = geotiff(tmp_path / "x.tif", index, nodata=-9999)
+    index[:7] = nothing
+    source = geotiff(tmp_path / "x.tif", index, nodata=nothing)
     with Raster(source, CLASSES) as raster, writing(tmp_path / "y.tif", raster) as put:
         assert (raster.read()[:7] == IGNORED).all()
         put(np.full((20, 30, 3), 9, np.uint8), 0)
@@ -161,15 +162,6 @@ def test_points_tags_and_the_meaning_of_a_pixel_are_kept(tmp_path, crs, pixel, p
         assert points or out.tags()["AREA_OR_POINT"] == pixel
 
 
-def test_classes_in_a_geotiff_keep_their_colours(tmp_path):
-    source = geotiff(tmp_path / "x.tif", np.zeros((40, 50, 3), np.uint8))
-    codes = np.random.default_rng(0).integers(0, 3, (40, 50), np.uint8)
-    with rewritten(source, codes, CLASSES) as out:
-        assert out.colormap(1)[1][:3] == CLASSES.colors[1] and out.nodata == IGNORED
-        assert out.transform == PLACE["transform"]
-    assert (Raster(out.name, CLASSES).read() == codes).all()
-
-
 def test_codes_of_16_bits_with_a_palette(tmp_path):
     forest = {"name": "forest", "color": "#0000ff", "value": 300}
     geotiff(tmp_path / "x.tif", np.array([[0, 1, 300]], np.uint16))
@@ -177,17 +169,6 @@ def test_codes_of_16_bits_with_a_palette(tmp_path):
         target.write_colormap(1, {k: (9, k % 256, 7) for k in range(301)})
     table = ClassTable.load(json.dumps([*TABLE[:2], forest]))
     assert Raster(tmp_path / "x.tif", table).read().tolist() == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("name", ["x.tif", "x.png"])
-def test_what_is_not_written_whole_leaves_nothing(tmp_path, name):
-    source = Raster(geotiff(tmp_path / "in.tif", np.zeros((64, 64, 3), np.uint8)))
-    result = tmp_path / "out" / name
-    with pytest.raises(ValueError, match="predicting"), writing(result, source) as put:
-        put(np.ones((32, 64, 3), np.uint8), 0)
-        assert not result.exists()  # nor would it, were the process killed here
-        raise ValueError("predicting failed")
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", [(10, 13), (3, 40), (40, 7)])

@@ -1,5 +1,6 @@
 """What every script does around its steps: batches, crops, flips, runs, resuming, using."""
 
+import base64
 import copy
 import importlib
 import json
@@ -339,9 +340,13 @@ def test_networks_of_other_bands_and_depths(script, dtype, tmp_path, capsys, mon
     assert "--bands-A 3,2,1 contradicts" in line
     files = (root / "val" / "lc" / "5.tif", photo) if edits else (photo,)
     strokes = [(0, 0, 30, 30, bytes([1]) * 900)] if edits else []
-    shown = page_shows(studio_of(module.main, out, monkeypatch), files, strokes)
+    studio = studio_of(module.main, out, monkeypatch)
+    shown = page_shows(studio, files, strokes)
     limits = Limits.of(module.Config(**last(out)["config"]), "A" if edits else "B")
     assert (shown == in_colours(result, limits)).all()
+    if not edits:  # the colour of land, or nearly: its grey, or without blue
+        blank = base64.b64decode(studio.open({"height": 16, "width": 16})["start"])
+        assert abs(np.frombuffer(blank, np.uint8).reshape(-1, 3) - [233.0, 229, 222]).max() < 8
 
 
 def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
