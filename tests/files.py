@@ -38,6 +38,13 @@ def save(path, array, **options):
     Image.fromarray(array).save(path, **options)
 
 
+def touch(*paths):
+    """Makes empty files."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def pixels_of(path):
     """The pixels of an image file, (H, W) or (H, W, C)."""
     return np.asarray(Image.open(path))

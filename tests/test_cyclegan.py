@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import cyclegan
-from cyclegan import ImagePool, build, main, train_step, translate
+from cyclegan import ImagePool, build, main, translate
 from files import LABELS, TABLE, picture, pixels_of, save, side_by_side
 from runs import JUDGED, last, line_of, rows_of, tiny_run, use
 from support.pictures import to_bytes
@@ -32,15 +32,6 @@ def test_the_pool_equals_a_plain_list_and_is_kept_in_checkpoints():
         assert torch.equal(returned, theirs(fakes))
     assert torch.equal(ours.images, torch.stack(theirs.images))
     assert set(ours.state_dict()) == {"images", "count"}
-
-
-@pytest.mark.cuda
-def test_cuda_pool_fills_inside_a_graph():
-    device, cfg = torch.device("cuda"), dataclasses.replace(PICTURES, pool_size=5, batch_size=1)
-    state, step = build(cfg, device), common.fast_step(train_step, cfg, device)
-    for k in range(8):
-        step(state, tuple(x.to(device) for x in (pictures(k, 1), pictures(k + 50, 1))), cfg)
-    assert state.pool_A.count.item() == 5 and (state.pool_A.images.abs().sum((1, 2, 3)) > 0).all()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import pix2pix
 from common import ImageStore
-from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save, side_by_side
+from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save, side_by_side, touch
 from pix2pix import Config
 from runs import line_of, refused
 from support.classes import ClassTable
@@ -31,13 +31,6 @@ from tensors import CPU
 
 def store_of(root, cache, side=32, split="train", **options):
     return ImageStore(Config(data=str(root), cache=str(cache), **options), split, side)
-
-
-def touch(root, names):
-    """Empty files."""
-    for name in names.split():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 # ------------------------------------------------------------------------------------------ layouts
@@ -77,7 +70,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_layouts(tmp_path, case):
     names, layout, a, *b = LAYOUTS[case]
-    touch(tmp_path, names)
+    touch(*map(tmp_path.joinpath, names.split()))
     if "classes.json" in names:
         (tmp_path / "classes.json").write_text(json.dumps(TABLE))
     split = case.split()[0].strip(",")
@@ -122,7 +115,7 @@ NOT_LAYOUTS = {
 @pytest.mark.parametrize("case", NOT_LAYOUTS)
 def test_refuses_directories_with_one_line_that_helps(tmp_path, case):
     names, text = NOT_LAYOUTS[case]
-    touch(tmp_path / "data", names)
+    touch(*map((tmp_path / "data").joinpath, names.split()))
     with refused(text):
         find_images(tmp_path / "data", case if case in ("val", "test") else "train")
 

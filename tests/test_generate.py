@@ -17,7 +17,7 @@ import cyclegan
 import pix2pix
 import support.edits
 import support.generate
-from files import LABELS, PLACE, geotiff, noise, picture, pixels_of, save
+from files import LABELS, geotiff, noise, picture, pixels_of, save
 from runs import last, refused, tiny_run, use
 from support.errors import print_once
 from support.generate import _view, edit_of_files, results_of
@@ -478,10 +478,8 @@ def edited(tmp_path, *strokes, **options):
         return photo, raster.read(), painter.windows
 
 
-@pytest.mark.parametrize(("suffix", "write"), [(".png", save), (".tif", geotiff)])
-def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write):
-    strokes = "water:100,50,20,20", "road:300,200,90,30"
-    photo, result, windows = edited(tmp_path, *strokes, suffix=suffix, write=write)
+def test_an_edit_changes_the_photograph_around_it_alone(tmp_path):
+    photo, result, windows = edited(tmp_path, "water:100,50,20,20", "road:300,200,90,30")
     near, border = np.zeros((300, 400), bool), 3  # 12 at 256
     near[50 - border : 70 + border, 100 - border : 120 + border] = True
     near[200 - border : 230 + border, 300 - border : 390 + border] = True
@@ -494,9 +492,6 @@ def test_an_edit_changes_the_photograph_around_it_alone(tmp_path, suffix, write)
     assert abs((columns.min() + columns.max()) / 2 - 31.5) <= 2
     assert lake[4].sum() == 400 and (lake[3][lake[4] > 0] == 1).all()
     assert (tmp_path / "out" / "photo_sheet.png").is_file()
-    if suffix == ".tif":
-        with rasterio.open(tmp_path / "out" / "photo.tif") as out:
-            assert out.transform == PLACE["transform"]
 
 
 def test_land_cover_of_another_place_is_refused(tmp_path):

@@ -237,24 +237,6 @@ def test_fast_path_trains_like_the_plain_one(case, device):
     assert device == "cpu" or step.graph is not None
 
 
-@on_both_devices
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("case", ["pix2pix", "pix2pix lsgan", "cyclegan"])
-def test_gradients_of_a_batch_are_the_mean_of_those_of_its_images(case, layout, device):
-    """With InstanceNorm, two processes with one image each must equal one with two."""
-    options = {"norm": "instance", "dropout": 0.0} if case.startswith("pix2pix") else {}
-    module, cfg, state, batch = prepared(case, device, **options)
-    if hasattr(state, "pool_A"):
-        state.pool_A.size = state.pool_B.size = 0
-    state.opt_G.step = state.opt_D.step = lambda: None
-    seen = []
-    for part in (slice(0, 2), slice(0, 1), slice(1, 2)):
-        module.train_step(state, tuple(x[part].to(memory_format=layout) for x in batch), cfg)
-        seen.append(gradients(state))
-    for whole, one, other in zip(*seen, strict=True):
-        assert torch.allclose(whole, (one + other) / 2, rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.cuda
 @every
 def test_cuda_step_never_synchronises(case):
