@@ -254,18 +254,10 @@ def test_levels_are_shown_in_eight_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bands", ["1,2,3,4,5,6", "4,5"])
-def test_a_deep_landscape_is_learnt(bands, tmp_path):
-    """Six bands to heights; near infrared and its like to blue, green, red and infrared."""
-    root = world(tmp_path / "data")
-    if bands == "4,5":
-        for split in ("train", "val"):
-            for path in (root / split / "A").iterdir():
-                (root / split / "B" / path.name).write_bytes(path.read_bytes())
-    more = f"--direction AtoB --epochs 12 --bands-A {bands}"
-    more += " --bands-B 1,2,3,4" if bands == "4,5" else ""
-    out = tmp_path / "run"
-    line = tiny_run("pix2pix", root, out, more)
+def test_a_deep_landscape_is_learnt(tmp_path):
+    """Six bands to heights."""
+    root, out = world(tmp_path / "data"), tmp_path / "run"
+    line = tiny_run("pix2pix", root, out, "--direction AtoB --epochs 12 --bands-A 1,2,3,4,5,6")
     pix2pix.main([*line, "--width", "8", "--batch-size", "4", "--lr", "2e-3"])
     rows = rows_of(out)
     for measure in ("rmse", "rmse_units"):

@@ -391,7 +391,8 @@ def test_files_of_every_kind_are_opened(server):
 
 def test_holes_of_a_photograph_are_filled_with_its_mean_colour(tmp_path):
     """However the file marks them: the picture painted must not depend on it."""
-    studio = Studio(configured("pix2pix", tmp_path, lc_classes="pictures"), None, None)
+    cfg = configured("pix2pix", tmp_path, data="none", lc_classes="pictures")
+    studio = Studio(cfg, None, None)
     for nothing in (0, 255):
         pixels = np.full((20, 20, 3), nothing, np.uint8)
         pixels[:10] = 10, 20, 30
