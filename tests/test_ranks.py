@@ -32,6 +32,8 @@ EXTRA = {
     "mixlc_acgan": "--style-layers relu1_2",
 }
 
+RESUMED = "cyclegan", "mixlc"  # with image pools, with BatchNorm
+
 
 def words(script, folder, out, more=""):
     """The command line of a process that trains on its share of 8 images."""
@@ -84,6 +86,8 @@ def worker(folder):
     for script in SCRIPTS:
         main, parts = importlib.import_module(script).main, folder / script / "parts"
         main(words(script, folder, folder / script / "whole"))
+        if script not in RESUMED:
+            continue
         common.Run.must_save = lambda run: (run.step == 3, False)
         try:
             main(words(script, folder, parts))
@@ -111,12 +115,12 @@ def test_rank_0_alone_writes(done, script):
     assert json.loads((out / "config.json").read_text())["processes"] == 2
     rows = metrics_of(out)
     assert [int(row["step"]) for row in rows] == list(range(2, 9, 2))  # 2 images a step, 2 epochs
-    assert sorted(path.name for path in out.parent.iterdir()) == ["parts", "whole"]
+    assert {path.name for path in out.parent.iterdir()} <= {"parts", "whole"}
     assert done[1].count(f"run folder {out}") == 1
     assert len(list((out / "samples").iterdir())) == 2 and (out / "evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RESUMED)
 def test_two_ranks_resume_to_the_bit(done, script):
     whole, parts = done[0] / script / "whole", done[0] / script / "parts"
     assert f"stopped at step 3: continue with --resume --out {parts}" in done[1]
