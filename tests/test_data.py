@@ -71,6 +71,8 @@ LAYOUTS = {
 def test_layouts(tmp_path, case):
     names, layout, a, *b = LAYOUTS[case]
     touch(*map(tmp_path.joinpath, names.split()))
+    for path in list(tmp_path.rglob("*.*")):  # as macOS leaves them
+        touch(path.with_name(f"._{path.name}"))
     if "classes.json" in names:
         (tmp_path / "classes.json").write_text(json.dumps(TABLE))
     split = case.split()[0].strip(",")
@@ -395,6 +397,15 @@ def test_patches_of_labels(tmp_path, capsys):
     assert "smaller than --patch 20 and left out: 1 image(s)" in capsys.readouterr().err
 
 
+def test_a_patch_of_unknown_colours_is_ignored(tmp_path):
+    """A whole image of them is refused, as it may be a photograph."""
+    drawn = np.zeros((40, 80, 3), np.uint8)
+    drawn[20:, 40:] = CLASSES.colors[1]
+    save(tmp_path / "train" / "0.png", drawn)
+    store = store_of(tmp_path, tmp_path / "cache", 20, patch=20, lc_classes=json.dumps(TABLE))
+    assert store.B[:, 0].reshape(4, -1).mean(1).tolist() == [255, 255, 1, 1]
+
+
 def test_labels_are_resized_with_nearest_only(landcover, tmp_path):
     store = store_of(landcover, tmp_path, 50)
     assert store.B.shape == (4, 1, 50, 50) and set(np.unique(store.B)) == {0, 1, 2, 255}
@@ -596,7 +607,7 @@ def test_variety_is_how_much_places_differ_as_a_share_of_the_targets_differences
     levels = torch.tensor([0, 100, 0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
     quarter, half, target = map(common.from_bytes, (levels // 4, levels // 2, levels))
     mask, scores = torch.ones(3, 1, 16, 16, dtype=torch.bool), common.Scores()
-    mask[0, :, :8] = False
+    mask[1, :, :8] = False
     scores.add_images("picture", quarter, target)
     scores.add_edit("edit", torch.where(mask, half, target), target, target, mask)
     labels = torch.tensor([[0, 1, 1, 255], [1, 1, 2, 0]]).view(2, 1, 4)

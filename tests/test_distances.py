@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,3 +83,13 @@ def test_without_torchmetrics_one_line_names_it(trained, monkeypatch, capsys):
     assert "pip install torchmetrics[image]" in line
     images = torch.zeros(1, 3, 64, 64)
     measures.Scores(brief=True, fid=True).add_distances("model", images, images)  # not each epoch
+
+
+def test_distances_compare_pixels_with_data(monkeypatch):
+    monkeypatch.setattr(measures, "Distances", made := mock.MagicMock())
+    real, guess = torch.zeros(2, 1, 3, 8, 8)
+    real[..., :4], guess[:] = torch.nan, 1
+    measures.Scores(fid=True).add_distances("model", guess, real, False)
+    made.assert_called_once_with(CPU, False)
+    fake, seen = made.return_value.add.call_args.args
+    assert torch.equal(fake[..., :4], seen[..., :4]) and (fake[..., 4:] == 1).all()

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 import common
+import cyclegan
 import mixlc
 import pix2pix
 import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
-from runs import last, line_of, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, state_of, tiny_run, use
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.errors import SafeStream, print_once
@@ -344,6 +345,10 @@ def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     touch(*others)  # a user's, and that of a generation that goes on
     pix2pix.main(f"--resume --out {run}".split())
     assert all(path.is_file() for path in others)
+    for path in run.rglob("*.pt"):  # as if killed before the first one
+        path.unlink()
+    with pytest.raises(SystemExit):
+        cyclegan.main(tiny_run("cyclegan", world / "pairs", run, "--epochs 1"))
 
 
 def test_a_kept_checkpoint_that_was_not_linked_is(world, tmp_path):
@@ -366,7 +371,10 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     """Its epoch begins anew."""
     root, run = side_by_side(tmp_path / "data", suffix=".bmp"), tmp_path / "run"
     pix2pix.main(tiny_run("pix2pix", root, run, "--epochs 1 --schedule constant"))
-    content = last(run) | {"epoch": 0, "batch": 2}  # stopped in the middle
+    losses = [name for name in metrics_of(run)[0] if name[:2] in ("g_", "d_")]
+    means = losses, torch.full((len(losses),), 1e6, dtype=torch.float64), 2
+    stopped = {"epoch": 0, "batch": 2, "of_row": means, "of_epoch": means}  # in the middle
+    content = last(run) | stopped
     torch.save(content, run / "checkpoints" / "last.pt")
     rng = np.random.default_rng(5)
     for name in names:
@@ -377,6 +385,8 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     assert "the images have changed: epoch 1 starts again" in said
     assert last(run)["step"] == steps
     assert same(last(run)["histograms"], content["histograms"])  # evaluations stay comparable
+    means = [float(row["g_l1"]) for row in metrics_of(run)]
+    assert max(means) < 100  # without the steps that are done again
 
 
 # ------------------------------------------------------------------------------ nowhere to print to

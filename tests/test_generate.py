@@ -71,6 +71,12 @@ def test_windows_equal_the_whole_for_a_convolution(size):
     assert torch.allclose(tiled, whole, atol=1e-5)
 
 
+def test_smaller_windows_are_averaged():
+    grains = torch.randn(1, 1, 256, 256)
+    back = generated(noise(64, 64, 1), lambda x: grains.expand(len(x), -1, -1, -1), 64, size=256)
+    assert back.shape == (1, 64, 64) and back.std() < 0.4
+
+
 def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     """--patch, or the side of the training images; in the checkpoint, for --generate."""
     for patch, window in ((0, 80), (40, 40)):

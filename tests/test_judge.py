@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import common
 import pix2pix
 import support.judge
 from files import TABLE, save
-from runs import refused, rows_of, tiny_run
+from runs import JUDGED, refused, rows_of, tiny_run
 from support.judge import Judge, train_judge
 from tensors import CPU, calls_of, same
 
@@ -108,3 +109,19 @@ def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, m
         real, elsewhere = rows["real photograph"], rows["real, of another place"]
         assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
         assert "judge_pixel_accuracy" in rows["model"]
+
+
+@pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
+def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path):
+    """pix2pix makes land cover; of cyclegan's photographs without pairs none is known."""
+    if script == "cyclegan":
+        for split, to in (("train", "train"), ("val", "test")):
+            for folder, side in (("rgb", "A"), ("lc", "B")):
+                shutil.copytree(data / split / folder, tmp_path / "data" / f"{to}{side}")
+        shutil.copy(data / "classes.json", tmp_path / "data")
+    root, more = (data, "--direction AtoB") if script == "pix2pix" else (tmp_path / "data", "")
+    words = f"--epochs 1 --max-images 4 {JUDGED} {more}"
+    importlib.import_module(script).main(tiny_run(script, root, tmp_path / "run", words))
+    measures = {name for row in rows_of(tmp_path / "run").values() for name in row}
+    assert measures and not any(name.startswith("judge_") for name in measures)
+    assert not (tmp_path / "run" / "judge.pt").exists()

@@ -65,10 +65,12 @@ def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
     val = types.SimpleNamespace(in_order=lambda images: [edit])
     state = types.SimpleNamespace(D=net, G=nn.Identity())
     monkeypatch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: inputs[0])
-    scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=net)
+    judge = Perfect()
+    judge.lc, judge.mask = lc, ~net.mask  # wrong wherever the other is right
+    scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=judge)
     for by in ("judge", "own"):
         assert scores.confusions["model", by].sum().item() == 2 * 400
-        assert scores.table()["model"][f"{by}_mean_iou"] == 1.0
+        assert (scores.table()["model"][f"{by}_mean_iou"] == 1.0) == (by == "own")
 
 
 def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import pix2pix
 from files import side_by_side
 from pages import BROWSER
+from support.plots import write_page
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,17 @@ def test_a_runs_page_holds_what_the_run_came_to(page):
     assert scores[:2] == [None, None] and scores[2] > 0 and scores[5] > 0
     assert "model" in data["evaluation"]["rows"]
     assert (data["options"]["lambda_l1"], data["defaults"]["lambda_l1"]) == (10, 100)
+    assert shlex.split(data["out"]) == [str(page.parent)]
+
+
+def test_scores_of_a_long_run_are_kept(page, tmp_path):
+    for name in ("config.json", "evaluation.json"):
+        shutil.copy(page.with_name(name), tmp_path)
+    rows = [f"{k // 1000 + 1},{k},{k if k % 1000 == 999 else ''}" for k in range(5000)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["epoch,step,val_rmse", *rows]))
+    write_page(tmp_path)
+    scores = data_of(tmp_path / "index.html")["columns"]["val_rmse"]
+    assert len(scores) < 2010 and [x for x in scores if x] == [999, 1999, 2999, 3999, 4999]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,14 @@ def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_pat
         assert given.start.shape == (side, side, 3) and photo is None
 
 
+def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path):
+    for folder, count in (("trainA", 3), ("trainB", 2), ("testA", 3), ("testB", 2)):
+        for k in range(count):
+            save(tmp_path / "data" / folder / f"{k}.png", np.full((64, 64, 3), k, np.uint8))
+    cfg = configured("cyclegan", tmp_path, data=str(tmp_path / "data"), lc_classes="pictures")
+    assert [photo for _, photo in Studio(cfg, None, None).examples] == [None] * 3
+
+
 def test_names_of_classes_are_text_in_the_page(tmp_path):
     table = [{"name": "</script><script>alert(1)</script>", "color": "#000000"}, *TABLE]
     cfg = configured("pix2pix", tmp_path, data="none", lc_classes=json.dumps(table))
@@ -399,6 +408,9 @@ def test_holes_of_a_photograph_are_filled_with_its_mean_colour(tmp_path):
         content = geotiff(tmp_path / "x.tif", pixels, nodata=nothing).read_bytes()
         opened = studio._read("B", *in_base64("x.tif", content))
         assert (opened.start == (10, 20, 30)).all()
+    content = geotiff(tmp_path / "x.tif", pixels[10:], nodata=255).read_bytes()
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):  # of an empty mean
+        assert (studio._read("B", *in_base64("x.tif", content)).start == 255).all()
 
 
 END_WHILE_A_FILE_IS_READ = r"""

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from PIL import Image
 import common
 import pix2pix
 import support.run
-from files import picture, pixels_of, save
+from files import picture, pixels_of, save, vgg_file
 from pix2pix import Config, main
 from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import (
@@ -34,7 +36,7 @@ from support.checkpoints import (
 from support.demo import demo_world
 from support.errors import refusing
 from support.options import parse
-from tensors import CPU, as_rank, batch_of, same, tiny
+from tensors import CPU, as_rank, batch_of, calls_of, same, tiny
 
 LAST = "checkpoints/last.pt"
 
@@ -77,10 +79,13 @@ def test_rows_of_an_epoch_average_as_many_steps(pairs, tmp_path):
     train(pairs, tmp_path / "run", "--epochs 2 --batch-size 1 --log-every 4")
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["3", "6", "9", "12"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path):
+def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, monkeypatch):
+    drawn = calls_of(monkeypatch, matplotlib.axes.Axes, "plot")
     plot_metrics(metrics_of(done), tmp_path / "losses.png")
+    assert [steps for _, steps, _ in drawn][1] == [2, 3, 5, 6]
     image = np.asarray(Image.open(tmp_path / "losses.png").convert("L"))
     assert image.shape == (3 * 234, 3 * 390)  # nine columns, three a row
     panels = image.reshape(3, 234, 3, 390).std((1, 3))
@@ -153,8 +158,10 @@ def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_p
     del words[2:4]  # without --out
     for _ in range(2):
         main(words)
-    cfg, _, checkpoint = common.begin(Config, "", {}, ["--resume"])
+    save_checkpoint(Path("runs/pix2pix-mine") / LAST, {})  # newer, but by no name of ours
+    cfg, _, checkpoint = common.begin(Config, "", {}, ["--resume", "--no-graph"])
     assert cfg.out == "runs/pix2pix-2" and checkpoint["epoch"] == 1 and cfg.width == 4
+    assert not cfg.graph
     outs = [common.begin(Config, "", {}, words)[0].out for _ in range(2)]
     assert outs == ["runs/pix2pix-3", "runs/pix2pix-4"]  # at once, before there is what to save
 
@@ -249,7 +256,7 @@ def test_rows_and_the_plateau_follow_the_losses_of_training(pairs, tmp_path, mon
 
     def step(state, batch, cfg):
         found = honest(state, batch, cfg)
-        losses.append(found["g_l1"].item())
+        losses.append(found["g_content" if cfg.content == "vgg" else "g_l1"].item())
         return found
 
     monkeypatch.setattr(pix2pix, "train_step", step)
@@ -258,6 +265,11 @@ def test_rows_and_the_plateau_follow_the_losses_of_training(pairs, tmp_path, mon
     assert followed == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
     means = [np.mean(losses[:2]), losses[2], np.mean(losses[3:5]), losses[5]]
     assert [float(row["g_l1"]) for row in metrics_of(tmp_path / "run")] == pytest.approx(means)
+    losses.clear()
+    vgg_file(tmp_path / "vgg.pth")
+    more = f"--epochs 1 --schedule plateau --content vgg --vgg16 {tmp_path}/vgg.pth"
+    train(pairs, tmp_path / "vgg", more)
+    assert followed[2:] == pytest.approx([np.mean(losses)])
 
 
 def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
@@ -491,6 +503,8 @@ def test_quick_changes_defaults_but_not_what_is_typed():
     cfg, given = parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", "5", "--no-graph"])
     assert (cfg.size, cfg.width, cfg.epochs) == (64, 5, pix2pix.QUICK["epochs"])
     assert given == {"quick": True, "width": 5, "graph": False}
+    cfg, _ = parse(Config, "x", {}, ["--generate", "a", "--generate", "b", "c"])
+    assert cfg.generate == ("a", "b", "c")
 
 
 @pytest.mark.slow

@@ -11,10 +11,21 @@ import torch
 from PIL import Image
 
 import common
-from files import PLACE, TABLE, bands_of, geotiff
+from files import LABELS, PLACE, TABLE, bands_of, geotiff
 from harness import SCRIPTS
 from pages import in_colours, page_shows, studio_of
-from runs import RUNS, last, line_of, refused, rows_of, state_of, stop_after, tiny_run, use
+from runs import (
+    RUNS,
+    last,
+    line_of,
+    metrics_of,
+    refused,
+    rows_of,
+    state_of,
+    stop_after,
+    tiny_run,
+    use,
+)
 from support.checkpoints import state_dict
 from support.limits import Limits
 from support.pictures import to_bytes
@@ -221,6 +232,50 @@ ROWS = {
     "mixlc": "model,copy of rgb_a",
     "mixlc_acgan": "model,copy of rgb_a,photograph b",
 }
+
+
+SCORED = {  # where evaluation.json has the scores of cyclegan's metrics.csv
+    "val_cycle_A": ("A to B to A: model", "rmse"),
+    "val_rmse_AB": ("A to B: model", "rmse"),
+    "val_rmse_BA": ("B to A: model", "rmse"),
+}
+
+
+@each_script
+def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, data, tmp_path):
+    """Of all validation images, whatever the sample grid shows; and the learning rate."""
+    module, out = importlib.import_module(script), tmp_path / "run"
+    module.main(tiny_run(script, data[script], out, "--epochs 1 --sample-rows 1"))
+    row, rows = metrics_of(out)[-1], rows_of(out)
+    decay = 1 if "mixlc" in script else 0.5  # of the only epoch
+    assert float(row["lr"]) == decay * module.Config().lr
+    for name in (name for name in row if name.startswith("val_")):
+        title, measure = SCORED.get(name, ("model", name.removeprefix("val_")))
+        assert float(row[name]) == pytest.approx(rows[title][measure], rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "shared"),
+    [
+        ("pix2pix", {"norm": "instance", "batch_size": 4}, True),
+        ("pix2pix", {"batch_size": 4}, False),
+        ("pix2pix", {"batch_size": 1}, True),
+        ("cyclegan", LABELS, True),
+        ("mixlc", {"batch_size": 1}, True),
+        ("mixlc_acgan", {"batch_size": 4}, False),
+    ],
+)
+def test_windows_share_statistics_where_images_have_their_own(script, options, shared, monkeypatch):
+    """And land cover is blended as probabilities."""
+    module, cfg = tiny(script, **options)
+    state, name = module.build(cfg, CPU), "edit_file" if "mixlc" in script else "translate_files"
+    calls = calls_of(monkeypatch, common, name, lambda *_, **__: None)
+    module.generate(state, cfg, CPU)
+    ((_, predict, net, *_),) = calls
+    assert net is ((state.G_AB if script == "cyclegan" else state.G) if shared else None)
+    if script == "cyclegan":
+        scores = predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), whole=False)
+        assert torch.allclose(scores.sum(1), torch.ones(1, 64, 64))
 
 
 @each_script
