@@ -157,7 +157,7 @@ def _stroke(text, classes, height, width):
         )
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: paints nothing in the image, {width}x{height} pixels")
-    return names.index(meant[0]), max(y, 0), max(x, 0), y + tall, x + wide
+    return names.index(meant[0]), y, x, y + tall, x + wide
 
 
 def edit_file(cfg, predict, net=None):

@@ -172,6 +172,7 @@ def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):
     assert not any(isinstance(module, InstanceNorm) for module in plain.modules())
     stay_channels_last(net)
     assert net.state_dict().keys() == plain.state_dict().keys()
+    assert "ReflectionPad2d" not in [type(module).__name__ for module in net.modules()]
     outputs = []
     for layer in net.modules():
         layer.register_forward_hook(lambda *given: outputs.append(given[-1]))

@@ -266,7 +266,10 @@ def test_the_page_knows_the_model(server):
     assert status == 200 and [name for name, _ in about["classes"]] == ["land", "water", "road"]
     assert about["labels"] and not about["edits"] and len(about["examples"]) == 2
     _, example = request("POST", "open", '{"example": 1}')
-    assert example["photo"] and opened(request, example=1)  # to compare with
+    assert example["photo"]  # to compare with
+    assert stroke(request, example["canvas"], width=40, height=40)[0] == 200
+    again = request("POST", "open", '{"example": 1}')[1]
+    assert again["pixels"] == example["pixels"]  # what is painted stays on its canvas
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,14 @@ def test_the_papers_policy_is_that_of_batch_size_1_unless_told(size, policy, own
     assert common.own_statistics(cfg) == bool(own)
 
 
+@pytest.mark.parametrize("noise", [True, False])
+def test_dropout_is_on_in_generation_where_noise_is_wanted(noise):
+    cfg = dataclasses.replace(TINY, batch_size=1)
+    state, x = build(cfg, CPU), batch_of("pix2pix", cfg)[0]
+    first, second = (pix2pix.translate(state, x, cfg, noise) for _ in range(2))
+    assert torch.equal(first, second) != noise
+
+
 @pytest.mark.cuda
 def test_cuda_dropout_differs_from_replay_to_replay_and_follows_the_seed():
     device, cfg = torch.device("cuda"), dataclasses.replace(TINY, lr=0.0)
