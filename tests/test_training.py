@@ -293,6 +293,14 @@ def test_a_generator_that_does_not_listen_is_told(script, trained, tmp_path, cap
     assert said in capsys.readouterr().out and rows_of(out)[title]["variety"] == 0
 
 
+def test_a_model_listens_where_its_outputs_differ_by_a_share_of_015(tmp_path, capsys):
+    shares = {"a model": 0.14, "b model": 0.16, "copy of the input": 0.1}
+    rows = {title: {"variety": share} for title, share in shares.items()}
+    common.write_evaluation(tiny("pix2pix", out=str(tmp_path))[1], rows)
+    said = capsys.readouterr().out
+    assert said.count("ignores its input") == 1 and "a model ignores its input" in said
+
+
 @each_script
 def test_run_folder(script, trained):
     rows, out = rows_of(trained(script)), trained(script)
