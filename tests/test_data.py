@@ -397,6 +397,15 @@ def test_patches_of_labels(tmp_path, capsys):
     assert "smaller than --patch 20 and left out: 1 image(s)" in capsys.readouterr().err
 
 
+def test_holes_belong_to_the_half_that_has_them(tmp_path):
+    valid = np.full((40, 80), 255, np.uint8)
+    valid[:10] = np.arange(80) >= 20
+    geotiff(tmp_path / "train" / "0.tif", picture(np.random.default_rng(0), 40, 80), valid)
+    store = store_of(tmp_path, tmp_path / "cache", 40)
+    assert not store.known("A", store.records)[0, 0, :10, :20].any()
+    assert (store.known("B", store.records) == 255).all()
+
+
 def test_a_patch_of_unknown_colours_is_ignored(tmp_path):
     """A whole image of them is refused, as it may be a photograph."""
     drawn = np.zeros((40, 80, 3), np.uint8)
