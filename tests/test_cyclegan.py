@@ -102,6 +102,7 @@ def test_a_run_on_land_cover(landcover, tmp_path):
     assert rows["real photograph"] != rows["real, of another place"]
     measures = {"pixel_accuracy", "class_accuracy", "mean_iou", "class_variety"}
     assert set(rows["A to B: model"]) == measures
+    assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     frequent = last(run)["histograms"]["B"][0, :3].argmax()
     share = np.sum(confusion, 1)[frequent] / np.sum(confusion)
     assert rows["A to B: most frequent class"]["pixel_accuracy"] == pytest.approx(share)
