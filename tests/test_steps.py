@@ -152,11 +152,6 @@ def sides(state):
     return {"G": G, "D": nn.ModuleList(net for name, net in nets.items() if name.startswith("D"))}
 
 
-def gradients(state):
-    """Copies of the gradients of every weight."""
-    return [p.grad.clone() for net in sides(state).values() for p in net.parameters()]
-
-
 @every
 def test_each_update_leaves_the_other_networks_gradients_untouched(case, monkeypatch):
     """And averages its own over the processes."""
