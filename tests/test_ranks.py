@@ -1,4 +1,4 @@
-"""Two processes under torchrun, on the CPU.
+"""Two processes, as torchrun starts them, on the CPU.
 
 What each script trains, writes and resumes, and what happens when one dies.
 """
@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import common
-import support.run
+import pix2pix
 from files import land_cover, side_by_side
+from forks import forked_ranks
 from harness import SCRIPTS
 from runs import last, metrics_of, tiny_run
 from support.processes import rank
@@ -44,19 +45,6 @@ def words(script, folder, out, more=""):
     return tiny_run(script, data, out, more)
 
 
-def torchrun(file, *arguments):
-    """A Python file in two processes, on a thread each."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "bench")))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, *launch, str(file), *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
-
-
-def finish(process):
-    return process.communicate()[1].decode(errors="replace")
-
-
 def five_steps(script, rank, world):
     """Losses and weights after five steps in float64, on this rank's share of two images."""
     options = {"norm": "instance", "dropout": 0.0} if script == "pix2pix" else {}
@@ -81,7 +69,6 @@ def worker(folder):
         result = five_steps(script, rank(), 2)
         if rank() == 0:
             torch.save(result, folder / f"{script}.pt")
-    support.run.plot_metrics = lambda rows, path: path.touch()  # as in conftest.py
     honest = common.Run.must_save
     for script in SCRIPTS:
         main, parts = importlib.import_module(script).main, folder / script / "parts"
@@ -103,9 +90,11 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     side_by_side(folder / "pairs", train=8, val=1)
     land_cover(folder / "lc", train=8)
-    process = torchrun(__file__, folder)
-    said = finish(process)
-    assert process.returncode == 0, said
+    processes = forked_ranks(worker, folder, log=folder / "log")
+    for process in processes:
+        process.join()
+    said = "".join((folder / f"log{k}").read_text() for k in (0, 1))
+    assert [process.exitcode for process in processes] == [0, 0], said
     return folder, said
 
 
@@ -138,34 +127,37 @@ def test_two_ranks_equal_one_process_with_both_images(done, script):
         assert torch.allclose(two, one, rtol=0, atol=1e-9)
 
 
-def started(done, out, step):
-    """A run of many epochs that has written the row of that step."""
-    process = torchrun(ROOT / "pix2pix.py", *words("pix2pix", done[0], out, "--epochs 500"))
+def endless(done, out):
+    """The command line of a run of many epochs, which ends with what stops it."""
+    return words("pix2pix", done[0], out, "--epochs 500")
+
+
+def until(step, out, alive, log):
+    """Waits for the row of a step in a run's metrics.csv."""
     while not any(int(row["step"] or 0) >= step for row in metrics_of(out)):
-        assert process.poll() is None, finish(process)
+        assert alive(), log.read_text()
         time.sleep(0.02)
-    return process
 
 
 def test_a_signal_to_torchrun_stops_and_saves(done, tmp_path):
-    process = started(done, tmp_path / "run", 2)
+    out, log = tmp_path / "run", tmp_path / "log"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call = [sys.executable, *launch, ROOT / "pix2pix.py", *endless(done, out)]
+    with log.open("wb") as file:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(call, stderr=file, env=env)
+    until(2, out, lambda: process.poll() is None, log)
     process.send_signal(signal.SIGTERM)
-    said = finish(process)
-    assert process.returncode != 0 and "stopped at step" in said, said
-    assert last(tmp_path / "run")["step"] > 0
+    assert process.wait() != 0 and "stopped at step" in log.read_text()
+    assert last(out)["step"] > 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_killing_one_rank_ends_the_other_with_a_clear_message(done, tmp_path):
-    process = started(done, tmp_path / "run", 4)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-    second = next(int(pid) for pid, environ in ranks.items() if b"\0RANK=1\0" in environ)
-    os.kill(second, signal.SIGKILL)
-    said = finish(process)
-    assert process.returncode != 0
+    out, log = tmp_path / "run", tmp_path / "log"
+    first, second = forked_ranks(pix2pix.main, endless(done, out), log=log)
+    until(4, out, second.is_alive, tmp_path / "log0")
+    second.kill()
+    first.join()
+    said = (tmp_path / "log0").read_text()
+    assert first.exitcode != 0
     assert "error: another process of this run has ended" in said, said
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

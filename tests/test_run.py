@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,13 +16,13 @@ import matplotlib.axes
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 from PIL import Image
 
 import common
 import pix2pix
 import support.run
 from files import picture, pixels_of, save, vgg_file
+from forks import forked
 from pix2pix import Config, main
 from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import (
@@ -188,36 +187,36 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- exact resume
 
 
-def start(words):
-    """pix2pix.py in a process of its own, on one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, str(ROOT / "pix2pix.py"), *words]
-    return subprocess.Popen(call, stderr=subprocess.PIPE, env=env)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(pairs, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start(tiny_run("pix2pix", pairs, out, "--epochs 4"))
-    assert process.wait(120) == 0, process.stderr.read().decode()
+    process = forked(main, tiny_run("pix2pix", pairs, out, "--epochs 4"), log=f"{out}.txt")
+    assert ended(process, f"{out}.txt") == 0
     return out
 
 
+def ended(process, log):
+    """The exit status of a process that ends by itself, or the number of its signal below 0."""
+    process.join(120)
+    assert process.exitcode is not None, Path(log).read_text()
+    return process.exitcode
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_resume_is_exact(pairs, tmp_path, uninterrupted, number):
     """Stopped in the middle of an epoch of three steps: the same weights and rows to the bit."""
-    out = tmp_path / "run"
-    process = start(tiny_run("pix2pix", pairs, out, "--epochs 4"))
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    process = forked(main, tiny_run("pix2pix", pairs, out, "--epochs 4"), log=log)
     while int((metrics_of(out) or [{"step": 0}])[-1]["step"]) < 8:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.is_alive(), log.read_text()
         time.sleep(0.002)
-    process.send_signal(number)
+    os.kill(process.pid, number)
     wanted = -number if number == signal.SIGKILL else 128 + number
-    assert process.wait(60) == wanted, process.stderr.read().decode()
+    assert ended(process, log) == wanted, log.read_text()
     assert 3 <= last(out)["step"] < 12  # killed: what was written on the clock
-    process = start(f"--resume --out {out}".split())
-    assert process.wait(120) == 0, process.stderr.read().decode()
+    process = forked(main, f"--resume --out {out}".split(), log=log)
+    assert ended(process, log) == 0, log.read_text()
     assert (last(out)["step"], last(out)["epoch"]) == (12, 4)
     assert same(last(out)["state"], last(uninterrupted)["state"])
     assert (out / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
