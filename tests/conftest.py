@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from runs import RUNS, tiny_run
 
 if not PLACE:  # without rasterio; the other files have tests that need no GeoTIFF
     collect_ignore = ["test_depth.py", "test_generate.py", "test_opening.py", "test_rasters.py"]
+
+
+def pytest_collection_finish(session):
+    """Begins to import PyTorch for the processes of the slow tests; see forks.py."""
+    if any(item.get_closest_marker("slow") for item in session.items):
+        forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Processes that start at once: each forks from a server that has imported PyTorch already."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -37,4 +38,7 @@ def _call(function, arguments, log, environ):
     os.dup2(printed, 2)
     torch.set_num_threads(1)
     support.run.plot_metrics = lambda rows, path: path.touch()  # as in conftest.py
-    function(*arguments)
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

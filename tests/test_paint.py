@@ -11,23 +11,22 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
 from PIL import Image
 
 import common
 from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save
+from forks import forked
 from pages import BROWSER
-from runs import refused, tiny_run
+from runs import refused, tiny_run, use
 from support import serve
 from support import studio as studios
 from support.canvases import EditCanvas, MemoryRaster, TranslationCanvas
@@ -416,33 +415,32 @@ def test_holes_of_a_photograph_are_filled_with_its_mean_colour(tmp_path):
         assert (studio._read("B", *in_base64("x.tif", content)).start == 255).all()
 
 
-END_WHILE_A_FILE_IS_READ = r"""
-import os, signal, sys, threading, time
-from tensors import tiny
-from support import serve, studio
-def hang(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-cfg = tiny("pix2pix", port=0, data="none", out=sys.argv[1])[1]
-canvases, studio.Raster = studio.Studio(cfg, None, None), hang
-given = [{"files": {"input": ["x.png", ""]}}]
-thread = threading.Thread(target=canvases.open, args=given, daemon=True)
-threading.Timer(0.5, thread.start).start()
-serve.serve(canvases)
-"""
+def end_while_a_file_is_read(aside, out):
+    """Serves a page that gets SIGTERM while it decodes a file."""
+
+    def hang(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    tempfile.tempdir = str(aside)
+    canvases = Studio(tiny("pix2pix", port=0, data="none", out=str(out))[1], None, None)
+    studios.Raster = hang
+    given = [{"files": {"input": ["x.png", ""]}}]
+    thread = threading.Thread(target=canvases.open, args=given, daemon=True)
+    threading.Timer(0.5, thread.start).start()
+    serve.serve(canvases)
 
 
 @pytest.mark.slow
 def test_a_file_does_not_stay_when_the_server_is_ended_meanwhile(tmp_path):
     """SIGTERM arrives while it is decoded; the user's empty --out stays."""
-    for folder in ("aside", "out"):
-        (tmp_path / folder).mkdir()
-    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT, ROOT / "bench")))
-    environment = os.environ | {"TMPDIR": str(tmp_path / "aside"), "PYTHONPATH": paths}
-    call = [sys.executable, "-c", END_WHILE_A_FILE_IS_READ, str(tmp_path / "out")]
-    done = subprocess.check_output(call, cwd=tmp_path, env=environment, text=True)
-    assert done.endswith("ended\n")
-    assert not list((tmp_path / "aside").iterdir()) and (tmp_path / "out").is_dir()
+    folders = tmp_path / "aside", tmp_path / "out"
+    for folder in folders:
+        folder.mkdir()
+    log = tmp_path / "log"
+    forked(end_while_a_file_is_read, *folders, log=log).join(60)
+    assert log.read_text().endswith("ended\n")
+    assert not list(folders[0].iterdir()) and folders[1].is_dir()
 
 
 def test_an_edit_needs_two_files_of_one_size(tmp_path):
@@ -521,7 +519,7 @@ def test_an_address_of_ipv6(tmp_path, capsys):
 
 def test_strangers_that_keep_silent_do_not_stop_the_page(server):
     _, request = server
-    strangers = [socket.create_connection(("127.0.0.1", request.port)) for _ in range(20)]
+    strangers = [socket.create_connection(("127.0.0.1", request.port)) for _ in range(6)]
     assert request("GET", "")[0] == 200
     for connection in strangers:
         connection.close()
@@ -539,14 +537,16 @@ def address(request, tmp_path_factory):
     more = "--epochs 1 --no-erase" if script == "mixlc" else "--epochs 1"  # mixlc: no noise
     run = tiny_run(script, data, root / "run", more)
     tiny(script)[0].main([*run, "--batch-size", "1"])  # pix2pix: noise
-    call = [sys.executable, ROOT / f"{script}.py", "--serve", "--port", "0", "--checkpoint"]
-    call.append(root / "run" / "checkpoints" / "last.pt")
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    log = root / "log"
+    process = forked(tiny(script)[0].main, use(root / "run", "--serve --port 0"), log=log)
     try:
-        line = next(line for line in process.stdout if line.startswith("paint at "))
-        yield line.split()[2]
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.read() == "ended\n" and process.wait(30) == 0
+        while not (found := re.search(r"paint at (\S+)", log.read_text() if log.exists() else "")):
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.02)
+        yield found[1]
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == 0 and log.read_text().endswith("ended\n")
     finally:
         process.kill()
 
