@@ -51,6 +51,8 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
     options = {"size": size, "batch_size": batch_size, "data": str(files), "cache": str(tmp_path)}
     options |= {"width": 16 if device == "cpu" else 64} if timed else {"width": 4}
     options |= {"lc_classes": "maps"} if "mixlc" in script else {}
+    if not timed and script == "mixlc_acgan":
+        options["style_layers"] = "relu1_1"
     state, cfg, step = harness.prepare(script, harness.FAST, device, **options)
     train = harness.dataset(harness.config(script)[0], cfg, "train", torch.device(device))
     steps = (count if timed else 4) // batch_size or 1

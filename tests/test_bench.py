@@ -55,20 +55,20 @@ def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, mo
         for name in ("mean_iou", "learn_to_paint", "forge")
     )
     data, cache = land_cover(tmp_path / "data"), str(tmp_path / "cache")
-    words = "--patch 80 --size 64 --width 2 --tiles 3 --seeds 2 --forged 1 2 --paint-steps 1"
+    words = "--patch 80 --size 64 --width 2 --tiles 3 --seeds 2 --forged 2 --paint-steps 1"
     forged_masks.main([*words.split(), "--steps", "1", "--data", str(data), "--cache", cache])
     assert "3 tiles, seed 1, real + 2 x forged, augmented: 0." in capsys.readouterr().out
     cfg = pix2pix.Config(data=str(data), patch=80, size=64, cache=cache)
     train, held = (forged_masks.tiles_of(cfg, split) for split in ("train", "val"))
     cases = [(seed, len(records), augment) for records, _, _, augment, seed, _ in given]
-    assert cases == list(itertools.product((0, 1), (3, 6, 9), (False, True)))
+    assert cases == list(itertools.product((0, 1), (3, 9), (False, True)))
     for records, val, *_ in given:
         known = [any(torch.equal(tile, real) for real in train) for tile in records]
         assert torch.equal(val, held) and known == [True] * 3 + [False] * (len(records) - 3)
     for k in range(2):
-        assert torch.equal(learnt[k][0], given[6 * k][0])
+        assert torch.equal(learnt[k][0], given[4 * k][0])
         assert torch.equal(masks[k][0], learnt[k][0][:, 3])
-    assert not torch.equal(given[0][0], given[6][0]), "another seed takes other tiles"
+    assert not torch.equal(given[0][0], given[4][0]), "another seed takes other tiles"
 
 
 def test_controls_and_raster_are_drawn(tmp_path):

@@ -4,10 +4,11 @@ small options follow the printed ones and win.
 
 import functools
 import importlib
+import os
 import re
 import shlex
 import socketserver
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from PIL import Image
 
 import cyclegan
 from files import geotiff, land_cover, picture, save, side_by_side, vgg_file
+from forks import forked
 from harness import SCRIPTS
-from support import serve, store
+from support import store
 from support.demo import demo_world
 
 PAGES = [
@@ -61,60 +63,36 @@ def shrunk(script, words):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """Where the demo worlds of --quick lie, made once for all pages."""
-    return tmp_path_factory.mktemp("demo")
+def printed(tmp_path_factory):
+    """printed[page]: the exit status of a process that ran a page's commands, and what it printed.
 
+    Two processes work at a time.
+    """
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Every file that the pages name; small demo worlds; a server that is told to end at once."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("weights", "docs"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    rng = np.random.default_rng(0)
-    for name in ("maps", "maps_286"):
-        side_by_side(tmp_path / name, train=2, val=2, drawn=True)
-    for name in ("dubai", "denmark"):
-        land_cover(tmp_path / name, train=2, val=2)
-    (tmp_path / "denmark" / "classes.json").unlink()
-    for path in (tmp_path / "denmark").glob("*/lc/*.png"):
-        save(path, np.array([0, 62, 73, 162], np.uint8)[np.asarray(Image.open(path))])
-    for split in ("trainA", "trainB", "testA", "testB"):
-        for k in range(2):
-            save(tmp_path / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
-    folders = [f"s2/{split}/{side}" for split in ("train", "val") for side in "AB"]
-    for name in ("tile.tif", *(f"{folder}/{k}.tif" for folder in folders for k in "12")):
-        bands = rng.integers(0, 5000, (80, 80, 1 if "/B/" in name else 8)).astype(np.uint16)
-        geotiff(tmp_path / name, bands)
-    for name in ("austin1", "austin6", "vienna1", "vienna6"):
-        mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
-        save(tmp_path / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))
-        save(tmp_path / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
-    names = "photo.png photo.jpg a.png map.png folder/1.jpg folder/2.png scene.tif"
-    for name in names.split():
-        save(tmp_path / name, picture(rng, 120, 140))
-    labels = np.zeros((120, 140), np.uint8)  # a value of every table
-    for name in ("landcover.png", "a_lc.png", "labels/1.png"):
-        save(tmp_path / name, labels)
-    labels[40:80, 40:80] = 2
-    save(tmp_path / "edited.png", labels)
-    vgg_file(tmp_path / "vgg16.pth")
-    published = cyclegan.ResNetGenerator(3, 3, 2, 1, True).state_dict()
-    torch.save(published, tmp_path / "latest_net_G.pth")
+    def work(page):
+        folder = tmp_path_factory.mktemp("page")
+        process = forked(run_commands, page, folder, demo, log=folder / "log")
+        process.join()
+        return process.exitcode, (folder / "log").read_text()
 
-    def ctrl_c(server, *_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "demo_world", functools.partial(demo_world, train=8, val=2))
-    monkeypatch.setattr(socketserver.BaseServer, "serve_forever", ctrl_c)
-    monkeypatch.setattr(serve, "ENDED", threading.Event())
-    return tmp_path
+    demo = tmp_path_factory.mktemp("demo")  # the demo worlds of --quick, made once
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(PAGES, pool.map(work, PAGES), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_run_as_printed(page, world, demo):
+def test_commands_run_as_printed(page, printed):
+    status, log = printed[page]
+    assert status == 0, log
+
+
+def run_commands(page, folder, demo):
+    """In a folder of its own, with small demo worlds, and a server that is told to end at once."""
+    os.chdir(folder)
+    write_files(folder)
+    store.demo_world = functools.partial(demo_world, train=8, val=2)
+    socketserver.BaseServer.serve_forever = ctrl_c
     found = commands(page)
     assert found
     if page == "docs/use.md":  # its commands use the models that the README's train
@@ -125,6 +103,46 @@ def test_commands_run_as_printed(page, world, demo):
         print("$ python", script, *words)
         words = shrunk(script, words) + ["--cache", str(demo)] * ("--quick" in words)
         importlib.import_module(script).main(words)
+
+
+def ctrl_c(server, *_):
+    raise KeyboardInterrupt
+
+
+def write_files(root):
+    """Every file that the pages name, in a folder."""
+    for folder in ("weights", "docs"):
+        (root / folder).symlink_to(ROOT / folder)
+    rng = np.random.default_rng(0)
+    for name in ("maps", "maps_286"):
+        side_by_side(root / name, train=2, val=2, drawn=True)
+    for name in ("dubai", "denmark"):
+        land_cover(root / name, train=2, val=2)
+    (root / "denmark" / "classes.json").unlink()
+    for path in (root / "denmark").glob("*/lc/*.png"):
+        save(path, np.array([0, 62, 73, 162], np.uint8)[np.asarray(Image.open(path))])
+    for split in ("trainA", "trainB", "testA", "testB"):
+        for k in range(2):
+            save(root / "horse2zebra" / split / f"{k}.jpg", picture(rng, 80, 80))
+    folders = [f"s2/{split}/{side}" for split in ("train", "val") for side in "AB"]
+    for name in ("tile.tif", *(f"{folder}/{k}.tif" for folder in folders for k in "12")):
+        bands = rng.integers(0, 5000, (80, 80, 1 if "/B/" in name else 8)).astype(np.uint16)
+        geotiff(root / name, bands)
+    for name in ("austin1", "austin6", "vienna1", "vienna6"):
+        mask = (rng.random((80, 80)) < 0.5).astype(np.uint8) * 255
+        save(root / "AerialImageDataset/train/images" / f"{name}.tif", picture(rng, 80, 80))
+        save(root / "AerialImageDataset/train/gt" / f"{name}.tif", mask)
+    names = "photo.png photo.jpg a.png map.png folder/1.jpg folder/2.png scene.tif"
+    for name in names.split():
+        save(root / name, picture(rng, 120, 140))
+    labels = np.zeros((120, 140), np.uint8)  # a value of every table
+    for name in ("landcover.png", "a_lc.png", "labels/1.png"):
+        save(root / name, labels)
+    labels[40:80, 40:80] = 2
+    save(root / "edited.png", labels)
+    vgg_file(root / "vgg16.pth")
+    published = cyclegan.ResNetGenerator(3, 3, 2, 1, True).state_dict()
+    torch.save(published, root / "latest_net_G.pth")
 
 
 def test_no_page_with_commands_is_left_out():

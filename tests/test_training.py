@@ -370,8 +370,9 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-@pytest.mark.parametrize("script", MANY)
+@pytest.mark.parametrize(
+    ("script", "dtype"), zip(MANY, ("uint8", "uint16", "uint16", "uint8"), strict=True)
+)
 def test_networks_of_other_bands_and_depths(script, dtype, tmp_path, capsys, monkeypatch):
     """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
     root, edits = tmp_path / "data", "mixlc" in script
