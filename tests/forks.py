@@ -4,8 +4,10 @@ import atexit
 import multiprocessing
 import os
 import socket
+import threading
 
 import torch
+from tqdm import tqdm
 
 import support.run
 
@@ -33,10 +35,11 @@ def forked_ranks(function, *arguments, log):
 
 def _call(function, arguments, log, environ):
     os.environ.update(environ)
-    printed = os.open(log, os.O_CREAT | os.O_WRONLY)
+    printed = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
     support.run.plot_metrics = lambda rows, path: path.touch()  # as in conftest.py
     try:
         function(*arguments)

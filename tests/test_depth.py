@@ -257,7 +257,7 @@ def test_levels_are_shown_in_eight_bits():
 def test_a_deep_landscape_is_learnt(tmp_path):
     """Six bands to heights."""
     root, out = world(tmp_path / "data"), tmp_path / "run"
-    line = tiny_run("pix2pix", root, out, "--direction AtoB --epochs 12 --bands-A 1,2,3,4,5,6")
+    line = tiny_run("pix2pix", root, out, "--direction AtoB --epochs 6 --bands-A 1,2,3,4,5,6")
     pix2pix.main([*line, "--width", "8", "--batch-size", "4", "--lr", "2e-3"])
     rows = rows_of(out)
     for measure in ("rmse", "rmse_units"):

@@ -187,7 +187,7 @@ def serving(cfg, make, edits=False):
     """(studio, request): a server on this machine, and a function that asks it as the page does."""
     studio = Studio(cfg, cfg.classes, make, edits)
     server = serve.listening(studio)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     host, port = server.server_address[:2]
 
     def request(method, path, body=None, *, token=f"/{server.token}/", **headers):
@@ -531,7 +531,10 @@ def test_strangers_that_keep_silent_do_not_stop_the_page(server):
 
 @pytest.fixture(scope="module", params=["pix2pix", "mixlc"])
 def address(request, tmp_path_factory):
-    """The page's address: a model trained for a moment is served by a process of its own."""
+    """The page's address: a model trained for a moment is served by a process of its own.
+
+    Tests of what the page does alike for a translation and for an edit take one of them.
+    """
     script, root = request.param, tmp_path_factory.mktemp("model")
     data = land_cover(root / "data", side=150)
     more = "--epochs 1 --no-erase" if script == "mixlc" else "--epochs 1"  # mixlc: no noise
@@ -713,6 +716,7 @@ class TestBrowser:
         tab.wait()
         assert (tab.pixels() == painted).all() and tab.picture() == picture
 
+    @pytest.mark.parametrize("address", ["mixlc"], indirect=True)
     def test_a_stroke_that_was_lost_goes_with_the_next(self, tab, tmp_path):
         tab.page.context.set_offline(True)
         tab.press("2")
@@ -722,6 +726,7 @@ class TestBrowser:
         tab.stroke((0.7, 0.7), (0.8, 0.8))
         assert (tab.map_file(tmp_path) == tab.pixels()).all()
 
+    @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
     def test_nothing_is_undone_while_a_stroke_goes_on(self, tab):
         tab.stroke((0.2, 0.2), (0.3, 0.3), keys="2")
         box, mouse = tab.page.locator("#map").bounding_box(), tab.page.mouse
@@ -734,6 +739,7 @@ class TestBrowser:
         tab.wait()
         assert tab.page.evaluate("done.length") == 2
 
+    @pytest.mark.parametrize("address", ["mixlc"], indirect=True)
     def test_keys_alone_paint_and_errors_are_text_in_the_page(self, tab):
         first = tab.pixels()
         tab.page.focus("#map")
@@ -744,6 +750,7 @@ class TestBrowser:
         tab.drag((0.2, 0.2), (0.6, 0.6))
         assert tab.shows_an_error("this canvas was closed")
 
+    @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
     def test_a_phone_paints_with_a_finger(self, chromium, address):
         context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
         tab = Tab(context.new_page(), address)
