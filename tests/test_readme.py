@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import socketserver
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,28 +62,22 @@ def shrunk(script, words):
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    """printed[page]: the exit status of a process that ran a page's commands, and what it printed.
-
-    Two processes work at a time.
-    """
-
-    def work(page):
+def running(tmp_path_factory):
+    """running[page]: the process that runs a page's commands, and the file of what it prints."""
+    found, demo = {}, tmp_path_factory.mktemp("demo")  # the demo worlds of --quick, made once
+    for page in PAGES:
         folder = tmp_path_factory.mktemp("page")
-        process = forked(run_commands, page, folder, demo, log=folder / "log")
-        process.join()
-        return process.exitcode, (folder / "log").read_text()
-
-    demo = tmp_path_factory.mktemp("demo")  # the demo worlds of --quick, made once
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PAGES, pool.map(work, PAGES), strict=True))
+        log = folder / "log"
+        found[page] = forked(run_commands, page, folder, demo, log=log), log
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_run_as_printed(page, printed):
-    status, log = printed[page]
-    assert status == 0, log
+def test_commands_run_as_printed(page, running):
+    process, log = running[page]
+    process.join()
+    assert process.exitcode == 0, log.read_text()
 
 
 def run_commands(page, folder, demo):
