@@ -670,6 +670,7 @@ def test_colours_of_the_classes():
     images[1, 1] = [[4, 4], [4, 80]]  # green, of the second: three of class 1, one ignored
     counts = histograms_of(images, labels)
     assert counts["A of classes"].shape == (3, 3, 256) and counts["A of classes"].sum() == 7 * 3
+    assert counts["B"].nonzero().tolist() == [[0, 0], [0, 1]]
     colors = common.constant_colors(counts["A"], by_class=counts["A of classes"])
     levels = {name: (color + 1) * 127.5 for name, color in colors.items()}
     everywhere = torch.tensor([320 / 8, 92 / 8, 0.0])

@@ -227,8 +227,8 @@ def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
     end_step, now = common.Run.end_step, [0.0]
 
     def train_till_the_power_goes(run, state, losses):
-        now[0] += 400.0  # seconds a step: due before the third
-        if run.step == 3:
+        now[0] += 400.0  # seconds a step: due after the third, and not again by the fifth
+        if run.step == 5:
             raise ConnectionError("the power is gone")
         end_step(run, state, losses)
         assert not run.of_epoch.sums.requires_grad  # or every step's graph would stay in memory

@@ -10,7 +10,10 @@ import sys
 import pytest
 from paths import ROOT
 
+import common
 from harness import SCRIPTS
+from runs import refused
+from support.options import parse
 
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
@@ -93,6 +96,26 @@ def definitions(name):
         elif isinstance(node, ast.Assign):
             found[node.targets[0].id] = ast.unparse(node)
     return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_0_is_refused_for(name):
+    """Where no text of --help gives 0 a meaning."""
+    from_1 = {
+        "batch_size",
+        "epochs",
+        "judge_epochs",
+        "log_every",
+        "sample_rows",
+        "samples",
+        "width",
+    }
+    config = importlib.import_module(name).Config
+    fields = [field for field in dataclasses.fields(config) if type(field.default) in (int, float)]
+    assert {field.name for field in fields if field.metadata["low"] > 0} <= from_1
+    for option in from_1 & {field.name for field in fields}:
+        with refused("must be at least 1"):
+            parse(config, "", {}, [common.flag(option), "0"])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
