@@ -17,9 +17,11 @@ from pages import in_colours, page_shows, studio_of
 from runs import last, line_of, rows_of, stop_after, tiny_run, use
 from support.demo import landscape
 from support.device import in_bf16
+from support.generate import needs_tiff
 from support.limits import Limits
 from support.pictures import eight_bits
 from support.rasters import Raster
+from support.windows import read_filled
 from tensors import calls_of
 
 REFLECTANCE = {"dtype": "uint16", "nodata": 0}
@@ -238,6 +240,19 @@ def test_no_data_in_one_of_the_bands_read(nothing, missing, tmp_path):
     path = geotiff(tmp_path / "x.tif", pixels, nodata=nothing)
     with Raster(path, bands=(1, 2), limits=Limits((0.0,), (1000.0,), "int16")) as raster:
         assert np.argwhere(~raster.valid(0, 0, 4, 4)).tolist() == [[0, k] for k in missing]
+
+
+@pytest.mark.parametrize(("limits", "middle"), [(None, 127), (Limits((0.0,), (9.0,), "int16"), 0)])
+def test_a_window_without_data_is_grey(limits, middle, tmp_path):
+    nothing = np.full((8, 8, 1), 255, limits.dtype if limits else "uint8")
+    path = geotiff(tmp_path / "x.tif", nothing, nodata=255)
+    with Raster(path, bands=(1,), limits=limits) as raster:
+        assert (read_filled(raster, 0, 0, 8, 8) == middle).all()
+
+
+def test_pictures_of_one_or_three_bands_of_eight_bits_need_no_tiff():
+    for bands, limits, wanted in (("1", "", 0), ("1,2", "", 1), ("", "", 0), ("1", "0,9 int16", 1)):
+        assert needs_tiff(pix2pix.Config(bands_A=bands, limits_A=limits), "A") == wanted
 
 
 def test_only_pictures_of_eight_bits_are_computed_in_bf16_by_default():

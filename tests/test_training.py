@@ -156,6 +156,7 @@ def test_load_size_and_max_images(script, pairs, cache):
     assert [path.stem for path in data.store.split.A] == ["0", "1", "3", "4"]  # of six
     assert next(data.batches(0))[0].shape[-1] == 64
     assert len(open_data(script, pairs, cache, "val", max_images=2)) == 3  # of training alone
+    assert open_data(script, pairs, cache, load_size=64).store.side == 64  # the smallest
 
 
 @pytest.mark.cuda
@@ -371,7 +372,7 @@ MANY = {
 
 
 @pytest.mark.parametrize(
-    ("script", "dtype"), zip(MANY, ("uint8", "uint16", "uint16", "uint8"), strict=True)
+    ("script", "dtype"), [*zip(MANY, ("uint8", "uint16", "uint16", "uint8"), strict=True)]
 )
 def test_networks_of_other_bands_and_depths(script, dtype, tmp_path, capsys, monkeypatch):
     """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
