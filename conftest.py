@@ -20,6 +20,10 @@ def pytest_collection_modifyitems(config, items):
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(timed)])
         items[:] = timed
+    else:
+        for item in items:
+            if "benchmark" in item.fixturenames:
+                item.add_marker("slow")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

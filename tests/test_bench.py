@@ -48,6 +48,7 @@ def test_photograph_and_mask_are_turned_together():
     assert torch.equal(seen[:, 0], seen[:, 3]) and len(seen.unique(dim=0)) == 8
 
 
+@pytest.mark.slow
 def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, monkeypatch, capsys):
     """n real tiles always, forged ones beside them; held-out tiles are the validation split's."""
     given, learnt, masks = (
@@ -71,6 +72,7 @@ def test_the_segmenter_gets_real_tiles_and_forged_ones_made_of_them(tmp_path, mo
     assert not torch.equal(given[0][0], given[4][0]), "another seed takes other tiles"
 
 
+@pytest.mark.slow
 def test_controls_and_raster_are_drawn(tmp_path):
     """The title of a run is its difference from the first; a raster is translated in three ways."""
     data = land_cover(tmp_path / "data", train=2, val=2, side=160)

@@ -323,6 +323,7 @@ def test_the_reference_step_trains_as_the_scripts_do(script):
             assert losses[0][name].item() == pytest.approx(loss.item(), rel=1e-9), (k, name)
 
 
+@pytest.mark.slow
 def test_the_roofline_counts_every_convolution_of_a_step():
     """As PyTorch counts; it takes the gradients of D's weights in G's update for wanted, too."""
     script, small = (

@@ -226,6 +226,7 @@ def test_docstrings(name):
             assert ast.get_docstring(node), node.name
 
 
+@pytest.mark.slow
 def test_importing_has_no_side_effect(tmp_path):
     """No file, no output, and sys.argv is not read."""
     code = f"import sys; sys.argv = ['x', '--nonsense']; sys.path.insert(0, {str(ROOT)!r})"

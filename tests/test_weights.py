@@ -50,6 +50,7 @@ def translated(way, folder):
     return np.stack(made), np.stack(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]} {way[-2]}")
 def test_weights_follow_their_input(tmp_path, way):
     """Grey levels correlate with the target's, which no constant does, and not with another's."""
@@ -59,6 +60,7 @@ def test_weights_follow_their_input(tmp_path, way):
     assert np.roll(correlation, 1, 0).diagonal().mean() < way[-1] / 2
 
 
+@pytest.mark.slow
 def test_maps_beat_every_constant_colour(tmp_path):
     """More of their pixels lie within 10 levels of the target's, in every channel."""
     made, targets = (x.astype(float) for x in translated(WAYS[-1], tmp_path))
@@ -68,6 +70,7 @@ def test_maps_beat_every_constant_colour(tmp_path):
     assert right > 1.05 * max(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "index"), [("road", 2), ("vegetation", 3)])
 def test_a_judge_sees_what_the_editor_was_asked_for(tmp_path, name, index):
     """In the middle of six photographs of the grid, side by side."""
