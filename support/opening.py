@@ -78,12 +78,19 @@ def driver_of(path):
     suffix = path.suffix.lower()
     if suffix not in PLACED:
         return DRIVERS.get(suffix)
-    world = f".{suffix[1]}{suffix[-1]}w", f"{suffix}w", ".wld"  # of x.png: x.pgw, x.pngw, x.wld
-    placed = any(os.path.isfile(path.with_suffix(ending)) for ending in world)
+    placed = bool(world_files(path))
     about = f"{path}.aux.xml"
     if not placed and os.path.isfile(about):  # False, too, for a name that is too long
         placed = re.search(b"<(GeoTransform|GCPList|SRS)", Path(about).read_bytes())
     return PLACED[suffix] if placed else None
+
+
+def world_files(path):
+    """The world files beside an image, in small or capital letters: x.pgw, x.pngw or x.wld."""
+    suffix = path.suffix.lower()
+    endings = f".{suffix[1:2]}{suffix[-1:]}w", f"{suffix}w", ".wld"
+    beside = [path.with_suffix(same) for end in endings for same in (end, end.upper())]
+    return [file for file in beside if os.path.isfile(file)]
 
 
 def deep_driver(path):

@@ -21,6 +21,7 @@ from support.errors import UserError, print_once
 from support.files import LOSSY, whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits
+from support.opening import world_files
 from support.pictures import eight_bits, from_bytes, resize, resize_known
 from support.processes import first_on_machine, rank, wait_for_others
 from support.rasters import Raster, check_pair
@@ -152,8 +153,8 @@ class ImageStore:
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
         text = [f"{what} planar, holes {about}"]
         for path in filter(None, itertools.chain(*pairs)):
-            beside = (f"{path}{ending}" for ending in (".msk", ".aux.xml"))
-            for file in (path, *filter(os.path.isfile, beside)):
+            beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
+            for file in (path, *beside, *world_files(Path(path))):
                 stat = os.stat(file)
                 text.append(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
