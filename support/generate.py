@@ -13,7 +13,7 @@ from support.edits import PhotoEdit, centred
 from support.errors import UserError
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from support.layouts import contents, image_files
-from support.limits import Limits, values_of
+from support.limits import Limits, print_other_units, values_of
 from support.opening import driver_of
 from support.pictures import as_tensor, eight_bits, save_grid
 from support.rasters import Raster, check_pair
@@ -112,6 +112,7 @@ def _translate(cfg, raster, predict, net, out, side, to_labels):
     """Translates one Raster into a file: a picture of side "A" or "B", or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
     print_windows(cfg, raster, window)
+    print_other_units(raster)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)

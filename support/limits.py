@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.batches import some_of
-from support.errors import UserError
+from support.errors import UserError, print_once
 from support.pictures import as_array
 from support.rasters import Raster
 
@@ -61,6 +61,18 @@ class Limits(NamedTuple):
 def values_of(image, limits):
     """A tensor (C, H, W) in [-1, 1] as a file's values (H, W, C): 8 bits without Limits."""
     return limits.to_values(image) if limits else as_array(image)
+
+
+def print_other_units(raster):
+    """Prints a line if a network would see the middle of a deep Raster as a single colour."""
+    if not raster.limits:
+        return
+    corner = max(0, raster.height // 2 - 256), max(0, raster.width // 2 - 256)
+    levels = raster.read(*corner, 512, 512)
+    levels = levels[raster.valid(*corner, *levels.shape[:2])]
+    if len(levels) and np.ptp(np.percentile(levels, [2, 98], axis=0), axis=0).max() < 655:
+        about = "its values fill less than 1% of the limits of training"
+        print_once(f"{raster.path.name}: {about}: other units?")
 
 
 ALL = Limits((0.0,), (1.0,), "")  # opens a file of any depth

@@ -277,8 +277,8 @@ class Raster:
     def valid(self, top, left, height, width):
         """Where a window has data: (height, width) bool.
 
-        GDAL's mask of all bands decides; but in a picture of more than 8 bits the no-data value of
-        one band that is read is enough, unless it is 0, which a dark pixel may have.
+        GDAL's mask of the bands that are read decides. In a picture of more than 8 bits the no-data
+        value in one of them is enough, unless it is 0, which a dark pixel may have.
         """
         if not self.masked:
             return np.ones((height, width), bool)
@@ -287,10 +287,9 @@ class Raster:
             return self._alpha[top : top + height, left : left + width] > 0
         window = (top, top + height), (left, left + width)
         with opening.decoding(self.path):
-            if self.tiff.nodata and self.dtype != "uint8" and not self.table:
-                valid = (self.tiff.read_masks(self.chosen, window=window) > 0).all(0)
-            else:
-                valid = self.tiff.dataset_mask(window=window) > 0
+            masks = self.tiff.read_masks(self.chosen, window=window) > 0
+            one_is_enough = self.tiff.nodata and self.dtype != "uint8" and not self.table
+            valid = masks.all(0) if one_is_enough else masks.any(0)
             for band in self._alphas:
                 valid &= self.tiff.read(band, window=window) > 0
         if self.table or np.dtype(self.dtype).kind != "f":

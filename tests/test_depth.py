@@ -130,15 +130,22 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     error, row = rows_of(out)["model"]["rmse_units"], rows_of(out)["model"]
     limits = Limits.of(pix2pix.Config(**last(out)["config"]), "B")
     assert np.isclose(error, row["rmse"] / 255 * limits.ranges[0], rtol=0.02)
+    capsys.readouterr()
     pix2pix.main(use(out, f"--generate {deep}/val/A", f"--out {tmp_path}/new"))
+    assert "other units?" not in capsys.readouterr().err
     for path in (deep / "val" / "A").iterdir():
         with rasterio.open(tmp_path / "new" / path.name) as result, rasterio.open(path) as source:
+            shares = np.moveaxis(source.read() / 1e4, 0, -1)
+            geotiff(tmp_path / "shares.tif", shares)
+            geotiff(tmp_path / "negative.tif", -shares)
             assert result.dtypes == ("float32",) and result.transform == PLACE["transform"]
             holes = source.read(1) == 0
             assert ((result.dataset_mask() == 0) == holes).all()
             heights = result.read(1)[~holes]
         assert limits.low[0] <= heights.min() < heights.max() <= limits.high[0]
-    capsys.readouterr()
+    for name in ("shares", "negative"):
+        pix2pix.main(use(out, f"--generate {tmp_path}/{name}.tif", f"--out {tmp_path}/new"))
+        assert f"{name}.tif: its values fill less than 1%" in capsys.readouterr().err
     line = line_of(pix2pix.main, use(out, "--evaluate", "--limits-A 0,3000"), capsys)
     assert "--limits-A 0,3000 contradicts" in line
 
@@ -234,9 +241,9 @@ def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsy
 
 @pytest.mark.parametrize(("nothing", "missing"), [(-9999, (1, 3)), (0, (3,))])
 def test_no_data_in_one_of_the_bands_read(nothing, missing, tmp_path):
-    """Is a hole, unless it is 0, which a dark pixel may have in a band."""
+    """Is a hole, unless it is 0, which must be in both: a third band is not read."""
     pixels = np.full((4, 4, 3), 500, np.int16)
-    pixels[0, 1, :1] = pixels[0, 2, 2] = pixels[0, 3] = nothing
+    pixels[0, 1, :1] = pixels[0, 2, 2] = pixels[0, 3, :2] = nothing
     path = geotiff(tmp_path / "x.tif", pixels, nodata=nothing)
     with Raster(path, bands=(1, 2), limits=Limits((0.0,), (1000.0,), "int16")) as raster:
         assert np.argwhere(~raster.valid(0, 0, 4, 4)).tolist() == [[0, k] for k in missing]
