@@ -65,7 +65,8 @@ def steps_in_epoch(count, batch_size):
     """The number of batches that `count` images give each process in an epoch."""
     world = world_size()
     if count < batch_size * world:
-        raise UserError(f"--batch-size {batch_size} x {world}: more than {count} training images")
+        more = f"more than {count} training images: lower it"
+        raise UserError(f"--batch-size {batch_size} x {world}: {more}")
     return count // (batch_size * world)
 
 

@@ -80,6 +80,10 @@ class ClassTable:
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
             if isinstance(table, list):
                 table = {"classes": table}
+            if unknown := ", ".join(table.keys() - {"classes", "nearest"}):
+                raise ValueError(f"unknown key {unknown}")
+            if type(table.get("nearest", False)) is not bool:
+                raise TypeError(f"nearest {table['nearest']!r} is not true or false")
             return ClassTable._build(table["classes"], table.get("nearest", False))
         except FileNotFoundError:
             known = ", ".join(_TABLES)
@@ -93,8 +97,8 @@ class ClassTable:
         names, colors, rows = [], [], []
         for position, entry in enumerate(entries):
             for key, value in entry.items():
-                if type(value) is not _KEYS[key]:
-                    raise TypeError(f"{key} {value!r}")
+                if type(value) is not _KEYS.get(key):
+                    raise TypeError(f"{key} {value!r}" if key in _KEYS else f"unknown key {key}")
             color, index = _color(entry["color"]), IGNORED
             if not entry.get("ignore"):
                 index = len(names)
@@ -212,7 +216,8 @@ class ClassTable:
         distance, row = self._nearest_row((present[:, None] >> (16, 8, 0)) & 255)
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
-            raise UserError(f"{path}: not the colours of the class table: is it a photograph?")
+            wrong = f"{path}: not the colours of the class table"
+            raise UserError(f"{wrong}: a photograph, or nothing labelled?")
         index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:
             index[~known] = IGNORED

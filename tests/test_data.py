@@ -137,6 +137,7 @@ EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}
 NEAREST = {"nearest": True, "classes": EXACT}
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
+NOTHING = "a photograph, or nothing labelled?"
 
 
 def partly(known):
@@ -166,7 +167,7 @@ FAR_REDS = [row | {"value": k} for k, row in enumerate(REDS, 50)]  # none of the
 LABELS = {
     "transparent": (TABLE, "x.png", with_alpha(COLOURS), INDEX),
     "transparent grey": (TABLE, "x.png", Image.fromarray(with_alpha(INDEX), "LA"), INDEX),
-    "transparent photograph": (TABLE, "x.png", with_alpha(COLOURS // 2), "is it a photograph?"),
+    "transparent photograph": (TABLE, "x.png", with_alpha(COLOURS // 2), NOTHING),
     "a palette of greys": (EXACT, "x.png", Image.fromarray(INDEX % 2).convert("P"), INDEX % 2),
     "indices": (TABLE, "x.png", CODES, INDEX),
     "colours": (TABLE, "x.png", COLOURS, INDEX),
@@ -196,11 +197,11 @@ LABELS = {
     "binary, 0 and 1": ("binary", "x.png", [0, 1, 1, 0], "[1] are not in"),
     "binary, 0 and 1, TIFF": ("binary", "x.tif", [0, 1, 1, 0], "[1] are not in"),
     "more codes": (NEAREST, "x.tif", [0, 1, 2, 3], "[2, 3] are not in"),
-    "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], "is it a photograph?"),
+    "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], NOTHING),
     "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
-    "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), "a photograph?"),
+    "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), NOTHING),
     "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
-    "known in 0.5 %": (TABLE, "x.png", partly(5), "is it a photograph?"),
+    "known in 0.5 %": (TABLE, "x.png", partly(5), NOTHING),
     "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are not in"),
 }
 for name in ("x.png", "x.tif"):  # values that a table names decide, else most of the colours
@@ -349,6 +350,9 @@ def test_class_tables_are_read_strictly():
     for table in WHOLE_TABLES:
         with refused("class table .*: "):
             table_of(table)
+    for more in ({"nearest": "false"}, {"Nearest": True}):
+        with refused("class table .*earest.*: write "):
+            table_of({"classes": TABLE} | more)
     for key, value in ROWS:
         with refused(f"class table .*{key}.*: write "):
             table_of([TABLE[0], TABLE[1] | {key: value}])
@@ -440,6 +444,9 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     assert len(store_files(cache)) == 3  # another time
     store_of(shutil.copytree(root, tmp_path / "other"), cache)
     assert len(store_files(cache)) == 4  # another place, where names, sizes and times are the same
+    (root / "train" / "5.PGW").write_text("1\n0\n0\n-1\n0\n0\n")
+    store_of(root, cache)
+    assert len(store_files(cache)) == 5  # a place on earth
     (root / "train" / "5.png").unlink()
     assert len(store_of(root, cache).A) == 5
 

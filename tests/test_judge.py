@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import common
+import cyclegan
 import pix2pix
 import support.judge
 from files import TABLE, save
@@ -109,6 +110,11 @@ def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, m
         real, elsewhere = rows["real photograph"], rows["real, of another place"]
         assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
         assert "judge_pixel_accuracy" in rows["model"]
+
+
+@pytest.mark.parametrize("module", [pix2pix, cyclegan])
+def test_a_single_image_has_no_other_place(module):
+    assert module.add_floor(None, None, None, np.arange(1)) is None
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
