@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 
@@ -38,6 +39,7 @@ def _call(function, arguments, log, environ):
     printed = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
     support.run.plot_metrics = lambda rows, path: path.touch()  # as in conftest.py
