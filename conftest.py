@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     else:
         for item in items:
             if "benchmark" in item.fixturenames:
-                item.add_marker("slow")
+                item.add_marker("slow")  # no part of a quick look at the scripts
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

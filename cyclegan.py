@@ -569,7 +569,7 @@ def add_judged(scores, judge, photographs, labels, classes):
 
 def add_floor(scores, judge, val, images):
     """The lowest score to expect: real photographs, judged by the labels of other places."""
-    if len(images) == 1:
+    if len(images) == 1:  # there is no other place
         return
     others = np.roll(images, len(images) // 2)
     for here, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):

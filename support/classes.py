@@ -82,9 +82,10 @@ class ClassTable:
                 table = {"classes": table}
             if unknown := ", ".join(table.keys() - {"classes", "nearest"}):
                 raise ValueError(f"unknown key {unknown}")
-            if type(table.get("nearest", False)) is not bool:
-                raise TypeError(f"nearest {table['nearest']!r} is not true or false")
-            return ClassTable._build(table["classes"], table.get("nearest", False))
+            nearest = table.get("nearest", False)
+            if type(nearest) is not bool:
+                raise TypeError(f"nearest {nearest!r}")
+            return ClassTable._build(table["classes"], nearest)
         except FileNotFoundError:
             known = ", ".join(_TABLES)
             raise UserError(f"class table {source}: no such file (built in: {known})") from None

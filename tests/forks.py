@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import torch
 from tqdm import tqdm
@@ -32,6 +33,14 @@ def forked_ranks(function, *arguments, log):
         forked(function, *arguments, log=f"{log}{k}", RANK=str(k), LOCAL_RANK=str(k), **environ)
         for k in (0, 1)
     ]
+
+
+def until(condition, alive, log):
+    """What condition() returns, once it is true; a process that has ended before fails the test."""
+    while not (found := condition()):
+        assert alive(), log.read_text()
+        time.sleep(0.01)
+    return found
 
 
 def _call(function, arguments, log, environ):

@@ -60,6 +60,11 @@ def metrics_of(run):
     return read_metrics(run / "metrics.csv")
 
 
+def steps_of(run):
+    """The last step that a run's metrics.csv has a row of; 0 without one."""
+    return max((int(row["step"] or 0) for row in metrics_of(run)), default=0)
+
+
 def refused(text):
     """A context in which a UserError must be raised, whose line matches text."""
     return pytest.raises(common.UserError, match=text)

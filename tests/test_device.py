@@ -326,10 +326,8 @@ def test_the_reference_step_trains_as_the_scripts_do(script):
 @pytest.mark.slow
 def test_the_roofline_counts_every_convolution_of_a_step():
     """As PyTorch counts; it takes the gradients of D's weights in G's update for wanted, too."""
-    script, small = (
-        "mixlc_acgan",
-        {"size": 64, "batch_size": 1, "width": 32, "style_layers": "relu2_1"},
-    )
+    script = "mixlc_acgan"
+    small = {"size": 64, "batch_size": 1, "width": 32, "style_layers": "relu2_1"}
     state, cfg, step = harness.prepare(script, harness.FAST, "cpu", **small)
     batch, gflop = harness.random_batch(script, cfg, "cpu"), 0
     found = roofline.convolutions(lambda: step(state, batch, cfg))

@@ -24,7 +24,7 @@ from PIL import Image
 
 import common
 from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save
-from forks import forked
+from forks import forked, until
 from pages import BROWSER
 from runs import refused, tiny_run, use
 from support import serve
@@ -543,9 +543,8 @@ def address(request, tmp_path_factory):
     log = root / "log"
     process = forked(tiny(script)[0].main, use(root / "run", "--serve --port 0"), log=log)
     try:
-        while not (found := re.search(r"paint at (\S+)", log.read_text() if log.exists() else "")):
-            assert process.is_alive(), log.read_text()
-            time.sleep(0.02)
+        log.touch()
+        found = until(lambda: re.search(r"paint at (\S+)", log.read_text()), process.is_alive, log)
         yield found[1]
         os.kill(process.pid, signal.SIGINT)
         process.join(30)

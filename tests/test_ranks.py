@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ import torch
 import common
 import pix2pix
 from files import land_cover, side_by_side
-from forks import forked_ranks
+from forks import forked_ranks, until
 from harness import SCRIPTS
-from runs import last, metrics_of, tiny_run
+from runs import last, metrics_of, steps_of, tiny_run
 from support.processes import rank
 from tensors import same, tiny
 
@@ -132,13 +131,6 @@ def endless(done, out):
     return words("pix2pix", done[0], out, "--epochs 500")
 
 
-def until(step, out, alive, log):
-    """Waits for the row of a step in a run's metrics.csv."""
-    while not any(int(row["step"] or 0) >= step for row in metrics_of(out)):
-        assert alive(), log.read_text()
-        time.sleep(0.02)
-
-
 def test_a_signal_to_torchrun_stops_and_saves(done, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -146,7 +138,7 @@ def test_a_signal_to_torchrun_stops_and_saves(done, tmp_path):
     with log.open("wb") as file:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(call, stderr=file, env=env)
-    until(2, out, lambda: process.poll() is None, log)
+    until(lambda: steps_of(out) >= 2, lambda: process.poll() is None, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait() != 0 and "stopped at step" in log.read_text()
     assert last(out)["step"] > 0
@@ -155,7 +147,7 @@ def test_a_signal_to_torchrun_stops_and_saves(done, tmp_path):
 def test_killing_one_rank_ends_the_other_with_a_clear_message(done, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     first, second = forked_ranks(pix2pix.main, endless(done, out), log=log)
-    until(4, out, second.is_alive, tmp_path / "log0")
+    until(lambda: steps_of(out) >= 4, second.is_alive, tmp_path / "log1")
     second.kill()
     first.join()
     said = (tmp_path / "log0").read_text()

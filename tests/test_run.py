@@ -22,9 +22,9 @@ import common
 import pix2pix
 import support.run
 from files import picture, pixels_of, save, vgg_file
-from forks import forked
+from forks import forked, until
 from pix2pix import Config, main
-from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, steps_of, tiny_run, use
 from support.checkpoints import (
     RANKS,
     buffers_of_ranks,
@@ -208,9 +208,7 @@ def test_resume_is_exact(pairs, tmp_path, uninterrupted, number):
     """Stopped in the middle of an epoch of three steps: the same weights and rows to the bit."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
     process = forked(main, tiny_run("pix2pix", pairs, out, "--epochs 4"), log=log)
-    while int((metrics_of(out) or [{"step": 0}])[-1]["step"]) < 8:
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.002)
+    until(lambda: steps_of(out) >= 8, process.is_alive, log)
     os.kill(process.pid, number)
     wanted = -number if number == signal.SIGKILL else 128 + number
     assert ended(process, log) == wanted, log.read_text()
