@@ -12,10 +12,9 @@ from support.files import whole_or_absent, write_text
 
 def read_metrics(path):
     """The rows of a metrics.csv as dicts of text; [] where there is no file."""
-    if not Path(path).is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return list(csv.DictReader(text.splitlines()))  # read at once: a run may be writing it
 
 
 def plot_metrics(rows, path):
