@@ -122,6 +122,8 @@ def load_network(module, path, cfg, key, optional=False):
     """
     content = load_weights(path)
     ours = isinstance(content, dict) and isinstance(content.get("state"), dict)
+    if ours and cfg.using:  # its options would not be read
+        raise UserError(f"{path}: is one of our checkpoints: use --checkpoint")
     if ours:
         content = content["state"].get(key)
     if optional and (not ours or content is None):

@@ -108,7 +108,8 @@ class ClassTable:
             rows.append((entry.get("value", position), color, index))
         if not 2 <= len(names) < IGNORED:
             raise ValueError(f"{len(names)} classes, not 2 to 254")
-        for column in (names, [row[0] for row in rows], [row[1] for row in rows]):
+        lower = [name.lower() for name in names]
+        for column in (lower, [row[0] for row in rows], [row[1] for row in rows]):
             if len(set(column)) != len(column):
                 raise ValueError("two classes have the same name, value or color")
         valued = any("value" in entry for entry in entries)

@@ -48,6 +48,13 @@ class Limits(NamedTuple):
         values = np.clip(np.nan_to_num(values.astype(np.float64)), self.low, self.high)
         return ((values - self.low) / self.ranges * 65535 - 32768).round().astype(np.int16)
 
+    def too_wide_for(self, values):
+        """Whether values (K, C) fill less than 1% of every band's levels; False without any."""
+        if not len(values):
+            return False
+        levels = self.to_levels(np.percentile(values.astype(np.float64), [2, 98], axis=0))
+        return bool((np.diff(levels.astype(int), axis=0) < 655).all())
+
     def to_values(self, image):
         """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
         share = (np.moveaxis(image.double().numpy(), 0, -1) + 1) / 2
@@ -68,9 +75,9 @@ def print_other_units(raster):
     if not raster.limits:
         return
     corner = max(0, raster.height // 2 - 256), max(0, raster.width // 2 - 256)
-    levels = raster.read(*corner, 512, 512)
-    levels = levels[raster.valid(*corner, *levels.shape[:2])]
-    if len(levels) and np.ptp(np.percentile(levels, [2, 98], axis=0), axis=0).max() < 655:
+    values = raster.values(*corner, 512, 512)
+    values = values[raster.valid(*corner, *values.shape[:2])]
+    if raster.limits.too_wide_for(values):
         about = "its values fill less than 1% of the limits of training"
         print_once(f"{raster.path.name}: {about}: other units?")
 
@@ -114,17 +121,24 @@ def _kind(path, bands=()):
 
 def _percentiles(paths, bands, windows=200, side=256):
     """The 2nd and 98th percentile of every band, (C, 2), from random windows of all files."""
-    rng, samples = np.random.default_rng(0), []
+    rng, samples = np.random.default_rng(0), {}  # {file: its values (K, C)}
     files = some_of(paths, windows)
     for path in files:
+        samples[path] = []
         with Raster(path, bands=bands, limits=ALL) as raster:
             for _ in range(-(-windows // len(files))):
                 room = max(raster.height - side, 0), max(raster.width - side, 0)
                 corner = rng.integers(0, room, endpoint=True).tolist()
                 values = raster.values(*corner, side, side)
-                values = values[raster.valid(*corner, *values.shape[:2])]  # (K, C)
-                samples.append(values[:: 1 + len(values) // 2000])
-    if not any(map(len, samples)):
+                values = values[raster.valid(*corner, *values.shape[:2])]
+                samples[path].append(values[:: 1 + len(values) // 2000])
+        samples[path] = np.concatenate(samples[path]).astype(np.float64)
+    if not any(map(len, samples.values())):
         raise UserError(f"{paths[0]}: no pixel has data")
-    low, high = np.percentile(np.concatenate(samples).astype(np.float64), [2, 98], axis=0)
-    return np.column_stack([low, np.where(high > low, high, low + 1)])
+    low, high = np.percentile(np.concatenate([*samples.values()]), [2, 98], axis=0)
+    high = np.where(high > low, high, low + 1)
+    flat = [path for path in files if Limits(low, high, "").too_wide_for(samples[path])]
+    if 0 < len(flat) < len(files):
+        about = f"{len(flat)} of {len(files)} images, such as {flat[0]}"
+        print_once(f"{about}, fill less than 1% of the values of all: other units?")
+    return np.column_stack([low, high])

@@ -24,7 +24,8 @@ READABLE = IMAGE_SUFFIXES | ARRAY_SUFFIXES | NAMED
 UPLOADS = READABLE - NAMED - {".bmp", ".jp2", ".img"}  # that strangers may send
 DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".vrt": "VRT"}
 DRIVERS |= {".jp2": "JP2OpenJPEG", ".img": "HFA", ".gpkg": "GPKG"}
-PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by GDAL where they have a place
+# by GDAL where they have a place on earth
+PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _NUMPY = threading.Lock()
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

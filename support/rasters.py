@@ -33,7 +33,7 @@ class Raster:
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        self._palette, self._levels, self._alpha = None, None, None
+        self._palette, self._clear, self._levels, self._alpha = None, [], None, None
         self._has_alpha, self.bands = False, list(bands)
         self.limits, self.dtype = limits, "uint8"
         suffix = self.path.suffix.lower()
@@ -176,6 +176,11 @@ class Raster:
 
     def _open_tiff(self, driver):
         self.tiff = opening.open_tiff(self.path, driver)
+        pages = len(self.tiff.subdatasets)
+        if not self.tiff.count:
+            raise UserError(f"{self.path}: has {pages} images: write one of them as a TIFF")
+        if pages > 1:
+            print_once(f"images have {pages} pages: the first is read")
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
         self.dtype = str(np.result_type(*kinds))
         if np.dtype(self.dtype).kind not in "iuf":
@@ -189,6 +194,8 @@ class Raster:
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
+            if self.tiff.nodata is None:  # of a PNG with several transparent colours
+                self._clear = [k for k, color in colors.items() if color[3] == 0]
         self._choose_bands()
         if not self.table:
             self._scale_grey(deep)
@@ -272,7 +279,7 @@ class Raster:
             per_dataset = opening.gdal().enums.MaskFlags.per_dataset
             return any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
         floats = np.dtype(self.dtype).kind == "f" and not self.table
-        return bool(self._has_mask or self._alphas or floats)
+        return bool(self._has_mask or self._alphas or self._clear or floats)
 
     def valid(self, top, left, height, width):
         """Where a window has data: (height, width) bool.
@@ -292,6 +299,8 @@ class Raster:
             valid = masks.all(0) if one_is_enough else masks.any(0)
             for band in self._alphas:
                 valid &= self.tiff.read(band, window=window) > 0
+            if self._clear:
+                valid &= ~np.isin(self.tiff.read(1, window=window), self._clear)
         if self.table or np.dtype(self.dtype).kind != "f":
             return valid
         return valid & np.isfinite(self.values(top, left, height, width)).all(-1)

@@ -335,6 +335,7 @@ def test_refuses_pictures_as_label_maps(tmp_path, name, nearest):
 
 WHOLE_TABLES = ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', TABLE[:1]]
 WHOLE_TABLES += [[TABLE[0], TABLE[1] | {key: TABLE[0][key]}] for key in ("name", "color")]
+WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"name": "Land"}]]  # --paint reads them in any case
 WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"value": 0}]]
 # what a row of a table may not have; "a colour of three numbers" is none, nor a name
 ROWS = (

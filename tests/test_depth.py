@@ -75,6 +75,17 @@ def test_limits_are_percentiles_of_the_training_images_for_each_band(deep, tmp_p
     assert cfg.channels("B") == 1  # a band of heights is no grey picture
 
 
+def test_training_images_in_other_units_are_reported(tmp_path, capsys):
+    """Reflectance from 0 to 1 among reflectance from 0 to 10000 would be one colour."""
+    for k, scale in enumerate((1.0, 1.0, 1e-4, 1.0)):
+        values = noise(64, 64).transpose(1, 2, 0) * 40 * scale
+        for side in "AB":
+            geotiff(tmp_path / "data" / "train" / side / f"{k}.tif", values.astype(np.float32))
+    started(tmp_path / "data", tmp_path)
+    said = capsys.readouterr().err
+    assert "1 of 4 images, such as " in said and "A/2.tif, fill less than 1% of the values" in said
+
+
 def test_the_store_keeps_sixteen_bits_and_holes(deep, tmp_path):
     cfg = started(deep, tmp_path, bands_A="4", limits_A="200,4800", limits_B="380,440")
     store = common.ImageStore(cfg, "train", 64)

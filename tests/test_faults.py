@@ -77,6 +77,7 @@ CASES = {
     "pix2pix --out model.pt/run": "model.pt/run: Not a directory",
     "mixlc_acgan --style-features random --style-layers relu9_9": "choose from relu1_1,",
     "pix2pix --init model.pt --width 8": "check --generator",
+    "pix2pix --generate pairs/val --init model.pt --out o": "one of our checkpoints: use --check",
     "pix2pix --batch-size 7": "more than 6 training images",
     "pix2pix --generate deep.tif --checkpoint model.pt --out o": "gdal_translate -ot Byte -scale",
     "pix2pix --data odd.pt": "no such directory",

@@ -170,6 +170,7 @@ PLACED = {
     "JPEG and a world file": ("x.jpg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.jgw", WORLD)),
     "in capital letters": ("x.JPG", "JPEG", {**NOWHERE, "quality": "100"}, ("x.JGW", WORLD)),
     "JPEG and .wld": ("x.jpeg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.wld", WORLD)),
+    "BMP and a world file": ("x.bmp", "BMP", NOWHERE, ("x.bpw", WORLD)),
     "TIFF and a world file": ("x.tif", "GTiff", NOWHERE, ("x.tfw", WORLD)),
     "no transform": ("x.tif", "GTiff", {"transform": None}, None),
     "no CRS": ("x.tif", "GTiff", {"crs": None}, None),
@@ -208,6 +209,19 @@ def test_a_png_without_a_place_stays_a_png(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
     (tmp_path / "x.png.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")
     assert results_of(tmp_path / "x.png") == ["x.png"] and not Raster(tmp_path / "x.png").tiff
+
+
+def test_one_of_several_images_in_a_file(tmp_path, capsys):
+    """A TIFF's first page is read, which a line reports; a GeoPackage has no first table."""
+    pages = [Image.fromarray(GREY), Image.fromarray(GREY + 1)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    assert (Raster(tmp_path / "x.tif").read() == GREY).all()
+    assert "images have 2 pages: the first is read" in capsys.readouterr().err
+    for table in "ab":
+        more = {"raster_table": table, "append_subdataset": "YES" if table == "b" else "NO"}
+        geotiff(tmp_path / "x.gpkg", GREY, driver="GPKG", **more)
+    with refused("x.gpkg: has 2 images: write one of them as a TIFF"):
+        Raster(tmp_path / "x.gpkg")
 
 
 def random_geotiff(rng, path):

@@ -362,17 +362,21 @@ def half_empty(path, how, level=(200, 60, 20)):
         with outside, rasterio.open(geotiff(path / "x.tif", pixels), "r+") as target:
             target.write_mask(valid)
         assert (path / "x.tif.msk").exists()
-    elif how == "palette":
+    elif "palette" in how:
         path.mkdir(parents=True)
-        image = Image.fromarray(np.where(valid > 0, 0, 1).astype(np.uint8), "P")
-        image.putpalette([*level, 9, 99, 199])
-        image.save(path / "x.png", transparency=1)
+        index = np.where(valid > 0, 0, noise(64, 64)[0] % 2 + 1)  # 1 and 2 are transparent
+        image = Image.fromarray(index.astype(np.uint8))
+        image.putpalette([*level, 9, 99, 199, 99, 199, 9])
+        image.save(path / "x.png", transparency=b"\xff\0\0")
+        if "place" in how:
+            (path / "x.pgw").write_text("1\n0\n0\n-1\n5\n5\n")
     else:
         options = {"lossless": True, "exact": True} if how == ".webp" else {}
         save(path / f"x{how}", with_alpha, **options)
 
 
 HOLES = ["nodata", "alpha band", "mask", "mask beside it", ".png", ".webp", "palette"]
+HOLES += ["palette and place"]
 
 
 @pytest.mark.parametrize("how", HOLES)
