@@ -4,6 +4,7 @@ small options follow the printed ones and win.
 
 import functools
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -23,11 +24,9 @@ from harness import SCRIPTS
 from support import store
 from support.demo import demo_world
 
-PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("data", "use", "inria", "results/README")),
-    *(f"{script}.py" for script in SCRIPTS),
-]
+PAGES = [["README.md", "docs/use.md"]]  # which uses the models that the README's commands train
+PAGES += [[f"docs/{name}.md"] for name in ("data", "inria", "results/README")]
+PAGES += [[f"{script}.py"] for script in SCRIPTS]
 SMALL = {
     "--size": "64", "--load-size": "68", "--patch": "64", "--batch-size": "2", "--epochs": "1",
     "--width": "2", "--blocks": "1", "--window": "64",
@@ -63,36 +62,32 @@ def shrunk(script, words):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """running[page]: the process that runs a page's commands, and the file of what it prints."""
-    found, demo = {}, tmp_path_factory.mktemp("demo")  # the demo worlds of --quick, made once
-    for page in PAGES:
+    """[(process that runs some pages' commands, file of what it prints), ...], one for PAGES."""
+    found, demo = [], tmp_path_factory.mktemp("demo")  # the demo worlds of --quick, made once
+    for pages in PAGES:
         folder = tmp_path_factory.mktemp("page")
         log = folder / "log"
-        found[page] = forked(run_commands, page, folder, demo, log=log), log
+        found.append((forked(run_commands, pages, folder, demo, log=log), log))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_run_as_printed(page, running):
-    process, log = running[page]
+@pytest.mark.parametrize("k", range(len(PAGES)), ids=map(" ".join, PAGES))
+def test_commands_run_as_printed(k, running):
+    process, log = running[k]
     process.join()
     assert process.exitcode == 0, log.read_text()
 
 
-def run_commands(page, folder, demo):
+def run_commands(pages, folder, demo):
     """In a folder of its own, with small demo worlds, and a server that is told to end at once."""
     os.chdir(folder)
     write_files(folder)
     store.demo_world = functools.partial(demo_world, train=8, val=2)
     socketserver.BaseServer.serve_forever = ctrl_c
-    found = commands(page)
-    assert found
-    if page == "docs/use.md":  # its commands use the models that the README's train
-        uses = {"--checkpoint", "--quick", "--generate"}
-        trained = [words for words in commands("README.md") if not uses & {*words[1]}]
-        found = trained + found
-    for script, words in found:
+    found = [commands(page) for page in pages]
+    assert all(found)
+    for script, words in itertools.chain(*found):
         print("$ python", script, *words)
         words = shrunk(script, words) + ["--cache", str(demo)] * ("--quick" in words)
         importlib.import_module(script).main(words)
@@ -141,7 +136,7 @@ def write_files(root):
 def test_no_page_with_commands_is_left_out():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     found = {page.relative_to(ROOT).as_posix() for page in pages if commands(page)}
-    assert found <= set(PAGES)
+    assert found <= {*itertools.chain(*PAGES)}
 
 
 def test_the_python_in_the_pages_runs(capsys):
