@@ -544,7 +544,7 @@ def address(request, tmp_path_factory):
     process = forked(tiny(script)[0].main, use(root / "run", "--serve --port 0"), log=log)
     try:
         log.touch()
-        found = until(lambda: re.search(r"paint at (\S+)", log.read_text()), process.is_alive, log)
+        found = until(lambda: re.search(r"paint at (\S+) ", log.read_text()), process.is_alive, log)
         yield found[1]
         os.kill(process.pid, signal.SIGINT)
         process.join(30)

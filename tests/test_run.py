@@ -22,9 +22,9 @@ import common
 import pix2pix
 import support.run
 from files import picture, pixels_of, save, vgg_file
-from forks import forked, until
+from forks import forked
 from pix2pix import Config, main
-from runs import last, line_of, metrics_of, refused, rows_of, state_of, steps_of, tiny_run, use
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import (
     RANKS,
     buffers_of_ranks,
@@ -202,17 +202,29 @@ def ended(process, log):
     return process.exitcode
 
 
+def main_with_signal(argv, number):
+    """A main that gets a signal during step 8, the second of its epoch."""
+    end_step = common.Run.end_step
+
+    def ending(run, state, losses):
+        if run.step == 7:
+            os.kill(os.getpid(), number)
+        end_step(run, state, losses)
+
+    common.Run.end_step = ending
+    main(argv)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_resume_is_exact(pairs, tmp_path, uninterrupted, number):
     """Stopped in the middle of an epoch of three steps: the same weights and rows to the bit."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    process = forked(main, tiny_run("pix2pix", pairs, out, "--epochs 4"), log=log)
-    until(lambda: steps_of(out) >= 8, process.is_alive, log)
-    os.kill(process.pid, number)
-    wanted = -number if number == signal.SIGKILL else 128 + number
-    assert ended(process, log) == wanted, log.read_text()
-    assert 3 <= last(out)["step"] < 12  # killed: what was written on the clock
+    argv = tiny_run("pix2pix", pairs, out, "--epochs 4")
+    process = forked(main_with_signal, argv, number, log=log)
+    killed = number == signal.SIGKILL
+    assert ended(process, log) == (-number if killed else 128 + number), log.read_text()
+    assert last(out)["step"] == (3 if killed else 8)  # killed: what was written on the clock
     process = forked(main, f"--resume --out {out}".split(), log=log)
     assert ended(process, log) == 0, log.read_text()
     assert (last(out)["step"], last(out)["epoch"]) == (12, 4)
