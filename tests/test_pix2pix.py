@@ -11,7 +11,7 @@ import common
 import pix2pix
 from pix2pix import State, build, train_step
 from support.pictures import to_bytes
-from tensors import CPU, batch_of, open_data, tiny
+from tensors import CPU, batch_of, calls_of, open_data, tiny
 
 TINY = tiny("pix2pix")[1]
 
@@ -52,11 +52,25 @@ def test_the_papers_policy_is_that_of_batch_size_1_unless_told(size, policy, own
 
 
 @pytest.mark.parametrize("noise", [True, False])
-def test_dropout_is_on_in_generation_where_noise_is_wanted(noise):
+def test_dropout_is_on_in_generation_where_noise_is_wanted(noise, monkeypatch):
+    """Of an image in one window, and not of one in several."""
     cfg = dataclasses.replace(TINY, batch_size=1)
     state, x = build(cfg, CPU), batch_of("pix2pix", cfg)[0]
     first, second = (pix2pix.translate(state, x, cfg, noise) for _ in range(2))
     assert torch.equal(first, second) != noise
+    calls = calls_of(monkeypatch, common, "translate_files", lambda *_, **__: None)
+    pix2pix.generate(state, cfg, CPU)
+    ((_, predict, *_),) = calls
+    first, second = (predict(x.byte(), whole=noise) for _ in range(2))
+    assert torch.equal(first, second) != noise
+
+
+def test_dropout_of_the_measures_follows_the_seed(pairs, cache):
+    cfg = dataclasses.replace(TINY, batch_size=1)
+    state, val = build(cfg, CPU), open_data("pix2pix", pairs, cache, "val")
+    first, second = (pix2pix.evaluate(state, val, cfg, [0, 1]).table() for _ in range(2))
+    other = dataclasses.replace(cfg, seed=1)
+    assert first == second != pix2pix.evaluate(state, val, other, [0, 1]).table()
 
 
 @pytest.mark.cuda

@@ -4,6 +4,7 @@ import base64
 import copy
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -311,8 +312,10 @@ def test_run_folder(script, trained):
         measures = EDITED | JUDGED_BY if script == "mixlc_acgan" else EDITED
         assert set(rows["model"]) == set(rows["copy of rgb_a"]) == measures
         assert "its input" in json.loads((out / "evaluation.json").read_text())["answer"]
-    rate = last(out)["state"]["opt_G"]["param_groups"][0]["lr"]
-    assert rate == tiny(script)[1].lr * (1 if "mixlc" in script else 0.5)  # in the second epoch
+    kept = last(out)["state"]
+    rates = {kept[name]["param_groups"][0]["lr"] for name in kept if name.startswith("opt_")}
+    lr = tiny(script)[1].lr
+    assert rates == {lr if "mixlc" in script else lr / 2}  # of all optimizers, in the second epoch
     if script == "mixlc_acgan":
         assert set(rows["photograph b"]) == JUDGED_BY and (out / "judge.pt").is_file()
 
@@ -324,12 +327,15 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, or (mixlc) at the last step of the first."""
     script, steps, batch = case.split()
     main, out = importlib.import_module(script).main, tmp_path / "run"
+    seeds = calls_of(monkeypatch, common, "seed_step")
     with monkeypatch.context() as patch:
         stop_after(patch, int(steps))
         with pytest.raises(SystemExit):
             main(tiny_run(script, data[script], out, RUNS[script]))
     assert last(out)["batch"] == int(batch)
     main(f"--resume --out {out}".split())
+    half = len(seeds) // 2
+    assert seeds == [(0, epoch, k) for epoch in (0, 1) for k in range(half)]  # one for each step
     assert same(last(out)["state"], last(trained(script))["state"])
     whole = trained(script) / "metrics.csv"
     assert (out / "metrics.csv").read_text() == whole.read_text()
@@ -337,10 +343,16 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
 
 
 @each_script
-def test_evaluation_repeats_with_the_kept_judge(script, trained):
-    first = rows_of(trained(script))
-    importlib.import_module(script).main(use(trained(script), "--evaluate"))
+def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path):
+    """And measures the split that is asked for."""
+    first, main = rows_of(trained(script)), importlib.import_module(script).main
+    main(use(trained(script), "--evaluate"))
     assert rows_of(trained(script)) == first
+    root = shutil.copytree(data[script], tmp_path / "data")
+    (root / "train").rename(root / "test")
+    main(use(trained(script), f"--evaluate --split test --data {root}", f"--out {tmp_path}/out"))
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert about["split"] == "test" and about["images"] == (4 if "mixlc" in script else 6)
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
