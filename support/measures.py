@@ -124,12 +124,12 @@ class Scores:
 
         With Limits also mse_units: the squared error in the files' units, the mean over bands.
         """
-        known = has_data(target)
+        known, guess = has_data(target), filled(guess)
         if limits and not self.brief:
             ranges = torch.tensor(limits.ranges, device=target.device).view(1, -1, 1, 1)
             error = ((guess.double() - target) / 2 * ranges).square()  # NaN without data
             self._add(row, "mse_units", error, known.expand_as(error).double())
-        guess, target = to_bytes(filled(guess)), to_bytes(target)
+        guess, target = to_bytes(guess), to_bytes(target)
         for name, values in measure_images(guess, target, self.brief, known).items():
             self._add(row, name, values)
         if not self.brief:

@@ -68,6 +68,28 @@ def test_without_pairs_pictures_are_compared_with_their_cycles_alone(unaligned, 
         assert torch.equal(columns[name], image)
 
 
+def test_each_row_measures_its_own_picture(pairs, cache, monkeypatch):
+    """Cycles are translations of translations."""
+    val, state = open_data("cyclegan", pairs, cache, split="val"), build(PICTURES, CPU)
+    measured = calls_of(monkeypatch, common.Scores, "add_images")
+    compared = calls_of(monkeypatch, common.Scores, "add_distances")
+    cyclegan.evaluate(state, val, PICTURES, [0, 1])
+    ((a, b),) = val.in_order([0, 1])
+    back = dataclasses.replace(PICTURES, direction="BtoA")
+    fake_b, fake_a = translate(state, a, PICTURES), translate(state, b, back)
+    cycled_a, cycled_b = translate(state, fake_b, back), translate(state, fake_a, PICTURES)
+    wanted = {
+        "A to B: model": (fake_b, b),
+        "B to A: model": (fake_a, a),
+        "A to B to A: model": (cycled_a, a),
+        "B to A to B: model": (cycled_b, b),
+    }
+    assert {row for _, row, *_ in measured} == set(wanted)
+    assert {row for _, row, *_ in compared} == {"A to B: model", "B to A: model"}
+    for _, row, guess, target, *_ in measured + compared:
+        assert torch.equal(guess, wanted[row][0]) and torch.equal(target, wanted[row][1])
+
+
 def test_domains_are_drawn_independently(pairs, cache):
     """B is A's negative in this data: were they drawn together, their sum would be small."""
     data = open_data("cyclegan", pairs, cache)

@@ -24,7 +24,7 @@ from support.generate import _view, edit_of_files, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
 from support.store import cache_folder
-from support.windows import SharedStatistics, Windows, overlap, tiles
+from support.windows import SharedStatistics, Windows, overlap, read_filled, tiles
 from tensors import CPU, same, tiny
 
 
@@ -166,6 +166,16 @@ def test_valid_pixels_do_not_depend_on_what_holes_are_filled_with(tmp_path, kind
             results.append(out.read()[:, valid])
     assert results[0].std() > 5 and (results[0] != photo[valid].T).any()
     assert all((result == results[0]).all() for result in results)
+
+
+def test_holes_have_the_mean_colour_of_the_window(tmp_path):
+    photo = picture(np.random.default_rng(0), 30, 40)
+    geotiff(tmp_path / "x.tif", np.where(photo > 128, 0, photo), nodata=0)
+    with Raster(tmp_path / "x.tif") as raster:
+        valid, pixels = raster.valid(0, 0, 30, 40), raster.read()
+        shown = read_filled(raster, 0, 0, 30, 40)
+    assert (shown[valid] == pixels[valid]).all() and 0 < valid.mean() < 1
+    assert (shown[~valid] == pixels[valid].mean(0).astype(np.uint8)).all()
 
 
 def use_net(kind, cfg, net):

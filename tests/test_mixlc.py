@@ -97,8 +97,8 @@ each_edit_script = pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
 
 
 @each_edit_script
-def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
-    """And nothing else is; in evaluation the copy of rgb_a stays whole."""
+def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script, monkeypatch):
+    """And nothing else is; the copy of rgb_a stays whole. G gets the land cover to be."""
     module, cfg = tiny(script)
     state, batch = module.build(cfg, CPU), module.Edit(*batch_of(script, cfg))
     shown, mask = inputs_of(state.G), edit_mask(batch.box, batch.inside, 64)
@@ -116,8 +116,10 @@ def test_an_edit_is_blanked_in_training_sampling_and_evaluation(script):
     assert torch.equal(*blanks) and is_blanked(blanks[0])
     module.train_step(state, batch, cfg)
     val = types.SimpleNamespace(in_order=lambda images: [batch], classes=cfg.classes)
+    asked = calls_of(monkeypatch, module, "translate")
     rows = module.evaluate(state, val, cfg, np.arange(2)).table()
     columns = module.sample(state, val, cfg, np.arange(2))
+    assert len(asked) == 2 and all(torch.equal(lc, batch.lc_ab) for _, (_, lc), _ in asked)
     assert len(shown) >= 3 and all(map(is_blanked, shown))
     assert is_blanked(columns["input"]) and rows["copy of rgb_a"]["l1_to_input"] == 0
 

@@ -350,7 +350,7 @@ def half_empty(path, how, level=(200, 60, 20)):
     pixels[:, 32:] = 0 if how == "nodata" else noise(64, 32).transpose(1, 2, 0)
     valid = np.zeros((64, 64), np.uint8)
     valid[:, :32] = 255
-    with_alpha = np.dstack([pixels, valid])
+    with_alpha = np.dstack([pixels, valid // 2])  # half transparent is data
     if how == "nodata":
         geotiff(path / "x.tif", pixels, nodata=0)
     elif how == "alpha band":

@@ -35,7 +35,7 @@ from support.checkpoints import (
 from support.demo import demo_world
 from support.errors import refusing
 from support.options import parse
-from tensors import CPU, as_rank, batch_of, calls_of, same, tiny
+from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
 LAST = "checkpoints/last.pt"
 
@@ -200,6 +200,15 @@ def ended(process, log):
     process.join(120)
     assert process.exitcode is not None, Path(log).read_text()
     return process.exitcode
+
+
+@pytest.mark.parametrize("side", "AB")
+def test_a_fingerprint_sees_both_sides(side, pairs, cache):
+    store = open_data("pix2pix", pairs, cache).store
+    before, changed = support.run.fingerprint(store, ""), getattr(store, side).copy()
+    changed[0, 0, 0, 0] ^= 1
+    setattr(store, side, changed)
+    assert support.run.fingerprint(store, "") != before
 
 
 def main_with_signal(argv, number):

@@ -79,6 +79,16 @@ COPIES = {
 }
 
 
+# Defaults that a paper, or an experiment in docs/results, gives. Of all: Adam's beta1 and seed 0.
+NUMBERS = {
+    "pix2pix": "lr 2e-4 batch_size 1 epochs 200 lambda_l1 100 d_weight 0.5 patch_gan 70",
+    "cyclegan": "lr 2e-4 batch_size 1 epochs 200 lambda_cycle 10 lambda_identity 0.5 pool_size 50",
+    "mixlc": "lr 5e-4 batch_size 8 epochs 200 lambda_adv 2 lambda_l1 10 lambda_local 5 own 0.5",
+    "mixlc_acgan": "lr 2e-4 batch_size 16 epochs 200 lambda_adv 0.05 lambda_l1 0.5 own 0.5 "
+    "lambda_style 0.45 lambda_class 0.05 lambda_id 0 dropout 0.5 d_dropout 0",
+}
+
+
 def tree(name):
     return ast.parse((ROOT / f"{name}.py").read_text())
 
@@ -96,6 +106,14 @@ def definitions(name):
         elif isinstance(node, ast.Assign):
             found[node.targets[0].id] = ast.unparse(node)
     return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_default_numbers(name):
+    cfg, words = importlib.import_module(name).Config(), NUMBERS[name].split()
+    for option, number in zip(words[::2], words[1::2], strict=True):
+        assert getattr(cfg, option) == float(number), option
+    assert (cfg.size, cfg.width, cfg.beta1, cfg.seed) == (256, 64, 0.5, 0)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -343,16 +343,21 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
 
 
 @each_script
-def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path):
-    """And measures the split that is asked for."""
+def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path, monkeypatch):
+    """And measures all images of the split that is asked for."""
     first, main = rows_of(trained(script)), importlib.import_module(script).main
     main(use(trained(script), "--evaluate"))
     assert rows_of(trained(script)) == first
     root = shutil.copytree(data[script], tmp_path / "data")
     (root / "train").rename(root / "test")
+    calls = calls_of(monkeypatch, importlib.import_module(script), "evaluate")
     main(use(trained(script), f"--evaluate --split test --data {root}", f"--out {tmp_path}/out"))
+    ((_, _, _, images, *_),) = calls
+    assert (images == np.arange(len(images))).all() and len(images) == (
+        4 if "mixlc" in script else 6
+    )
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert about["split"] == "test" and about["images"] == (4 if "mixlc" in script else 6)
+    assert about["split"] == "test" and about["images"] == len(images)
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
