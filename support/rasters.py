@@ -207,14 +207,23 @@ class Raster:
             one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
             self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
             self._palette = None
-        top, left = max(0, self.height // 2 - 512), max(0, self.width // 2 - 512)
-        bottom, right = min(top + 1024, self.height), min(left + 1024, self.width)
-        sample = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)
-        known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
+        sample, known = self._sample()
         lossy = str(self.tiff.compression) == "Compression.jpeg"
         self._choose_reading(sample, known, lossy)
         if self._by_colour:  # a photograph is refused here
             self._labels(sample, known, strict=True)
+
+    def _sample(self, side=342):
+        """Pixels (1, K, 1 or 3) of a label map, from 3 x 3 windows, and where they are known."""
+        sample, known = [], []
+        for top in np.linspace(0, max(0, self.height - side), 3, dtype=int).tolist():
+            for left in np.linspace(0, max(0, self.width - side), 3, dtype=int).tolist():
+                bottom, right = min(top + side, self.height), min(left + side, self.width)
+                pixels = self._cut(top, left, bottom, right)
+                sample.append(pixels.reshape(len(pixels), -1).T)
+                mask = self.tiff.dataset_mask(window=((top, bottom), (left, right)))
+                known.append(mask.ravel() > 0)
+        return np.concatenate(sample)[None], np.concatenate(known)[None]
 
     def _scale_grey(self, deep):
         """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""

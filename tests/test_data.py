@@ -296,9 +296,9 @@ TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,
 @pytest.mark.parametrize("name", ["x.png", "placed.png", "x.tif", "white_is_zero.tif"])
 @pytest.mark.parametrize("table", ["binary", TABLE, TWO])
 def test_masks_of_one_bit(tmp_path, table, name):
-    """Also where the middle, which is looked at first, has only one of the two."""
+    """Also where the pixels that are looked at first have only one of the two."""
     mask = np.zeros((1, 3000), bool)
-    mask[0, 2900:] = True
+    mask[0, 2500:2600] = True
     if "white" in name:
         geotiff(tmp_path / name, np.uint8(~mask), nbits="1", photometric="MINISWHITE")
     else:

@@ -202,6 +202,15 @@ def test_a_photograph_with_damaged_exif_is_turned_upright(tmp_path):
         assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
 
 
+def test_coloured_labels_may_be_empty_in_the_middle(tmp_path):
+    """A large file is looked at in several places before it is called a photograph."""
+    labels = np.zeros((1500, 1500, 3), np.uint8)
+    labels[:90], labels[-90:] = [0x84, 0x29, 0xF6], [0xE2, 0xA9, 0x29]
+    geotiff(tmp_path / "x.tif", labels, photometric="RGB")
+    found = Raster(tmp_path / "x.tif", ClassTable.load(json.dumps(TABLE))).read()
+    assert (found[:90] == 0).all() and (found[-90:] == 1).all() and (found[90:-90] == IGNORED).all()
+
+
 def test_palettes_of_photographs(tmp_path):
     palette = Image.fromarray(np.moveaxis(noise(20, 30), 0, -1)).quantize(9)
     palette.save(tmp_path / "x.tif")
