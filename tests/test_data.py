@@ -25,7 +25,7 @@ from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
 from support.limits import Limits
 from support.measures import confusion_matrix, measure_images, measure_labels
-from support.pictures import as_array, as_tensor, resize, to_bytes
+from support.pictures import as_array, as_tensor, resize, resize_known, to_bytes
 from support.rasters import Raster
 from tensors import CPU
 
@@ -308,14 +308,33 @@ def test_masks_of_one_bit(tmp_path, table, name):
     assert (Raster(tmp_path / name, table_of(table)).read() == mask).all()
 
 
+JPEG_TIFF = "x.tif", {"compression": "jpeg"}
+
+
 @pytest.mark.parametrize("table", ["binary", NEAREST, EXACT])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize(("name", "options"), [("x.jpg", {}), ("x.tif", {"compression": "jpeg"})])
+@pytest.mark.parametrize(("name", "options"), [("x.jpg", {}), ("x.webp", {}), JPEG_TIFF])
 def test_masks_survive_jpeg(tmp_path, table, mode, name, options):
     index = np.zeros((64, 64), np.uint8)
     index[13:40, 9:31] = 1
     Image.fromarray(index * 255).convert(mode).save(tmp_path / name, quality=50, **options)
     assert (Raster(tmp_path / name, table_of(table)).read() == index).mean() > 0.99
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".jpeg", ".webp"])
+def test_land_cover_halves_survive_compression(tmp_path, ending):
+    index = np.kron(np.arange(16).reshape(4, 4) % 3, np.ones((16, 16), int))
+    both = np.hstack([picture(np.random.default_rng(0), 64, 64), CLASSES.palette[index]])
+    save(tmp_path / "train" / f"x{ending}", both, quality=80)
+    store = store_of(tmp_path, tmp_path / "cache", 64, lc_classes=json.dumps(TABLE))
+    assert (store.B[0, 0] == index).mean() > 0.95
+
+
+def test_places_beside_a_hole_have_no_data_after_resizing():
+    known = np.ones((32, 32), bool)
+    known[9, 9] = False
+    small = resize_known(known, (16, 16))
+    assert (small[3:6, 3:6] == 0).all() and (small == 255).mean() > 0.8
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif"])
@@ -363,6 +382,8 @@ def test_class_tables_are_read_strictly():
 def test_class_table_round_trip():
     assert ClassTable.load(CLASSES.text) == CLASSES and ClassTable.load("") is None
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
+    values = sorted(ClassTable.load("s2glc").values)  # of Malinowski et al. 2020, and 0 for clouds
+    assert values == [0, 62, 73, 75, 82, 83, 102, 103, 104, 105, 106, 121, 123, 162]
     colors = [list(bytes.fromhex(row["color"][1:])) for row in TABLE]
     assert CLASSES.palette[[0, 1, 2, 255, 3]].tolist() == [*colors, [0, 0, 0]]
     two_ignored = table_of([*TABLE, {"name": "cloud", "color": "255,0,0", "ignore": True}])
@@ -449,6 +470,9 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     (root / "train" / "5.PGW").write_text("1\n0\n0\n-1\n0\n0\n")
     store_of(root, cache)
     assert len(store_files(cache)) == 5  # a place on earth
+    for high in (9, 99):
+        store_of(root, cache, limits_A=f"0,{high} uint8")
+    assert len(store_files(cache)) == 7  # other limits
     (root / "train" / "5.png").unlink()
     assert len(store_of(root, cache).A) == 5
 

@@ -75,6 +75,15 @@ def test_limits_are_percentiles_of_the_training_images_for_each_band(deep, tmp_p
     assert cfg.channels("B") == 1  # a band of heights is no grey picture
 
 
+def test_limits_come_from_all_parts_of_an_image(tmp_path):
+    ramp = np.add.outer(np.arange(700.0), np.arange(900.0)).astype(np.float32)
+    for side in "AB":
+        geotiff(tmp_path / "data" / "train" / side / "x.tif", ramp[..., None])
+    limits = Limits.of(started(tmp_path / "data", tmp_path), "A")
+    want = np.percentile(ramp, [2, 98])
+    assert np.allclose([limits.low[0], limits.high[0]], want, atol=0.15 * np.ptp(want))
+
+
 def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     """Reflectance from 0 to 1 among reflectance from 0 to 10000 would be one colour.
 

@@ -30,7 +30,7 @@ from runs import line_of, refused, state_of, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
-from support.processes import reduced
+from support.processes import first_on_machine, reduced
 from support.run import Means
 from tensors import as_rank, calls_of, pictures, tiny
 
@@ -74,6 +74,13 @@ def test_out_of_memory_while_capturing_is_one_line(fake_cuda, monkeypatch, capsy
     main = common.command(lambda argv: [step(None, (torch.zeros(1),), None) for _ in range(9)])
     assert "out of memory: lower --batch-size" in line_of(main, None, capsys)
     assert step.graph is None
+
+
+def test_the_first_process_of_each_machine_writes_files(monkeypatch):
+    for rank, local, first in ((0, 0, True), (3, 0, True), (3, 1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert first_on_machine() == first
 
 
 def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):

@@ -54,7 +54,10 @@ def test_class_weights_by_hand():
 
 def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
     class Perfect(nn.Module):
+        seen = []  # by either, the model's edits first
+
         def classes_of(self, image):
+            self.seen.append(image)
             return torch.where(self.mask, self.lc, self.lc.flip(1)).argmax(1)
 
     net, lc = Perfect(), maps(classes=3)
@@ -64,10 +67,12 @@ def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
     edit = mixlc_acgan.Edit(pictures(), lc, pictures(), box, inside, lc, pictures(), lc, ~inside)
     val = types.SimpleNamespace(in_order=lambda images: [edit])
     state = types.SimpleNamespace(D=net, G=nn.Identity())
-    monkeypatch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: inputs[0])
+    made = pictures(7)
+    monkeypatch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: made)
     judge = Perfect()
     judge.lc, judge.mask = lc, ~net.mask  # wrong wherever the other is right
     scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=judge)
+    assert sum(image is made for image in net.seen) == 2 and net.seen[0] is made
     for by in ("judge", "own"):
         assert scores.confusions["model", by].sum().item() == 2 * 400
         assert (scores.table()["model"][f"{by}_mean_iou"] == 1.0) == (by == "own")

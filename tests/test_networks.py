@@ -127,7 +127,9 @@ def test_dropout_layers(n):
     assert layers == [[0.5] * (n - 5), [0.5] * 12, [0.3] * 5]
 
 
-@pytest.mark.parametrize("case", ["pix2pix", "cyclegan", "mixlc dilated", "mixlc_acgan"])
+@pytest.mark.parametrize(
+    "case", ["pix2pix", "cyclegan", "mixlc dilated", "mixlc global", "mixlc_acgan"]
+)
 def test_initial_weights(case):
     """Convolutions N(0, 0.02), norm scales N(1, 0.02), every bias 0."""
     for net in nets_of(made(case, width=16)).values():

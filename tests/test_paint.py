@@ -315,9 +315,23 @@ def test_strangers_are_refused(server):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         status, text = request("POST", "open", "{}", Origin=origin)
         assert status == 403 and b"from another page" in text
-    assert request("GET", "../../common.py")[0] == 404
+    assert request("GET", "../../common.py")[0] == 404 and len(token) >= 32
     assert request("GET", "", token=f"/{token}")[0] == 301  # its last slash is completed
     assert stroke(request, opened(request))[0] == 200
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(server):
+    port, token = server[1].port, server[1].server.token
+    for path in (f"/{token}/", "/"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", path)
+        headers = connection.getresponse().headers
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert (
+            headers["Cache-Control"] == "no-store" and headers["Referrer-Policy"] == "same-origin"
+        )
+        assert headers["X-Content-Type-Options"] == "nosniff"
 
 
 STROKES = {
@@ -343,7 +357,7 @@ def test_strokes_that_do_not_fit_are_refused(server):
 
 
 RUBBISH = ['{"files": {"input": ["a.png", "???"]}}', '{"height": 9999999, "width": 64}']
-RUBBISH += ["", "[" * 20000, "7", b"\xff\xfe", '{"files": 3}', '{"example": 7}', "{}"]
+RUBBISH += ["", "[" * 20000, "7", b"\xff\xfe", '{"files": 3}', '{"example": 2}', "{}"]
 
 
 @pytest.mark.parametrize("body", [*RUBBISH, '{"example": 1e999}'])

@@ -351,7 +351,8 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
     root = shutil.copytree(data[script], tmp_path / "data")
     (root / "train").rename(root / "test")
     calls = calls_of(monkeypatch, importlib.import_module(script), "evaluate")
-    main(use(trained(script), f"--evaluate --split test --data {root}", f"--out {tmp_path}/out"))
+    more = f"--data {root} --out {tmp_path}/out --val-images 2"  # these are for every epoch
+    main(use(trained(script), "--evaluate --split test", more))
     ((_, _, _, images, *_),) = calls
     assert (images == np.arange(len(images))).all() and len(images) == (
         4 if "mixlc" in script else 6
