@@ -7,7 +7,9 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,19 +27,24 @@ from support.store import cache_folder, source
 
 
 def command(main):
-    """Decorates a script's main: a user's mistake becomes one line on stderr and exit status 2."""
+    """Decorates a script's main: a user's mistake becomes one line on stderr and exit status 2.
+
+    SIGTERM ends it as Ctrl-C does, so that no unfinished file stays; a Run saves first.
+    """
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        in_thread = threading.current_thread() is not threading.main_thread()
+        before = None if in_thread else signal.signal(signal.SIGTERM, _terminated)
         with (
             contextlib.redirect_stdout(SafeStream(sys.stdout)),
             contextlib.redirect_stderr(SafeStream(sys.stderr)),
         ):
             try:
                 return main(argv)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 print("stopped", file=sys.stderr)
-                sys.exit(130)
+                sys.exit(128 + (*stop.args, signal.SIGINT)[0])
             except Exception as error:
                 message = _explain(error)
                 if not message:
@@ -50,9 +57,15 @@ def command(main):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:
+                if not in_thread:  # where no signal arrives
+                    signal.signal(signal.SIGTERM, before)
                 unlock()
 
     return wrapper
+
+
+def _terminated(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def _explain(error):

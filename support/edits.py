@@ -1,7 +1,8 @@
 """One edit of a photograph: which parts are generated, and how they are blended into it."""
 
 import numpy as np
-from PIL import Image, ImageFilter
+import torch
+import torch.nn.functional as F
 
 from support.limits import values_of
 from support.pictures import mirrored, resize
@@ -17,7 +18,7 @@ class PhotoEdit:
     strokes     rectangles of a class, [(index, top, left, bottom, right), ...]
     has_before  whether the land cover before is given, so that only its changes are generated
     window      (height, width) of a window, in pixels; None: the whole photograph
-    border      width of the ramp between an edit and the photograph: 12 pixels in 256
+    border      width of the ramp around an edit, into the photograph: 12 pixels in 256
     whole       everything is generated, and nothing of the photograph is kept
     """
 
@@ -54,8 +55,10 @@ class PhotoEdit:
         A change of up to 3/4 of a window is the middle of one window, as in training; a larger one
         gets a margin of 1/4. Overlapping regions become one.
         """
-        if self.whole or not self.window:
+        if self.whole:
             return [(0, 0, *self.size)]
+        if not self.window:
+            return [(0, 0, *self.size)] if self.changed(0, 0, *self.size).any() else []
         regions = {}  # region: the box of its changes
         for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)
@@ -106,21 +109,33 @@ class PhotoEdit:
         return np.concatenate([rgb, lc[None], changed[None]])
 
     def _feathered(self, pixels, top, left):
-        """Generated pixels where land cover changes, a ramp, and the photograph elsewhere.
+        """Generated pixels where land cover changes, a ramp around, and the photograph elsewhere.
 
         A region has no change near its sides, but the strips above and below may have.
         """
         height, width = pixels.shape[:2]
         if self.whole:
             return pixels
-        border, above = self.border, min(self.border, top)
-        changed = self.changed(top - above, left, above + height + border, width)
-        mask = Image.fromarray(changed.astype(np.uint8) * 255)
-        mask = np.asarray(mask.filter(ImageFilter.BoxBlur(border)), np.float64)
-        share = mask[above : above + height, :, None] / 255
+        above = min(self.border, top)
+        changed = self.changed(top - above, left, above + height + self.border, width)
+        share = ramp(changed, self.border // 2)[above : above + height, :, None]
         under = self.photo.values(top, left, height, width)
         blend = under + share * (pixels - under.astype(np.float64))
         return (blend if pixels.dtype.kind == "f" else blend.round()).astype(pixels.dtype)
+
+
+def ramp(changed, radius):
+    """1 where `changed` (H, W) is True, falling to 0 over 2 * radius pixels around: float64.
+
+    It is the mean, in a square, of `changed` grown by a square of the same size.
+    """
+    share = torch.from_numpy(changed)[None, None].double()
+    side, around = 2 * radius + 1, {"stride": 1, "padding": (radius, 0)}
+    for how in (F.max_pool2d, F.avg_pool2d):
+        more = {"count_include_pad": False} if how is F.avg_pool2d else {}
+        for _ in range(2):  # along columns, then along rows
+            share = how(share, (side, 1), **around, **more).transpose(2, 3)
+    return share[0, 0].numpy()
 
 
 def centred(box, lengths, size):

@@ -32,7 +32,7 @@ def inputs_of(cfg, labels=False):
         if not found:
             raise UserError(f"--generate {path}: no images in it; it has {contents(path)}")
         files += found
-    return files
+    return list({os.path.realpath(path): path for path in files}.values())
 
 
 def results_of(path, to_labels=False, tiff=False):

@@ -80,14 +80,15 @@ class Run:
         self.images_per_step = cfg.batch_size * world_size()
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
         self.of_row, self.of_epoch = Means(saved.get("of_row")), Means(saved.get("of_epoch"))
-        self.histograms = saved.get("histograms") or data.store.histograms()
-        windows = [saved.get("window"), saved.get("window_B")] if saved else data.store.windows()
-        self.window, self.window_B = windows
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.fingerprint = fingerprint(data.store, cfg.lc_classes)
+        others = saved.get("fingerprint", self.fingerprint) != self.fingerprint
+        known = {} if others else saved
+        self.histograms = known.get("histograms") or data.store.histograms()
+        windows = [known.get("window"), known.get("window_B")] if known else data.store.windows()
+        self.window, self.window_B = windows
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
-        for number in SIGNALS:
-            signal.signal(number, self._interrupt)
+        self.handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
         total = cfg.epochs * self.steps_per_epoch * self.images_per_step
         done, self.warm = self.step * self.images_per_step, self.step + 5
         about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
@@ -95,7 +96,7 @@ class Run:
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
             self._prepare_folder(saved)
-        if saved.get("fingerprint", self.fingerprint) != self.fingerprint:
+        if others:
             self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
             self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
@@ -271,9 +272,8 @@ class Run:
 
         After a signal that came with the last epoch, which is saved, the program ends here.
         """
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.interrupted:
             self._stop(self.interrupted)
         self.bar.close()

@@ -33,7 +33,7 @@ from support.errors import SafeStream, print_once
 from support.files import LOCKS, lock, whole_or_absent
 from support.rasters import Raster
 from support.store import cache_folder
-from tensors import same
+from tensors import CPU, same
 
 SMALL = ["--size", "64", "--width", "2", "--batch-size", "2", "--epochs", "1", "--device", "cpu"]
 
@@ -379,13 +379,17 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     torch.save(content, run / "checkpoints" / "last.pt")
     rng = np.random.default_rng(5)
     for name in names:
-        save(root / split / f"{name}.bmp", picture(rng, 80, 160))
+        side = 96 if name > 8 else 80
+        save(root / split / f"{name}.bmp", picture(rng, side, 2 * side))
     capsys.readouterr()
     pix2pix.main(f"--resume --out {run}".split())
     said = capsys.readouterr().err
     assert "the images have changed: epoch 1 starts again" in said
     assert last(run)["step"] == steps
-    assert same(last(run)["histograms"], content["histograms"])  # evaluations stay comparable
+    store = pix2pix.Pairs(pix2pix.Config(**last(run)["config"]), "train", CPU).store
+    assert last(run)["window"] == max(store.windows()) == ((96, 96) if 9 in names else (80, 80))
+    assert same(last(run)["histograms"], store.histograms())  # baselines of what it trains on
+    assert same(last(run)["histograms"], content["histograms"]) == (split == "val")
     means = [float(row["g_l1"]) for row in metrics_of(run)]
     assert max(means) < 100  # without the steps that are done again
 
