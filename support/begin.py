@@ -43,15 +43,14 @@ def command(main):
             try:
                 return main(argv)
             except KeyboardInterrupt as stop:
+                _close_bars()
                 print("stopped", file=sys.stderr)
                 sys.exit(128 + (*stop.args, signal.SIGINT)[0])
             except Exception as error:
                 message = _explain(error)
                 if not message:
                     raise
-                for bar in list(getattr(tqdm, "_instances", [])):
-                    bar.leave = False
-                    bar.close()
+                _close_bars()
                 # every process meets the user's mistakes
                 if first_on_machine() or not isinstance(error, UserError):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
@@ -62,6 +61,13 @@ def command(main):
                 unlock()
 
     return wrapper
+
+
+def _close_bars():
+    """Removes all progress bars, below which a message would stand."""
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.leave = False
+        bar.close()
 
 
 def _terminated(number, frame):
