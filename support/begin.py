@@ -47,10 +47,10 @@ def command(main):
                 print("stopped", file=sys.stderr)
                 sys.exit(128 + (*stop.args, signal.SIGINT)[0])
             except Exception as error:
+                _close_bars()
                 message = _explain(error)
                 if not message:
                     raise
-                _close_bars()
                 # every process meets the user's mistakes
                 if first_on_machine() or not isinstance(error, UserError):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
