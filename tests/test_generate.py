@@ -21,7 +21,7 @@ import support.generate
 from files import LABELS, geotiff, noise, picture, pixels_of, save
 from runs import last, refused, tiny_run, use
 from support.errors import print_once
-from support.generate import _view, edit_of_files, results_of
+from support.generate import _view, edit_of_files, inputs_of, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
 from support.store import cache_folder
@@ -517,6 +517,14 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
     geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=away)
     with refused(r"lc.tif lies elsewhere than .*photo.tif"):
         edit_of_files(cfg)
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, np.zeros((9, 9, 3), np.uint8))
+    words = f"{tmp_path}/b.png", f"{tmp_path}", f"{tmp_path}/../{tmp_path.name}/a.png"
+    found = inputs_of(tiny("pix2pix", generate=words)[1])
+    assert sorted(path.name for path in found) == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
