@@ -5,7 +5,6 @@ import functools
 import ipaddress
 import json
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -59,7 +58,6 @@ def serve(studio):
     """Answers requests until Ctrl-C or SIGTERM."""
     if world_size() > 1:
         raise UserError("--serve: start it without torchrun, in one process")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listening(studio) as server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     ENDED.set()

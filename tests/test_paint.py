@@ -442,7 +442,7 @@ def end_while_a_file_is_read(aside, out):
     given = [{"files": {"input": ["x.png", ""]}}]
     thread = threading.Thread(target=canvases.open, args=given, daemon=True)
     threading.Timer(0.5, thread.start).start()
-    serve.serve(canvases)
+    common.command(lambda _: serve.serve(canvases))()  # as in a script
 
 
 @pytest.mark.slow
