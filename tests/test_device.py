@@ -9,7 +9,6 @@ import platform
 import resource
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ import support.begin
 import support.device
 from files import vgg_file
 from forks import forked
+from graphs import record_graphs
 from runs import line_of, refused, state_of, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
@@ -35,27 +35,22 @@ from support.run import Means
 from tensors import as_rank, calls_of, pictures, tiny
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """torch.cuda as far as GraphedStep touches it; capturing runs the step, replaying nothing."""
-    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
-        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
-
-
-def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(fake_cuda):
+def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(monkeypatch):
     """The batch that it was captured with stays the loader's; warm-ups share one side stream."""
+    record_graphs(monkeypatch)
     weight = torch.ones(1, requires_grad=True)
     step = GraphedStep(lambda state, batch, cfg: {"loss": (weight * batch[0]).sum()})
     batches = [(torch.full((2,), float(k)),) for k in range(6)]
     for batch in batches:
         assert not step(None, batch, None)["loss"].requires_grad
-    assert step.graph.replay.call_count == 3 and torch.cuda.Stream.call_count == 1
+    assert step.graph.replays == 3 and torch.cuda.Stream.call_count == 1
     assert torch.equal(step.batch[0], torch.full((2,), 5.0))
     assert [batch[0][0].item() for batch in batches] == [0, 1, 2, 3, 4, 5]
 
 
-def test_out_of_memory_while_capturing_is_one_line(fake_cuda, monkeypatch, capsys):
+def test_out_of_memory_while_capturing_is_one_line(monkeypatch, capsys):
     """The capture that is broken off raises an error of its own on its way out."""
+    record_graphs(monkeypatch)
 
     @contextlib.contextmanager
     def capture(graph, **_):

@@ -15,7 +15,9 @@ from torch import nn
 import common
 import support.vgg16
 from files import LABELS
+from graphs import record_graphs
 from harness import SCRIPTS
+from support.device import GraphedStep, set_lr
 from tensors import CPU, batch_of, calls_of, tiny
 
 GLOBAL = {"d": "global"}
@@ -62,16 +64,13 @@ CASES = {
 ALL = {
     "pix2pix": {},
     "pix2pix lsgan": {"gan": "lsgan", "generator": "resnet", "norm": "instance", "blocks": 1},
-    "cyclegan": {"pool_size": 3},
+    "cyclegan": {"pool_size": 9},  # filled after a graph is captured
     "cyclegan labels": LABELS | {"pool_size": 3},
     "mixlc": GLOBAL | {"local_d": True, "fusion": "dilated"},
     "mixlc label": {},
     "mixlc_acgan": {},
 }
 every = pytest.mark.parametrize("case", ALL)
-on_both_devices = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-)
 
 
 def in_double(state):
@@ -106,6 +105,10 @@ def prepared(case, device="cpu", **options):
     module, cfg = tiny(script, **{"width": 2, **ALL[case], **options})
     state = in_double(module.build(cfg, torch.device(device)))
     return module, cfg, state, double_batch(script, cfg, device=device)
+
+
+def optimizers(state):
+    return [x for x in vars(state).values() if isinstance(x, torch.optim.Optimizer)]
 
 
 def without_dropout(case):
@@ -209,26 +212,36 @@ def test_losses_of_a_bf16_step_are_float32_and_near_those_of_fp32(case):
         assert got[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.05), name
 
 
-@on_both_devices
+@pytest.mark.parametrize("way", ["cpu", "graph", pytest.param("cuda", marks=pytest.mark.cuda)])
 @every
-def test_fast_path_trains_like_the_plain_one(case, device):
-    """In float64, without dropout; on CUDA in a graph. The plain one: NCHW, Adam as it comes."""
+def test_fast_path_trains_like_the_plain_one(case, way, monkeypatch):
+    """In float64, without dropout; on CUDA in a graph, or in the recording of one on the CPU.
+
+    The plain one: NCHW, Adam as it comes. The learning rate falls on the way.
+    """
+    device = torch.device("cuda" if way == "cuda" else "cpu")
     module, cfg, fast, _ = prepared(case, device, **without_dropout(case))
     slow = copy.deepcopy(fast)
+    rates = torch.tensor([cfg.lr, cfg.lr / 3]).tolist()  # float32, as a graph has it
     for name, net in sides(slow).items():
         net.to(memory_format=torch.contiguous_format)
-        lr = cfg.lr if device == "cpu" else torch.tensor(cfg.lr).item()  # there it is a tensor
-        adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.999))
-        setattr(slow, f"opt_{name}", adam)
-    step = common.fast_step(module.train_step, cfg, torch.device(device))
-    for k in range(3 if device == "cpu" else 10):
+        setattr(slow, f"opt_{name}", torch.optim.Adam(net.parameters(), betas=(0.5, 0.999)))
+    step = common.fast_step(module.train_step, cfg, device)
+    if way == "graph":
+        record_graphs(monkeypatch)
+        step = GraphedStep(module.train_step)
+        for optimizer in optimizers(fast):
+            optimizer.param_groups[0]["lr"] = torch.tensor(cfg.lr)
+    for k in range(3 if way == "cpu" else 7):
+        for optimizer in optimizers(fast) + optimizers(slow):
+            set_lr(optimizer, rates[k > 5])
         batch = double_batch(case.split()[0], cfg, k, device)
         common.seed_step(0, 0, k)
         want = {name: loss.item() for name, loss in module.train_step(slow, batch, cfg).items()}
         common.seed_step(0, 0, k)
         got = {name: loss.item() for name, loss in step(fast, batch, cfg).items()}
         assert got == pytest.approx(want, rel=1e-6, abs=1e-8), k
-    assert device == "cpu" or step.graph is not None
+    assert way == "cpu" or step.graph is not None
 
 
 @pytest.mark.cuda

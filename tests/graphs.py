@@ -1,0 +1,50 @@
+"""CUDA's graphs and streams without a GPU: a capture is recorded, and replayed on the CPU."""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Graph(TorchDispatchMode):
+    """Every operation of a capture, which a replay repeats on the same tensors and numbers.
+
+    So a replay has what CUDA's has: a number, a branch or a new tensor that Python chose while
+    capturing is there for good. A capture of CUDA computes nothing; this one computes the first
+    replay's results.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "reads a value"
+        outputs = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, outputs))
+        return outputs
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, outputs in self.calls if self.replays > 1 else []:
+            again = tree_leaves(operation(*args, **kwargs))
+            for old, new in zip(tree_leaves(outputs), again, strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def capture(graph, **_):
+    with graph:
+        yield
+
+
+def record_graphs(monkeypatch):
+    """Replaces torch.cuda as far as GraphedStep uses it."""
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
