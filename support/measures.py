@@ -23,7 +23,7 @@ def measure_images(fake, target, brief=False, known=None):
 
     known (B, 1, H, W) bool: other pixels do not count; an image without any gives NaN.
 
-    psnr         10 log10(255^2 / MSE), in dB
+    psnr         10 log10(255^2 / MSE), in dB; at most 148.1, for equal images
     mse          mean squared error, in squared levels 0-255; brief: these two alone
     ssim         Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: Gaussian 11x11 window,
                  sigma 1.5, mean over channels and places, no padding
