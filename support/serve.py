@@ -138,8 +138,8 @@ class Handler(BaseHTTPRequestHandler):
         studio, wanted = self.server.studio, (self.command, name)
         if wanted == ("GET", ""):
             return "text/html; charset=utf-8", studio.page().encode()
-        if wanted == ("GET", "labels.png"):
-            return "image/png", studio.label_map(query)
+        if wanted == ("POST", "labels.png"):
+            return "image/png", studio.file_of(query, self._body())
         if wanted == ("POST", "open"):
             answer = studio.open(json.loads(self._body()))
         elif wanted == ("POST", "stroke"):
@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self):
         length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= MOST_BYTES:
-            raise Refused(413, f"{length} bytes: at most {MOST_BYTES} are read")
+            raise Refused(413, f"a request has 0 to {MOST_BYTES} bytes, and states how many")
         return self.rfile.read(length)
 
     def _check(self, token):
@@ -161,7 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         if urlsplit(f"//{host}").hostname not in names or origin not in (None, f"http://{host}"):
             raise Refused(403, "asked for by another name, or from another page")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise Refused(403, "the address is incomplete: copy the one that --serve printed")
+            what = "this address is incomplete, or its server has ended"
+            raise Refused(403, f"{what}: open the one that --serve printed last")
         self.connection.settimeout(60)
 
     def _send(self, status, kind, content, **more):

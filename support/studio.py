@@ -7,6 +7,7 @@ import copy
 import io
 import itertools
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ EXAMPLES = 12
 
 
 class Studio:
-    """Answers the page's requests: opens canvases, applies strokes, returns label maps.
+    """Answers the page's requests: opens canvases, applies strokes, makes files of them.
 
     make(given, photo)  -> a TranslationCanvas or an EditCanvas of MemoryRasters; photo: to edit,
                         or to compare with, or None
@@ -42,6 +43,7 @@ class Studio:
     def __init__(self, cfg, classes, make, edits=False):
         self.cfg, self.classes, self.make, self.edits = cfg, classes, make, edits
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
+        self.lock = threading.Lock()  # of canvases
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
         self.shape = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
         self.input_side, self.other_side = "BA" if edits else cfg.sides
@@ -80,13 +82,14 @@ class Studio:
     def page(self):
         """The page, with a description of the model in it."""
         table = self.classes or ClassTable.load("maps")
+        photographs = self.input_side == "A" and not self.classes  # a map's colours are of no use
         shown = [photo if self.edits else given for given, photo in self.examples]
         pictures = [x.table.palette[x.start] if x.table else x.start for x in shown]
         about = {
             "script": self.cfg.script,
             "edits": self.edits,
             "labels": bool(self.classes),
-            "classes": list(zip(table.names, table.colors, strict=True)),
+            "classes": [] if photographs else list(zip(table.names, table.colors, strict=True)),
             "unlabeled": table.palette[IGNORED].tolist(),
             "blank": dict(zip(("height", "width"), self.shape, strict=True)),
             "most": MOST_SAMPLES,
@@ -114,16 +117,19 @@ class Studio:
         canvas = self.worker.submit(self.make, copy.deepcopy(given), photo).result()
         canvas.photo = photo
         key = str(next(self.numbers))
-        self.canvases[key] = canvas
-        while len(self.canvases) > 1 and sum(x.start.size for x in self.canvases.values()) > KEPT:
-            self.canvases.popitem(last=False)
+        with self.lock:
+            self.canvases[key], opened = canvas, self.canvases.values()
+            while len(opened) > 1 and sum(x.start.size for x in opened) > KEPT:
+                self.canvases.popitem(last=False)
         return self._described(key)
 
     def _described(self, key):
         canvas = self._canvas({"canvas": key})
-        start, now = (base64.b64encode(x.tobytes()).decode() for x in (canvas.start, canvas.pixels))
         height, width = canvas.pixels.shape[:2]
-        about = {"canvas": key, "height": height, "width": width, "start": start, "pixels": now}
+        about = {"canvas": key, "height": height, "width": width}
+        about["start"] = base64.b64encode(canvas.start.tobytes()).decode()
+        if (canvas.pixels != canvas.start).any():
+            about["pixels"] = base64.b64encode(canvas.pixels.tobytes()).decode()
         return about | {"photo": None if canvas.photo is None else png(canvas.photo.start)}
 
     def _picture(self, colours):
@@ -152,7 +158,7 @@ class Studio:
             try:
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
-                        raise UserError(f"{path}: too many pixels for this page")
+                        raise UserError(f"{path}: more than {MOST_PIXELS} pixels: cut it")
                     pixels = raster.values()
                     valid = raster.valid(0, 0, *pixels.shape[:2])
                     if raster.masked and valid.any() and not table:
@@ -162,10 +168,12 @@ class Studio:
                 raise UserError(str(error).replace(str(path), name)) from None
 
     def _canvas(self, query):
-        canvas = self.canvases.get(query.get("canvas"))
-        if not canvas:
-            raise UserError("this canvas was closed, as many newer ones were opened")
-        self.canvases.move_to_end(query["canvas"])
+        with self.lock:
+            canvas = self.canvases.get(query.get("canvas"))
+            if not canvas:
+                what = "this canvas no longer exists"
+                raise UserError(f"{what}: save what you see, then open it anew")
+            self.canvases.move_to_end(query["canvas"])
         return canvas
 
     def stroke(self, query, content):
@@ -175,14 +183,18 @@ class Studio:
         top, left = whole(query, "y", 0, height - 1), whole(query, "x", 0, width - 1)
         sides = whole(query, "height", 1, height - top), whole(query, "width", 1, width - left)
         samples = whole(query, "samples", 1, MOST_SAMPLES)
-        shape = *sides, *canvas.pixels.shape[2:]
+        change = canvas, (top, left, *sides), self._pixels(content, *sides), samples
+        return self.worker.submit(self._generate, *change).result()
+
+    def _pixels(self, content, *sides):
+        """Bytes as class indices (H, W), or as colours (H, W, 3)."""
+        shape = sides if self.classes else (*sides, 3)
         if len(content) != np.prod(shape):
-            raise UserError(f"a stroke of {len(content)} bytes where {np.prod(shape)} belong")
+            raise UserError(f"{len(content)} bytes where {np.prod(shape)} belong")
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
         if self.classes and (pixels[pixels != IGNORED] >= len(self.classes)).any():
             raise UserError(f"a class outside the table of {len(self.classes)} classes")
-        change = canvas, (top, left, *sides), pixels, samples
-        return self.worker.submit(self._generate, *change).result()
+        return pixels
 
     def _generate(self, canvas, box, pixels, samples):
         top, left, height, width = box
@@ -193,9 +205,10 @@ class Studio:
             pictures.append({"x": x, "y": y, "png": png(picture)})
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 
-    def label_map(self, query):
-        """The painted label map as a PNG of the table's values and colours, or the picture."""
-        pixels = self._canvas(query).pixels
+    def file_of(self, query, content):
+        """What was painted as a PNG: a label map has the table's values and colours."""
+        sides = whole(query, "height", 1, MOST_PIXELS), whole(query, "width", 1, MOST_PIXELS)
+        pixels = self._pixels(content, *sides)
         image = label_image(pixels, self.classes) if self.classes else Image.fromarray(pixels)
         return encoded(image)
 

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +36,7 @@ from support.limits import Limits
 from support.pictures import as_array
 from support.rasters import Raster
 from support.studio import Studio
-from tensors import tiny
+from tensors import calls_of, tiny
 
 PLAYWRIGHT = importlib.util.find_spec("playwright")
 
@@ -250,11 +251,13 @@ def test_a_stroke_is_painted_and_the_map_can_be_read_again(server, tmp_path):
     assert one.shape == (64, 80, 3) and not np.array_equal(one, other)
     far = [np.abs(one[30, 35] - np.array(color)).sum() for color in CLASSES.colors]
     assert np.argmin(far) == 1
-    (tmp_path / "map.png").write_bytes(request("GET", f"labels.png?canvas={canvas}")[1])
-    assert np.array_equal(Raster(tmp_path / "map.png", CLASSES).read(), want)
     again = request("POST", "open", {"canvas": canvas})[1]
     pixels, start = (base64.b64decode(again[name]) for name in ("pixels", "start"))
     assert pixels == want.tobytes() and start == bytes(64 * 80)
+    (tmp_path / "map.png").write_bytes(request("POST", "labels.png?width=80&height=64", pixels)[1])
+    assert np.array_equal(Raster(tmp_path / "map.png", CLASSES).read(), want)
+    for sides, content in (("width=80&height=63", pixels), ("width=1&height=1", b"\3")):
+        assert request("POST", f"labels.png?{sides}", content)[0] == 400
 
 
 def test_the_page_knows_the_model(server):
@@ -310,8 +313,9 @@ def test_strangers_are_refused(server):
     token = request.server.token
     for wrong in ("/wrong/", "//", f"/{token[:-1]}/", f"/{token}x/"):
         status, text = request("GET", "", token=wrong)
-        assert status == 403 and b"copy the one that --serve printed" in text
+        assert status == 403 and b"open the one that --serve printed last" in text
     assert request("GET", "", Host="evil.example")[0] == 403
+    assert request("GET", "", Host="localhost")[0] == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         status, text = request("POST", "open", "{}", Origin=origin)
         assert status == 403 and b"from another page" in text
@@ -327,7 +331,8 @@ def test_every_answer_forbids_what_the_page_does_not_need(server):
         connection.request("GET", path)
         headers = connection.getresponse().headers
         assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
-        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        for name in ("frame-ancestors", "base-uri", "form-action"):
+            assert f"{name} 'none'" in headers["Content-Security-Policy"]
         assert (
             headers["Cache-Control"] == "no-store" and headers["Referrer-Policy"] == "same-origin"
         )
@@ -340,8 +345,8 @@ STROKES = {
     "y=a": "y is missing, or no whole number",
     "width=61": "width 61: must be 1 to 60",
     "samples=9": "samples 9: must be 1 to 4",
-    "height=4": "a stroke of 15 bytes where 20 belong",
-    "canvas=99": "this canvas was closed",
+    "height=4": "15 bytes where 20 belong",
+    "canvas=99": "this canvas no longer exists",
 }
 
 
@@ -370,7 +375,7 @@ def test_rubbish_is_refused_in_a_line(server, body):
 def test_length_is_bounded(server):
     _, request = server
     status, text = request("POST", "open", None, **{"Content-Length": str(2**40)})
-    assert status == 413 and b"at most" in text
+    assert status == 413 and b"a request has 0 to" in text
     assert request("POST", "open", iter([b"{}"]), **{"Transfer-Encoding": "chunked"})[0] == 413
 
 
@@ -478,6 +483,59 @@ def test_only_so_many_pixels_are_kept_those_used_last(server, monkeypatch):
     fourth = opened(request)
     found = [stroke(request, canvas)[0] for canvas in (first, second, third, fourth)]
     assert found == [200, 400, 200, 200]
+    assert len({first, second, third, fourth, opened(request)}) == 5  # no number is given twice
+
+
+def test_canvases_are_opened_by_many_at_once(server):
+    studio, errors, before = server[0], [], sys.getswitchinterval()
+
+    def opens():
+        try:
+            for _ in range(60):
+                studio.open({"height": 16, "width": 16})
+        except Exception as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=opens) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert not errors
+
+
+def test_large_files_of_strangers_are_not_decoded(server, monkeypatch):
+    _, request = server
+    monkeypatch.setattr(studios, "MOST_PIXELS", 100)
+    content = io.BytesIO()
+    np.savez_compressed(content, np.zeros((40, 60), np.uint8))
+    for given, text in (
+        (in_base64("x.npz", content.getvalue()), "x.npz: has more pixels than fit"),
+        (file(np.zeros((40, 60), np.uint8), "x.tif", "TIFF"), "x.tif: more than 100 pixels"),
+    ):
+        status, answer = request("POST", "open", {"files": {"input": given}})
+        assert status == 400 and answer.decode().startswith(text)
+
+
+def test_a_bug_is_on_the_page_and_in_the_terminal(server, monkeypatch, capsys):
+    studio, request = server
+    monkeypatch.setattr(studio, "page", lambda: 1 / 0)
+    status, text = request("GET", "")
+    assert status == 500 and b"ZeroDivisionError" in text
+    time.sleep(0.1)  # the other thread prints it
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("served", ["translations", "edits"])
+def test_what_is_predicted_ends_with_the_server(served, tmp_path, monkeypatch):
+    studios_served = calls_of(monkeypatch, serve, "serve", lambda studio: None)
+    ends = calls_of(monkeypatch, serve, "until_the_end")
+    cfg = configured("pix2pix", tmp_path, data="none", lc_classes=CLASSES.text)
+    more = (False, False) if served == "translations" else ()
+    getattr(serve, served)(cfg, None, None, *more)
+    assert len(ends) == len(studios_served) == 1
 
 
 def test_a_canvas_is_opened_between_paintings(server):
@@ -508,11 +566,13 @@ def test_a_painting_stops_when_the_server_has_ended(monkeypatch):
 def test_addresses(tmp_path, capsys):
     def listening(**options):
         cfg = configured("pix2pix", tmp_path, data="none", **options)
-        serve.listening(Studio(cfg, CLASSES, None)).server_close()
-        return capsys.readouterr().err
+        server = serve.listening(Studio(cfg, CLASSES, None))
+        server.server_close()
+        return capsys.readouterr().err, socket.gethostname().lower() in server.names
 
-    assert "warning" not in listening()
-    assert "warning: --address 0.0.0.0" in listening(address="0.0.0.0")
+    assert listening() == ("", False)
+    said, named = listening(address="0.0.0.0")
+    assert "warning: --address 0.0.0.0" in said and named
     with refused("--address nowhere.invalid"):
         listening(address="nowhere.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken, refused("cannot listen .* --port 0"):
@@ -531,13 +591,18 @@ def test_an_address_of_ipv6(tmp_path, capsys):
         assert request("GET", "", Host="evil.example")[0] == 403
 
 
-def test_strangers_that_keep_silent_do_not_stop_the_page(server):
+def test_strangers_that_keep_silent_do_not_stop_the_page(server, monkeypatch):
     _, request = server
     strangers = [socket.create_connection(("127.0.0.1", request.port)) for _ in range(6)]
     assert request("GET", "")[0] == 200
     for connection in strangers:
         connection.close()
     assert serve.Handler.timeout <= 5
+    limits = calls_of(monkeypatch, socket.socket, "settimeout")
+    for token, waits in ((request.server.token, True), ("wrong", False)):
+        limits.clear()
+        request("GET", "", token=f"/{token}/")
+        assert [seconds for _, seconds in limits].count(60) == 1 + waits  # one is the client's
 
 
 # ------------------------------------------------------------------------------------------ browser
@@ -699,7 +764,9 @@ class TestBrowser:
         assert ("no noise" in tab.page.inner_text("#status")) == tab.edits()
         figures.locator("input[type=range]").first.fill("50")
         assert "50%" in tab.page.evaluate("figures[0].before.style.clipPath")
-        answer = Image.open(tab.downloaded("main figure button", tmp_path / "answer.png"))
+        answer = Image.open(
+            tab.downloaded("main figure:not(#left) button", tmp_path / "answer.png")
+        )
         assert answer.size == (64, 64) and answer.mode == "RGB"
         assert (tab.map_file(tmp_path) == tab.pixels()).all()
 
@@ -709,7 +776,7 @@ class TestBrowser:
         save(tmp_path / "photo.png", np.full((70, 90, 3), 100, np.uint8))
         if tab.edits():
             tab.page.set_input_files("#photo", tmp_path / "photo.png")
-            tab.page.wait_for_selector("text=now its land cover")
+            tab.page.wait_for_selector("text=now open its land cover")
         tab.page.set_input_files("#input", tmp_path / "broken.png")
         assert tab.shows_an_error("broken.png: cannot be decoded")
         if tab.edits():
@@ -753,7 +820,7 @@ class TestBrowser:
         assert tab.page.evaluate("done.length") == 2
 
     @pytest.mark.parametrize("address", ["mixlc"], indirect=True)
-    def test_keys_alone_paint_and_errors_are_text_in_the_page(self, tab):
+    def test_keys_alone_paint_and_errors_are_text_in_the_page(self, tab, tmp_path):
         first = tab.pixels()
         tab.page.focus("#map")
         tab.press("3", "ArrowLeft", "ArrowUp", " ")
@@ -761,7 +828,8 @@ class TestBrowser:
         assert (tab.pixels() != first).any()
         tab.page.evaluate("canvas = '99'")
         tab.drag((0.2, 0.2), (0.6, 0.6))
-        assert tab.shows_an_error("this canvas was closed")
+        assert tab.shows_an_error("this canvas no longer exists")
+        assert (tab.map_file(tmp_path) == tab.pixels()).all()
 
     @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
     def test_a_phone_paints_with_a_finger(self, chromium, address):
