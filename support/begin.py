@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint
@@ -19,6 +20,7 @@ from support.classes import ClassTable
 from support.device import has_avx512, start
 from support.errors import SafeStream, UserError, out_of_memory
 from support.files import lock, unlock
+from support.judge import load_judge
 from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
@@ -109,9 +111,8 @@ def begin(config, doc, quick, argv=None):
         cfg, checkpoint = _use(cfg, given)
     elif cfg.using:
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
-    results = Path(cfg.out) / "evaluation.json"
-    if cfg.evaluate and results.is_file() and b'"rows": {' not in results.read_bytes():
-        raise UserError(f"{results}: written by another program: choose another --out")
+    if cfg.using:
+        _check_results(cfg)
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if cfg.using and "precision" not in given and cfg.device == "cpu" and not has_avx512():
@@ -120,6 +121,9 @@ def begin(config, doc, quick, argv=None):
         cfg = _new_run(cfg)
     if (cfg.judge or cfg.train_judge) and not cfg.classes:
         raise UserError("a judge needs data with land cover: leave --judge and --train-judge out")
+    if cfg.judge:  # a wrong one is refused before training
+        with torch.random.fork_rng([]):
+            load_judge(cfg, cfg.judge)
     return cfg, device, checkpoint
 
 
@@ -131,6 +135,26 @@ def _check_modes(cfg):
     weights = any(getattr(cfg, name) for name in weight_options(cfg))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
+    if cfg.evaluate and (cfg.generate or cfg.serve):
+        raise UserError("--evaluate writes into the run, --generate elsewhere: one at a time")
+    if cfg.judge and cfg.train_judge:
+        raise UserError("--judge names a trained judge: leave --train-judge out")
+
+
+def _check_results(cfg):
+    """Refuses a folder of results that is a file, or has those of something else."""
+    folder, results = Path(cfg.out), Path(cfg.out) / "evaluation.json"
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file, not a folder")
+    if not cfg.evaluate:
+        return
+    if results.is_file() and b'"rows": {' not in results.read_bytes():
+        raise UserError(f"{results}: written by another program: choose another --out")
+    about = folder / "config.json"
+    text = about.read_text(errors="replace") if about.is_file() else ""
+    script = re.search(r'"script": "(\w+)"', text)
+    if script and script[1] != cfg.script:
+        raise UserError(f"--out {folder}: a run of {script[1]}.py: choose another --out")
 
 
 def _resume(cfg, given):
@@ -163,8 +187,8 @@ def _use(cfg, given):
     fixed = {name for name in groups if groups[name] == "model"}
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
     new = _merged(cfg, given, saved, fixed, path)
-    inside = path.parent.name == "checkpoints"
-    run = path.parent.parent if inside else Path("runs") / path.stem
+    folder = path.parent.parent if path.parent.name else Path("..")
+    run = folder if path.absolute().parent.name == "checkpoints" else Path("runs") / path.stem
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
     if not cfg.out:  # the cache of training, also for results in generated/

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from support.classes import IGNORED
 from support.limits import values_of
 from support.pictures import mirrored, resize
 from support.windows import Windows, hull, network_input, overlap, shared_statistics, window_of
@@ -44,10 +45,14 @@ class PhotoEdit:
         return mirrored(labels, height, width)
 
     def changed(self, *window):
-        """Where the land cover of a window (top, left, height, width) changes: bool."""
+        """Where the land cover of a window (top, left, height, width) becomes another: bool.
+
+        Where it has no class after the edit, nothing is asked for, and the photograph stays.
+        """
         if not self.has_before:
             return np.ones(window[2:], bool)
-        return self.before(*window) != self.after(*window)
+        after = self.after(*window)
+        return (self.before(*window) != after) & (after != IGNORED)
 
     def regions(self):
         """The regions to generate, [(top, left, height, width), ...]: one for a group of changes.

@@ -68,8 +68,12 @@ def write_text(path, text):
         aside.write_text(text + "\n", encoding="utf-8")
 
 
-def write_image(path, image):
-    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image: JPEG at quality 95, others lossless."""
+def write_image(path, image, colours=None):
+    """Writes (H, W, 3) or (H, W) uint8, or a Pillow image: JPEG at quality 95, others lossless.
+
+    colours  its ICC profile, or None
+    """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        picture.save(aside, quality=95, subsampling=0, lossless=True)  # JPEG; WebP
+        how = {"quality": 95, "subsampling": 0, "lossless": True}  # JPEG; WebP
+        picture.save(aside, **how, icc_profile=colours)

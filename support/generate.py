@@ -32,7 +32,7 @@ def inputs_of(cfg, labels=False):
         if not found:
             raise UserError(f"--generate {path}: no images in it; it has {contents(path)}")
         files += found
-    return list({os.path.realpath(path): path for path in files}.values())
+    return list({(os.path.realpath(path), path.name): path for path in files}.values())
 
 
 def results_of(path, to_labels=False, tiff=False):
@@ -50,8 +50,6 @@ def results_of(path, to_labels=False, tiff=False):
 def missing(cfg, names, inputs):
     """The results to write: those that --out lacks, or with --overwrite all."""
     out = Path(cfg.out)
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file, not a folder")
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"--generate: two results would be called {name}")
@@ -90,9 +88,9 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     tiff = not to_labels and needs_tiff(cfg, wanted)
     names = {path: results_of(path, to_labels, tiff) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
-    files = [path for path in files if new.issuperset(names[path])]
+    files = [path for path in files if new.intersection(names[path])]
     about = {"bands": cfg.bands(given), "limits": Limits.of(cfg, given)}
-    for path in files:  # a damaged one is found before anything is generated
+    for path in files:  # a wrong kind of file is found before anything is generated
         with Raster(path, table, **about):
             pass
     for path in files:
@@ -192,12 +190,12 @@ def edit_file(cfg, predict, net=None):
     for k, name in enumerate(names, 1):
         if name in new:
             _write_edit(out / name, edit, regions, functools.partial(predict, sample=k), net)
-            results[f"after {k}" if cfg.samples > 1 else "after"] = out / name
-    if sheet in new and results:
+        results[f"after {k}" if cfg.samples > 1 else "after"] = out / name
+    if sheet in new:
         pictures = _pictures(edit, regions, results)
         save_grid(out / sheet, {title: as_tensor(x) for title, x in pictures.items()})
         print(f"before and after: {out / sheet}")
-    print(f"{len(results)} picture(s) written to {out}")
+    print(f"{len(new.intersection(names))} picture(s) written to {out}")
 
 
 def _write_edit(path, edit, regions, predict, net):
@@ -221,6 +219,7 @@ def _pictures(edit, regions, results):
     for title, path in results.items():
         written = range(1, edit.cfg.channels("A") + 1)
         with Raster(path, bands=written, limits=edit.photo.limits) as raster:
+            check_pair(edit.photo, raster)  # it may have been there before
             pictures[title] = eight_bits(raster.read(*view))
     if len(results) > 1:
         spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)

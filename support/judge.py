@@ -62,24 +62,38 @@ def find_judge(cfg, device):
     trained = cfg.judge or path.is_file()
     if not cfg.classes or not (trained or cfg.train_judge):
         return None
-    torch.manual_seed(cfg.seed)
-    judge = Judge(len(cfg.classes), cfg.channels("A")).to(device)
-    classes = list(cfg.classes.names)
     if trained:
-        content = load_weights(path)
-        with refusing(f"{path}: is not a judge of {len(classes)} classes"):
-            judge.load_state_dict(content["state"]["judge"])
-        if list(content.get("classes", classes)) != classes:
-            raise UserError(f"{path}: a judge of other classes: {', '.join(content['classes'])}")
+        judge = load_judge(cfg, path).to(device)
     else:
+        torch.manual_seed(cfg.seed)
+        judge = Judge(len(cfg.classes), cfg.channels("A")).to(device)
         train_judge(judge, cfg, device)
         if rank() == 0:
-            save_checkpoint(path, {"state": {"judge": judge.state_dict()}, "classes": classes})
+            state = {"judge": judge.state_dict()}
+            save_checkpoint(path, {"state": state} | _photographs_of(cfg))
     weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
     judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
     if rank() == 0:
-        print(f"the judge is {path}")
+        print(f"the judge is {path}" + ", which was trained before" * bool(trained))
     return judge
+
+
+def load_judge(cfg, path):
+    """The judge of a file; refuses one that was trained on other photographs or classes."""
+    content, ours = load_weights(path), _photographs_of(cfg)
+    judge = Judge(len(cfg.classes), cfg.channels("A"))
+    with refusing(f"{path}: is not a judge of {len(cfg.classes)} classes"):
+        judge.load_state_dict(content["state"]["judge"])
+    for name, own in ours.items():
+        theirs = content.get(name, own)
+        if theirs != own:
+            raise UserError(f"{path}: a judge of other {name}: {theirs or 'the usual ones'}")
+    return judge
+
+
+def _photographs_of(cfg):
+    """What a judge must have in common with a run: classes, bands and limits of photographs."""
+    return {"classes": list(cfg.classes.names), "bands": cfg.bands_A, "limits": cfg.limits_A}
 
 
 def train_judge(judge, cfg, device):

@@ -94,7 +94,10 @@ def _class_table(root, lc_classes):
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
     table = ClassTable.load(lc_classes or own)
-    if table and own and ClassTable.load(own).entries != table.entries:
+    there = ClassTable.load(own)
+    if own and not table:
+        print_once(f"{own}: not used, as B is pictures")
+    elif own and (there.entries, there.names) != (table.entries, table.names):
         names = ", ".join(table.names)
         print_once(f"{own}: differs from the class table in use ({names})")
     return table
@@ -149,8 +152,10 @@ def _match(a, b, where, endings=("", "")):
     if alone:
         path = (named_a | named_b)[min(alone)]
         raise UserError(f"{where}: {len(a)} images and {len(b)}: {path} has no partner")
-    if len(named_a) != len(a) or len(named_b) != len(b):
-        raise UserError(f"{where}: two files in one folder have the same name but for the ending")
+    twice = {*a, *b} - {*named_a.values(), *named_b.values()}
+    if twice:
+        what = "another file there has the same name but for the ending"
+        raise UserError(f"{where}: {min(twice)}: {what}")
     return list(named_a.values()), [named_b[name] for name in named_a]
 
 

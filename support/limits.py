@@ -102,14 +102,19 @@ def with_limits(cfg, split):
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
-        text = cfg.limits_A if side == "A" else cfg.limits_B
+        typed = text = cfg.limits_A if side == "A" else cfg.limits_B
         if not text and dtype == "uint8":
             text = "0,255"
         elif not text:
             pairs = _percentiles(paths[side], cfg.bands(side))
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
-        Limits.of(cfg, side)  # refuses wrong ones
+        limits = Limits.of(cfg, side)  # refuses wrong ones
+        if typed:
+            samples = np.concatenate(list(_samples(paths[side], cfg.bands(side)).values()))
+            if limits.too_wide_for(samples):
+                about = "the training images fill less than 1% of it: other units?"
+                print_once(f"--limits-{side} {text}: {about}")
     return cfg
 
 
@@ -119,9 +124,9 @@ def _kind(path, bands=()):
         return raster.dtype, raster.count
 
 
-def _percentiles(paths, bands, windows=200, side=256):
-    """The 2nd and 98th percentile of every band, (C, 2), from random windows of all files."""
-    rng, samples = np.random.default_rng(0), {}  # {file: its values (K, C)}
+def _samples(paths, bands, windows=200, side=256):
+    """{file: values (K, C) float64} of random windows of all files."""
+    rng, samples = np.random.default_rng(0), {}
     files = some_of(paths, windows)
     for path in files:
         samples[path] = []
@@ -133,12 +138,18 @@ def _percentiles(paths, bands, windows=200, side=256):
                 values = values[raster.valid(*corner, *values.shape[:2])]
                 samples[path].append(values[:: 1 + len(values) // 2000])
         samples[path] = np.concatenate(samples[path]).astype(np.float64)
+    return samples
+
+
+def _percentiles(paths, bands):
+    """The 2nd and 98th percentile of every band, (C, 2)."""
+    samples = _samples(paths, bands)
     if not any(map(len, samples.values())):
         raise UserError(f"{paths[0]}: no pixel has data")
     low, high = np.percentile(np.concatenate([*samples.values()]), [2, 98], axis=0)
     high = np.where(high > low, high, low + 1)
-    flat = [path for path in files if Limits(low, high, "").too_wide_for(samples[path])]
-    if 0 < len(flat) < len(files):
-        about = f"{len(flat)} of {len(files)} images, such as {flat[0]}"
+    flat = [path for path in samples if Limits(low, high, "").too_wide_for(samples[path])]
+    if 0 < len(flat) < len(samples):
+        about = f"{len(flat)} of {len(samples)} images, such as {flat[0]}"
         print_once(f"{about}, fill less than 1% of the values of all: other units?")
     return np.column_stack([low, high])

@@ -28,6 +28,7 @@ class Raster:
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
+    colours        the ICC profile of an RGB picture that is no TIFF: bytes, or None
     tiff           rasterio's dataset of a TIFF or VRT, else None; chosen: its bands that are read
     """
 
@@ -35,7 +36,7 @@ class Raster:
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._palette, self._clear, self._levels, self._alpha = None, [], None, None
         self._has_alpha, self.bands = False, list(bands)
-        self.limits, self.dtype = limits, "uint8"
+        self.limits, self.dtype, self.colours = limits, "uint8", None
         suffix = self.path.suffix.lower()
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
@@ -48,11 +49,14 @@ class Raster:
                 with opening.open_image(path) as image:
                     self._has_alpha = image.has_transparency_data
                     sides = image.size[::-1]
+                    if image.mode in ("RGB", "RGBA"):
+                        self.colours = image.info.get("icc_profile")
                     self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
                     sideways = not table and 5 <= _orientation(image) <= 8
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
-                raise UserError(f"{path}: {self.width}x{self.height} is too large: make it a TIFF")
+                sides = f"{self.width}x{self.height}"
+                raise UserError(f"{path}: {sides} is too large: make it a TIFF, or cut it")
             wanted = limits.dtype if limits and not table else ""
             if wanted and (wanted == "uint8") != (self.dtype == "uint8"):
                 raise UserError(f"{path}: has {self.dtype} values; the training images: {wanted}")
@@ -208,7 +212,7 @@ class Raster:
             self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
             self._palette = None
         sample, known = self._sample()
-        lossy = str(self.tiff.compression) == "Compression.jpeg"
+        lossy = str(self.tiff.compression) in ("Compression.jpeg", "Compression.webp")
         self._choose_reading(sample, known, lossy)
         if self._by_colour:  # a photograph is refused here
             self._labels(sample, known, strict=True)
@@ -326,8 +330,10 @@ _TURNS = dict(enumerate(_TURNS.split(), 2))
 
 
 def _orientation(image):
-    """EXIF's orientation of an open image, 1 to 8; 1 in formats that cameras do not write."""
-    return image.getexif().get(274, 1) if image.format in ("JPEG", "MPO", "WEBP") else 1
+    """EXIF's orientation of an open image, 1 to 8; 1 in formats without EXIF."""
+    # Pillow would decode a PNG in search of EXIF
+    known = image.format in ("JPEG", "MPO", "WEBP") or "exif" in image.info
+    return image.getexif().get(274, 1) if known else 1
 
 
 def check_pair(a, b):

@@ -171,7 +171,8 @@ class ImageStore:
         try:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:
-                raise UserError(f"--patch {self.patch}: every image is smaller")
+                where = f"every image of split {self.split.name}"
+                raise UserError(f"--patch {self.patch}: {where} is smaller")
             if small := counts.count(0):
                 print_once(f"smaller than --patch {self.patch} and left out: {small} image(s)")
             with whole_or_absent(path) as aside:

@@ -20,14 +20,15 @@ def writing(path, source, classes=None, bands=3, limits=None, edited=False):
 
     With a ClassTable pixels are (H, W) class indices, and the file gets its values and colours;
     else they are (H, W, bands) uint8, or of the type of Limits. A TIFF has the place on earth and
-    the holes of its source; if that is edited, also its bands' names, units, scales and offsets.
+    the holes of its source; if that is edited, also its bands' names, units, scales and offsets,
+    and, as every file, its ICC profile.
     Other files are written at the end, and have one band or three of 8 bits. The file appears when
     it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before anything is generated
     if path.suffix.lower() in TIFF_SUFFIXES:
         return _writing_tiff(path, source, classes, bands, limits, edited)
-    return _writing_whole(path, source, classes, bands)
+    return _writing_whole(path, source, classes, bands, source.colours if edited else None)
 
 
 def label_image(index, classes):
@@ -39,7 +40,7 @@ def label_image(index, classes):
 
 
 @contextlib.contextmanager
-def _writing_whole(path, source, classes, bands):
+def _writing_whole(path, source, classes, bands, colours):
     size = source.height, source.width
     whole = np.zeros(size if classes else (*size, bands), np.uint8)
     yield functools.partial(paste, whole)
@@ -49,7 +50,7 @@ def _writing_whole(path, source, classes, bands):
     if not classes:
         if source.masked and path.suffix.lower() in (".png", ".webp"):
             whole = np.dstack([whole, alpha])
-        write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole)
+        write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole, colours)
         return
     write_image(path.with_suffix(".png"), label_image(whole, classes))
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
@@ -127,6 +128,8 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
             ):
                 target.update_tags(**tags)
                 if edited and source.tiff:
+                    profile_tags = source.tiff.tags(ns="COLOR_PROFILE")
+                    target.update_tags(ns="COLOR_PROFILE", **profile_tags)
                     for about in ("descriptions", "units", "scales", "offsets"):
                         values = [getattr(source.tiff, about)[k - 1] for k in source.chosen]
                         setattr(target, about, (values * bands)[:bands])  # grey is read thrice

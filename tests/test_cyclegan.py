@@ -16,6 +16,7 @@ import cyclegan
 from cyclegan import ImagePool, build, main, translate
 from files import LABELS, TABLE, picture, pixels_of, save, side_by_side
 from runs import JUDGED, last, line_of, rows_of, tiny_run, use
+from support.limits import Limits
 from support.pictures import to_bytes
 from tensors import CPU, calls_of, maps, open_data, pictures, same, tiny
 
@@ -73,6 +74,7 @@ def test_each_row_measures_its_own_picture(pairs, cache, monkeypatch):
     val, state = open_data("cyclegan", pairs, cache, split="val"), build(PICTURES, CPU)
     measured = calls_of(monkeypatch, common.Scores, "add_images")
     compared = calls_of(monkeypatch, common.Scores, "add_distances")
+    val.store.limits = {"A": Limits((0,) * 3, (1,) * 3, ""), "B": Limits((0,) * 3, (2,) * 3, "")}
     cyclegan.evaluate(state, val, PICTURES, [0, 1])
     ((a, b),) = val.in_order([0, 1])
     back = dataclasses.replace(PICTURES, direction="BtoA")
@@ -88,6 +90,8 @@ def test_each_row_measures_its_own_picture(pairs, cache, monkeypatch):
     assert {row for _, row, *_ in compared} == {"A to B: model", "B to A: model"}
     for _, row, guess, target, *_ in measured + compared:
         assert torch.equal(guess, wanted[row][0]) and torch.equal(target, wanted[row][1])
+    for _, row, _, _, limits in measured:
+        assert limits == val.store.limits[row.split(":")[0][-1]]
 
 
 def test_domains_are_drawn_independently(pairs, cache):
@@ -123,7 +127,7 @@ def test_a_run_on_land_cover(landcover, tmp_path):
         assert 0 <= rows[row]["judge_pixel_accuracy"] <= 1, row
     assert rows["real photograph"] != rows["real, of another place"]
     measures = {"pixel_accuracy", "class_accuracy", "mean_iou", "class_variety"}
-    assert set(rows["A to B: model"]) == measures
+    assert set(rows["A to B: model"]) == measures and "A to B: copy of the input" not in rows
     assert rows["A to B: most frequent class"]["class_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     frequent = last(run)["histograms"]["B"][0, :3].argmax()
     share = np.sum(confusion, 1)[frequent] / np.sum(confusion)

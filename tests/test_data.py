@@ -16,6 +16,7 @@ from PIL import Image
 
 import common
 import pix2pix
+import support.store
 from common import ImageStore
 from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save, side_by_side, touch
 from pix2pix import Config
@@ -27,7 +28,7 @@ from support.limits import Limits
 from support.measures import confusion_matrix, measure_images, measure_labels
 from support.pictures import as_array, as_tensor, resize, resize_known, to_bytes
 from support.rasters import Raster
-from tensors import CPU
+from tensors import CPU, calls_of
 
 
 def store_of(root, cache, side=32, split="train", **options):
@@ -177,6 +178,7 @@ LABELS = {
     "whole floats": (TABLE, "x.npy", CODES.astype(float), INDEX),
     "an axis of 1": (TABLE, "x.npy", CODES[None], INDEX),
     "one-hot": (TABLE, "x.npz", ONE_HOT, INDEX),
+    "one-hot, a row ignored": (IGNORED_SECOND, "x.npz", ONE_HOT, INDEX),
     "one-hot, channels first": (TABLE, "x.npz", np.moveaxis(ONE_HOT, -1, 0), INDEX),
     "one-hot of all rows": (TABLE, "x.npz", CODES[..., None] == np.arange(4), INDEX),
     "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is not one-hot"),
@@ -384,6 +386,12 @@ def test_class_table_round_trip():
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
     values = sorted(ClassTable.load("s2glc").values)  # of Malinowski et al. 2020, and 0 for clouds
     assert values == [0, 62, 73, 75, 82, 83, 102, 103, 104, 105, 106, 121, 123, 162]
+    colors = [ClassTable.load(name).colors for name in ("s2glc", "maps", "binary")]
+    assert [int(np.dot(np.ravel(x), np.arange(3 * len(x)))) for x in colors] == [
+        101298,
+        71409,
+        3060,
+    ]
     colors = [list(bytes.fromhex(row["color"][1:])) for row in TABLE]
     assert CLASSES.palette[[0, 1, 2, 255, 3]].tolist() == [*colors, [0, 0, 0]]
     two_ignored = table_of([*TABLE, {"name": "cloud", "color": "255,0,0", "ignore": True}])
@@ -447,6 +455,8 @@ def test_labels_are_resized_with_nearest_only(landcover, tmp_path):
     assert store.B.shape == (4, 1, 50, 50) and set(np.unique(store.B)) == {0, 1, 2, 255}
     store_of(landcover, tmp_path, 50, lc_classes=json.dumps(VALUES))
     assert len(store_files(tmp_path)) == 2  # given values may decide how palettes are read
+    store_of(landcover, tmp_path, 50, lc_classes=json.dumps({"nearest": True, "classes": VALUES}))
+    assert len(store_files(tmp_path)) == 3
 
 
 def store_files(folder):
@@ -455,7 +465,9 @@ def store_files(folder):
 
 def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     root, cache = side_by_side(tmp_path / "data"), tmp_path / "cache"
+    waited = calls_of(monkeypatch, support.store, "wait_for_others")
     store_of(root, cache)
+    assert len(waited) == 1  # of several processes the first builds it
     with monkeypatch.context() as patch:
         patch.setattr(Raster, "read", lambda *_, **__: pytest.fail("decoded again"))
         store_of(root, cache)
@@ -473,6 +485,9 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     for high in (9, 99):
         store_of(root, cache, limits_A=f"0,{high} uint8")
     assert len(store_files(cache)) == 7  # other limits
+    (root / "train" / "4.png.aux.xml").write_text("<PAMDataset></PAMDataset>")
+    store_of(root, cache)
+    assert len(store_files(cache)) == 8  # GDAL may find a no-data value there
     (root / "train" / "5.png").unlink()
     assert len(store_of(root, cache).A) == 5
 
@@ -653,6 +668,11 @@ def test_pixels_without_data_in_a_guess_have_its_mean_colour_and_count():
     row = scores.table()["copy"]
     assert row["rmse"] == pytest.approx(20 / 2**0.5, abs=0.1)
     assert row["rmse_units"] == pytest.approx(row["rmse"], rel=0.01)
+    guess = target.clone()
+    guess[:, 2] += 51 / 127.5  # a fifth of the third band's units
+    scores.add_images("a band", guess, target, Limits((0,) * 3, (10, 100, 1000), "float32"))
+    units = scores.table()["a band"]["rmse_units"]
+    assert units == pytest.approx(200 / 3**0.5, rel=0.02)
 
 
 def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):
@@ -662,6 +682,9 @@ def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):
     bands = [Image.fromarray(band.astype(np.float32) * 100) for band in np.moveaxis(image, -1, 0)]
     want = [np.asarray(band.resize((48, 40), Image.Resampling.BICUBIC)) for band in bands]
     assert abs(fine - np.stack(want, -1)).max() <= 0.5
+    step = np.where(np.arange(16) < 8, -32768, 32767).astype(np.int16)[None, :, None]
+    wide = resize(np.repeat(step, 16, 0), (23, 23))[0, :, 0].astype(int)
+    assert (np.diff(wide) >= 0).all()  # what lies beyond the levels is clipped
 
 
 def test_variety_is_how_much_places_differ_as_a_share_of_the_targets_differences():

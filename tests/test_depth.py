@@ -1,6 +1,7 @@
 """Pictures of more than 8 bits: limits, stores, results in the units of the files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from pages import in_colours, page_shows, studio_of
 from runs import last, line_of, rows_of, stop_after, tiny_run, use
 from support.demo import landscape
 from support.device import in_bf16
+from support.errors import print_once
 from support.generate import needs_tiff
-from support.limits import Limits
+from support.limits import Limits, print_other_units
 from support.pictures import eight_bits
 from support.rasters import Raster
 from support.windows import read_filled
@@ -96,6 +98,24 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     started(tmp_path / "data", tmp_path)
     said = capsys.readouterr().err
     assert "1 of 4 images, such as " in said and "A/2.tif, fill less than 1% of the values" in said
+    for limits, wrong in (("1e8,1e9", True), ("0,1e9", True), ("0,9999", False)):
+        print_once.cache_clear()
+        shutil.rmtree(tmp_path / "run")
+        started(tmp_path / "data", tmp_path, limits_A=limits)
+        about = f"--limits-A {limits}: the training images fill less than 1% of it"
+        assert (about in capsys.readouterr().err) == wrong
+
+
+@pytest.mark.parametrize("flat", ["the middle", "all but the middle"])
+def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat):
+    values = np.random.default_rng(0).integers(0, 9999, (100, 2000)).astype(np.uint16)
+    middle = (np.arange(2000) >= 744) & (np.arange(2000) < 1256)
+    values[:, middle == (flat == "the middle")] = 5
+    geotiff(tmp_path / "x.tif", values)
+    print_once.cache_clear()
+    with Raster(tmp_path / "x.tif", bands=(1,), limits=Limits((0,), (9999,), "uint16")) as raster:
+        print_other_units(raster)
+    assert ("other units?" in capsys.readouterr().err) == (flat == "the middle")
 
 
 def test_the_store_keeps_sixteen_bits_and_holes(deep, tmp_path):
@@ -169,8 +189,9 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     for name in ("shares", "negative"):
         pix2pix.main(use(out, f"--generate {tmp_path}/{name}.tif", f"--out {tmp_path}/new"))
         assert f"{name}.tif: its values fill less than 1%" in capsys.readouterr().err
-    line = line_of(pix2pix.main, use(out, "--evaluate", "--limits-A 0,3000"), capsys)
-    assert "--limits-A 0,3000 contradicts" in line
+    for wrong in ("0,3000", "0,500"):
+        line = line_of(pix2pix.main, use(out, "--evaluate", f"--limits-A {wrong}"), capsys)
+        assert f"--limits-A {wrong} contradicts" in line
 
 
 def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, monkeypatch):
@@ -190,7 +211,8 @@ def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, mo
     with rasterio.open(tmp_path / "new" / f"{labels.stem}.tif") as result:
         assert result.dtypes == ("uint16",) and result.count == 1
         assert 38_000 < result.read().min() <= result.read().max() < 44_000
-    limits = Limits.of(pix2pix.Config(**config), "A")
+    limits, row = Limits.of(pix2pix.Config(**config), "A"), rows_of(tmp_path / "run")["model"]
+    assert np.isclose(row["rmse_units"], row["rmse"] / 255 * limits.ranges[0], rtol=0.02)
     studio = studio_of(pix2pix.main, tmp_path / "run", monkeypatch)
     result = in_colours(tmp_path / "new" / f"{labels.stem}.tif", limits)
     assert (page_shows(studio, [labels]) == result).all()

@@ -117,6 +117,19 @@ def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     assert seen[0][0].device == torch.device("meta")
 
 
+def test_what_is_reduced_stays_as_it_was(monkeypatch):
+    as_rank(monkeypatch, 0)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: tensor.mul_(2))
+    sums = torch.ones(3)
+    assert (reduced(sums) == 2).all() and (sums == 1).all()
+
+
+def test_images_stay_on_the_host_where_the_gpu_has_little_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 10**12))  # free, in all
+    assert not common.Loader(np.zeros((9, 3, 8, 8), np.uint8), torch.device("cuda")).resident
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_is_seeded_as_by_manual_seed(rank, monkeypatch):
     """Every process by its own number."""

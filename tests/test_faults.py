@@ -31,6 +31,7 @@ from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.errors import SafeStream, print_once
 from support.files import LOCKS, lock, whole_or_absent
+from support.layouts import find_images
 from support.rasters import Raster
 from support.store import cache_folder
 from tensors import CPU, same
@@ -74,6 +75,8 @@ CASES = {
     "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is not a judge of",
     "pix2pix --data pairs --judge model.pt": "a judge needs data with land cover",
     "pix2pix --evaluate --checkpoint model.pt --train-judge": "a judge needs data with land cover",
+    "mixlc --judge model.pt": "model.pt: is not a judge of 3 classes",  # before training
+    "mixlc --judge model.pt --train-judge": "leave --train-judge out",
     "pix2pix --out model.pt/run": "model.pt/run: Not a directory",
     "mixlc_acgan --style-features random --style-layers relu9_9": "choose from relu1_1,",
     "pix2pix --init model.pt --width 8": "check --generator",
@@ -100,6 +103,11 @@ CASES = {
     "pix2pix --load-size 63": "--load-size 63: must be --size 64",
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
+    "pix2pix --evaluate --checkpoint model.pt --generate photo.png": "one at a time",
+    "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
+    "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of cyclegan.py",
+    "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
+    "pix2pix --patch 99": "--patch 99: every image of split train is smaller",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint flipped.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint other.pt": "written by cyclegan.py",
@@ -148,8 +156,9 @@ def world(tmp_path_factory, trained):
     save(root / "small.png", np.zeros((10, 10), np.uint8))
     for name in ("trainA", "trainB", "testA", "testB"):
         save(root / "unaligned" / name / "0.png", np.zeros((8, 8, 3), np.uint8))
-    for name in ("empty", "stranger", "judged"):
+    for name in ("empty", "stranger", "judged", "another"):
         (root / name).mkdir()
+    (root / "another" / "config.json").write_text('{"script": "cyclegan"}')
     (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
     (root / "judged" / "judge.pt").write_bytes(b"rubbish")
     Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")
@@ -242,6 +251,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, world, monkeypatch, c
     assert files_of(world) == before
 
 
+def test_one_process_does_not_become_two(world, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = line_of(pix2pix.main, ["--resume", "--out", str(world / "run")], capsys)
+    assert "the run has 1 processes" in line
+
+
 def files_of(folder):
     """All files and folders but hidden ones and caches."""
     found = (path for path in folder.rglob("*") if "cache" not in path.parts)
@@ -302,15 +317,20 @@ def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
 
 
 def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
-    """Same data, order of the classes reversed, since the run began."""
+    """Same data; since the run began the classes were reversed, or only their names."""
     root = land_cover(tmp_path / "data")
     mixlc.main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1"))
     assert "class table in use" not in capsys.readouterr().err
-    (root / "classes.json").write_text(json.dumps(TABLE[::-1]))
+    names = [row | {"name": other["name"]} for row, other in zip(TABLE, TABLE[::-1], strict=True)]
+    for table in (TABLE[::-1], names):
+        (root / "classes.json").write_text(json.dumps(table))
+        print_once.cache_clear()
+        mixlc.main(use(tmp_path / "run", "--evaluate"))
+        said = capsys.readouterr().err
+        assert "classes.json: differs from the class table in use (land, water, road)" in said
     print_once.cache_clear()
-    mixlc.main(use(tmp_path / "run", "--evaluate"))
-    said = capsys.readouterr().err
-    assert "classes.json: differs from the class table in use (land, water, road)" in said
+    find_images(root, "train", "pictures")
+    assert "classes.json: not used, as B is pictures" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- failing machines
@@ -385,6 +405,7 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     pix2pix.main(f"--resume --out {run}".split())
     said = capsys.readouterr().err
     assert "the images have changed: epoch 1 starts again" in said
+    assert f"| 0/{2 * (steps - 3)} [" in said  # of its progress bar
     assert last(run)["step"] == steps
     store = pix2pix.Pairs(pix2pix.Config(**last(run)["config"]), "train", CPU).store
     assert last(run)["window"] == max(store.windows()) == ((96, 96) if 9 in names else (80, 80))

@@ -54,7 +54,8 @@ def test_refusals(tmp_path, monkeypatch):
         with refused("choose from relu1_1"):
             VGG16Features(layers, "random", "")
 
-    def offline(*_, **__):
+    def offline(*_, **how):
+        assert how["check_hash"] and how["weights_only"]
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter
 from rasterio.transform import from_origin
 from torch import nn
 
@@ -522,9 +522,57 @@ def test_land_cover_of_another_place_is_refused(tmp_path):
 def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / name, np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")  # a result of its own
     words = f"{tmp_path}/b.png", f"{tmp_path}", f"{tmp_path}/../{tmp_path.name}/a.png"
     found = inputs_of(tiny("pix2pix", generate=words)[1])
-    assert sorted(path.name for path in found) == ["a.png", "b.png"]
+    assert sorted(path.name for path in found) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "photo.webp", "photo.tif"])
+def test_an_edit_keeps_the_colour_profile(tmp_path, name):
+    """Without it, all that was not edited would look different."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    cfg, photo = edit(tmp_path, "water:100,50,20,20")
+    Image.fromarray(photo).save(tmp_path / name, icc_profile=profile)
+    cfg = dataclasses.replace(cfg, generate=(str(tmp_path / name),))
+    common.edit_file(cfg, Painter())
+    assert Image.open(tmp_path / "out" / name).info["icc_profile"] == profile
+
+
+def test_where_land_cover_has_no_class_the_photograph_stays(tmp_path):
+    cfg, photo = edit(tmp_path)
+    after = np.ones((300, 400), np.uint8)
+    after[:, :150] = common.IGNORED
+    save(tmp_path / "after.png", after)
+    cfg = dataclasses.replace(cfg, lc=str(tmp_path / "after.png"), lc_before=cfg.lc)
+    common.edit_file(cfg, Painter())
+    result = pixels_of(tmp_path / "out" / "photo.png")
+    assert (result[:, :140] == photo[:, :140]).all() and (result[:, 150:] == 140).all()
+
+
+def test_what_belongs_to_a_result_is_made_again_if_it_lacks(tmp_path, capsys):
+    """The sheet of an edit; the colours of a label map."""
+    cfg, _ = edit(tmp_path, "water:100,50,20,20")
+    common.edit_file(cfg, Painter())
+    sheet = tmp_path / "out" / "photo_sheet.png"
+    before = pixels_of(sheet)
+    sheet.unlink()
+    common.edit_file(cfg, Painter())
+    assert (pixels_of(sheet) == before).all()
+    assert "0 picture(s) written" in capsys.readouterr().out
+    sheet.unlink()
+    save(tmp_path / "out" / "photo.png", np.zeros((9, 9, 3), np.uint8))  # of another photograph
+    with refused("sizes must agree"):
+        common.edit_file(cfg, Painter())
+    save(tmp_path / "x.png", np.zeros((64, 64, 3), np.uint8))
+    words = {"generate": (str(tmp_path / "x.png"),), "out": str(tmp_path / "lc"), "window": 64}
+    cfg = tiny("cyclegan", **LABELS, **words, direction="AtoB")[1]
+    for _ in range(2):
+        common.translate_files(
+            cfg, lambda x, whole: torch.eye(3)[x[:, 0].long()].movedim(-1, 1), to_labels=True
+        )
+        assert (tmp_path / "lc" / "x_colours.png").is_file()
+        (tmp_path / "lc" / "x_colours.png").unlink()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -540,7 +588,7 @@ def test_a_signal_while_a_raster_is_written_leaves_nothing(trained, tmp_path, mo
 
 
 def test_samples_that_are_there_are_kept(tmp_path, capsys):
-    """Four samples, of which the second was retouched: the others are generated."""
+    """Four samples, of which the second was retouched: the others are generated, all are shown."""
     cfg, photo = edit(tmp_path, "water:100,50,20,20", samples=4)
     save(tmp_path / "out" / "photo_2.png", np.full_like(photo, 7))
     common.edit_file(cfg, Painter())
@@ -549,9 +597,12 @@ def test_samples_that_are_there_are_kept(tmp_path, capsys):
     pictures = [Image.open(tmp_path / "out" / f"photo_{k}.png") for k in (1, 2, 3, 4)]
     assert [picture.getpixel((110, 60))[0] for picture in pictures] == [140, 7, 166, 178]
     sheet = pixels_of(tmp_path / "out" / "photo_sheet.png")
-    assert sheet.shape[1] == 7 * 404 + 4  # three before, three after, and how they differ
-    differ = sheet[16:, 4 + 6 * 404 :][:300, :400]  # eight times the deviation of 140, 166, 178
-    assert (differ[60, 110] == int(8 * np.std([140, 166, 178]))).all() and not differ[200:].any()
+    assert sheet.shape[1] == 8 * 404 + 4  # three before, four after, and how they differ
+    inside = [photo[60, 110] * 0 + level for level in (140, 7, 166, 178)]
+    outside = [photo[250, 50], photo[250, 50] * 0 + 7, photo[250, 50], photo[250, 50]]
+    for (y, x), levels in {(60, 110): inside, (250, 50): outside}.items():
+        want = min(255, int(8 * np.std(levels, 0).mean()))  # eight times the deviation
+        assert (sheet[16:, 4 + 7 * 404 :][y, x] == want).all()
 
 
 @pytest.mark.parametrize(
@@ -605,7 +656,7 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
         strokes.append(f"water:{x},{y},{width},{height}")
     files = edit_of_files(edit(tmp_path, *strokes, window=(64, 64 + 16 * seed))[0])
     regions, left = files.regions(), files.changed(0, 0, 300, 400)
-    assert left.any()
+    assert left.any() and files.border == 3  # of the shorter side
     for k, (y, x, height, width) in enumerate(regions):
         assert height >= 64 and width >= 64 + 16 * seed
         assert 0 <= y <= 300 - height and 0 <= x <= 400 - width

@@ -57,6 +57,9 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "c").exists()
     with refused("a judge of other classes"):
         found("c", **given, lc_classes=json.dumps(TABLE).replace("water", "renamed"))
+    for options in ({"bands_A": "3,2,1"}, {"limits_A": "0,9 uint8"}):
+        with refused(f"a judge of other {next(iter(options)).split('_')[0]}"):
+            found("c", **given, **options)
     val = pix2pix.Pairs(dataclasses.replace(cfg, out=str(tmp_path / "a")), "val", CPU)
     scores = common.Scores()
     for records in val.in_order(np.arange(4)):
@@ -79,6 +82,9 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
     train_judge(judge, dataclasses.replace(CFG, judge_epochs=30, **paths), CPU)
     assert 96 < len(seen) <= 24 * 8  # two flips alone give 24 * 4
     assert len(averaged) == 30  # a step an epoch
+    few = dataclasses.replace(CFG, judge_epochs=2, max_images=5, **paths)
+    train_judge(Judge(3, width=2), few, CPU)
+    assert len(averaged) == 32
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):

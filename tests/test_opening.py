@@ -209,6 +209,9 @@ def test_a_png_without_a_place_stays_a_png(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
     (tmp_path / "x.png.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")
     assert results_of(tmp_path / "x.png") == ["x.png"] and not Raster(tmp_path / "x.png").tiff
+    points = '<GCPList><GCP Id="1" Pixel="0" Line="0" X="5" Y="8"/></GCPList>'
+    (tmp_path / "x.png.aux.xml").write_text(f"<PAMDataset>{points}</PAMDataset>")
+    assert results_of(tmp_path / "x.png") == ["x.tif"]
 
 
 def test_one_of_several_images_in_a_file(tmp_path, capsys):

@@ -181,14 +181,18 @@ def test_windows_past_the_edge_are_mirrored(tmp_path, shape):
     assert (read_filled(Raster(tmp_path / "x.png"), 1, 2, 16, 20) == mirrored).all()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none
-def test_every_orientation_is_turned_upright(tmp_path, orientation):
+def test_every_orientation_is_turned_upright(tmp_path, kind, orientation):
     """As Pillow itself turns them."""
     exif = Image.Exif()
     exif[274] = orientation
-    Image.fromarray(picture(np.random.default_rng(0), 40, 60)).save(tmp_path / "x.jpg", exif=exif)
-    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.jpg")))
-    with Raster(tmp_path / "x.jpg") as raster:
+    image = Image.fromarray(picture(np.random.default_rng(0), 40, 60))
+    more = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}  # phones
+    name = "x.jpg" if kind == "MPO" else f"x.{kind.lower()}"
+    image.save(tmp_path / name, kind, exif=exif, **more)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / name)))
+    with Raster(tmp_path / name) as raster:
         assert (raster.height, raster.width) == want.shape[:2]
         assert (raster.read() == want).all()
 
@@ -215,6 +219,19 @@ def test_coloured_labels_may_be_empty_in_the_middle(tmp_path):
     geotiff(tmp_path / "x.tif", labels, photometric="RGB")
     found = Raster(tmp_path / "x.tif", ClassTable.load(json.dumps(TABLE))).read()
     assert (found[:90] == 0).all() and (found[-90:] == 1).all() and (found[90:-90] == IGNORED).all()
+    geotiff(tmp_path / "wide.tif", labels[-100:].transpose(1, 0, 2)[-90:], photometric="RGB")
+    wide = np.zeros((100, 1500, 3), np.uint8)
+    wide[:, -90:] = [0xE2, 0xA9, 0x29]
+    geotiff(tmp_path / "wide.tif", wide, photometric="RGB")
+    found = Raster(tmp_path / "wide.tif", ClassTable.load(json.dumps(TABLE))).read()
+    assert (found[:, -90:] == 1).all()
+
+
+def test_colours_of_lossy_tiffs_are_nearest(tmp_path):
+    labels = np.repeat(np.arange(3, dtype=np.uint8), 16)[:, None].repeat(64, 1)
+    for how in ({"compress": "WEBP", "WEBP_LEVEL": "75"}, {"compress": "JPEG"}):
+        geotiff(tmp_path / "x.tif", CLASSES.palette[labels], **how)
+        assert (Raster(tmp_path / "x.tif", CLASSES).read() == labels).mean() > 0.9
 
 
 def test_palettes_of_photographs(tmp_path):
@@ -493,3 +510,7 @@ def test_opacity_stays(tmp_path, ending):
         put(np.full((64, 64, 3), 9, np.uint8), 0)
     written = pixels_of(out)
     assert (written[..., 3] == opacity).all() and (written[:, 1:, :3] == 9).all()
+    with Raster(path) as raster, writing(tmp_path / "labels.png", raster, CLASSES) as put:
+        put(np.ones((64, 64), np.uint8), 0)
+    labels = Raster(tmp_path / "labels.png", CLASSES).read()
+    assert (labels == np.where(opacity > 0, 1, IGNORED)).all()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -182,6 +183,20 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
     writer.add_scalar.assert_has_calls(scalars, any_order=True)
     writer.add_image.assert_called_once_with("samples", any_value, 3, dataformats="HWC")
+    monkeypatch.setitem(sys.modules, "wandb", wandb := mock.MagicMock())
+    cfg = tiny("pix2pix", out=str(tmp_path), track="wandb")[1]
+    support.run.tracker(cfg, "the run")
+    how = wandb.init.call_args.kwargs
+    assert (how["id"], how["resume"], how["sync_tensorboard"]) == ("the run", "allow", True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup_is_obeyed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in runpy.run_path(support.run.__file__)["SIGNALS"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -374,6 +389,7 @@ def test_each_process_gets_its_own_buffers(monkeypatch):
     """Of three, the first of which saves and has a mean of 0."""
     state = pix2pix.State(torch.nn.BatchNorm2d(1), vgg=torch.nn.Module())  # as in use, without D
     state.vgg.register_buffer("weights", torch.zeros(1), persistent=False)
+    state.stalled_epochs = 7
     others = [{"G": {"running_mean": torch.tensor([float(k)])}, "D": {}} for k in (1, 2)]
 
     def gather(own, gathered):
@@ -388,7 +404,7 @@ def test_each_process_gets_its_own_buffers(monkeypatch):
         as_rank(monkeypatch, rank, 4)
         common.restore(state, saved, "x.pt")
         means.append(state.G.running_mean.item())
-    assert means == [0, 1, 2, 0]
+    assert means == [0, 1, 2, 0] and saved["state"]["stalled_epochs"] == 7
 
 
 # ------------------------------------------------------------------------------ trained models used

@@ -28,8 +28,8 @@ FLOORS = [
     "rasters writing checkpoints distances windows",
     "limits measures run vgg16",
     "store edits",
-    "begin judge canvases",
-    "studio",
+    "judge canvases",
+    "begin studio",
     "serve",
     "generate",
 ]
