@@ -803,8 +803,32 @@ class TestBrowser:
         tab.drag((0.2, 0.2), (0.3, 0.3))
         assert tab.shows_an_error("")
         tab.page.context.set_offline(False)
+        assert (tab.map_file(tmp_path) == tab.pixels()).all()  # what is seen is saved
         tab.stroke((0.7, 0.7), (0.8, 0.8))
         assert (tab.map_file(tmp_path) == tab.pixels()).all()
+
+    @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
+    def test_back_and_forth_between_canvases(self, tab):
+        """Of two that are opened at once the last is shown; Back returns to the one before."""
+        tab.stroke((0.4, 0.4), (0.6, 0.6), keys="2")
+        first = tab.pixels()
+        tab.page.evaluate("() => { open({example: 1}); open(about.blank); }")
+        tab.wait()
+        assert (tab.pixels() == 0).all()
+        tab.page.go_back()
+        tab.wait()
+        assert (tab.pixels() == first).all()
+
+    @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
+    def test_zoom_stays_when_the_window_changes(self, tab):
+        for key, same in (("0", False), ("+", True)):
+            tab.press(key)
+            before = tab.page.evaluate("zoom")
+            width = tab.page.viewport_size["width"]
+            tab.page.set_viewport_size({"width": width - 300, "height": 600})
+            tab.page.wait_for_timeout(200)
+            assert (tab.page.evaluate("zoom") == before) == same
+            tab.page.set_viewport_size({"width": width, "height": 720})
 
     @pytest.mark.parametrize("address", ["pix2pix"], indirect=True)
     def test_nothing_is_undone_while_a_stroke_goes_on(self, tab):
