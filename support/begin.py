@@ -121,6 +121,8 @@ def begin(config, doc, quick, argv=None):
         cfg = _new_run(cfg)
     if (cfg.judge or cfg.train_judge) and not cfg.classes:
         raise UserError("a judge needs data with land cover: leave --judge and --train-judge out")
+    if cfg.judge and not Path(cfg.judge).is_file():
+        raise UserError(f"--judge {cfg.judge}: no such file: pass its new path")
     if cfg.judge:  # a wrong one is refused before training
         with torch.random.fork_rng([]):
             load_judge(cfg, cfg.judge)
@@ -136,7 +138,7 @@ def _check_modes(cfg):
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
     if cfg.evaluate and (cfg.generate or cfg.serve):
-        raise UserError("--evaluate writes into the run, --generate elsewhere: one at a time")
+        raise UserError("--evaluate, --generate and --serve: one at a time")
     if cfg.judge and cfg.train_judge:
         raise UserError("--judge names a trained judge: leave --train-judge out")
 

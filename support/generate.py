@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from support.edits import PhotoEdit, centred
-from support.errors import UserError
-from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES
+from support.errors import UserError, refusing
+from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
 from support.limits import Limits, print_other_units, values_of
 from support.opening import driver_of
@@ -88,7 +88,7 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     tiff = not to_labels and needs_tiff(cfg, wanted)
     names = {path: results_of(path, to_labels, tiff) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
-    files = [path for path in files if new.intersection(names[path])]
+    files = [path for path in files if names[path][0] in new]
     about = {"bands": cfg.bands(given), "limits": Limits.of(cfg, given)}
     for path in files:  # a wrong kind of file is found before anything is generated
         with Raster(path, table, **about):
@@ -98,6 +98,10 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
         with Raster(path, table, **about) as raster:
             out = Path(cfg.out) / names[path][0]
             _translate(cfg, raster, predict, net, out, wanted, to_labels)
+    for name, *more in names.values():
+        for colours in new.intersection(more if name not in new else ()):  # of a map that is kept
+            with Raster(Path(cfg.out) / name, cfg.classes) as labels:
+                write_image(Path(cfg.out) / colours, cfg.classes.palette[labels.read()])
     print(f"{len(files)} image(s) written to {cfg.out}")
 
 
@@ -185,7 +189,7 @@ def edit_file(cfg, predict, net=None):
     if not edit.has_before:
         print("everything is generated: --lc-before FILE limits it to changes", file=sys.stderr)
     if not regions:
-        print("the land cover is the same before and after: nothing changes", file=sys.stderr)
+        print("no pixel gets another class: nothing changes", file=sys.stderr)
     results = {}
     for k, name in enumerate(names, 1):
         if name in new:
@@ -218,8 +222,12 @@ def _pictures(edit, regions, results):
     pictures["edited land cover"] = palette[edit.after(*view)]
     for title, path in results.items():
         written = range(1, edit.cfg.channels("A") + 1)
-        with Raster(path, bands=written, limits=edit.photo.limits) as raster:
-            check_pair(edit.photo, raster)  # it may have been there before
+        another = f"{path}: another picture is there: --overwrite replaces it"
+        with (
+            refusing(another),  # it may have been there before
+            Raster(path, bands=written, limits=edit.photo.limits) as raster,
+        ):
+            check_pair(edit.photo, raster)
             pictures[title] = eight_bits(raster.read(*view))
     if len(results) > 1:
         spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)

@@ -87,13 +87,15 @@ def load_judge(cfg, path):
     for name, own in ours.items():
         theirs = content.get(name, own)
         if theirs != own:
-            raise UserError(f"{path}: a judge of other {name}: {theirs or 'the usual ones'}")
+            shown = theirs if isinstance(theirs, str) else ", ".join(map(str, theirs))
+            raise UserError(f"{path}: a judge of other {name}: {shown or 'those of 8 bits'}")
     return judge
 
 
 def _photographs_of(cfg):
     """What a judge must have in common with a run: classes, bands and limits of photographs."""
-    return {"classes": list(cfg.classes.names), "bands": cfg.bands_A, "limits": cfg.limits_A}
+    bands = list(cfg.bands("A") or (1, 2, 3))
+    return {"classes": list(cfg.classes.names), "bands": bands, "limits": cfg.limits_A}
 
 
 def train_judge(judge, cfg, device):

@@ -213,6 +213,8 @@ class Raster:
             self._palette = None
         sample, known = self._sample()
         lossy = str(self.tiff.compression) in ("Compression.jpeg", "Compression.webp")
+        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
+        lossy = lossy and about.get("COMPRESSION_REVERSIBILITY") != "LOSSLESS"
         self._choose_reading(sample, known, lossy)
         if self._by_colour:  # a photograph is refused here
             self._labels(sample, known, strict=True)
@@ -332,7 +334,8 @@ _TURNS = dict(enumerate(_TURNS.split(), 2))
 def _orientation(image):
     """EXIF's orientation of an open image, 1 to 8; 1 in formats without EXIF."""
     # Pillow would decode a PNG in search of EXIF
-    known = image.format in ("JPEG", "MPO", "WEBP") or "exif" in image.info
+    in_png = {"exif", "Raw profile type exif"} & image.info.keys()
+    known = image.format in ("JPEG", "MPO", "WEBP") or in_png
     return image.getexif().get(274, 1) if known else 1
 
 

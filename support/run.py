@@ -89,21 +89,16 @@ class Run:
         self.window, self.window_B = windows
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
         self.handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
-        if others:
-            self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
+        batches = self.epoch * self.steps_per_epoch + (0 if others else self.batch)
         self.warm, total = self.step + 5, cfg.epochs * self.steps_per_epoch * self.images_per_step
         about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
-        self.bar = tqdm(total=total, initial=self.images_done, **about)
+        self.bar = tqdm(total=total, initial=batches * self.images_per_step, **about)
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
             self._prepare_folder(saved)
         if others:
             self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
-
-    @property
-    def images_done(self):
-        """Images of all epochs, with as many in each as there are now."""
-        return (self.epoch * self.steps_per_epoch + self.batch) * self.images_per_step
+            self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
         """Makes the folders, removes a killed process's unfinished files, and cuts metrics.csv."""
@@ -162,7 +157,8 @@ class Run:
         self.bar.update(self.images_per_step)
         if self.step == self.warm:  # the estimate of time left excludes a CUDA graph's capture
             self.bar.reset()
-            self.bar.n = self.bar.initial = self.images_done
+            batches = self.epoch * self.steps_per_epoch + self.batch
+            self.bar.n = self.bar.initial = batches * self.images_per_step
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # of equally many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores

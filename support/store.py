@@ -151,7 +151,7 @@ class ImageStore:
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
-        text = [f"{what} planar, holes {about}"]
+        text = [f"{what} planar, holes, upright {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
             for file in (path, *beside, *world_files(Path(path))):

@@ -1,5 +1,6 @@
 """Writing pictures and label maps by windows, georeferenced like their source."""
 
+import base64
 import contextlib
 import functools
 import os
@@ -127,9 +128,13 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                 gdal().open(aside, "w", **profile) as target,
             ):
                 target.update_tags(**tags)
+                if edited and source.colours:
+                    colours = base64.b64encode(source.colours).decode()
+                    target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=colours)
                 if edited and source.tiff:
-                    profile_tags = source.tiff.tags(ns="COLOR_PROFILE")
-                    target.update_tags(ns="COLOR_PROFILE", **profile_tags)
+                    if len(source.chosen) == bands:  # not of a grey that becomes red, green, blue
+                        profile_tags = source.tiff.tags(ns="COLOR_PROFILE")
+                        target.update_tags(ns="COLOR_PROFILE", **profile_tags)
                     for about in ("descriptions", "units", "scales", "offsets"):
                         values = [getattr(source.tiff, about)[k - 1] for k in source.chosen]
                         setattr(target, about, (values * bands)[:bands])  # grey is read thrice

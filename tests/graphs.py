@@ -7,13 +7,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# results of these have sizes, or are numbers, that only the host could know
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
 
 class Graph(TorchDispatchMode):
     """Every operation of a capture, which a replay repeats on the same tensors and numbers.
 
-    So a replay has what CUDA's has: a number, a branch or a new tensor that Python chose while
-    capturing is there for good. A capture of CUDA computes nothing; this one computes the first
-    replay's results.
+    A number, a branch or a new tensor that Python chose while capturing is there for good. A
+    capture of CUDA computes nothing; this one computes the first replay's results. It does not
+    show copies between the host and the GPU, nor memory that a graph uses twice.
     """
 
     def __init__(self):
@@ -21,7 +24,9 @@ class Graph(TorchDispatchMode):
         self.calls, self.replays = [], 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation is not torch.ops.aten._local_scalar_dense.default, "reads a value"
+        name = operation.overloadpacket.__name__
+        masks = [x for x in tree_leaves(args[1:]) if getattr(x, "dtype", None) is torch.bool]
+        assert name not in REFUSED and not (masks and "index" in name), f"{name} waits for a value"
         outputs = operation(*args, **(kwargs or {}))
         self.calls.append((operation, args, kwargs or {}, outputs))
         return outputs

@@ -415,6 +415,17 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     assert max(means) < 100  # without the steps that are done again
 
 
+def test_a_resume_with_other_images_keeps_checkpoints(tmp_path):
+    root, run = side_by_side(tmp_path / "data"), tmp_path / "run"
+    pix2pix.main(tiny_run("pix2pix", root, run, "--epochs 1 --schedule constant --save-every 1"))
+    kept = run / "checkpoints" / "epoch_0001.pt"
+    before, in_epoch_2 = kept.read_bytes(), last(run) | {"batch": 2, "step": 5}
+    torch.save(in_epoch_2, run / "checkpoints" / "last.pt")
+    save(root / "train" / "9.png", np.zeros((80, 160, 3), np.uint8))
+    pix2pix.main(f"--resume --out {run}".split())
+    assert kept.read_bytes() == before
+
+
 # ------------------------------------------------------------------------------ nowhere to print to
 
 

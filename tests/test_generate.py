@@ -18,7 +18,7 @@ import cyclegan
 import pix2pix
 import support.edits
 import support.generate
-from files import LABELS, geotiff, noise, picture, pixels_of, save
+from files import CLASSES, LABELS, geotiff, noise, picture, pixels_of, save
 from runs import last, refused, tiny_run, use
 from support.errors import print_once
 from support.generate import _view, edit_of_files, inputs_of, results_of
@@ -562,17 +562,20 @@ def test_what_belongs_to_a_result_is_made_again_if_it_lacks(tmp_path, capsys):
     assert "0 picture(s) written" in capsys.readouterr().out
     sheet.unlink()
     save(tmp_path / "out" / "photo.png", np.zeros((9, 9, 3), np.uint8))  # of another photograph
-    with refused("sizes must agree"):
+    with refused("photo.png: another picture is there: --overwrite replaces it"):
         common.edit_file(cfg, Painter())
     save(tmp_path / "x.png", np.zeros((64, 64, 3), np.uint8))
     words = {"generate": (str(tmp_path / "x.png"),), "out": str(tmp_path / "lc"), "window": 64}
     cfg = tiny("cyclegan", **LABELS, **words, direction="AtoB")[1]
-    for _ in range(2):
+    labels, colours = tmp_path / "lc" / "x.png", tmp_path / "lc" / "x_colours.png"
+    for index in (0, 2):
         common.translate_files(
             cfg, lambda x, whole: torch.eye(3)[x[:, 0].long()].movedim(-1, 1), to_labels=True
         )
-        assert (tmp_path / "lc" / "x_colours.png").is_file()
-        (tmp_path / "lc" / "x_colours.png").unlink()
+        assert (Raster(labels, CLASSES).read() == index).all()
+        assert (pixels_of(colours) == CLASSES.palette[index]).all()
+        save(labels, np.full((64, 64), 2, np.uint8))  # retouched: it stays
+        colours.unlink()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
