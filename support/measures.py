@@ -234,9 +234,13 @@ def copy_verdict(rows):
 
 
 def write_evaluation(cfg, rows, **about):
-    """Writes {row: {measure: value}} with `about` to evaluation.json, and prints it as a table."""
+    """Writes {row: {measure: value}} with `about` to evaluation.json, and prints it as a table.
+
+    A measure that is not defined is left out, such as the SSIM where each window has holes.
+    """
     if rank():
         return
+    rows = {title: finite(row) for title, row in rows.items()}
     path = Path(cfg.out) / "evaluation.json"
     data = cfg.data or "demo world"
     about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
@@ -251,6 +255,11 @@ def write_evaluation(cfg, rows, **about):
     if (path.parent / "config.json").is_file():
         with drawing(path.parent / "index.html"):
             write_page(path.parent)
+
+
+def finite(row):
+    """{measure: value} without values that are not finite."""
+    return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
 def print_table(rows):

@@ -181,12 +181,15 @@ class Run:
         return self.of_epoch.read()[name]
 
     def _write_row(self, scores):
-        """Writes a row of metrics.csv: the means since the last one, and scores {name: value}."""
+        """Writes a row of metrics.csv: the means since the last one, and scores {name: value}.
+
+        A loss must be finite. A score may be undefined: then its cell is empty.
+        """
         means = self.of_row.read()
-        values = means | scores
-        for name, value in values.items():
+        for name, value in means.items():
             if not math.isfinite(value):
                 self._refuse(name)
+        values = means | {name: value for name, value in scores.items() if math.isfinite(value)}
         self.of_row = Means()
         if rank():
             return values

@@ -15,7 +15,7 @@ import common
 import cyclegan
 from cyclegan import ImagePool, build, main, translate
 from files import LABELS, TABLE, picture, pixels_of, save, side_by_side
-from runs import JUDGED, last, line_of, rows_of, tiny_run, use
+from runs import JUDGED, last, line_of, rows_of, stop_after, tiny_run, use
 from support.limits import Limits
 from support.pictures import to_bytes
 from tensors import CPU, calls_of, maps, open_data, pictures, same, tiny
@@ -179,3 +179,41 @@ def test_init_of_one_generator_starts_from_our_checkpoint_with_its_discriminator
     wanted = before | {name: kept[name] for name in ("G_AB", "D_B")}
     for name, want in wanted.items():
         assert same(dict(getattr(state, name).state_dict()), dict(want))
+
+
+def test_a_resume_keeps_the_windows_of_both_sides(tmp_path, monkeypatch):
+    rng = np.random.default_rng(5)
+    for split in ("train", "test"):
+        for k in range(2):
+            save(tmp_path / f"{split}A" / f"{k}.png", picture(rng, 64, 64))
+            save(tmp_path / f"{split}B" / f"{k}.png", picture(rng, 100, 200))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        main(tiny_run("cyclegan", tmp_path, tmp_path / "run", "--epochs 2"))
+    main(f"--resume --out {tmp_path}/run".split())
+    saved = last(tmp_path / "run")
+    assert (saved["window"], saved["window_B"]) == ((64, 64), (100, 200))
+
+
+def test_copies_of_the_input_are_as_far_both_ways(trained):
+    rows = rows_of(trained("cyclegan"))
+    ways = [rows[f"{way}: copy of the input"]["rmse"] for way in ("A to B", "B to A")]
+    ways.append(rows_of(trained("pix2pix"))["copy of the input"]["rmse"])
+    assert ways == pytest.approx(3 * ways[:1]) and ways[0] > 50
+
+
+@pytest.mark.parametrize("larger", "AB")
+def test_unpaired_images_are_measured_as_often_as_the_larger_side_has_them(tmp_path, larger):
+    rng = np.random.default_rng(5)
+    for side in "AB":
+        for k in range(5 if side == larger else 2):
+            save(tmp_path / f"test{side}" / f"{k}.png", picture(rng, 64, 64))
+    val = open_data("cyclegan", tmp_path, tmp_path / "cache", "val")
+    assert sum(len(a) for a, b in val.in_order(np.arange(5)) if len(a) == len(b)) == 5
+
+
+def test_distances_of_land_cover_are_not_measured(landcover, cache, monkeypatch):
+    val = open_data("cyclegan", landcover, cache, "val")
+    compared = calls_of(monkeypatch, common.Scores, "add_distances")
+    cyclegan.evaluate(build(LAND_COVER, CPU), val, LAND_COVER, [0, 1])
+    assert {row for _, row, *_ in compared} == {"B to A: model"}

@@ -675,6 +675,11 @@ def test_pixels_without_data_in_a_guess_have_its_mean_colour_and_count():
     assert units == pytest.approx(200 / 3**0.5, rel=0.02)
 
 
+def test_equal_pictures_have_a_psnr_of_148():
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    assert measure_images(image, image)["psnr"].item() == pytest.approx(148.13, abs=0.01)
+
+
 def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):
     """Bicubic, to the nearest level."""
     image = pixels_of(pairs / "train" / "0.png")[:, :80]

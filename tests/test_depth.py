@@ -111,7 +111,8 @@ def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat):
     values = np.random.default_rng(0).integers(0, 9999, (100, 2000)).astype(np.uint16)
     middle = (np.arange(2000) >= 744) & (np.arange(2000) < 1256)
     values[:, middle == (flat == "the middle")] = 5
-    geotiff(tmp_path / "x.tif", values)
+    values[:50] = 0  # no data
+    geotiff(tmp_path / "x.tif", values, nodata=0)
     print_once.cache_clear()
     with Raster(tmp_path / "x.tif", bands=(1,), limits=Limits((0,), (9999,), "uint16")) as raster:
         print_other_units(raster)
@@ -313,6 +314,7 @@ def test_only_pictures_of_eight_bits_are_computed_in_bf16_by_default():
         cfg = pix2pix.Config(limits_A=limits, precision=precision)
         assert in_bf16(cfg, cuda) == wanted and not in_bf16(cfg, torch.device("cpu"))
     assert in_bf16(pix2pix.Config(limits_B="0,9 int16", precision="bf16"), torch.device("cpu"))
+    assert not in_bf16(pix2pix.Config(limits_B="0,9 int16"), cuda)
 
 
 def test_levels_are_shown_in_eight_bits():

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -107,6 +108,9 @@ CASES = {
     "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
     "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of cyclegan.py",
     "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
+    "pix2pix --generate= --checkpoint model.pt": "--generate is empty",
+    "pix2pix --out kept": "--out kept has a run: --resume continues it",
+    "pix2pix --evaluate --checkpoint code.pt": "code.pt: not a checkpoint, or a damaged one",
     "pix2pix --patch 99": "--patch 99: every image of split train is smaller",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint flipped.pt": "a damaged one",
@@ -206,6 +210,13 @@ def wrong_data(root):
     (root / "utf16" / "classes.json").write_text(json.dumps(TABLE), encoding="utf-16")
 
 
+class Code:
+    """Unpickled, it would stop the tests."""
+
+    def __reduce__(self):
+        return pytest.exit, ("a checkpoint ran code",)
+
+
 def wrong_checkpoints(root):
     """Checkpoints that are not what the commands need, most of them model.pt with a change."""
     content = state_of(root / "model.pt")
@@ -229,6 +240,8 @@ def wrong_checkpoints(root):
         "odd.pt": odd,
         "bare.pt": {"conv.weight": torch.zeros(1)},
         "nested.pt": {"networks": {"a": torch.zeros(1), "b": torch.zeros(1)}, "epoch": 3},
+        "kept/checkpoints/epoch_0010.pt": content,
+        "code.pt": {"script": Code()},
         "judge_alone.pt": odd | {"state": {"judge": {}}},
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +262,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, world, monkeypatch, c
         words = [*f"--data {data} --cache cache --out new".split(), *SMALL, *words]
     assert CASES[command] in line_of(importlib.import_module(script).main, words, capsys)
     assert files_of(world) == before
+
+
+def test_an_undefined_score_does_not_stop_a_run(tmp_path):
+    """No edit of the validation images has a class: own_mean_iou is 0 / 0."""
+    root = land_cover(tmp_path / "data")
+    for path in (root / "val" / "lc").iterdir():
+        labels = np.asarray(Image.open(path)).copy()
+        labels[15:65, 15:65] = 3  # ignored
+        save(path, labels)
+    main, run = importlib.import_module("mixlc_acgan").main, tmp_path / "run"
+    main(tiny_run("mixlc_acgan", root, run, "--epochs 1"))
+    assert metrics_of(run)[-1]["val_own_mean_iou"] in ("", None)
+    for name in ("evaluation.json", "index.html"):
+        assert not re.search(r": (NaN|Infinity)", (run / name).read_text())
 
 
 def test_one_process_does_not_become_two(world, monkeypatch, capsys):

@@ -63,7 +63,7 @@ def test_weights_sum_to_one_and_windows_overlap(length, window):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(32, 32), (47, 90), (100, 33), (128, 64)])
+@pytest.mark.parametrize("size", [(32, 32), (47, 90), (100, 33), (128, 64), (32, 260)])
 def test_windows_equal_the_whole_for_a_convolution(size):
     """Two padded convolutions see 2 pixels around; windows of 32 count nothing within 2."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1))
@@ -511,12 +511,53 @@ def test_an_edit_changes_the_photograph_around_it_alone(tmp_path):
     assert (tmp_path / "out" / "photo_sheet.png").is_file()
 
 
-def test_land_cover_of_another_place_is_refused(tmp_path):
+@pytest.mark.parametrize("option", ["lc", "lc_before"])
+@pytest.mark.parametrize("corner", [500_100, 500_000])
+def test_land_cover_of_another_place_is_refused(tmp_path, option, corner):
+    """Elsewhere, or from the same corner on with other pixels."""
     cfg, _ = edit(tmp_path, "water:9,9,9,9", suffix=".tif", write=geotiff)
-    away = from_origin(500_100, 5_800_000, 0.5, 0.5)
-    geotiff(tmp_path / "labels" / "lc.tif", np.zeros((300, 400), np.uint8), transform=away)
-    with refused(r"lc.tif lies elsewhere than .*photo.tif"):
-        edit_of_files(cfg)
+    side = 0.5 if corner == 500_100 else 0.55
+    away = from_origin(corner, 5_800_000, side, side)
+    geotiff(tmp_path / "away.tif", np.zeros((300, 400), np.uint8), transform=away)
+    with refused(r"away.tif lies elsewhere than .*photo.tif"):
+        edit_of_files(dataclasses.replace(cfg, **{option: str(tmp_path / "away.tif")}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strips_of_an_edit_are_blended_as_the_whole(tmp_path, seed):
+    rng, strokes = np.random.default_rng(seed), []
+    for x, y, width, height in rng.integers((0, 0, 1, 1), (380, 280, 90, 130), (6, 4)).tolist():
+        strokes.append(f"water:{x},{y},{width},{height}")
+    files, grey = edit_of_files(edit(tmp_path, *strokes)[0]), np.full((300, 400, 3), 140, np.uint8)
+    strips = [files._feathered(grey[:1], top, 0) for top in range(300)]
+    assert (np.concatenate(strips) == files._feathered(grey, 0, 0)).all()
+
+
+def test_flat_channels_have_no_negative_variance():
+    net = nn.InstanceNorm2d(4)
+    shared = SharedStatistics(net, 1.0)
+    tile = torch.tensor([100.1, 200.7, 77.3, 251.9]).view(4, 1, 1).expand(4, 8, 8)
+    for k in range(7):
+        shared.note((0.0, 0.7 * k), net, tile)
+    with shared.around([(0.0, 0.9 * k) for k in range(5)]):
+        assert net(tile.expand(5, -1, -1, -1)).isfinite().all()
+
+
+def test_a_folder_of_label_arrays_is_translated(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((20, 20), np.uint8))
+    words = {"generate": (str(tmp_path),), "out": str(tmp_path / "out")}
+    cfg = tiny("pix2pix", **LABELS, **words)[1]
+    common.translate_files(cfg, lambda x, whole: torch.zeros(1, 3, 64, 64), from_labels=True)
+    assert (tmp_path / "out" / "x.png").is_file()
+
+
+def test_the_columns_of_a_sheet(tmp_path):
+    """The photograph, its land cover, the edited land cover, the edited photograph."""
+    cfg, photo = edit(tmp_path, "water:100,50,20,20")
+    common.edit_file(cfg, Painter())
+    sheet = pixels_of(tmp_path / "out" / "photo_sheet.png")[16:, 4:]
+    shown = [sheet[60, 404 * k + 110].tolist() for k in range(4)]
+    assert shown == [photo[60, 110].tolist(), *map(list, cfg.classes.colors[:2]), [140] * 3]
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path):

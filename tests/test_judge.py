@@ -7,15 +7,18 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import common
 import cyclegan
+import mixlc_acgan
 import pix2pix
 import support.judge
 from files import TABLE, save
 from runs import JUDGED, refused, rows_of, tiny_run
 from support.judge import Judge, train_judge
-from tensors import CPU, calls_of, same
+from support.pictures import filled
+from tensors import CPU, calls_of, pictures, same
 
 CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
 
@@ -137,3 +140,13 @@ def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path)
     measures = {name for row in rows_of(tmp_path / "run").values() for name in row}
     assert measures and not any(name.startswith("judge_") for name in measures)
     assert not (tmp_path / "run" / "judge.pt").exists()
+
+
+def test_holes_are_grey_to_judges_and_classifiers():
+    D, judge, image = mixlc_acgan.Discriminator(3, 3, 4), Judge(3, width=4), pictures()
+    image[:, :, :20] = torch.nan
+    for net in (D, judge):
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight)
+        assert torch.equal(net.classes_of(image), net.classes_of(filled(image)))
+        assert len(net.classes_of(image).unique()) > 1

@@ -19,7 +19,7 @@ from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
 from support.pictures import to_bytes
-from tensors import CPU, batch_of, calls_of, inputs_of, open_data, tiny
+from tensors import CPU, batch_of, calls_of, inputs_of, open_data, same, tiny
 
 TINY = tiny("mixlc")[1]
 
@@ -249,3 +249,46 @@ def test_samples_differ_and_one_seed_repeats(script, landcover, tmp_path):
     spread = np.std([a[name] for name in sorted(samples)], 0).mean(-1, keepdims=True)
     assert spread[16:64, 16:64].max() > 0 == spread[:10].max()  # outside, the photograph is kept
     assert set(generate("one")) == {"photo", "photo_sheet"}
+
+
+@each_edit_script
+def test_edits_that_are_measured_do_not_follow_the_seed(script, landcover, cache):
+    edits = [open_data(script, landcover, cache, seed=k).in_order(np.arange(4)) for k in (0, 5)]
+    assert same(*(list(next(batches)) for batches in edits))
+
+
+@each_edit_script
+def test_the_columns_of_grids(script, monkeypatch, tmp_path):
+    module, cfg = tiny(script, out=str(tmp_path), show_samples=2)
+    edit = module.Edit(*batch_of(script, cfg))
+    data = {"in_order": lambda images: [edit], "batches": lambda epoch: iter([edit])}
+    data = types.SimpleNamespace(**data, classes=cfg.classes)
+    saved = calls_of(monkeypatch, common, "save_grid", lambda *_: None)
+    module.show_samples(data, cfg)
+    columns = module.sample(module.build(cfg, CPU), data, cfg, [0])
+    shown = [(name, columns[name]) for name in ("lc_ab", "rgb_ab")]
+    for name, column in [*saved[0][1].items(), *shown]:
+        want = getattr(edit, name)
+        want = common.draw(common.class_index(want), cfg.classes) if "lc" in name else want
+        assert torch.equal(column[:, :, 30:34, 30:34], want[:, :, 30:34, 30:34]), name
+
+
+@each_edit_script
+def test_a_copy_is_judged_by_the_land_cover_that_was_asked_for(script, monkeypatch):
+    module, cfg = tiny(script)
+    edit = module.Edit(*batch_of(script, cfg))
+    mask = module.edit_mask(edit.box, edit.inside, 64)
+    added = calls_of(monkeypatch, common.Scores, "add_labels", lambda *_: None)
+    judge = types.SimpleNamespace(classes_of=lambda image: None)
+    module.add_judged(common.Scores(), judge, edit, mask, edit.rgb_ab, "judge")
+    want = torch.where(mask[:, 0], common.class_index(edit.lc_ab), common.IGNORED)
+    assert {row for _, row, *_ in added} == {"model", "copy of rgb_a", "photograph b"}
+    assert all(torch.equal(target, want) for _, row, _, target, *_ in added if row[:2] != "ph")
+
+
+@each_edit_script
+def test_one_image_at_a_time_windows_share_statistics(script, monkeypatch):
+    module, cfg = tiny(script, batch_size=1)
+    state, calls = module.build(cfg, CPU), calls_of(monkeypatch, common, "edit_file", lambda *_: 0)
+    module.generate(state, cfg, CPU)
+    assert calls[0][2] is state.G

@@ -85,3 +85,12 @@ def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_pat
     more = "--epochs 1 --no-class-weights"
     main(tiny_run("mixlc_acgan", landcover, tmp_path / "run", more))
     assert torch.equal(last(tmp_path / "run")["state"]["class_weights"], torch.ones(3))
+
+
+def test_a_judge_changes_no_weight_of_a_run(trained, landcover, tmp_path):
+    numbers = []
+    for k, more in enumerate(("", f"--judge {trained('mixlc_acgan')}/judge.pt")):
+        words = tiny_run("mixlc_acgan", landcover, tmp_path / f"{k}", more)
+        common.begin(mixlc_acgan.Config, "", {}, words)
+        numbers.append(torch.rand(1))
+    assert torch.equal(*numbers)

@@ -24,9 +24,9 @@ from support.errors import print_once
 from support.files import write_image
 from support.limits import Limits
 from support.pictures import to_bytes
-from support.rasters import Raster
+from support.rasters import Raster, check_pair
 from support.windows import read_filled
-from support.writing import writing
+from support.writing import _profile, writing
 from tensors import CPU, batch_of, tiny
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
@@ -514,3 +514,26 @@ def test_opacity_stays(tmp_path, ending):
         put(np.ones((64, 64), np.uint8), 0)
     labels = Raster(tmp_path / "labels.png", CLASSES).read()
     assert (labels == np.where(opacity > 0, 1, IGNORED)).all()
+
+
+def test_large_results_are_big_tiffs_and_four_bands_have_no_alpha(tmp_path):
+    geotiff(tmp_path / "x.tif", np.zeros((9, 9, 3), np.uint8))
+    with Raster(tmp_path / "x.tif") as raster:
+        assert _profile(raster, None, 3, None)["bigtiff"] == "if_safer"
+        assert _profile(raster, None, 4, None)["photometric"] == "MINISBLACK"
+
+
+def test_a_degenerate_transform_is_no_place(tmp_path):
+    nowhere = Affine(0.0, 0.0, 5.0, 0.0, 0.0, 7.0)
+    geotiff(tmp_path / "x.tif", np.zeros((9, 9, 3), np.uint8), transform=nowhere)
+    with Raster(tmp_path / "x.tif") as raster:
+        check_pair(raster, raster)
+        assert raster.place is None
+
+
+def test_systems_without_codes_are_compared(tmp_path):
+    for name, longitude in (("a.tif", 11), ("b.tif", 47)):
+        crs = f"+proj=laea +lat_0=10 +lon_0={longitude} +units=m"
+        geotiff(tmp_path / name, np.zeros((9, 9, 3), np.uint8), crs=crs)
+    with refused("lies elsewhere"):
+        check_pair(Raster(tmp_path / "a.tif"), Raster(tmp_path / "b.tif"))
