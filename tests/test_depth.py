@@ -98,7 +98,7 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     started(tmp_path / "data", tmp_path)
     said = capsys.readouterr().err
     assert "1 of 4 images, such as " in said and "A/2.tif, fill less than 1% of the values" in said
-    for limits, wrong in (("1e8,1e9", True), ("0,1e9", True), ("0,9999", False)):
+    for limits, wrong in (("1e8,1e9", True), ("0,9999", False)):
         print_once.cache_clear()
         shutil.rmtree(tmp_path / "run")
         started(tmp_path / "data", tmp_path, limits_A=limits)
@@ -326,7 +326,7 @@ def test_levels_are_shown_in_eight_bits():
 def test_a_deep_landscape_is_learnt(tmp_path):
     """Six bands to heights."""
     root, out = world(tmp_path / "data"), tmp_path / "run"
-    line = tiny_run("pix2pix", root, out, "--direction AtoB --epochs 6 --bands-A 1,2,3,4,5,6")
+    line = tiny_run("pix2pix", root, out, "--direction AtoB --epochs 5 --bands-A 1,2,3,4,5,6")
     pix2pix.main([*line, "--width", "8", "--batch-size", "4", "--lr", "2e-3"])
     rows = rows_of(out)
     for measure in ("rmse", "rmse_units"):

@@ -154,6 +154,7 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
         assert (raster.read() == np.hstack([GREY, GREY + 200])).all()
     with refused("endings are"):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
+    assert not UPLOADS & {".bmp", ".gif", ".gpkg", ".img", ".jp2", ".vrt"}
 
 
 EIGHT, TWENTY = [float(k) for k in range(1, 9)], [1.0] * 20
