@@ -333,9 +333,7 @@ _TURNS = dict(enumerate(_TURNS.split(), 2))
 
 def _orientation(image):
     """EXIF's orientation of an open image, 1 to 8; 1 in formats without EXIF."""
-    # Pillow would decode a PNG in search of EXIF
-    in_png = {"exif", "Raw profile type exif"} & image.info.keys()
-    known = image.format in ("JPEG", "MPO", "WEBP") or in_png
+    known = {"exif", "Raw profile type exif"} & image.info.keys()  # else Pillow decodes a PNG
     return image.getexif().get(274, 1) if known else 1
 
 
