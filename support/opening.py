@@ -151,3 +151,14 @@ def open_array(path, most):
             if array.zip.infolist()[0].file_size > most:
                 raise MemoryError
             return array[array.files[0]]
+
+
+# EXIF's orientations 2 to 8: the turn that makes a photograph upright
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(enumerate(TURNS.split(), 2))
+
+
+def orientation(image):
+    """EXIF's orientation of an open image, 1 to 8; 1 in formats without EXIF."""
+    known = {"exif", "Raw profile type exif"} & image.info.keys()  # else Pillow decodes a PNG
+    return image.getexif().get(274, 1) if known else 1

@@ -52,7 +52,7 @@ class Raster:
                     if image.mode in ("RGB", "RGBA"):
                         self.colours = image.info.get("icc_profile")
                     self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
-                    sideways = not table and 5 <= _orientation(image) <= 8
+                    sideways = not table and 5 <= opening.orientation(image) <= 8
                 self.height, self.width = sides[::-1] if sideways else sides
             if not self.tiff and self.height * self.width > most:
                 sides = f"{self.width}x{self.height}"
@@ -99,7 +99,7 @@ class Raster:
 
     def _read_picture(self):
         with opening.open_image(self.path) as image:
-            turn = _TURNS.get(_orientation(image))
+            turn = opening.TURNS.get(opening.orientation(image))
             rgb = image.convert("RGBA" if self.masked else "RGB")
             pixels = np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
         if self.masked:
@@ -324,17 +324,6 @@ class Raster:
         """The opacity of every pixel, (H, W) uint8: of a TIFF 0 without data, else 255."""
         valid = self.valid(0, 0, self.height, self.width)
         return valid * np.uint8(255) if self._alpha is None else self._alpha
-
-
-# EXIF's orientations 2 to 8: the turn that makes a photograph upright
-_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-_TURNS = dict(enumerate(_TURNS.split(), 2))
-
-
-def _orientation(image):
-    """EXIF's orientation of an open image, 1 to 8; 1 in formats without EXIF."""
-    known = {"exif", "Raw profile type exif"} & image.info.keys()  # else Pillow decodes a PNG
-    return image.getexif().get(274, 1) if known else 1
 
 
 def check_pair(a, b):

@@ -101,6 +101,20 @@ def _unlike(nothing, layers):
     return np.where(same, other, layers)
 
 
+def _describe(target, source, bands):
+    """Gives an edited TIFF the profile of its source, and the names, units, ... of its bands."""
+    if source.colours:
+        colours = base64.b64encode(source.colours).decode()
+        target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=colours)
+    if not source.tiff:
+        return
+    if len(source.chosen) == bands:  # not of a grey that becomes red, green, blue
+        target.update_tags(ns="COLOR_PROFILE", **source.tiff.tags(ns="COLOR_PROFILE"))
+    for about in ("descriptions", "units", "scales", "offsets"):
+        values = [getattr(source.tiff, about)[k - 1] for k in source.chosen]
+        setattr(target, about, (values * bands)[:bands])  # grey is read thrice
+
+
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes, bands, limits, edited):
     profile = _profile(source, classes, bands, limits)
@@ -128,16 +142,8 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                 gdal().open(aside, "w", **profile) as target,
             ):
                 target.update_tags(**tags)
-                if edited and source.colours:
-                    colours = base64.b64encode(source.colours).decode()
-                    target.update_tags(ns="COLOR_PROFILE", SOURCE_ICC_PROFILE=colours)
-                if edited and source.tiff:
-                    if len(source.chosen) == bands:  # not of a grey that becomes red, green, blue
-                        profile_tags = source.tiff.tags(ns="COLOR_PROFILE")
-                        target.update_tags(ns="COLOR_PROFILE", **profile_tags)
-                    for about in ("descriptions", "units", "scales", "offsets"):
-                        values = [getattr(source.tiff, about)[k - 1] for k in source.chosen]
-                        setattr(target, about, (values * bands)[:bands])  # grey is read thrice
+                if edited:
+                    _describe(target, source, bands)
                 if classes:
                     for value, _, index in classes.entries:
                         if index != IGNORED:
