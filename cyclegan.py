@@ -598,7 +598,7 @@ def report(state, val, cfg, histograms):
         constants["B"] = {"most frequent class": torch.eye(len(cfg.classes))[frequent]}
     else:
         constants["B"] = common.constant_colors(histograms["B"])
-    judge = common.find_judge(cfg, val.loader_A.device) if val.paired else None
+    judge = common.find_judge(cfg, val.loader_A.device, val.paired)
     scores = evaluate(state, val, cfg, np.arange(len(val)), constants, judge)
     about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
     confusion = scores.confusions.get(("A to B: model", ""))

@@ -574,7 +574,7 @@ def report(state, val, cfg, histograms):
     by_class = histograms.get("A of classes") if cfg.direction == "BtoA" else None
     classes = cfg.classes if cfg.direction == "AtoB" else None
     colors = common.constant_colors(histogram, classes, by_class)
-    judge = common.find_judge(cfg, val.loader.device) if cfg.direction == "BtoA" else None
+    judge = common.find_judge(cfg, val.loader.device, cfg.direction == "BtoA")
     rows = evaluate(state, val, cfg, np.arange(len(val)), colors, judge).table()
     about = {"split": val.store.split.name, "judge": judge.name if judge else ""}
     common.write_evaluation(cfg, rows, images=len(val), **about)

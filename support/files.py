@@ -13,7 +13,6 @@ from support.errors import UserError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".img"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 TIFF_SUFFIXES = {".tif", ".tiff"}
-LOSSY = {".jpg", ".jpeg", ".webp"}
 UNFINISHED = ".unfinished-"  # prefix of the name of each file that is being written
 LOCKS = []  # of the run folders that this process has reserved
 

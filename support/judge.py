@@ -12,7 +12,7 @@ from tqdm import tqdm
 from support.batches import Loader
 from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
-from support.errors import UserError, refusing
+from support.errors import UserError, print_once, refusing
 from support.pictures import filled
 from support.processes import average_gradients, rank
 from support.store import ImageStore
@@ -56,8 +56,15 @@ class Judge(nn.Module):
         return self.eval()(filled(image)).argmax(1)
 
 
-def find_judge(cfg, device):
-    """The judge of --judge or of the run folder, or with --train-judge a new one; else None."""
+def find_judge(cfg, device, of_use=True):
+    """The judge of --judge or of the run folder, or with --train-judge a new one; else None.
+
+    of_use  whether photographs are generated from land cover that is known, and can be judged
+    """
+    if not of_use:
+        if cfg.judge or cfg.train_judge:
+            print_once("no judge is used: it measures photographs of given land cover")
+        return None
     path = Path(cfg.judge or Path(cfg.out) / "judge.pt")
     trained = cfg.judge or path.is_file()
     if not cfg.classes or not (trained or cfg.train_judge):

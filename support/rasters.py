@@ -35,7 +35,7 @@ class Raster:
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._palette, self._clear, self._levels, self._alpha = None, [], None, None
-        self._has_alpha, self.bands = False, list(bands)
+        self._has_alpha, self._format, self.bands = False, "", list(bands)
         self.limits, self.dtype, self.colours = limits, "uint8", None
         suffix = self.path.suffix.lower()
         with opening.decoding(path):
@@ -47,7 +47,7 @@ class Raster:
                 self._open_array(8 * most)
             else:
                 with opening.open_image(path) as image:
-                    self._has_alpha = image.has_transparency_data
+                    self._has_alpha, self._format = image.has_transparency_data, image.format
                     sides = image.size[::-1]
                     if image.mode in ("RGB", "RGBA"):
                         self.colours = image.info.get("icc_profile")
@@ -126,7 +126,6 @@ class Raster:
                 return table.from_one_hot(self._array, path)
             return table.from_codes(self._array[..., 0], path)
         with opening.open_image(path) as image:
-            lossy = image.format in ("JPEG", "WEBP")
             if self.masked:
                 self._alpha = np.asarray(image.convert("RGBA"))[..., 3]
             if image.mode == "P":
@@ -138,7 +137,7 @@ class Raster:
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        self._choose_reading(pixels, known, lossy)
+        self._choose_reading(pixels, known)
         return self._labels(pixels, known, strict=True)
 
     def _labels(self, pixels, known, strict=False):
@@ -149,19 +148,19 @@ class Raster:
         indices[known] = self._indices(pixels[known][None], strict)[0]
         return indices
 
-    def _choose_reading(self, sample, known, lossy):
+    def _choose_reading(self, sample, known):
         """Chooses to read a label map by codes, palette or colours.
 
         It follows from the pixels of a sample (H, W, 1 or 3) that are known.
         """
         sample = sample if known.all() else sample[known][None]
-        self._nearest = lossy or self.table.nearest
+        self._nearest = self.lossy or self.table.nearest
         self._by_colour = sample.shape[-1] == 3
         if self._palette is not None:
             if not self.table.by_palette(sample[..., 0], self._palette):
                 self._palette = None
         elif sample.dtype == np.uint8 and not self._by_colour:
-            self._by_colour = self.table.by_grey(sample, lossy)
+            self._by_colour = self.table.by_grey(sample, self.lossy)
             self._nearest = self._nearest or self._by_colour
 
     @property
@@ -212,10 +211,7 @@ class Raster:
             self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
             self._palette = None
         sample, known = self._sample()
-        lossy = str(self.tiff.compression) in ("Compression.jpeg", "Compression.webp")
-        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
-        lossy = lossy and about.get("COMPRESSION_REVERSIBILITY") != "LOSSLESS"
-        self._choose_reading(sample, known, lossy)
+        self._choose_reading(sample, known)
         if self._by_colour:  # a photograph is refused here
             self._labels(sample, known, strict=True)
 
@@ -273,6 +269,15 @@ class Raster:
         if self._by_codes and nothing is not None and nothing not in self.table.values:
             pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
         return self._labels(pixels, self.valid(top, left, *pixels.shape[:2]))
+
+    @functools.cached_property
+    def lossy(self):
+        """Whether the file's compression changes colours, as that of JPEG does."""
+        if not self.tiff:
+            return self._format in ("JPEG", "WEBP")
+        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
+        guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
+        return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
 
     @functools.cached_property
     def place(self):

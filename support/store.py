@@ -18,7 +18,7 @@ from support.batches import some_of, spread
 from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
-from support.files import LOSSY, whole_or_absent
+from support.files import whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits
 from support.opening import world_files
@@ -244,7 +244,7 @@ class ImageStore:
                     a, _ = np.split(strips[0], 2, axis=1)
                     _, b = np.split(strips[-1], 2, axis=1)
                     if self.classes:
-                        nearest = self.classes.nearest or pair[0].suffix.lower() in LOSSY
+                        nearest = self.classes.nearest or rasters[-1].lossy
                         b = self.classes.from_colours(b, pair[0], nearest, strict=not self.patch)
                     strips = [a, b]
                 planes = self._planes(rasters, top, step) if masked else []

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import signal
 from multiprocessing import forkserver
 
 import pytest
@@ -11,6 +12,7 @@ import support.run
 from files import PLACE, land_cover, side_by_side
 from harness import SCRIPTS
 from runs import RUNS, tiny_run
+from support.errors import print_once
 
 if not PLACE:  # without rasterio; the other files have tests that need no GeoTIFF
     collect_ignore = ["test_depth.py", "test_generate.py", "test_opening.py", "test_rasters.py"]
@@ -23,9 +25,14 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test starts from the same random numbers."""
+def fresh():
+    """Every test starts from the same random numbers and signals, and sees every remark."""
     torch.manual_seed(0)
+    print_once.cache_clear()
+    handlers = [(number, signal.getsignal(number)) for number in support.run.SIGNALS]
+    yield
+    for number, handler in handlers:  # a Run that was not closed keeps its own
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

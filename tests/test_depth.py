@@ -113,7 +113,6 @@ def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat):
     values[:, middle == (flat == "the middle")] = 5
     values[:50] = 0  # no data
     geotiff(tmp_path / "x.tif", values, nodata=0)
-    print_once.cache_clear()
     with Raster(tmp_path / "x.tif", bands=(1,), limits=Limits((0,), (9999,), "uint16")) as raster:
         print_other_units(raster)
     assert ("other units?" in capsys.readouterr().err) == (flat == "the middle")

@@ -355,7 +355,6 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
         mixlc.main(use(tmp_path / "run", "--evaluate"))
         said = capsys.readouterr().err
         assert "classes.json: differs from the class table in use (land, water, road)" in said
-    print_once.cache_clear()
     find_images(root, "train", "pictures")
     assert "classes.json: not used, as B is pictures" in capsys.readouterr().err
 

@@ -20,7 +20,6 @@ import support.edits
 import support.generate
 from files import CLASSES, LABELS, geotiff, noise, picture, pixels_of, save
 from runs import last, refused, tiny_run, use
-from support.errors import print_once
 from support.generate import _view, edit_of_files, inputs_of, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
@@ -115,7 +114,6 @@ def two_folders(root, a, b, sizes):
 @pytest.mark.parametrize("sizes", [[(64, 128)], [(90, 60), (40, 120), (80, 80)]])
 def test_generation_squeezes_images_as_training_does(tmp_path, capsys, sizes):
     """Whole images: what a network gets is the same to the bit; larger ones go by windows."""
-    print_once.cache_clear()
     data = two_folders(tmp_path, "{}/A", "{}/B", sizes)
     _, cfg = tiny("pix2pix", data=str(data), cache=str(tmp_path / "cache"))
     window = common.ImageStore(cfg, "train", 64).windows()[0]

@@ -127,7 +127,7 @@ def test_a_single_image_has_no_other_place(module):
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])
-def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path):
+def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path, capsys):
     """pix2pix makes land cover; of cyclegan's photographs without pairs none is known."""
     if script == "cyclegan":
         for split, to in (("train", "train"), ("val", "test")):
@@ -140,6 +140,7 @@ def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path)
     measures = {name for row in rows_of(tmp_path / "run").values() for name in row}
     assert measures and not any(name.startswith("judge_") for name in measures)
     assert not (tmp_path / "run" / "judge.pt").exists()
+    assert "no judge is used" in capsys.readouterr().err
 
 
 def test_holes_are_grey_to_judges_and_classifiers():

@@ -58,6 +58,6 @@ def test_a_browser_draws_it(page, tmp_path):
     call = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     call += [f"--user-data-dir={tmp_path}", page.as_uri()]
     done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=False)
-    texts = "<figcaption><span>g_l1", "samples/epoch_0002.png", "M"
+    texts = "<figcaption><span>g_l1", "samples/epoch_0002.png", "M", "steps 1 to 6"
     assert all(text in done.stdout for text in texts), done.stdout[-2000:] + done.stderr
     assert "<b>" not in done.stdout.split('id="data"')[0]

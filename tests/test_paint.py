@@ -864,5 +864,13 @@ class TestBrowser:
         tab.press("2")
         tab.page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         tab.wait()
-        assert (tab.pixels() != first).any()
+        painted = tab.pixels()
+        assert (painted != first).any()
+        tab.press("3")
+        fingers = [{"x": box["x"] + 40 * k, "y": box["y"] + 40, "id": k} for k in (1, 2)]
+        touches = tab.page.context.new_cdp_session(tab.page)
+        for kind, down in (("Start", 1), ("Start", 2), ("Move", 2), ("End", 0)):
+            about = {"type": f"touch{kind}", "touchPoints": fingers[:down]}
+            touches.send("Input.dispatchTouchEvent", about)
+        assert (tab.pixels() == painted).all() and not tab.page.evaluate("stroke || busy")
         context.close()

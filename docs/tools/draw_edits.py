@@ -19,7 +19,6 @@ from sheet import sheet
 from support.batches import spread
 from support.checkpoints import load_weights
 from support.classes import ClassTable
-from support.files import LOSSY
 from support.layouts import find_images
 from support.rasters import Raster
 
@@ -31,10 +30,11 @@ LINES = ("road", "motorway")
 
 def photograph_and_labels(split, k, side):
     """Validation place k, the square in its middle: (side, side, 3) and (side, side)."""
-    rgb = Raster(split.A[k]).read()
+    photograph = Raster(split.A[k])
+    rgb = photograph.read()
     if split.halves:
         rgb, drawn = np.split(rgb, 2, axis=1)
-        nearest = split.classes.nearest or split.A[k].suffix.lower() in LOSSY
+        nearest = split.classes.nearest or photograph.lossy
         labels = split.classes.from_colours(drawn, split.A[k], nearest)
     else:
         labels = Raster(split.B[k], split.classes).read()
