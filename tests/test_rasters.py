@@ -20,7 +20,6 @@ from common import IGNORED
 from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save
 from runs import refused
 from support.classes import ClassTable
-from support.errors import print_once
 from support.files import write_image
 from support.limits import Limits
 from support.pictures import to_bytes
