@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import threading
 
 
 class UserError(Exception):
@@ -51,9 +52,22 @@ class SafeStream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-@functools.cache
+_OF_THREAD = threading.local()
+
+
+def remarks():
+    """The list of this thread's remarks, those of print_once."""
+    return vars(_OF_THREAD).setdefault("remarks", [])
+
+
 def print_once(text):
-    """Prints a remark on stderr, once in a process."""
+    """Prints a remark on stderr, once in a process; a page may show it each time."""
+    remarks().append(text)
+    _print(text)
+
+
+@functools.cache
+def _print(text):
     print(text, file=sys.stderr)
 
 

@@ -135,6 +135,7 @@ def edit_of_files(cfg):
     if photo.limits and photo.dtype != photo.limits.dtype:
         remedy = f"convert it to {photo.limits.dtype}, that of training"
         raise UserError(f"{photo.path}: has {photo.dtype} values: {remedy}")
+    print_other_units(photo)
     maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
     for labels in maps:
         check_pair(photo, labels)

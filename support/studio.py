@@ -17,8 +17,8 @@ from PIL import Image
 from support.batches import spread
 from support.canvases import MemoryRaster, values_of_colours
 from support.classes import IGNORED, ClassTable
-from support.errors import UserError
-from support.limits import Limits, values_of
+from support.errors import UserError, remarks
+from support.limits import Limits, print_other_units, values_of
 from support.opening import UPLOADS
 from support.pictures import as_tensor, resize
 from support.plots import page_of
@@ -99,6 +99,7 @@ class Studio:
 
     def open(self, wanted):
         """Opens an example, files, a blank canvas of a height and width, or a canvas once more."""
+        remarks().clear()
         if "canvas" in wanted:
             return self._described(str(wanted["canvas"]))
         if "example" in wanted:
@@ -127,6 +128,7 @@ class Studio:
         canvas = self._canvas({"canvas": key})
         height, width = canvas.pixels.shape[:2]
         about = {"canvas": key, "height": height, "width": width}
+        about["remarks"] = list(dict.fromkeys(remarks()))
         about["start"] = base64.b64encode(canvas.start.tobytes()).decode()
         if (canvas.pixels != canvas.start).any():
             about["pixels"] = base64.b64encode(canvas.pixels.tobytes()).decode()
@@ -159,6 +161,8 @@ class Studio:
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: more than {MOST_PIXELS} pixels: cut it")
+                    print_other_units(raster)
+                    remarks()[:] = [text.replace(path.name, name) for text in remarks()]
                     pixels = raster.values()
                     valid = raster.valid(0, 0, *pixels.shape[:2])
                     if raster.masked and valid.any() and not table:

@@ -12,7 +12,7 @@ import support.run
 from files import PLACE, land_cover, side_by_side
 from harness import SCRIPTS
 from runs import RUNS, tiny_run
-from support.errors import print_once
+from support import errors
 
 if not PLACE:  # without rasterio; the other files have tests that need no GeoTIFF
     collect_ignore = ["test_depth.py", "test_generate.py", "test_opening.py", "test_rasters.py"]
@@ -28,7 +28,7 @@ def pytest_collection_finish(session):
 def fresh():
     """Every test starts from the same random numbers and signals, and sees every remark."""
     torch.manual_seed(0)
-    print_once.cache_clear()
+    errors._print.cache_clear()
     handlers = [(number, signal.getsignal(number)) for number in support.run.SIGNALS]
     yield
     for number, handler in handlers:  # a Run that was not closed keeps its own

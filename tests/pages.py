@@ -22,20 +22,25 @@ def studio_of(main, run, monkeypatch, more=""):
     return served[-1][0]
 
 
+def opened(studio, paths):
+    """The page's answer to files (its input, its photograph)."""
+    files = {}
+    for name, path in zip(("input", "photo"), paths, strict=False):
+        files[name] = [path.name, base64.b64encode(path.read_bytes()).decode()]
+    return studio.open({"files": files})
+
+
 def page_shows(studio, paths, strokes=()):
     """The picture (H, W, 3) that the page shows of files (its input, its photograph).
 
     strokes  [(x, y, width, height, what is painted in bytes), ...]
     """
-    files = {}
-    for name, path in zip(("input", "photo"), paths, strict=False):
-        files[name] = [path.name, base64.b64encode(path.read_bytes()).decode()]
-    opened = studio.open({"files": files})
-    height, width, start = (opened[name] for name in ("height", "width", "start"))
+    about = opened(studio, paths)
+    height, width, start = (about[name] for name in ("height", "width", "start"))
     picture = np.zeros((height, width, 3), np.uint8)
     for stroke in [(0, 0, width, height, base64.b64decode(start)), *strokes]:
         query = dict(zip(("x", "y", "width", "height"), stroke, strict=False))
-        answer = studio.stroke(query | {"canvas": opened["canvas"], "samples": 1}, stroke[-1])
+        answer = studio.stroke(query | {"canvas": about["canvas"], "samples": 1}, stroke[-1])
         (answer,) = answer["pictures"]
         part = pixels_of(io.BytesIO(base64.b64decode(answer["png"])))
         x, y = answer["x"], answer["y"]

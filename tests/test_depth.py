@@ -14,11 +14,11 @@ import mixlc
 import pix2pix
 import support.limits
 from files import PLACE, TABLE, bands_of, geotiff, noise, save
-from pages import in_colours, page_shows, studio_of
+from pages import in_colours, opened, page_shows, studio_of
 from runs import last, line_of, rows_of, stop_after, tiny_run, use
+from support import errors
 from support.demo import landscape
 from support.device import in_bf16
-from support.errors import print_once
 from support.generate import needs_tiff
 from support.limits import Limits, print_other_units
 from support.pictures import eight_bits
@@ -99,7 +99,7 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 of 4 images, such as " in said and "A/2.tif, fill less than 1% of the values" in said
     for limits, wrong in (("1e8,1e9", True), ("0,9999", False)):
-        print_once.cache_clear()
+        errors._print.cache_clear()
         shutil.rmtree(tmp_path / "run")
         started(tmp_path / "data", tmp_path, limits_A=limits)
         about = f"--limits-A {limits}: the training images fill less than 1% of it"
@@ -243,6 +243,7 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
     for path in (photo, dark):
         edit = f"--generate {path} --lc {labels} --paint water:0,0,20,20"
         main(use(out, edit, f"--out {tmp_path}/new"))
+        assert ("dark.tif: its values fill" in capsys.readouterr().err) == (path is dark)
         new, old = bands_of(tmp_path / "new" / path.name), bands_of(path, bands)
         assert new.dtype == np.uint16 and (new[30:, 30:] == old[30:, 30:]).all()
         inside = new[:10, :10]
@@ -251,6 +252,8 @@ def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
     with rasterio.open(tmp_path / "new" / photo.name) as file:
         assert file.scales == (0.4, 0.3, 0.2, 0.1, 0.5, 0.6) and file.offsets == (3, 2, 1, 0, 4, 5)
         assert "".join(file.descriptions) == "DCBAEF" and file.units == ("m",) * 6
+    (remark,) = opened(studio_of(main, out, monkeypatch), [labels, dark])["remarks"]
+    assert remark.startswith("dark.tif: its values fill")
     for dtype in (np.uint8, np.int16):  # outside the edit their values would not stay
         geotiff(dark, np.full((192, 192, 6), 9, dtype))
         with pytest.raises(SystemExit):

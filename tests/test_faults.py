@@ -28,9 +28,10 @@ import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
 from runs import last, line_of, metrics_of, state_of, tiny_run, use
+from support import errors
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
-from support.errors import SafeStream, print_once
+from support.errors import SafeStream
 from support.files import LOCKS, lock, whole_or_absent
 from support.layouts import find_images
 from support.rasters import Raster
@@ -351,7 +352,7 @@ def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
     names = [row | {"name": other["name"]} for row, other in zip(TABLE, TABLE[::-1], strict=True)]
     for table in (TABLE[::-1], names):
         (root / "classes.json").write_text(json.dumps(table))
-        print_once.cache_clear()
+        errors._print.cache_clear()
         mixlc.main(use(tmp_path / "run", "--evaluate"))
         said = capsys.readouterr().err
         assert "classes.json: differs from the class table in use (land, water, road)" in said

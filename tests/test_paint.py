@@ -773,18 +773,19 @@ class TestBrowser:
     def test_files_broken_and_whole(self, tab, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
         save(tmp_path / "map.png", np.full((70, 90), 2, np.uint8))
-        save(tmp_path / "photo.png", np.full((70, 90, 3), 100, np.uint8))
+        geotiff(tmp_path / "photo.tif", np.full((70, 90, 5), 100, np.uint8))
         if tab.edits():
-            tab.page.set_input_files("#photo", tmp_path / "photo.png")
+            tab.page.set_input_files("#photo", tmp_path / "photo.tif")
             tab.page.wait_for_selector("text=now open its land cover")
         tab.page.set_input_files("#input", tmp_path / "broken.png")
         assert tab.shows_an_error("broken.png: cannot be decoded")
         if tab.edits():
-            tab.page.set_input_files("#photo", tmp_path / "photo.png")
+            tab.page.set_input_files("#photo", tmp_path / "photo.tif")
         content = base64.b64encode((tmp_path / "map.png").read_bytes()).decode()
         tab.page.evaluate(DROP, content)
         tab.wait()
         assert (tab.pixels() == 2).all() and tab.pixels().shape == (70, 90)
+        assert ("have 5 bands" in tab.page.inner_text("#remarks")) == tab.edits()
 
     def test_a_reload_keeps_the_work_and_tabs_their_own(self, tab, address):
         tab.stroke((0.4, 0.4), (0.6, 0.6), keys="2")
