@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from support.errors import UserError
+from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 NAMED = {".gif", ".vrt", ".gpkg"}  # read where a user names them, not as part of a folder
@@ -71,6 +71,10 @@ def gdal():
     import rasterio
 
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    version = rasterio.__gdal_version__
+    if tuple(map(int, version.split(".")[:2])) < (3, 10):
+        about = "reads colours of some palettes wrongly, and loses colour profiles"
+        print_once(f"GDAL {version} {about}: pip install 'rasterio>=1.4.4'")
     return rasterio
 
 

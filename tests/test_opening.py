@@ -76,6 +76,15 @@ RECIPES = [
 ]
 
 
+@pytest.mark.parametrize(("version", "old"), [("3.9.3", True), ("3.10.0", False), ("4.0.1", False)])
+def test_an_old_gdal_that_misreads_palettes_is_reported(monkeypatch, capsys, version, old):
+    monkeypatch.setattr(rasterio, "__gdal_version__", version)
+    opening.gdal.__wrapped__()
+    assert (
+        f"GDAL {version} reads colours of some palettes wrongly" in capsys.readouterr().err
+    ) == old
+
+
 @pytest.mark.parametrize(("name", "content", "text"), RECIPES)
 def test_no_file_is_opened_by_its_content(tmp_path, name, content, text):
     """Also where a world file beside it names its place."""
