@@ -137,7 +137,7 @@ def _check_modes(cfg):
     weights = any(getattr(cfg, name) for name in weight_options(cfg))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
-    if cfg.evaluate and (cfg.generate or cfg.serve):
+    if sum(map(bool, (cfg.evaluate, cfg.generate, cfg.serve))) > 1:
         raise UserError("--evaluate, --generate and --serve: one at a time")
     if cfg.judge and cfg.train_judge:
         raise UserError("--judge names a trained judge: leave --train-judge out")

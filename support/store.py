@@ -151,7 +151,7 @@ class ImageStore:
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
-        text = [f"{what} planar, holes, upright {about}"]
+        text = [f"{what} planar, holes of halves, upright {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
             for file in (path, *beside, *world_files(Path(path))):
@@ -260,7 +260,8 @@ class ImageStore:
         pictures = [raster for raster in rasters if not raster.table]
         planes = [picture.valid(top, 0, step, picture.width) for picture in pictures]
         if self.split.halves:
-            planes = np.split(planes[0], 2, axis=1)[: 1 if self.classes else 2]
+            a, b = (np.split(plane, 2, axis=1) for plane in (planes[0], planes[-1]))
+            planes = [a[0]] if self.classes else [a[0], b[1]]
         return planes
 
     def _patches(self, strip):

@@ -122,7 +122,9 @@ def test_a_run_on_land_cover(landcover, tmp_path):
     run, labels, out = (tmp_path / name for name in ("run", "labels", "pictures"))
     main(tiny_run("cyclegan", landcover, run, f"--epochs 1 {JUDGED}"))
     rows = rows_of(run)
-    confusion = json.loads((run / "evaluation.json").read_text())["confusion"]
+    about = json.loads((run / "evaluation.json").read_text())
+    confusion = about["confusion"]
+    assert about["judge"].startswith("judge.pt ")
     for row in ("B to A: model", "real photograph", "real, of another place"):
         assert 0 <= rows[row]["judge_pixel_accuracy"] <= 1, row
     assert rows["real photograph"] != rows["real, of another place"]
@@ -169,16 +171,18 @@ def test_published_weights_are_usable_at_once(pairs, tmp_path, capsys):
     assert "--init-AB" in line_of(main, f"{line} AtoB".split(), capsys)
 
 
-def test_init_of_one_generator_starts_from_our_checkpoint_with_its_discriminator(trained):
+@pytest.mark.parametrize(("way", "D"), [("AB", "D_B"), ("BA", "D_A")])
+def test_init_of_one_generator_starts_from_our_checkpoint_with_its_discriminator(way, D, trained):
     kept = last(trained("cyclegan"))["state"]
     path = trained("cyclegan") / "checkpoints" / "last.pt"
-    cfg = dataclasses.replace(PICTURES, init_AB=str(path))
+    cfg = dataclasses.replace(PICTURES, **{f"init_{way}": str(path)})
     state = build(cfg, CPU)
-    before = {name: copy.deepcopy(getattr(state, name).state_dict()) for name in ("G_BA", "D_A")}
+    nets = {name: getattr(state, name) for name in ("G_AB", "G_BA", "D_A", "D_B")}
+    before = {name: copy.deepcopy(net.state_dict()) for name, net in nets.items()}
     cyclegan.load_generators(state, cfg)
-    wanted = before | {name: kept[name] for name in ("G_AB", "D_B")}
-    for name, want in wanted.items():
-        assert same(dict(getattr(state, name).state_dict()), dict(want))
+    for name, net in nets.items():
+        want = kept[name] if name in (f"G_{way}", D) else before[name]
+        assert same(dict(net.state_dict()), dict(want))
 
 
 def test_a_resume_keeps_the_windows_of_both_sides(tmp_path, monkeypatch):
@@ -217,3 +221,11 @@ def test_distances_of_land_cover_are_not_measured(landcover, cache, monkeypatch)
     compared = calls_of(monkeypatch, common.Scores, "add_distances")
     cyclegan.evaluate(build(LAND_COVER, CPU), val, LAND_COVER, [0, 1])
     assert {row for _, row, *_ in compared} == {"B to A: model"}
+
+
+def test_the_judge_sees_the_translation(landcover, cache, monkeypatch):
+    cfg, val = LAND_COVER, open_data("cyclegan", landcover, cache, "val")
+    judged = calls_of(monkeypatch, cyclegan, "add_judged", lambda *_: None)
+    state, ((_, lc),) = build(cfg, CPU), val.in_order([0, 1])
+    cyclegan.evaluate(state, val, cfg, [0, 1], judge=True)
+    assert torch.equal(judged[0][2]["B to A: model"], translate(state, lc, cfg, "BtoA"))

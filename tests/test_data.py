@@ -25,7 +25,7 @@ from support.classes import ClassTable
 from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
 from support.limits import Limits
-from support.measures import confusion_matrix, measure_images, measure_labels
+from support.measures import confusion_matrix, measure_images, measure_labels, print_table
 from support.pictures import as_array, as_tensor, resize, resize_known, to_bytes
 from support.rasters import Raster
 from tensors import CPU, calls_of
@@ -66,6 +66,7 @@ LAYOUTS = {
     "val, validation": ("validation/1.png test/2.png", "side by side, validation", "1"),
     "val, test": ("train/1.png test/2.png", "side by side, test", "2"),
     "test": ("val/1.png test/2.png", "side by side, test", "2"),
+    "in capitals": ("train/1.JPG train/2.Tif", "side by side, train", "1 2"),
 }  # fmt: skip
 
 
@@ -83,6 +84,13 @@ def test_layouts(tmp_path, case):
     assert f"{found.layout}, {found.name}" == layout and stems == [a, *(b or [a])]
     assert found.paired == ("unaligned" not in layout) and found.halves == ("side" in layout)
     assert bool(found.classes) == ("classes.json" in names or found.layout == "Inria")
+
+
+@pytest.mark.parametrize("city", ["austin", "chicago", "kitsap", "tyrol-w", "vienna"])
+def test_each_city_of_inria_validates(city, tmp_path):
+    for k in (1, 5, 6, 36):
+        touch(*(tmp_path / "train" / side / f"{city}{k}.tif" for side in ("images", "gt")))
+    assert [x.stem for x in find_images(tmp_path, "val").A] == [f"{city}1", f"{city}5"]
 
 
 def test_classes_turn_any_layout_into_label_maps(pairs, landcover):
@@ -443,6 +451,37 @@ def test_holes_belong_to_the_half_that_has_them(tmp_path):
     assert (store.known("B", store.records) == 255).all()
 
 
+def test_each_half_has_the_holes_of_its_own_bands(tmp_path):
+    pixels = np.full((40, 80, 2), 500, np.int16)
+    pixels[:10, 40:, 1] = -9999
+    geotiff(tmp_path / "train" / "0.tif", pixels, nodata=-9999)
+    of = {"bands_A": "1", "bands_B": "2", "limits_A": "0,1000 int16", "limits_B": "0,1000 int16"}
+    store = store_of(tmp_path, tmp_path / "cache", 40, **of)
+    assert (store.known("A", store.records) == 255).all()
+    assert not store.known("B", store.records)[0, 0, :9].any()
+
+
+def test_unpaired_images_keep_their_holes(tmp_path):
+    valid = np.full((40, 40), 255, np.uint8)
+    valid[:10] = 0
+    for name in ("trainA", "trainB"):
+        geotiff(tmp_path / name / "x.tif", picture(np.random.default_rng(0), 40, 40), valid)
+    store = store_of(tmp_path, tmp_path / "cache", 40)
+    for side in "AB":
+        holes = store.images(side, torch.from_numpy(store.rows[side])).isnan()
+        assert holes[..., :9, :].all() and not holes[..., 12:, :].any()
+
+
+def test_a_file_of_another_size_is_decoded_again(tmp_path):
+    root, cache = side_by_side(tmp_path / "data", train=2), tmp_path / "cache"
+    path = root / "train" / "0.png"
+    kept = os.stat(path)
+    assert store_of(root, cache).A[0].any()
+    save(path, np.zeros((80, 160, 3), np.uint8))
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert not store_of(root, cache).A[0].any()
+
+
 def test_a_patch_of_unknown_colours_is_ignored(tmp_path):
     """A whole image of them is refused, as it may be a photograph."""
     drawn = np.zeros((40, 80, 3), np.uint8)
@@ -631,6 +670,20 @@ def test_ssim_by_hand():
     assert measure_images(*pictures, known=known)["ssim"].item() == pytest.approx(want, rel=1e-6)
 
 
+def test_ssim_is_the_mean_over_channels():
+    target = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    fake = target.clone()
+    fake[:, 2] = 255 - fake[:, 2]
+    blue = measure_images(fake[:, 2:], target[:, 2:])["ssim"].item()
+    assert measure_images(fake, target)["ssim"].item() == pytest.approx((2 + blue) / 3)
+
+
+def test_a_table_leaves_cells_empty(capsys):
+    print_table({"model": {"psnr": 1.0, "rmse": 2.0}, "copy": {"rmse": 3.0}})
+    _, model, copy = capsys.readouterr().out.splitlines()
+    assert copy.index("3.0000") == model.index("2.0000")
+
+
 def test_scores_are_means_over_images_and_rmse_the_root_of_the_mean():
     """Three images, off by 2, 0 and 4 levels everywhere, in batches of two and one."""
     target, scores = torch.zeros(3, 3, 16, 16), common.Scores()
@@ -742,8 +795,10 @@ def test_constant_guesses():
             assert counts.reshape(-1, 256)[0, :4].tolist() == [1, 0, 1, 0], name
     counts = torch.zeros(1, 256)
     counts[0, [0, 1, 2, 255]] = torch.tensor([1.0, 3, 1, 4])
-    frequent = to_bytes(common.constant_colors(counts, CLASSES)["most frequent class"])
-    assert tuple(frequent.tolist()) == CLASSES.colors[1]
+    guesses = common.constant_colors(counts, CLASSES)
+    assert tuple(to_bytes(guesses["most frequent class"]).tolist()) == CLASSES.colors[1]
+    mean = (CLASSES.palette[[0, 1, 2, 255]] * [[1], [3], [1], [4]]).sum(0) / 9
+    assert (to_bytes(guesses["mean training colour"]).numpy() == mean.round()).all()
     drawn = torch.tensor(CLASSES.colors[2]).view(1, 3, 1, 1)
     assert pix2pix.nearest_class(common.from_bytes(drawn), CLASSES).item() == 2
 

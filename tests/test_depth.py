@@ -344,3 +344,17 @@ def test_a_deep_landscape_is_learnt(tmp_path):
         known = ~new.mask & (real > 0)
         assert known.any(0).mean() > 0.9
         assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.05
+
+
+def test_limits_have_the_digits_of_their_values(tmp_path):
+    heights = 4000.25 + np.random.default_rng(0).integers(0, 256, (64, 64)) / 1000
+    for side in "AB":
+        geotiff(tmp_path / "data" / "train" / side / "x.tif", heights.astype(np.float32))
+    limits = Limits.of(started(tmp_path / "data", tmp_path), "A")
+    assert np.allclose([limits.low[0], limits.high[0]], np.percentile(heights, [2, 98]), atol=1e-3)
+
+
+def test_one_flat_band_is_no_other_unit():
+    values = np.random.default_rng(0).uniform(0, 9999, (500, 2))
+    values[:, 1] = 5
+    assert not Limits((0.0,) * 2, (9999.0,) * 2, "uint16").too_wide_for(values)

@@ -350,3 +350,11 @@ def test_the_roofline_counts_every_convolution_of_a_step():
         gflop += roofline.gflop(call) * (forwards + sum(call.gradients) * backwards)
     want = harness.step_flops(script, **small) / 1e9
     assert gflop == pytest.approx(want, rel=0.05)
+
+
+def test_the_first_weights_follow_the_seed():
+    numbers = []
+    for seed in (0, 1, 1):
+        start(tiny("pix2pix", device="cpu", seed=seed)[1])
+        numbers.append(torch.rand(1).item())
+    assert numbers[0] != numbers[1] == numbers[2]

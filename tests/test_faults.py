@@ -24,10 +24,11 @@ import common
 import cyclegan
 import mixlc
 import pix2pix
+import support.begin
 import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
-from runs import last, line_of, metrics_of, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, refused, state_of, tiny_run, use
 from support import errors
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
@@ -48,6 +49,11 @@ CASES = {
     f"{EDIT} --lc lc.png --paint :1,1,5,5": "or several; there are",
     f"{EDIT} --lc lc.png --paint water:1,1": "write class:x,y,width,height",
     f"{EDIT} --lc lc.png --paint water:140,1,5,5": "paints nothing in the image, 140x100",
+    f"{EDIT} --lc lc.png --paint water:1,100,5,5": "paints nothing in the image",
+    f"{EDIT} --generate small.png --lc lc.png": "an edit needs one photograph",
+    "mixlc --bands-B 1": "--bands-B 1: B is land cover",
+    "mixlc --limits-B 0,9": "--limits-B 0,9: B is land cover",
+    "pix2pix --evaluate --init model.pt": "need --checkpoint FILE",
     f"{EDIT} --lc lc.png": "or train with --no-erase",
     f"{EDIT} --lc small.png --paint water:1,1,5,5": "10x10: sizes must agree",
     f"{EDIT} --paint water:1,1,5,5": "needs --lc",
@@ -384,7 +390,7 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys, monkeypatch
 def test_a_start_that_was_killed_before_it_wrote_starts_again(world, tmp_path):
     """Folders and temporary files are all that it left."""
     run = tmp_path / "run"
-    left = run / ".unfinished-0123456789abcdef.json", run / "checkpoints" / ".unfinished-00ff.pt"
+    left = [run / f"{folder}.unfinished-00ff.x" for folder in ("", "checkpoints/", "samples/")]
     others = run / ".2024-plan.json", run / "generated" / ".unfinished-77.png"
     (run / "samples").mkdir(parents=True)
     touch(*left)
@@ -557,3 +563,10 @@ def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert cache_folder(pix2pix.Config(out=".")) == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
+def test_two_uses_at_once_are_refused(two):
+    asked = {name: ("x",) if name == "generate" else True for name in two.split()}
+    with refused("one at a time"):
+        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked))

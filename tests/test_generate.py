@@ -333,6 +333,7 @@ def test_two_results_of_one_name_are_refused(tmp_path):
 # what is generated from a file, as pictures and as label maps
 RESULTS = {
     "x.jpg": (["x.jpg"], ["x.png", "x_colours.png"]),
+    "X.JPG": (["X.JPG"], ["X.png", "X_colours.png"]),
     "x.tif": (["x.tif"], ["x.tif"]),
     "x.vrt": (["x.tif"], ["x.tif"]),
     "x.npy": (["x.png"], ["x.png", "x_colours.png"]),
@@ -760,3 +761,33 @@ def test_using_keeps_the_cache_of_training_and_may_normalise_otherwise(trained, 
             words = use(run, "--serve --eval-norm running", more)
             cfg, *_ = common.begin(importlib.import_module(script).Config, "", {}, words)
             assert cfg.eval_norm == "running" and cache_folder(cfg) == tmp_path / cache
+
+
+def test_strokes_come_on_top_of_another_land_cover(tmp_path):
+    cfg, _ = edit(tmp_path, "water:100,50,20,20")
+    after = np.zeros((300, 400), np.uint8)
+    after[200:220, 300:320] = 2
+    save(tmp_path / "after.png", after)
+    cfg = dataclasses.replace(cfg, lc=str(tmp_path / "after.png"), lc_before=cfg.lc)
+    assert edit_of_files(cfg).changed(0, 0, 300, 400).sum() == 2 * 20 * 20
+
+
+def test_the_border_of_a_whole_photograph_follows_its_size(tmp_path):
+    cfg, _ = edit(tmp_path, "water:9,9,9,9", shape=(256, 512), window=0)
+    assert edit_of_files(cfg).border == 12
+
+
+def test_statistics_come_from_the_only_window_with_data():
+    """Of 61 in a row the second, which is not among the 24 that are noted of a large raster."""
+    net, window = nn.InstanceNorm2d(3), np.zeros((3, 16, 16), np.uint8)
+    shared, size = SharedStatistics(net, 2.0), (16, 60 * 12 + 16)
+
+    def valid(top, left, *_):
+        return np.array(left == 12)
+
+    Windows(lambda *_: window, lambda x: net(x.float()), size, (16, 16), shared, valid)
+    assert shared.positions == [(0.0, 0.75)]
+
+
+def test_boxes_that_touch_do_not_overlap():
+    assert overlap((0, 0, 4, 4), (3, 0, 4, 4)) and not overlap((0, 0, 4, 4), (4, 0, 4, 4))

@@ -292,3 +292,25 @@ def test_one_image_at_a_time_windows_share_statistics(script, monkeypatch):
     state, calls = module.build(cfg, CPU), calls_of(monkeypatch, common, "edit_file", lambda *_: 0)
     module.generate(state, cfg, CPU)
     assert calls[0][2] is state.G
+
+
+@each_edit_script
+def test_photograph_b_is_judged_untouched(script, monkeypatch):
+    module, cfg = tiny(script)
+    edit = module.Edit(*batch_of(script, cfg))
+    added = calls_of(monkeypatch, common.Scores, "add_labels", lambda *_: None)
+    judge = types.SimpleNamespace(classes_of=lambda image: image)
+    mask = edit_mask(edit.box, edit.inside, 64)
+    module.add_judged(common.Scores(), judge, edit, mask, edit.rgb_ab, "judge")
+    assert torch.equal(added[2][2], edit.rgb_b)
+
+
+@each_edit_script
+def test_without_erase_a_users_photograph_is_seen(script, monkeypatch):
+    module, cfg = tiny(script, erase=False)
+    shown = calls_of(monkeypatch, module, "translate")
+    edited = calls_of(monkeypatch, common, "edit_file", lambda *_: None)
+    module.generate(module.build(cfg, CPU, training=False), cfg, CPU)
+    window = torch.randint(0, 3, (1, 5, 64, 64), dtype=torch.uint8)
+    edited[0][1](window, sample=1)
+    assert torch.equal(shown[0][1][0], common.from_bytes(window[:, :3]))

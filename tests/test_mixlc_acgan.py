@@ -94,3 +94,9 @@ def test_a_judge_changes_no_weight_of_a_run(trained, landcover, tmp_path):
         common.begin(mixlc_acgan.Config, "", {}, words)
         numbers.append(torch.rand(1))
     assert torch.equal(*numbers)
+
+
+def test_class_weights_are_those_of_the_training_labels(trained):
+    content = last(trained("mixlc_acgan"))
+    want = mixlc_acgan.inverse_frequency(content["histograms"]["B"][0, :3])
+    assert torch.equal(content["state"]["class_weights"], want)

@@ -143,3 +143,10 @@ def test_an_evaluation_names_its_checkpoint(trained, tmp_path):
     pix2pix.main(use(trained("pix2pix"), "--evaluate", f"--out {tmp_path}/o"))
     about = json.loads((tmp_path / "o" / "evaluation.json").read_text())
     assert about["checkpoint"].endswith("checkpoints/last.pt")
+
+
+def test_distances_are_those_from_the_target(pairs, cache, monkeypatch):
+    val = open_data("pix2pix", pairs, cache, "val")
+    added = calls_of(monkeypatch, common.Scores, "add_distances")
+    pix2pix.evaluate(build(TINY, CPU), val, TINY, [0, 1])
+    assert torch.equal(added[0][3], val.sides(next(val.in_order(np.arange(2))))[1])

@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,11 +22,12 @@ from PIL import Image
 
 import common
 import pix2pix
+import support.begin
 import support.run
 from files import picture, pixels_of, save, vgg_file
 from forks import forked
 from pix2pix import Config, main
-from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, stop_after, tiny_run, use
 from support.checkpoints import (
     RANKS,
     buffers_of_ranks,
@@ -181,6 +183,7 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     train(pairs, tmp_path / "run", "--track tensorboard --epochs 1")
     writer, any_value = tensorboard.SummaryWriter.return_value, mock.ANY
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
+    scalars.append(mock.call("lr", 1e-4, 3))
     writer.add_scalar.assert_has_calls(scalars, any_order=True)
     writer.add_image.assert_called_once_with("samples", any_value, 3, dataformats="HWC")
     monkeypatch.setitem(sys.modules, "wandb", wandb := mock.MagicMock())
@@ -188,13 +191,16 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     support.run.tracker(cfg, "the run")
     how = wandb.init.call_args.kwargs
     assert (how["id"], how["resume"], how["sync_tensorboard"]) == ("the run", "allow", True)
+    assert how["config"]["width"] == 4
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-def test_nohup_is_obeyed():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
+    before = signal.signal(signal.SIGHUP, handler)
     try:
-        assert signal.SIGHUP not in runpy.run_path(support.run.__file__)["SIGNALS"]
+        saves = signal.SIGHUP in runpy.run_path(support.run.__file__)["SIGNALS"]
+        assert saves == (handler is signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -551,3 +557,51 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     losses = [float(row["g_l1"]) for row in metrics_of(out)]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2])
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
+
+
+def test_a_run_that_is_stopped_has_its_page(pairs, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        train(pairs, tmp_path / "run")
+    assert all((tmp_path / "run" / name).is_file() for name in ("index.html", "losses.png"))
+
+
+def test_a_fingerprint_has_the_names_of_b(tmp_path):
+    rng, found = np.random.default_rng(5), []
+    for name in ("trainA/0", "trainB/0", "testA/0", "testB/0", "testB/1"):
+        save(tmp_path / f"{name}.png", picture(rng, 64, 64))
+        if "testB" in name:
+            store = open_data("cyclegan", tmp_path, tmp_path / "cache").store
+            found.append(support.run.fingerprint(store, ""))
+    assert found[0] != found[1]
+
+
+def test_the_newest_run_is_that_saved_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("pix2pix-9", "pix2pix-10", "pix2pix")):
+        path = Path("runs") / name / LAST
+        save_checkpoint(path, {})
+        os.utime(path, (k, k))
+        assert support.begin._newest_run(Config()) == Path("runs") / name
+
+
+def test_a_checkpoint_is_used_from_its_own_folder(done, monkeypatch):
+    monkeypatch.chdir(done / "checkpoints")
+    cfg = common.begin(Config, "", {}, ["--generate", "last.pt", "--checkpoint", "last.pt"])[0]
+    assert Path(cfg.out).resolve() == done / "generated"
+
+
+def test_the_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
+    called = calls_of(monkeypatch, subprocess, "check_output", lambda *_, **__: "abc\n")
+    support.run.write_config(tiny("pix2pix", out=str(tmp_path))[1])
+    assert str(Path(support.run.__file__).parent) in called[0][0]
+    assert json.loads((tmp_path / "config.json").read_text())["git_commit"] == "abc"
+
+
+def test_a_full_disk_that_pytorch_finds_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with refused("x.pt: cannot be written .*is the disk full"):
+        save_checkpoint(tmp_path / "x.pt", {})
