@@ -441,3 +441,18 @@ def test_one_file_beside_the_other_half_has_bands_of_its_own(pairs, tmp_path):
     plain = common.ImageStore(tiny("pix2pix", **about)[1], "train", 64)
     store = common.ImageStore(tiny("pix2pix", bands_A="3,1", bands_B="2", **about)[1], "train", 64)
     assert (plain.A[:, [2, 0]] == store.A).all() and (plain.B[:, [1]] == store.B).all()
+
+
+@pytest.mark.parametrize(
+    ("script", "direction", "sides"),
+    [("pix2pix", "AtoB", "B"), ("pix2pix", "BtoA", "A"), ("cyclegan", "AtoB", "AB")],
+)
+def test_baselines_are_of_the_side_that_is_generated(
+    script, direction, sides, pairs, cache, tmp_path, monkeypatch
+):
+    module, cfg = tiny(script, direction=direction, out=str(tmp_path))
+    counts = {"A": torch.ones(3, 256), "B": torch.arange(1, 257).expand(3, -1)}
+    counted = calls_of(monkeypatch, common, "constant_colors")
+    data = open_data(script, pairs, cache, "val", direction=direction)
+    module.report(module.build(cfg, CPU, training=False), data, cfg, counts)
+    assert [arguments[0] is counts[side] for arguments, side in zip(counted, sides, strict=True)]
