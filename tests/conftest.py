@@ -30,6 +30,7 @@ def fresh():
     torch.manual_seed(0)
     errors._print.cache_clear()
     handlers = [(number, signal.getsignal(number)) for number in support.run.SIGNALS]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield
     for number, handler in handlers:  # a Run that was not closed keeps its own
         signal.signal(number, handler)

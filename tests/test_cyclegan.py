@@ -15,6 +15,7 @@ import common
 import cyclegan
 from cyclegan import ImagePool, build, main, translate
 from files import LABELS, TABLE, picture, pixels_of, save, side_by_side
+from pages import page_shows, studio_of
 from runs import JUDGED, last, line_of, rows_of, stop_after, tiny_run, use
 from support.limits import Limits
 from support.pictures import to_bytes
@@ -118,7 +119,7 @@ def test_translate_both_directions():
     assert image.shape == (2, 3, 64, 64) and image.abs().max() <= 1 and not image.requires_grad
 
 
-def test_a_run_on_land_cover(landcover, tmp_path):
+def test_a_run_on_land_cover(landcover, tmp_path, monkeypatch):
     run, labels, out = (tmp_path / name for name in ("run", "labels", "pictures"))
     main(tiny_run("cyclegan", landcover, run, f"--epochs 1 {JUDGED}"))
     rows = rows_of(run)
@@ -141,6 +142,9 @@ def test_a_run_on_land_cover(landcover, tmp_path):
     index = Image.open(labels / "0.png")
     assert index.mode == "P" and index.size == (80, 80) and np.asarray(index).max() < 3
     assert (np.asarray(index.convert("RGB")) == pixels_of(labels / "0_colours.png")).all()
+    (photo,) = (landcover / "val" / "rgb").glob("0.*")
+    shown = page_shows(studio_of(main, run, monkeypatch), [photo])
+    assert (shown == pixels_of(labels / "0_colours.png")).all()
     main(use(run, f"--generate {labels}/0.png --direction BtoA", f"--out {out}"))
     assert Image.open(out / "0.png").size == (80, 80)
 

@@ -778,15 +778,17 @@ def test_the_border_of_a_whole_photograph_follows_its_size(tmp_path):
 
 
 def test_statistics_come_from_the_only_window_with_data():
-    """Of 61 in a row the second, which is not among the 24 that are noted of a large raster."""
+    """Of 61 in a row the second, which is not among the 24 that are noted; without data one."""
     net, window = nn.InstanceNorm2d(3), np.zeros((3, 16, 16), np.uint8)
-    shared, size = SharedStatistics(net, 2.0), (16, 60 * 12 + 16)
+    size = 16, 60 * 12 + 16
 
     def valid(top, left, *_):
         return np.array(left == 12)
 
-    Windows(lambda *_: window, lambda x: net(x.float()), size, (16, 16), shared, valid)
-    assert shared.positions == [(0.0, 0.75)]
+    for data, want in ((valid, (0.0, 0.75)), (lambda *_: np.array(False), (0, 0))):
+        shared = SharedStatistics(net, 2.0)
+        Windows(lambda *_: window, lambda x: net(x.float()), size, (16, 16), shared, data)
+        assert shared.positions == [want]
 
 
 def test_boxes_that_touch_do_not_overlap():

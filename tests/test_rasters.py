@@ -21,7 +21,7 @@ from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save
 from runs import refused
 from support.classes import ClassTable
 from support.files import write_image
-from support.limits import Limits
+from support.limits import ALL, Limits
 from support.pictures import to_bytes
 from support.rasters import Raster, check_pair
 from support.windows import read_filled
@@ -537,3 +537,28 @@ def test_systems_without_codes_are_compared(tmp_path):
         geotiff(tmp_path / name, np.zeros((9, 9, 3), np.uint8), crs=crs)
     with refused("lies elsewhere"):
         check_pair(Raster(tmp_path / "a.tif"), Raster(tmp_path / "b.tif"))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "table", "text"),
+    [
+        (np.ones((8, 8), np.complex64), None, "has complex64 values, which are not supported"),
+        (np.ones((8, 8, 2), np.uint16), CLASSES, "a label map has one band of codes"),
+        (np.ones((8, 8)), None, "an array can only be a label map"),
+    ],
+)
+def test_files_that_are_no_pictures_or_label_maps_are_refused(tmp_path, pixels, table, text):
+    if pixels.dtype == float:
+        np.save(tmp_path / "x.npy", pixels)
+    else:
+        geotiff(tmp_path / "x.tif", pixels)
+    with refused(text):
+        Raster(next(tmp_path.iterdir()), table, limits=ALL)
+
+
+def test_values_that_no_file_holds_are_not_written():
+    table = [
+        {"name": str(value), "color": f"0,0,{value % 7}", "value": value} for value in (1, 70000)
+    ]
+    with refused("class values must be 0 to 65535"):
+        assert ClassTable.load(json.dumps(table)).codes
