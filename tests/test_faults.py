@@ -58,6 +58,7 @@ CASES = {
     f"{EDIT} --lc small.png --paint water:1,1,5,5": "10x10: sizes must agree",
     f"{EDIT} --paint water:1,1,5,5": "needs --lc",
     "pix2pix --generate pairs/val --checkpoint model.pt --window 99999999999": "must be at most 2",
+    "pix2pix --batch 2": "unrecognized arguments: --batch 2",
     "pix2pix --data=": "--data is empty: pass a value",
     "pix2pix --resume --out renamed": "this version has no option adv_lambda, alpha",
     "pix2pix --evaluate --checkpoint model.pt --out stranger": "written by another program",

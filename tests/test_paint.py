@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import common
-from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save
+from files import CLASSES, LABELS, TABLE, geotiff, land_cover, picture, pixels_of, save
 from forks import forked, until
 from pages import BROWSER
 from runs import refused, tiny_run, use
@@ -301,6 +301,11 @@ def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path):
     assert studio.canvases[opened] is not studio.examples[0][0]  # which stays unpainted
 
 
+def test_land_cover_is_not_compared_with_a_translation_into_it(tmp_path, landcover):
+    cfg = configured("cyclegan", tmp_path, data=str(landcover), **LABELS, direction="AtoB")
+    assert [photo for _, photo in Studio(cfg, None, None).examples] == [None] * 2
+
+
 def test_names_of_classes_are_text_in_the_page(tmp_path):
     table = [{"name": "</script><script>alert(1)</script>", "color": "#000000"}, *TABLE]
     cfg = configured("pix2pix", tmp_path, data="none", lc_classes=json.dumps(table))
@@ -484,6 +489,8 @@ def test_only_so_many_pixels_are_kept_those_used_last(server, monkeypatch):
     found = [stroke(request, canvas)[0] for canvas in (first, second, third, fourth)]
     assert found == [200, 400, 200, 200]
     assert len({first, second, third, fourth, opened(request)}) == 5  # no number is given twice
+    monkeypatch.setattr(studios, "KEPT", 1)
+    assert stroke(request, opened(request))[0] == 200  # one that alone is larger
 
 
 def test_canvases_are_opened_by_many_at_once(server):
