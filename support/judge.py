@@ -62,7 +62,7 @@ def find_judge(cfg, device, of_use=True):
     of_use  whether photographs are generated from land cover that is known, and can be judged
     """
     if not of_use:
-        if cfg.judge or cfg.train_judge:
+        if (cfg.judge or cfg.train_judge) and rank() == 0:
             print_once("no judge is used: it measures photographs of given land cover")
         return None
     path = Path(cfg.judge or Path(cfg.out) / "judge.pt")

@@ -274,7 +274,7 @@ class Raster:
     def lossy(self):
         """Whether the file's compression changes colours, as that of JPEG does."""
         if not self.tiff:
-            return self._format in ("JPEG", "WEBP")
+            return self._format in ("JPEG", "MPO", "WEBP")
         about = self.tiff.tags(ns="IMAGE_STRUCTURE")
         guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
         return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"

@@ -331,12 +331,15 @@ def test_masks_survive_jpeg(tmp_path, table, mode, name, options):
     assert (Raster(tmp_path / name, table_of(table)).read() == index).mean() > 0.99
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [("x.jpg", {}), ("x.webp", {}), ("x.png", {"format": "JPEG"}), JPEG_TIFF]
-)
+OTHER_JPEGS = ("x.png", {"format": "JPEG"}), ("x.jpg", {"format": "MPO", "save_all": True})
+
+
+@pytest.mark.parametrize(("name", "how"), [("x.jpg", {}), ("x.webp", {}), JPEG_TIFF, *OTHER_JPEGS])
 def test_land_cover_halves_survive_compression(tmp_path, name, how):
     index = np.kron(np.arange(16).reshape(4, 4) % 3, np.ones((16, 16), int))
     both = np.hstack([picture(np.random.default_rng(0), 64, 64), CLASSES.palette[index]])
+    if "save_all" in how:  # two pictures in a JPEG, as of some cameras
+        how = how | {"append_images": [Image.fromarray(both)]}
     save(tmp_path / "train" / name, both, quality=80, **how)
     store = store_of(tmp_path, tmp_path / "cache", 64, lc_classes=json.dumps(TABLE))
     assert (store.B[0, 0] == index).mean() > 0.95
