@@ -7,6 +7,8 @@ import torch
 def pytest_configure(config):
     if not config.getoption("benchmark_only", False):
         config.option.benchmark_disable = True
+    if hasattr(config, "workerinput"):  # -n auto has a process for each core
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
