@@ -59,7 +59,7 @@ class Config(common.Options):
     pool_size: int = option(50, "fakes in the image pool of a domain; 0: none", low=0, high=10**4)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(1, "images of each domain in a step of one process", low=1)
+    batch_size: int = option(1, "images of each domain in a step of one process", low=1, fixed=True)
     epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
     epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
     init_AB: str = option(
@@ -426,7 +426,8 @@ def learning_rate(cfg, epoch):
 
     As in the authors' code, the epoch after the last would have the rate zero.
     """
-    decay = cfg.epochs - cfg.epochs // 2 if cfg.epochs_decay < 0 else cfg.epochs_decay
+    half = cfg.epochs - cfg.epochs // 2
+    decay = half if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 

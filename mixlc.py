@@ -76,7 +76,7 @@ class Config(common.EditOptions):
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
     lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
     lr: float = option(5e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(8, "edits in a step of one process", low=1)
+    batch_size: int = option(8, "edits in a step of one process", low=1, fixed=True)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
 
 

@@ -72,7 +72,7 @@ class Config(common.Options):
     vgg16: str = option("", "file of VGG16's weights; none: from torch.hub", file=True)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(1, "images in a step of one process", low=1)
+    batch_size: int = option(1, "images in a step of one process", low=1, fixed=True)
     epochs: int = option(
         200,
         "passes over the training images",
@@ -432,7 +432,8 @@ def learning_rate(state, cfg, epoch):
     """
     if cfg.schedule != "linear":
         return cfg.lr * state.lr_scale
-    decay = cfg.epochs - cfg.epochs // 2 if cfg.epochs_decay < 0 else cfg.epochs_decay
+    half = cfg.epochs - cfg.epochs // 2
+    decay = half if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 

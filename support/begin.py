@@ -100,7 +100,8 @@ def begin(config, doc, quick, argv=None):
 
     A new run has no checkpoint; it gets a folder of its own, and cfg its class table. Otherwise
     options come from the checkpoint, but for the group "use". A typed option wins, or is refused
-    where the checkpoint fixes it: with --resume unless it may change, else in the group "model".
+    where the checkpoint fixes it: with --resume unless it may change, else in the group "model"
+    and where the option says so.
     """
     cfg, given = parse(config, doc, quick, argv)
     _check_modes(cfg)
@@ -185,12 +186,17 @@ def _use(cfg, given):
     """(cfg, checkpoint) of --checkpoint, with the group "use" of the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
-    groups = {field.name: group for group, field in grouped_fields(type(cfg))}
-    fixed = {name for name in groups if groups[name] == "model"}
+    groups, fixed = {}, set()
+    for group, field in grouped_fields(type(cfg)):
+        groups[field.name] = group
+        if group == "model" or field.metadata.get("fixed"):
+            fixed.add(field.name)
     saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
     new = _merged(cfg, given, saved, fixed, path)
     folder = path.parent.parent if path.parent.name else Path("..")
     run = folder if path.absolute().parent.name == "checkpoints" else Path("runs") / path.stem
+    if cfg.evaluate and not cfg.out and run != folder and (run / "checkpoints").is_dir():
+        raise UserError(f"{run} is another run, of the name of {path.name}: pass --out")
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
     if not cfg.out:  # the cache of training, also for results in generated/

@@ -105,7 +105,10 @@ class ClassTable:
                 index = len(names)
                 names.append(entry["name"])
                 colors.append(color)
-            rows.append((entry.get("value", position), color, index))
+            value = entry.get("value", position)
+            if index != IGNORED and not 0 <= value <= 65535:
+                raise ValueError(f"value {value}, not 0 to 65535")
+            rows.append((value, color, index))
         if not 2 <= len(names) < IGNORED:
             raise ValueError(f"{len(names)} classes, not 2 to 254")
         lower = [name.lower() for name in names]
@@ -132,41 +135,16 @@ class ClassTable:
         """{value: index or IGNORED} of every row."""
         return {value: index for value, _, index in self.entries}
 
-    def _coded(self, used):
+    @functools.cached_property
+    def grey(self):
+        """Whether each colour is the grey of its value, as in `binary`."""
+        return all(color == (value,) * 3 for value, color, _ in self.entries)
+
+    def has(self, codes):
         """Whether the table has all of these codes."""
-        return set(used.tolist()) <= {self.unused, *self.values}
+        return set(np.unique(codes).tolist()) <= {self.unused, *self.values}
 
-    def by_palette(self, codes, palette):
-        """Whether a file is read by the colours of its palette (256, 3), and not by codes (H, W).
-
-        It is if the table gives no values, or lacks some that occur, and if it has most of the
-        colours that occur, or the palette has most of the table's colours. The last rule reads a
-        tile of one class like the others.
-        """
-        used = np.unique(codes)
-        if self.valued and self._coded(used):
-            return False
-        colors = {tuple(color) for color in palette[used].tolist()}
-        known = {color for _, color, _ in self.entries}
-        if 2 * len(known & colors) > len(colors):
-            return True
-        greys = (palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
-        return not greys and 2 * len(known & set(map(tuple, palette.tolist()))) > len(known)
-
-    def by_grey(self, levels, jpeg):
-        """Whether levels of grey (H, W) uint8 are read as the nearest colours, and not as codes.
-
-        They are if some levels are no codes of the table, and if the file is a JPEG, the table is
-        `nearest`, or each of its colours is the grey of its value. Without JPEG they must also show
-        several classes: a mask of 0 and 1 is not all black.
-        """
-        used = np.unique(levels)
-        graded = all(color == (value,) * 3 for value, color, _ in self.entries)
-        if self._coded(used) or not (jpeg or self.nearest or graded):
-            return False
-        return jpeg or len(set(self._nearest_row(used[:, None])[1])) > 1
-
-    def _nearest_row(self, rgb):
+    def nearest_row(self, rgb):
         """Colours (K, 3) -> the squared distance to the nearest one of the table, and its row."""
         distance = np.stack([((rgb - color) ** 2).sum(1) for _, color, _ in self.entries])
         return distance.min(0), distance.argmin(0)
@@ -183,8 +161,6 @@ class ClassTable:
         for value, index in self.values.items():
             if index != IGNORED:
                 codes[index] = value
-        if codes.min() < 0 or codes.max() > 65535:
-            raise UserError("class values must be 0 to 65535 to be written: change the class table")
         return codes.astype(np.uint8 if codes.max() < 256 else np.uint16)
 
     @functools.cached_property
@@ -215,7 +191,7 @@ class ClassTable:
         """
         packed = (rgb.astype(np.int32) << (16, 8, 0)).sum(-1)
         present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-        distance, row = self._nearest_row((present[:, None] >> (16, 8, 0)) & 255)
+        distance, row = self.nearest_row((present[:, None] >> (16, 8, 0)) & 255)
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
             wrong = f"{path}: not the colours of the class table"

@@ -50,10 +50,7 @@ class Limits(NamedTuple):
 
     def too_wide_for(self, values):
         """Whether values (K, C) fill less than 1% of every band's levels; False without any."""
-        if not len(values):
-            return False
-        levels = self.to_levels(np.percentile(values.astype(np.float64), [2, 98], axis=0))
-        return bool((np.diff(levels.astype(int), axis=0) < 655).all())
+        return nearly_flat(self.to_levels(values))
 
     def to_values(self, image):
         """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
@@ -63,6 +60,14 @@ class Limits(NamedTuple):
         if dtype.kind in "iu":
             values = values.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
         return values.astype(dtype)
+
+
+def nearly_flat(levels):
+    """Whether levels (K, C) of 16 bits fill less than 1% of every band; False without any."""
+    if not len(levels):
+        return False
+    low, high = np.percentile(levels, [2, 98], axis=0)
+    return bool((high - low < 655).all())
 
 
 def values_of(image, limits):
@@ -102,19 +107,14 @@ def with_limits(cfg, split):
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
-        typed = text = cfg.limits_A if side == "A" else cfg.limits_B
+        text = cfg.limits_A if side == "A" else cfg.limits_B
         if not text and dtype == "uint8":
             text = "0,255"
         elif not text:
             pairs = _percentiles(paths[side], cfg.bands(side))
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
-        limits = Limits.of(cfg, side)  # refuses wrong ones
-        if typed:
-            samples = np.concatenate(list(_samples(paths[side], cfg.bands(side)).values()))
-            if limits.too_wide_for(samples):
-                about = "the training images fill less than 1% of it: other units?"
-                print_once(f"--limits-{side} {text}: {about}")
+        Limits.of(cfg, side)  # refuses wrong ones
     return cfg
 
 

@@ -98,11 +98,11 @@ def world_files(path):
     return [file for file in beside if os.path.isfile(file)]
 
 
-def deep_driver(path):
-    """GDAL's driver for a PNG of 16 bits, of which Pillow gives 8; else None."""
+def png_depth(path):
+    """The bits of a PNG's samples; 8 for other files. Pillow gives 8 for each PNG."""
     with open(path, "rb") as file:
-        start = file.read(25)  # the signature, and the header's size, depth and kind
-    return "PNG" if start[:8] == b"\x89PNG\r\n\x1a\n" and start[24:] == b"\x10" else None
+        start = file.read(25)  # the signature, and the header's size and depth
+    return start[24] if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) == 25 else 8
 
 
 def open_tiff(path, driver):

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from support import opening
-from support.classes import IGNORED
 from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES
+from support.labels import Reading
 from support.opening import READABLE
 
 
@@ -40,7 +40,9 @@ class Raster:
         suffix = self.path.suffix.lower()
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
-            driver = opening.driver_of(self.path) or (not table and opening.deep_driver(self.path))
+            driver = opening.driver_of(self.path)
+            if not (driver or table) and opening.png_depth(self.path) == 16:
+                driver = "PNG"
             if driver:
                 self._open_tiff(driver)
             elif suffix in ARRAY_SUFFIXES:
@@ -136,46 +138,12 @@ class Raster:
             pixels = np.atleast_3d(np.asarray(image))
         if pixels.dtype == bool:  # 0 and 1, or 0 and 255 if the table has 255
             pixels = pixels * np.uint8(255 if 255 in table.values else 1)
+        if image.mode == "L" and (bits := opening.png_depth(path)) in (2, 4):
+            codes = pixels // (255 // (2**bits - 1))
+            pixels = codes if table.has(codes) else pixels
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        self._choose_reading(pixels, known)
-        return self._labels(pixels, known, strict=True)
-
-    def _labels(self, pixels, known, strict=False):
-        """Class indices (H, W) of pixels (H, W, 1 or 3), IGNORED where they are not known."""
-        if known.all():
-            return self._indices(pixels, strict)
-        indices = np.full(known.shape, IGNORED, np.uint8)
-        indices[known] = self._indices(pixels[known][None], strict)[0]
-        return indices
-
-    def _choose_reading(self, sample, known):
-        """Chooses to read a label map by codes, palette or colours.
-
-        It follows from the pixels of a sample (H, W, 1 or 3) that are known.
-        """
-        sample = sample if known.all() else sample[known][None]
-        self._nearest = self.lossy or self.table.nearest
-        self._by_colour = sample.shape[-1] == 3
-        if self._palette is not None:
-            if not self.table.by_palette(sample[..., 0], self._palette):
-                self._palette = None
-        elif sample.dtype == np.uint8 and not self._by_colour:
-            self._by_colour = self.table.by_grey(sample, self.lossy)
-            self._nearest = self._nearest or self._by_colour
-
-    @property
-    def _by_codes(self):
-        return self._palette is None and not self._by_colour
-
-    def _indices(self, pixels, strict=False):
-        """Class indices (H, W) of pixels (H, W, 1 or 3); strict: refuses a photograph."""
-        if self._palette is not None:
-            colours = self._palette[pixels[..., 0]]
-            return self.table.from_colours(colours, self.path, nearest=False, strict=False)
-        if self._by_colour:
-            colours = np.repeat(pixels, 3 // pixels.shape[-1], -1)
-            return self.table.from_colours(colours, self.path, self._nearest, strict)
-        return self.table.from_codes(pixels[..., 0], self.path)
+        self._reading = Reading(table, path, pixels[known][None], self._palette, self.lossy)
+        return self._reading.indices(pixels, known, strict=True)
 
     def _open_tiff(self, driver):
         self.tiff = opening.open_tiff(self.path, driver)
@@ -210,29 +178,28 @@ class Raster:
             one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
             self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
             self._palette = None
-        sample, known = self._sample()
-        self._choose_reading(sample, known)
-        if self._by_colour:  # a photograph is refused here
-            self._labels(sample, known, strict=True)
+        sample = self._sample()
+        self._reading = Reading(self.table, self.path, sample, self._palette, self.lossy)
+        if self._reading.by_colour:  # a photograph is refused here
+            self._reading.indices(sample, strict=True)
 
     def _sample(self, side=342):
-        """Pixels (1, K, 1 or 3) of a label map, from 3 x 3 windows, and where they are known."""
-        sample, known = [], []
+        """Pixels (1, K, 1 or 3) of a label map that have data, from 3 x 3 windows."""
+        sample = []
         for top in np.linspace(0, max(0, self.height - side), 3, dtype=int).tolist():
             for left in np.linspace(0, max(0, self.width - side), 3, dtype=int).tolist():
                 bottom, right = min(top + side, self.height), min(left + side, self.width)
                 pixels = self._cut(top, left, bottom, right)
-                sample.append(pixels.reshape(len(pixels), -1).T)
-                mask = self.tiff.dataset_mask(window=((top, bottom), (left, right)))
-                known.append(mask.ravel() > 0)
-        return np.concatenate(sample)[None], np.concatenate(known)[None]
+                known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
+                sample.append(pixels[:, known].T)
+        return np.concatenate(sample)[None]
 
     def _scale_grey(self, deep):
         """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""
         white_first = self.tiff.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         most = 2 ** int(self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
         if self._palette is None and not deep and (white_first or most < 255):
-            levels = (np.arange(256).clip(0, most) * (255 // most)).astype(np.uint8)
+            levels = (np.arange(256).clip(0, most) * 255 / most).round().astype(np.uint8)
             self._levels = 255 - levels if white_first else levels
 
     def _choose_bands(self):
@@ -266,9 +233,9 @@ class Raster:
             grey = pixels.shape[-1] == 1 and not self.bands
             return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
         nothing = self.tiff.nodata
-        if self._by_codes and nothing is not None and nothing not in self.table.values:
+        if self._reading.by_codes and nothing is not None and nothing not in self.table.values:
             pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
-        return self._labels(pixels, self.valid(top, left, *pixels.shape[:2]))
+        return self._reading.indices(pixels, self.valid(top, left, *pixels.shape[:2]))
 
     @functools.cached_property
     def lossy(self):
@@ -295,7 +262,7 @@ class Raster:
         """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
         if not self.tiff:
             return self._has_alpha
-        if self.table and self._by_codes and self.tiff.nodata in self.table.values:
+        if self.table and self._reading.by_codes and self.tiff.nodata in self.table.values:
             per_dataset = opening.gdal().enums.MaskFlags.per_dataset
             return any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
         floats = np.dtype(self.dtype).kind == "f" and not self.table

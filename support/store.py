@@ -20,7 +20,7 @@ from support.demo import demo_world
 from support.errors import UserError, print_once
 from support.files import whole_or_absent
 from support.layouts import find_images
-from support.limits import Limits
+from support.limits import Limits, nearly_flat
 from support.opening import world_files
 from support.pictures import eight_bits, from_bytes, resize, resize_known
 from support.processes import first_on_machine, rank, wait_for_others
@@ -86,6 +86,7 @@ class ImageStore:
         self.A, self.B = (self.rows[side][:, slice(*self.slots[side][:2])] for side in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
+            self._print_other_units()
 
     def images(self, side, rows):
         """Side "A" or "B" of rows: (B, C, S, S) in [-1, 1] or NaN; indices (B, S, S)."""
@@ -106,21 +107,36 @@ class ImageStore:
         text += " files" if self.paired else f" + {len(split.B)} files"
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
-        ignored = np.mean([self._ignored(side) for side in ("B" if self.classes else "AB")])
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
-        if self.classes and ignored == 1 and all((image == IGNORED).all() for image in self.B):
-            raise UserError(f"{split.root}, split {split.name}: no pixel has a class of the table")
+        shares = []
+        for side in "B" if self.classes and self.paired else "AB":
+            rows = self.rows[side]
+            shares.append(self._ignored(side, rows[spread(100, len(rows))]))
+            if shares[-1] == 1 and all(self._ignored(side, row[None]) == 1 for row in rows):
+                what = "a class of the table" if side == "B" and self.classes else "data"
+                raise UserError(f"{split.root}, split {split.name}: no pixel of {side} has {what}")
+        ignored = np.mean(shares)
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
 
-    def _ignored(self, side):
-        """The share of a side's pixels that have no class, or no data."""
-        rows = self.rows[side]
-        some = rows[spread(100, len(rows))]
+    def _ignored(self, side, rows):
+        """The share of the pixels of some rows that have no class, or no data."""
         if side == "B" and self.classes:
-            return np.mean(self.images("B", some) == IGNORED)
-        known = self.known(side, some)
+            return np.mean(self.images("B", rows) == IGNORED)
+        known = self.known(side, rows)
         return 0 if known is None else np.mean(known == 0)
+
+    def _print_other_units(self):
+        """Prints a line if pictures of more than 8 bits are nearly flat between their limits."""
+        for side, limits in self.limits.items():
+            if limits and limits.dtype != "uint8":
+                rows = self.rows[side][spread(100, len(self.rows[side]))][..., ::8, ::8]
+                first, last, _ = self.slots[side]
+                known = self.known(side, rows)
+                known = np.ones(rows[:, 0].shape, bool) if known is None else known[:, 0] > 0
+                if nearly_flat(np.moveaxis(rows[:, first:last], 1, -1)[known]):
+                    about = f"fill less than 1% of --limits-{side}: other units?"
+                    print_once(f"{self.split.root}, split {self.split.name}: {side}: {about}")
 
     def histograms(self, most=1000):
         """Counts of each level, or class: {"A": (C, 256), "B": (C or 1, 256)} int64.

@@ -22,7 +22,7 @@ from support.limits import Limits, print_other_units, values_of
 from support.opening import UPLOADS
 from support.pictures import as_tensor, resize
 from support.plots import page_of
-from support.rasters import Raster
+from support.rasters import Raster, check_pair
 from support.store import ImageStore
 from support.windows import sides_of
 from support.writing import label_image
@@ -145,8 +145,7 @@ class Studio:
         if not self.edits:
             return given, None
         photo = self._read(self.other_side, *files["photo"])
-        if photo.start.shape[:2] != given.start.shape:
-            raise UserError("the photograph and its land cover differ in size")
+        check_pair(photo, given)
         return given, photo
 
     def _read(self, side, name, content):
@@ -167,7 +166,9 @@ class Studio:
                     valid = raster.valid(0, 0, *pixels.shape[:2])
                     if raster.masked and valid.any() and not table:
                         pixels[~valid] = pixels[valid].mean(0)
-                    return MemoryRaster(pixels, table, limits)
+                    memory = MemoryRaster(pixels, table, limits)
+                    memory.path, memory.place = Path(name), raster.place
+                    return memory
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
 

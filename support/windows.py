@@ -76,7 +76,7 @@ class SharedStatistics:
     def around(self, positions):
         """A context in which the network gets windows at these positions, in this order."""
         apart = torch.tensor(positions)[:, None] - torch.tensor(self.positions)[None]  # (B, N, 2)
-        weights = torch.softmax(-apart.square().sum(-1) / (2 * self.reach**2), 1)
+        weights = torch.softmax(-(apart / self.reach).square().sum(-1) / 2, 1)
         try:
             for layer in self.layers:
                 layer.forward = self._forward(layer, weights)

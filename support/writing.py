@@ -40,6 +40,12 @@ def label_image(index, classes):
     return image
 
 
+def _remove_beside(path):
+    """Removes what GDAL has written about an earlier picture of this name, and would believe."""
+    for ending in (".aux.xml", ".ovr", ".msk"):
+        Path(f"{path}{ending}").unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _writing_whole(path, source, classes, bands, colours):
     size = source.height, source.width
@@ -52,6 +58,7 @@ def _writing_whole(path, source, classes, bands, colours):
         if source.masked and path.suffix.lower() in (".png", ".webp"):
             whole = np.dstack([whole, alpha])
         write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole, colours)
+        _remove_beside(path)
         return
     write_image(path.with_suffix(".png"), label_image(whole, classes))
     write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
@@ -155,11 +162,12 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                     how = gdal().enums.Resampling["nearest" if classes else "average"]
                     halvings = range(1, (max(target.shape) // 256).bit_length())
                     target.build_overviews([2**k for k in halvings], how)
-            beside = Path(f"{aside}.aux.xml")  # of GDAL: a CRS that a TIFF cannot hold
-            if beside.is_file():
-                os.replace(beside, f"{path}.aux.xml")
             # GDAL reports no error when it closes a file on a full disk
             for level in range(_read_through(aside)):
                 _read_through(aside, overview_level=level)
+            _remove_beside(path)
+            beside = Path(f"{aside}.aux.xml")  # of GDAL: a CRS that a TIFF cannot hold
+            if beside.is_file():
+                os.replace(beside, f"{path}.aux.xml")
     except gdal().errors.RasterioError as error:
         raise UserError(f"{path}: cannot be written ({error}): is the disk full?") from None

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shutil
+import struct
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import common
 import pix2pix
@@ -21,6 +23,7 @@ from common import ImageStore
 from files import CLASSES, TABLE, geotiff, land_cover, picture, pixels_of, save, side_by_side, touch
 from pix2pix import Config
 from runs import line_of, refused
+from support import errors
 from support.classes import ClassTable
 from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
@@ -162,6 +165,11 @@ def with_alpha(pixels):
     return np.dstack([np.where(none, np.uint8(7), np.atleast_3d(pixels)), ~none * np.uint8(255)])
 
 
+def in_three(*levels):
+    """A row of greys in three bands."""
+    return np.dstack([np.array([levels], np.uint8)] * 3)
+
+
 def paletted(*levels, codes=(1, 2, 3, 4)):
     """Codes of which 1, 2, 3 and 4 are shades of red, and 0 is black."""
     image = Image.fromarray(np.array([codes], np.uint8))
@@ -208,7 +216,17 @@ LABELS = {
     "binary, 0 and 1": ("binary", "x.png", [0, 1, 1, 0], "[1] are not in"),
     "binary, 0 and 1, TIFF": ("binary", "x.tif", [0, 1, 1, 0], "[1] are not in"),
     "more codes": (NEAREST, "x.tif", [0, 1, 2, 3], "[2, 3] are not in"),
+    "binary, 254": ("binary", "x.png", [0, 254, 254, 0], [0, 1, 1, 0]),
+    "binary, 254, TIFF": ("binary", "x.tif", [0, 254, 255, 0], [0, 1, 1, 0]),
+    "binary, 0, 1 and 255": ("binary", "x.png", [0, 1, 255], "[1] are not in"),
     "a grey photograph": ("binary", "x.png", [90, 100, 0, 140], NOTHING),
+    "three bands of codes": (TABLE, "x.png", np.dstack([CODES] * 3), INDEX),
+    "three bands of codes, 255": (TABLE, "x.tif", np.dstack([INDEX] * 3), INDEX),
+    "three bands, soft": ("binary", "x.png", in_three(0, 90, 200, 255), [0, 0, 1, 1]),
+    "three bands, soft, TIFF": ("binary", "x.tif", in_three(0, 90, 200, 255), [0, 0, 1, 1]),
+    "three bands of 0 and 1": ("binary", "x.png", in_three(0, 1, 1, 0), "[1] are not in"),
+    "black and a stray grey": (EXACT, "x.png", in_three(0, 7, 7, 0), [0, 255, 255, 0]),
+    "black alone": (EXACT[::-1], "x.tif", in_three(0, 0), [1, 1]),
     "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
     "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), NOTHING),
     "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
@@ -300,6 +318,46 @@ def test_label_maps_are_not_turned(tmp_path):
         assert (raster.height, raster.width, 3) == raster.read().shape == (60, 40, 3)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greys_of_few_bits_in_a_png_are_codes_or_else_levels(tmp_path, bits):
+    for table, codes, want in ((TABLE, [0, 1, 2, 1], [0, 1, 2, 1]), ("binary", [0, -1], [0, 1])):
+        codes = np.uint8(np.mod(codes, 2**bits))
+        packed = np.packbits(np.unpackbits(codes[:, None], axis=1)[:, -bits:])
+        header = struct.pack(">IIBBBBB", len(codes), 1, bits, 0, 0, 0, 0)
+        parts = {b"IHDR": header, b"IDAT": zlib.compress(b"\0" + packed.tobytes()), b"IEND": b""}
+        with open(tmp_path / "x.png", "wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\n")
+            for name, content in parts.items():
+                PngImagePlugin.putchunk(file, name, content)
+        assert Raster(tmp_path / "x.png", table_of(table)).read().tolist() == [want]
+
+
+def test_soft_edges_may_lie_anywhere_in_a_large_mask(tmp_path):
+    """Also where the pixels that are looked at first have none; a no-data value that is a class."""
+    levels = np.zeros((1, 3000), np.uint8)
+    levels[0, 2500:2510] = [200, 60] * 5
+    geotiff(tmp_path / "x.tif", levels, nodata=0)
+    assert (Raster(tmp_path / "x.tif", table_of("binary")).read() == (levels > 128)).all()
+
+
+def test_codes_in_three_bands_have_no_colours_elsewhere(tmp_path):
+    pixels = np.zeros((1, 3000, 3), np.uint8)
+    pixels[0, 2500] = 9, 0, 0
+    geotiff(tmp_path / "x.tif", pixels)
+    with refused("has codes, or greys, and also colours"):
+        Raster(tmp_path / "x.tif", table_of("binary")).read()
+
+
+def test_a_palette_that_contradicts_the_values_is_reported(tmp_path, capsys):
+    for levels, said in (((80, 40), True), ((40, 80), False), ((40, 77), False)):
+        image = paletted(*levels, codes=(1, 2, 255))
+        image.putpalette(image.getpalette()[:9] + [0] * 756 + [40, 0, 0])  # of no class
+        image.save(tmp_path / "x.png")
+        errors._print.cache_clear()
+        assert Raster(tmp_path / "x.png", table_of(VALUED_REDS)).read().tolist() == [[0, 1, 255]]
+        assert ("has the colours of other classes" in capsys.readouterr().err) == said
+
+
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]
 
 
@@ -371,7 +429,7 @@ def test_refuses_pictures_as_label_maps(tmp_path, name, nearest):
 WHOLE_TABLES = ["[]", '[{"name": "x"}]', "{", '[{"name": "x", "color": "#12"}]', TABLE[:1]]
 WHOLE_TABLES += [[TABLE[0], TABLE[1] | {key: TABLE[0][key]}] for key in ("name", "color")]
 WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"name": "Land"}]]  # --paint reads them in any case
-WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"value": 0}]]
+WHOLE_TABLES += [[TABLE[0], TABLE[1] | {"value": value}] for value in (0, -1, 65536)]
 # what a row of a table may not have; "a colour of three numbers" is none, nor a name
 ROWS = (
     [("colour", "#000000")]
@@ -475,6 +533,17 @@ def test_unpaired_images_keep_their_holes(tmp_path):
         assert holes[..., :9, :].all() and not holes[..., 12:, :].any()
 
 
+@pytest.mark.parametrize("empty", "AB")
+def test_a_side_without_any_data_is_refused(tmp_path, empty):
+    rng = np.random.default_rng(0)
+    for side in "AB":
+        pixels = np.dstack([picture(rng, 40, 40), np.full((40, 40), 255 * (side != empty))])
+        for k in range(3):
+            save(tmp_path / "train" / side / f"{k}.png", pixels.astype(np.uint8))
+    with refused(f"split train: no pixel of {empty} has data"):
+        store_of(tmp_path, tmp_path / "cache")
+
+
 def test_a_file_of_another_size_is_decoded_again(tmp_path):
     root, cache = side_by_side(tmp_path / "data", train=2), tmp_path / "cache"
     path = root / "train" / "0.png"
@@ -569,7 +638,7 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
     (tmp_path / "classes.json").write_text(json.dumps(EXACT), encoding="utf-8-sig")
     store_of(tmp_path, tmp_path / "cache", 40)
     assert "2 classes, 25% of the pixels ignored" in capsys.readouterr().err
-    with refused("split val: no pixel has a class"):
+    with refused("split val: no pixel of B has a class"):
         store_of(tmp_path, tmp_path / "cache", 40, "val")
 
 

@@ -101,8 +101,9 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     for limits, wrong in (("1e8,1e9", True), ("0,9999", False)):
         errors._print.cache_clear()
         shutil.rmtree(tmp_path / "run")
-        started(tmp_path / "data", tmp_path, limits_A=limits)
-        about = f"--limits-A {limits}: the training images fill less than 1% of it"
+        cfg = started(tmp_path / "data", tmp_path, limits_A=limits)
+        common.ImageStore(cfg, "train", 64)
+        about = "split train: A: fill less than 1% of --limits-A: other units?"
         assert (about in capsys.readouterr().err) == wrong
 
 

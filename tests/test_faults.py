@@ -131,6 +131,7 @@ CASES = {
     "pix2pix --evaluate --checkpoint nothing.pt": "nothing.pt: no such file",
     "pix2pix --evaluate --checkpoint run": "no such file (in a run folder: checkpoints/last.pt)",
     "pix2pix --evaluate --checkpoint model.pt --size 128": "--size 128 contradicts",
+    "pix2pix --generate no --checkpoint model.pt --batch-size 9": "--batch-size 9 contradicts",
     "pix2pix --generate no --checkpoint model.pt": "no such file or directory",
     "pix2pix --generate empty --checkpoint model.pt": "no images in it",
     "pix2pix --resume --out run --lambda-l1 50": "--lambda-l1 50.0 contradicts",

@@ -244,6 +244,9 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
         assert torch.allclose(net(x * scale), own, atol=1e-4)  # a batch at once
     with shared.around(places[::-1]):
         assert not torch.allclose(paint(x), own, atol=1e-2)
+    shared.reach = 1e200  # as good as infinite
+    with shared.around(places):
+        assert paint(x).isfinite().all()
 
 
 @pytest.mark.parametrize("top", [-5, -2, 0, 3, 7, 9])

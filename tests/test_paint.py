@@ -474,7 +474,14 @@ def test_an_edit_needs_two_files_of_one_size(tmp_path):
         assert request("POST", "open", {"width": 64, "height": 64})[0] == 400
         files = {"input": file(labels), "photo": file(photo[:69])}
         status, answer = request("POST", "open", {"files": files})
-        assert status == 400 and b"differ in size" in answer
+        assert status == 400 and b"90x69 and 90x70: sizes must agree" in answer
+        placed = {}
+        for name, pixels, crs in (("photo", photo, 32632), ("input", labels, 32633)):
+            path = geotiff(tmp_path / f"{name}.tif", pixels, crs=f"EPSG:{crs}")
+            placed[name] = in_base64(path.name, path.read_bytes())
+        status, answer = request("POST", "open", {"files": placed})
+        assert status == 400 and b"input.tif lies elsewhere than photo.tif" in answer
+        assert opened(request, files=placed | {"input": file(labels)})
         canvas = opened(request, files=files | {"photo": file(photo)})
         status, answer = stroke(request, canvas, 30, 30, 10, 10)
         assert status == 200 and len(answer["pictures"]) == 1

@@ -17,7 +17,7 @@ from rasterio.transform import from_bounds, from_origin
 
 import common
 from common import IGNORED
-from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save
+from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save, touch
 from runs import refused
 from support.classes import ClassTable
 from support.files import write_image
@@ -67,7 +67,7 @@ def test_an_edit_of_one_band_that_is_read_thrice_keeps_its_scale(tmp_path):
 
 
 @pytest.mark.parametrize("white_first", [False, True])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_greys_of_few_bits_reach_from_black_to_white(tmp_path, bits, white_first):
     codes = np.tile(np.arange(2**bits, dtype=np.uint8), (4, 1))
     kind = "MINISWHITE" if white_first else "MINISBLACK"
@@ -293,6 +293,17 @@ def test_what_a_tiff_cannot_hold_lies_beside_it_or_in_a_mask(tmp_path):
             assert (out.dataset_mask() > 0).sum(1).tolist() == [0] * 2 + [8] * 6
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert sorted(names) == ["x.tif", "x.tif.aux.xml"]
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+def test_what_lies_beside_a_result_does_not_outlive_it(tmp_path, name):
+    """GDAL believes it: the CRS of the picture before, or its overviews."""
+    source = geotiff(tmp_path / "x.tif", np.ones((8, 8, 3), np.uint8))
+    beside = [tmp_path / "out" / f"{name}{ending}" for ending in (".aux.xml", ".ovr", ".msk")]
+    touch(*beside, tmp_path / "out" / "x.txt")
+    with Raster(source) as raster, writing(tmp_path / "out" / name, raster) as put:
+        put(raster.values(), 0)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([name, "x.txt"])
 
 
 @pytest.mark.parametrize("kind", ["nodata", "mask", "classes"])
@@ -554,11 +565,3 @@ def test_files_that_are_no_pictures_or_label_maps_are_refused(tmp_path, pixels, 
         geotiff(tmp_path / "x.tif", pixels)
     with refused(text):
         Raster(next(tmp_path.iterdir()), table, limits=ALL)
-
-
-def test_values_that_no_file_holds_are_not_written():
-    table = [
-        {"name": str(value), "color": f"0,0,{value % 7}", "value": value} for value in (1, 70000)
-    ]
-    with refused("class values must be 0 to 65535"):
-        assert ClassTable.load(json.dumps(table)).codes

@@ -423,6 +423,9 @@ def test_evaluation_needs_validation_images_alone(pairs, done, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     main(["--evaluate", "--checkpoint", "mine.pt", "--data", "data"])
     assert rows_of(tmp_path / "runs" / "mine") == rows_of(done)
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir()
+    with refused("runs/mine is another run, of the name of mine.pt: pass --out"):
+        common.begin(Config, "", {}, ["--evaluate", "--checkpoint", "mine.pt"])
 
 
 def test_generate_keeps_names_and_sizes(done, tmp_path):

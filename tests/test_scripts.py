@@ -24,7 +24,7 @@ CAPS = {"pix2pix": 485, "cyclegan": 465, "mixlc": 588, "mixlc_acgan": 550}
 FLOORS = [
     "errors processes channels_last",
     "files classes device batches",
-    "options layouts opening demo pictures plots",
+    "options layouts opening labels demo pictures plots",
     "rasters writing checkpoints distances windows",
     "limits measures run vgg16",
     "store edits",

@@ -214,6 +214,7 @@ def test_rate_is_constant_then_falls_to_zero(script):
     late = rates(epochs=10, epochs_decay=2)
     assert late == pytest.approx([1.0] * 8 + [2 / 3, 1 / 3])
     assert rates(epochs=10, epochs_decay=0) == [1.0] * 10
+    assert rates(epochs=10, epochs_decay=99) == rates(epochs=10, epochs_decay=10)
 
 
 # --------------------------------------------------------------------------------------------- runs
