@@ -280,6 +280,7 @@ def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsy
         save(tmp_path / f"{name}.png", grey)
     main = pix2pix.main
     main(tiny_run("pix2pix", tmp_path, run, "--epochs 1"))
+    assert "is read" not in capsys.readouterr().err
     colours = np.stack([grey, 255 - grey, grey], -1)
     save(tmp_path / "train" / "A" / "1.png", colours)
     assert started(tmp_path, tmp_path / "mixed").bands_A == ""

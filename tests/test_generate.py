@@ -338,6 +338,8 @@ RESULTS = {
     "x.jpg": (["x.jpg"], ["x.png", "x_colours.png"]),
     "X.JPG": (["X.JPG"], ["X.png", "X_colours.png"]),
     "x.tif": (["x.tif"], ["x.tif"]),
+    "x.tiff": (["x.tiff"], ["x.tiff"]),
+    "X.TIF": (["X.TIF"], ["X.TIF"]),
     "x.vrt": (["x.tif"], ["x.tif"]),
     "x.npy": (["x.png"], ["x.png", "x_colours.png"]),
     "x.gif": (["x.png"], ["x.png", "x_colours.png"]),
@@ -404,6 +406,8 @@ def test_no_input_is_replaced(tmp_path, overwrite):
         common.translate_files(cfg, negative)
     cfg, _ = edit(tmp_path, "water:9,9,9,9", overwrite=overwrite)
     save(tmp_path / "labels" / "photo.png", np.zeros((300, 400), np.uint8))
+    with refused("photo.png is an input"):
+        common.edit_file(dataclasses.replace(cfg, out=str(tmp_path)), Painter())
     for option in ("lc", "lc_before"):
         paths = {option: str(tmp_path / "labels" / "photo.png"), "out": str(tmp_path / "labels")}
         with refused("labels/photo.png is an input"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -34,16 +35,17 @@ SOURCE = (
 )
 
 
-def joined(*names):
+def joined(*names, source=SOURCE):
     """The text of a VRT that puts GeoTIFFs of 40 x 30 pixels side by side."""
     bands = ""
     for band in (1, 2, 3):
-        parts = [SOURCE.format(name=n, band=band, left=40 * k) for k, n in enumerate(names)]
+        parts = [source.format(name=n, band=band, left=40 * k) for k, n in enumerate(names)]
         bands += BAND.format(band=band, sources="".join(parts))
     width = 40 * len(names)
     return f'<VRTDataset rasterXSize="{width}" rasterYSize="30">{bands}</VRTDataset>'
 
 
+NODATA = SOURCE.replace("</Simple", "<NODATA>9</NODATA></Simple").replace("Simple", "Complex")
 SECRET = "/etc/hostname"
 RAW = (
     '<VRTDataset rasterXSize="4" rasterYSize="1"><VRTRasterBand dataType="Byte" band="1" '
@@ -126,9 +128,11 @@ def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
     with rasterio.open(tmp_path / "x.tif", "r+") as target:
         target.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(tmp_path / "raw.vrt"))
     whole, half = 'yOff="0" xSize="40" ySize="30"/></S', 'xSize="20" ySize="15"/></S'
-    (tmp_path / "half.vrt").write_text(joined("x.tif").replace(whole, half))
-    with refused("half.vrt: scales the TIFFs that it joins"):
-        Raster(tmp_path / "half.vrt")
+    for kind in ("Simple", "Complex"):
+        text = joined("x.tif").replace(whole, half).replace("Simple", kind)
+        (tmp_path / "half.vrt").write_text(text)
+        with refused("half.vrt: scales the TIFFs that it joins"):
+            Raster(tmp_path / "half.vrt")
 
 
 @pytest.mark.parametrize("ending", [".tif", ".png"])
@@ -155,12 +159,19 @@ def test_a_folder_a_pipe_or_a_name_of_the_network_is_no_picture(tmp_path):
             Raster(name)
 
 
-def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path):
-    geotiff(tmp_path / "a.tif", GREY)
+def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
+    geotiff(tmp_path / "a.tif", GREY, bigtiff="YES")
     geotiff(tmp_path / "b.tif", GREY + 200)
     (tmp_path / "both.vrt").write_text(joined("a.tif", "b.tif"))
     with Raster(tmp_path / "both.vrt") as raster:
         assert (raster.read() == np.hstack([GREY, GREY + 200])).all()
+    text = joined("a.tif", "b.tif", source=NODATA)  # as gdalbuildvrt writes it
+    text = re.sub("(<VRTRasterBand .*?>)", r"\1<NoDataValue>9</NoDataValue>", text)
+    (tmp_path / "vrt").mkdir()
+    (tmp_path / "vrt" / "nodata.vrt").write_text(text.replace('VRT="1"', 'VRT="0"'))
+    monkeypatch.chdir(tmp_path)
+    with Raster("vrt/nodata.vrt") as raster:
+        assert raster.valid(0, 0, 30, 80).any(0).tolist() == [False] * 40 + [True] * 40
     with refused("endings are"):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
     assert not UPLOADS & {".bmp", ".gif", ".gpkg", ".img", ".jp2", ".vrt"}
@@ -178,10 +189,12 @@ PLACED = {
     "PNG and .aux.xml": ("x.png", "PNG", {}, None),
     "PNG and a world file": ("x.png", "PNG", NOWHERE, ("x.pgw", WORLD)),
     "JPEG and a world file": ("x.jpg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.jgw", WORLD)),
+    "PNG and a long ending": ("x.png", "PNG", NOWHERE, ("x.pngw", WORLD)),
     "in capital letters": ("x.JPG", "JPEG", {**NOWHERE, "quality": "100"}, ("x.JGW", WORLD)),
     "JPEG and .wld": ("x.jpeg", "JPEG", {**NOWHERE, "quality": "100"}, ("x.wld", WORLD)),
     "BMP and a world file": ("x.bmp", "BMP", NOWHERE, ("x.bpw", WORLD)),
     "TIFF and a world file": ("x.tif", "GTiff", NOWHERE, ("x.tfw", WORLD)),
+    "a TIFF in capital letters": ("X.TIFF", "GTiff", {}, None),
     "no transform": ("x.tif", "GTiff", {"transform": None}, None),
     "no CRS": ("x.tif", "GTiff", {"crs": None}, None),
     "RPCs": ("x.tif", "GTiff", {**NOWHERE, "rpcs": RPCS}, None),
@@ -208,7 +221,7 @@ def test_a_place_is_kept_whatever_names_it(tmp_path, case):
         want = {"crs": PLACE["crs"], "transform": PLACE["transform"], **profile}
         want["crs"] = None if beside else want["crs"]
         want["transform"] = PLACE["transform"] if beside else want["transform"]
-        assert out.suffix == ".tif" and result.crs == want["crs"]
+        assert out.suffix in (".tif", ".TIFF") and result.crs == want["crs"]
         assert result.transform.almost_equals(want["transform"] or Affine.identity())
         assert (result.rpcs is None) == ("rpcs" not in profile)
         assert not result.rpcs or result.rpcs.to_gdal() == RPCS.to_gdal()

@@ -31,12 +31,13 @@ from runs import refused, tiny_run, use
 from support import serve
 from support import studio as studios
 from support.canvases import EditCanvas, MemoryRaster, TranslationCanvas
+from support.classes import ClassTable
 from support.generate import _stroke
 from support.limits import Limits
 from support.pictures import as_array
 from support.rasters import Raster
 from support.studio import Studio
-from tensors import calls_of, tiny
+from tensors import as_rank, calls_of, tiny
 
 PLAYWRIGHT = importlib.util.find_spec("playwright")
 
@@ -252,6 +253,7 @@ def test_a_stroke_is_painted_and_the_map_can_be_read_again(server, tmp_path):
     far = [np.abs(one[30, 35] - np.array(color)).sum() for color in CLASSES.colors]
     assert np.argmin(far) == 1
     again = request("POST", "open", {"canvas": canvas})[1]
+    assert (again["height"], again["width"]) == (64, 80)
     pixels, start = (base64.b64decode(again[name]) for name in ("pixels", "start"))
     assert pixels == want.tobytes() and start == bytes(64 * 80)
     (tmp_path / "map.png").write_bytes(request("POST", "labels.png?width=80&height=64", pixels)[1])
@@ -260,15 +262,55 @@ def test_a_stroke_is_painted_and_the_map_can_be_read_again(server, tmp_path):
         assert request("POST", f"labels.png?{sides}", content)[0] == 400
 
 
-def test_the_page_knows_the_model(server):
+def test_parts_of_a_large_canvas_state_where_they_lie(server):
     _, request = server
-    status, text = request("GET", "")
-    (about,) = re.findall(r'<script id="data" type="application/json">(.*)</script>', text.decode())
-    about = json.loads(about)
-    assert status == 200 and [name for name, _ in about["classes"]] == ["land", "water", "road"]
-    assert about["labels"] and not about["edits"] and len(about["examples"]) == 2
+    canvas = opened(request, width=200, height=64)
+    for x, corner in ((0, (0, 0)), (180, (136, 0))):  # at first all of it
+        (part,) = stroke(request, canvas, x)[1]["pictures"]
+        assert (part["x"], part["y"]) == corner
+
+
+PICTURES = {"lc_classes": "pictures"}
+MODELS = {  # script, what it is given: options, the classes to paint with
+    "pix2pix, land cover": ({}, CLASSES),
+    "pix2pix, maps": (PICTURES, ClassTable.load("maps")),
+    "pix2pix, photographs": ({"direction": "AtoB"} | PICTURES, None),
+    "cyclegan, photographs": ({"direction": "AtoB"}, None),
+    "mixlc, edits": ({}, CLASSES),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_page_knows_the_model(model, tmp_path, landcover):
+    (options, table), (script, given) = MODELS[model], model.split(", ")
+    cfg = configured(script, tmp_path, window=48, data=str(landcover), **options)
+    edits, labels = given == "edits", None if given in ("maps", "photographs") else cfg.classes
+    studio = Studio(cfg, labels, None, edits)
+    data = r'<script id="data" type="application/json">(.*)</script>'
+    about = json.loads(re.findall(data, studio.page())[0])
+    start = studio.examples[0][edits].start  # of edits the photograph is shown
+    shown = labels.palette[start] if labels and not edits else start
+    examples = [pixels_of(io.BytesIO(base64.b64decode(x))) for x in about.pop("examples")]
+    assert len(examples) == 2 and (examples[0] == shown[::2, ::2]).all()
+    rows = zip(table.names, table.colors, strict=True) if table else []
+    assert about == {
+        "script": script,
+        "edits": edits,
+        "labels": bool(labels),
+        "classes": [[name, list(color)] for name, color in rows],
+        "unlabeled": [0x9B] * 3 if labels else [0] * 3,
+        "blank": {"height": 48, "width": 48},
+        "most": 4,
+    }
+
+
+def test_an_example_is_opened_beside_its_photograph(server):
+    _, request = server
     _, example = request("POST", "open", '{"example": 1}')
     assert example["photo"] and opened(request, example=1)  # to compare with
+    studio = Studio(dataclasses.replace(server[0].cfg, lc_classes="pictures"), None, None)
+    picture = studio.file_of({"height": 1, "width": 2}, bytes(range(6)))
+    assert pixels_of(io.BytesIO(picture)).tolist() == [[[0, 1, 2], [3, 4, 5]]]
 
 
 @pytest.mark.parametrize(
@@ -321,23 +363,28 @@ def test_strangers_are_refused(server):
         assert status == 403 and b"open the one that --serve printed last" in text
     assert request("GET", "", Host="evil.example")[0] == 403
     assert request("GET", "", Host="localhost")[0] == 200
+    own = f"http://127.0.0.1:{request.port}"
+    assert request("POST", "open", '{"example": 0}', Origin=own)[0] == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         status, text = request("POST", "open", "{}", Origin=origin)
         assert status == 403 and b"from another page" in text
     assert request("GET", "../../common.py")[0] == 404 and len(token) >= 32
-    assert request("GET", "", token=f"/{token}")[0] == 301  # its last slash is completed
     assert stroke(request, opened(request))[0] == 200
 
 
 def test_every_answer_forbids_what_the_page_does_not_need(server):
     port, token = server[1].port, server[1].server.token
-    for path in (f"/{token}/", "/"):
+    nothing = ("default-src", "frame-ancestors", "base-uri", "form-action")
+    policy = {"img-src": "'self' data:", "connect-src": "'self'"} | dict.fromkeys(nothing, "'none'")
+    policy |= dict.fromkeys(("style-src", "script-src"), "'unsafe-inline'")
+    html, page = "text/html; charset=utf-8", f"/{token}/"
+    for path, kind, place in ((page, html, None), ("/", "text/plain", None), (page[:-1], "", page)):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", path)
         headers = connection.getresponse().headers
-        assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
-        for name in ("frame-ancestors", "base-uri", "form-action"):
-            assert f"{name} 'none'" in headers["Content-Security-Policy"]
+        assert headers["Content-Type"].startswith(kind) and headers["Location"] == place
+        allowed = headers["Content-Security-Policy"].split("; ")
+        assert dict(part.split(maxsplit=1) for part in allowed) == policy
         assert (
             headers["Cache-Control"] == "no-store" and headers["Referrer-Policy"] == "same-origin"
         )
@@ -368,6 +415,7 @@ def test_strokes_that_do_not_fit_are_refused(server):
 
 RUBBISH = ['{"files": {"input": ["a.png", "???"]}}', '{"height": 9999999, "width": 64}']
 RUBBISH += ["", "[" * 20000, "7", b"\xff\xfe", '{"files": 3}', '{"example": 2}', "{}"]
+RUBBISH += ['{"height": 4097, "width": 64}']
 
 
 @pytest.mark.parametrize("body", [*RUBBISH, '{"example": 1e999}'])
@@ -379,6 +427,7 @@ def test_rubbish_is_refused_in_a_line(server, body):
 
 def test_length_is_bounded(server):
     _, request = server
+    assert opened(request, files={"input": file(random_labels(500, 500), "x.tif", "TIFF")})
     status, text = request("POST", "open", None, **{"Content-Length": str(2**40)})
     assert status == 413 and b"a request has 0 to" in text
     assert request("POST", "open", iter([b"{}"]), **{"Transfer-Encoding": "chunked"})[0] == 413
@@ -415,9 +464,9 @@ def test_files_of_every_kind_are_opened(server):
     labels, colours = random_labels(40, 60), CLASSES.palette[random_labels(40, 60)]
     files = [file(labels, name, "TIFF") for name in ("x.tif", "x.TIFF")]
     files += [file(labels), file(colours, "x.webp", "WEBP", lossless=True)]
-    for name, write in (("x.npy", np.save), ("x.npz", np.savez)):
+    for name, write in (("x.npy", np.save), ("X.NPY", np.save), ("x.npz", np.savez)):
         content = io.BytesIO()
-        write(content, labels)
+        write(content, *[labels, labels[:9]][: 1 + (write is np.savez)])  # the first one is read
         files.append(in_base64(name, content.getvalue()))
     for given in files:
         canvas = opened(request, files={"input": given})
@@ -585,8 +634,14 @@ def test_addresses(tmp_path, capsys):
         return capsys.readouterr().err, socket.gethostname().lower() in server.names
 
     assert listening() == ("", False)
+    with pytest.MonkeyPatch.context() as patch, refused("start it without torchrun"):
+        as_rank(patch, 0)
+        serve.serve(None)
     said, named = listening(address="0.0.0.0")
     assert "warning: --address 0.0.0.0" in said and named
+    every = configured("pix2pix", tmp_path, data="none", address="0.0.0.0")
+    with serving(every, None) as (_, request):
+        assert request("GET", "", Host=f"127.0.0.1:{request.port}")[0] == 200
     with refused("--address nowhere.invalid"):
         listening(address="nowhere.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken, refused("cannot listen .* --port 0"):

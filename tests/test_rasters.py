@@ -1,5 +1,6 @@
 """Rasters read and written by windows: GeoTIFFs, label maps, memory."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,13 +11,13 @@ import pytest
 import rasterio
 import torch
 from affine import Affine
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.transform import from_bounds, from_origin
 
 import common
-from common import IGNORED
+from common import IGNORED, UserError
 from files import CLASSES, TABLE, geotiff, noise, picture, pixels_of, save, touch
 from runs import refused
 from support.classes import ClassTable
@@ -238,7 +239,73 @@ def test_colours_of_lossy_tiffs_are_nearest(tmp_path):
 def test_palettes_of_photographs(tmp_path):
     palette = Image.fromarray(np.moveaxis(noise(20, 30), 0, -1)).quantize(9)
     palette.save(tmp_path / "x.tif")
-    assert (Raster(tmp_path / "x.tif").read() == np.asarray(palette.convert("RGB"))).all()
+    colours = np.asarray(palette.convert("RGB"))
+    assert (Raster(tmp_path / "x.tif").read() == colours).all()
+    assert (Raster(tmp_path / "x.tif", bands=(2,)).read() == colours[..., 1:2]).all()
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "kept"),
+    [
+        ("RGB", "x.png", True),
+        ("RGB", "x.tif", True),  # from a PNG into a TIFF
+        ("CMYK", "x.jpg", False),
+        ("L", "x.tif", False),  # of other colours
+    ],
+)
+def test_the_profile_of_an_edit_is_of_its_colours(tmp_path, mode, name, kept):
+    """A translation has none: it has other colours than its source."""
+    path = tmp_path / ("x.png" if kept else name)
+    Image.new(mode, (40, 30)).save(path, icc_profile=PROFILE)
+    for edited in (True, False):
+        out = tmp_path / f"{edited}" / name
+        with Raster(path) as raster, writing(out, raster, edited=edited) as put:
+            put(np.zeros((30, 40, 3), np.uint8), 0)
+        assert Image.open(out).info.get("icc_profile") == (PROFILE if edited and kept else None)
+
+
+def test_a_translation_has_no_units_of_its_source(tmp_path):
+    source = geotiff(tmp_path / "x.tif", np.ones((8, 8), np.float32), nodata=np.nan)
+    with rasterio.open(source, "r+") as target:
+        target.scales, target.units, target.descriptions = (0.5,), ("m",), ("height",)
+    limits = Limits((0.0,), (2.0,), "float32")
+    raster = Raster(source, limits=limits, bands=(1,))
+    with raster, writing(tmp_path / "y.tif", raster, bands=1, limits=limits) as put:
+        put(np.ones((8, 8, 1), np.float32), 0)
+    with rasterio.open(tmp_path / "y.tif") as out:
+        assert (out.scales, out.units, out.descriptions) == ((1,), (None,), (None,))
+        assert np.isnan(out.nodata)
+
+
+def test_grey_with_alpha_has_one_band(tmp_path):
+    Image.new("LA", (8, 8)).save(tmp_path / "x.png")
+    assert Raster(tmp_path / "x.png").count == 1
+
+
+def test_a_png_of_imagemagick_is_turned_upright(tmp_path):
+    """It has EXIF as text in hexadecimal digits."""
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[274] = 6
+    content = exif.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png", pnginfo=text)
+    with Raster(tmp_path / "x.png") as raster:
+        assert (raster.height, raster.width) == (40, 30) and raster.read().shape == (40, 30, 3)
+
+
+def test_a_gif_is_read_where_it_is_named(tmp_path):
+    Image.new("P", (8, 6)).save(tmp_path / "x.gif")
+    assert Raster(tmp_path / "x.gif").read().shape == (6, 8, 3)
+
+
+def test_bands_of_label_maps_are_not_reported(tmp_path, capsys):
+    geotiff(tmp_path / "x.tif", np.full((8, 8, 5), CLASSES.colors[0][0], np.uint8))
+    with contextlib.suppress(UserError):
+        Raster(tmp_path / "x.tif", CLASSES)
+    assert "bands" not in capsys.readouterr().err
 
 
 # the colours that a TIFF names, the bands asked for, the bands that are read
@@ -366,6 +433,7 @@ PLACES = {
     "by bounds": ({"transform": from_bounds(5e5, 58e5 - 15, 5e5 + 20, 58e5, 40, 30)}, True),
     "by points": ({"transform": None, "gcps": POINTS}, True),
     "a twentieth of a pixel": (away(0.025, -0.025), True),
+    "a fifth of a pixel": (away(0.1, 0), False),
     "half a pixel": (away(0, 0.25), False),
     "5000 pixels away": (away(2500, 0), False),
     "wider pixels": (away(0, 0, 0.505), False),
@@ -512,7 +580,7 @@ def test_pictures_are_written_without_loss_and_jpeg_at_quality_95(tmp_path, name
     assert abs(pixels_of(tmp_path / name).astype(int) - pixels).mean() <= most
 
 
-@pytest.mark.parametrize("ending", [".png", ".webp"])
+@pytest.mark.parametrize("ending", [".png", ".PNG", ".webp"])
 def test_opacity_stays(tmp_path, ending):
     path, out = tmp_path / f"x{ending}", tmp_path / f"y{ending}"
     opacity = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))

@@ -10,10 +10,8 @@ import sys
 import pytest
 from paths import ROOT
 
-import common
+import support.options
 from harness import SCRIPTS
-from runs import refused
-from support.options import parse
 
 SECTIONS = ["Config", "data", "networks", "losses", "build", "train_step", "main", "use"]
 
@@ -79,13 +77,40 @@ COPIES = {
 }
 
 
-# Defaults that a paper, or an experiment in docs/results, gives. Of all: Adam's beta1 and seed 0.
-NUMBERS = {
-    "pix2pix": "lr 2e-4 batch_size 1 epochs 200 lambda_l1 100 d_weight 0.5 patch_gan 70",
-    "cyclegan": "lr 2e-4 batch_size 1 epochs 200 lambda_cycle 10 lambda_identity 0.5 pool_size 50",
-    "mixlc": "lr 5e-4 batch_size 8 epochs 200 lambda_adv 2 lambda_l1 10 lambda_local 5 own 0.5",
-    "mixlc_acgan": "lr 2e-4 batch_size 16 epochs 200 lambda_adv 0.05 lambda_l1 0.5 own 0.5 "
-    "lambda_style 0.45 lambda_class 0.05 lambda_id 0 dropout 0.5 d_dropout 0",
+# Every option: its default, a number's bounds, * if a resumed run may have another value (~: where
+# the saved options allow it), ! if a checkpoint fixes it. Numbers are a paper's or an experiment's.
+OPTIONS = {
+    "Options": "data=* patch=0(0..) max_images=0(0..) flip=auto cache=* val_images=100(0..) "
+    "size=256(..) width=64(1..1024) lc_classes= bands_A= bands_B= limits_A= limits_B= "
+    "beta1=0.5(0..0.999) seed=0(0..4294967295) quick=False out=* resume=False* log_every=50(1..) "
+    "save_every=10(0..)* sample_rows=6(1..) track=* device=auto* precision=auto graph=True* "
+    "checkpoint= evaluate=False split=val judge=* train_judge=False* judge_epochs=20(1..)* "
+    "generate=() overwrite=False serve=False address=127.0.0.1 port=8000(0..65535) window=0(0..) "
+    "norm_reach=2(0..inf)",
+    "EditOptions": "box=any use_ba=False own=0.5(0..1) composite=True erase=True eval_norm=auto "
+    "show_samples=0(0..) lc= lc_before= paint=() samples=1(1..64) keep_outside=True",
+    "pix2pix": "direction=BtoA generator=unet blocks=0(0..) norm=batch patch_gan=70(..) "
+    "dropout=0.5(0..0.9) upsample=transposed gan=bce d_weight=0.5(0..) content=l1 "
+    "lambda_l1=100(0..) lambda_vgg=2(0..) vgg16= load_size=0(0..) lr=0.0002(0..) "
+    "batch_size=1(1..)! epochs=200(1..1000000)~ epochs_decay=-1(-1..) schedule=linear init= "
+    "eval_norm=auto fid=False",
+    "cyclegan": "blocks=0(0..) upsample=transposed lambda_cycle=10(0..) lambda_identity=0.5(0..) "
+    "pool_size=50(0..10000) load_size=0(0..) lr=0.0002(0..) batch_size=1(1..)! "
+    "epochs=200(1..1000000) epochs_decay=-1(-1..) init_AB= init_BA= direction=AtoB fid=False",
+    "mixlc": "fusion=middle skips=both d=label local_d=False collage=False lambda_adv=2(0..) "
+    "lambda_l1=10(0..) lambda_local=5(0..) lr=0.0005(0..) batch_size=8(1..)! "
+    "epochs=200(1..1000000)*",
+    "mixlc_acgan": "dropout=0.5(0..0.9) d_dropout=0(0..0.9) lambda_adv=0.05(0..) "
+    "lambda_l1=0.5(0..) lambda_style=0.45(0..) lambda_class=0.05(0..) lambda_id=0(0..) class_weights=True "
+    "style_features=vgg16 style_layers=relu3_3 vgg16= lr=0.0002(0..) batch_size=16(1..)! "
+    "epochs=200(1..1000000)*",
+}
+QUICK = {
+    "pix2pix": "size=64 width=24 batch_size=4 epochs=20 log_every=12",
+    "cyclegan": "size=64 width=16 blocks=3 batch_size=2 epochs=8 log_every=12",
+    "mixlc": "size=64 width=16 batch_size=4 epochs=20 log_every=12",
+    "mixlc_acgan": "size=64 width=12 batch_size=4 epochs=8 log_every=12 lr=0.0005 "
+    "style_features=random style_layers=relu2_2",
 }
 
 
@@ -108,32 +133,31 @@ def definitions(name):
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_default_numbers(name):
-    cfg, words = importlib.import_module(name).Config(), NUMBERS[name].split()
-    for option, number in zip(words[::2], words[1::2], strict=True):
-        assert getattr(cfg, option) == float(number), option
-    assert (cfg.size, cfg.width, cfg.beta1, cfg.seed) == (256, 64, 0.5, 0)
+def described(field):
+    """An option as OPTIONS has it."""
+    about, bounds, default = field.metadata, "", field.default
+    if type(default) in (int, float):
+        low, high = (f"{about[name]:.10g}" for name in ("low", "high"))
+        bounds = f"({low.replace('-inf', '')}..{high.replace('2147483647', '')})"
+        default = f"{default:.10g}"
+    change = about.get("may_change", False)
+    marks = "~" * callable(change) + "*" * (change is True) + "!" * about.get("fixed", False)
+    return f"{field.name}={default}{bounds}{marks}"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_what_0_is_refused_for(name):
-    """Where no text of --help gives 0 a meaning."""
-    from_1 = {
-        "batch_size",
-        "epochs",
-        "judge_epochs",
-        "log_every",
-        "sample_rows",
-        "samples",
-        "width",
-    }
-    config = importlib.import_module(name).Config
-    fields = [field for field in dataclasses.fields(config) if type(field.default) in (int, float)]
-    assert {field.name for field in fields if field.metadata["low"] > 0} <= from_1
-    for option in from_1 & {field.name for field in fields}:
-        with refused("must be at least 1"):
-            parse(config, "", {}, [common.flag(option), "0"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    config = getattr(support.options, name, None) or importlib.import_module(name).Config
+    inherited = dataclasses.fields(config.__base__) if name != "Options" else ()
+    own = dataclasses.fields(config)[len(inherited) :]
+    assert [described(field) for field in own] == OPTIONS[name].split()
+    assert config.demo == ("landcover" if "lc" in name or "Edit" in name else "maps")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_is_small(name):
+    quick = importlib.import_module(name).QUICK
+    assert [f"{key}={value}" for key, value in quick.items()] == QUICK[name].split()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
