@@ -66,7 +66,8 @@ def test_without_pairs_pictures_are_compared_with_their_cycles_alone(unaligned, 
     assert [paired for *_, paired in calls] == [False] * len(calls) and calls
     columns, (real_A, real_B) = cyclegan.sample(state, val, PICTURES, [0]), next(val.in_order([0]))
     made = cyclegan.both_ways(state, real_A, real_B, PICTURES)
-    for name, image in zip(("fake B", "cycle A", "fake A", "cycle B"), made, strict=True):
+    names = ("real A", "real B", "fake B", "cycle A", "fake A", "cycle B")
+    for name, image in zip(names, (real_A, real_B, *made), strict=True):
         assert torch.equal(columns[name], image)
 
 

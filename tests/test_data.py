@@ -70,6 +70,8 @@ LAYOUTS = {
     "val, test": ("train/1.png test/2.png", "side by side, test", "2"),
     "test": ("val/1.png test/2.png", "side by side, test", "2"),
     "in capitals": ("train/1.JPG train/2.Tif", "side by side, train", "1 2"),
+    "read where they are named": ("train/1.jp2 train/2.vrt train/3.gpkg train/4.gif",
+                                  "side by side, train", "1"),
 }  # fmt: skip
 
 
@@ -96,7 +98,10 @@ def test_each_city_of_inria_validates(city, tmp_path):
     assert [x.stem for x in find_images(tmp_path, "val").A] == [f"{city}1", f"{city}5"]
 
 
-def test_classes_turn_any_layout_into_label_maps(pairs, landcover):
+def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path):
+    touch(*(tmp_path / "train" / side / "x6.tif" for side in ("images", "gt")))
+    (tmp_path / "classes.json").write_text(json.dumps(TABLE))
+    assert find_images(tmp_path, "train").classes == CLASSES  # and not binary
     split = find_images(pairs, "train", "maps")
     assert split.classes.names[4] == "water" and split.halves
     assert find_images(landcover, "train", "pictures").classes is None
@@ -197,6 +202,7 @@ LABELS = {
     "one-hot, a row ignored": (IGNORED_SECOND, "x.npz", ONE_HOT, INDEX),
     "one-hot, channels first": (TABLE, "x.npz", np.moveaxis(ONE_HOT, -1, 0), INDEX),
     "one-hot of all rows": (TABLE, "x.npz", CODES[..., None] == np.arange(4), INDEX),
+    "one-hot of 255": (TABLE, "x.npz", ONE_HOT * 255, INDEX),
     "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is not one-hot"),
     "no numbers": (TABLE, "x.npy", np.full((4, 4, 3), np.nan), "is not one-hot"),
     "a stranger": (TABLE, "x.png", [0, 77], "[77] are not in the class table: "),
@@ -457,7 +463,10 @@ def test_class_table_round_trip():
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
     values = sorted(ClassTable.load("s2glc").values)  # of Malinowski et al. 2020, and 0 for clouds
     assert values == [0, 62, 73, 75, 82, 83, 102, 103, 104, 105, 106, 121, 123, 162]
-    colors = [ClassTable.load(name).colors for name in ("s2glc", "maps", "binary")]
+    tables = [ClassTable.load(name) for name in ("s2glc", "maps", "binary")]
+    names = ["".join(name[:2] for name in table.names) for table in tables]
+    assert names == ["ClArCuViBrCoHeMoScMaPeNaPeWa", "laburomowapacepaai", "bafo"]
+    colors = [table.colors for table in tables]
     assert [int(np.dot(np.ravel(x), np.arange(3 * len(x)))) for x in colors] == [
         101298,
         71409,
@@ -500,7 +509,9 @@ def test_patches_of_labels(tmp_path, capsys):
         rows += [index[:20, :20], index[:20, 20:40], index[20:40, :20], index[20:40, 20:40]]
     store = store_of(tmp_path, tmp_path / "cache", 20, patch=20)
     assert store.records.shape == (8, 4, 20, 20) and (store.B[:, 0] == rows[:8]).all()
-    assert "smaller than --patch 20 and left out: 1 image(s)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "smaller than --patch 20 and left out: 1 image(s)" in said
+    assert "3 files cut into 8 patches of 20" in said
 
 
 def test_holes_belong_to_the_half_that_has_them(tmp_path):
@@ -522,12 +533,14 @@ def test_each_half_has_the_holes_of_its_own_bands(tmp_path):
     assert not store.known("B", store.records)[0, 0, :9].any()
 
 
-def test_unpaired_images_keep_their_holes(tmp_path):
+def test_unpaired_images_keep_their_holes(tmp_path, capsys):
     valid = np.full((40, 40), 255, np.uint8)
     valid[:10] = 0
     for name in ("trainA", "trainB"):
         geotiff(tmp_path / name / "x.tif", picture(np.random.default_rng(0), 40, 40), valid)
+    shutil.copy(tmp_path / "trainB" / "x.tif", tmp_path / "trainB" / "y.tif")
     store = store_of(tmp_path, tmp_path / "cache", 40)
+    assert "unaligned, split train: 1 + 2 files" in capsys.readouterr().err
     for side in "AB":
         holes = store.images(side, torch.from_numpy(store.rows[side])).isnan()
         assert holes[..., :9, :].all() and not holes[..., 12:, :].any()
@@ -899,6 +912,15 @@ def test_colours_of_the_classes():
     mean = to_bytes(guesses["mean colour of the class"])
     assert mean[:, 0].tolist() == [[[40, 40], [40, 50]], [[50, 50], [50, 40]]]
     assert (to_bytes(guesses["mean training colour"])[:, 0] == 40).all()
+
+
+def test_images_are_spread_evenly():
+    spread = {count: common.spread(count, 6).tolist() for count in (0, 1, 3, 4, 6, 9)}
+    everything = [0, 1, 2, 3, 4, 5]
+    assert spread == {0: everything, 1: [0], 3: [0, 2, 4], 4: [0, 1, 3, 4]} | {
+        6: everything,
+        9: everything,
+    }
 
 
 def test_bytes_and_back():

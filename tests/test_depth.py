@@ -107,13 +107,19 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
         assert (about in capsys.readouterr().err) == wrong
 
 
+def test_limits_of_8_bits_on_one_side_alone(pairs, tmp_path):
+    cfg = started(pairs, tmp_path, limits_B="0,100")
+    assert (cfg.limits_A, cfg.limits_B) == ("0,255 uint8", "0,100 uint8")
+
+
+@pytest.mark.parametrize("high", [False, True])
 @pytest.mark.parametrize("flat", ["the middle", "all but the middle"])
-def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat):
+def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat, high):
     values = np.random.default_rng(0).integers(0, 9999, (100, 2000)).astype(np.uint16)
     middle = (np.arange(2000) >= 744) & (np.arange(2000) < 1256)
     values[:, middle == (flat == "the middle")] = 5
     values[:50] = 0  # no data
-    geotiff(tmp_path / "x.tif", values, nodata=0)
+    geotiff(tmp_path / "x.tif", values.T if high else values, nodata=0)
     with Raster(tmp_path / "x.tif", bands=(1,), limits=Limits((0,), (9999,), "uint16")) as raster:
         print_other_units(raster)
     assert ("other units?" in capsys.readouterr().err) == (flat == "the middle")

@@ -8,6 +8,7 @@ import itertools
 import platform
 import resource
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,8 @@ def test_the_first_process_of_each_machine_writes_files(monkeypatch):
         assert first_on_machine() == first
 
 
-def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
     calls = []
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -93,8 +95,9 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch):
         (torch.backends.cudnn, "allow_tf32", True),
     ):
         monkeypatch.setattr(module, name, replaced)
-    device = start(tiny("pix2pix", device="cuda")[1])
+    device = start(tiny("pix2pix", device=asked)[1])
     assert device == torch.device("cuda", 1)
+    assert common.fast_step(start, tiny("pix2pix", graph=False)[1], device) is start
     (_, first), (backend, about), (_, destroy) = calls
     assert first == device and backend == "nccl" and about["device_id"] == device
     assert about["timeout"] >= datetime.timedelta(hours=1)  # one builds the store, others wait
@@ -263,6 +266,11 @@ def test_a_run_on_the_cpu_asks_to_keep_freed_memory(monkeypatch):
     calls = calls_of(monkeypatch, support.device, "keep_memory")
     start(tiny("pix2pix", device="cpu")[1])
     assert calls == [()]
+    glibc = types.SimpleNamespace(mallopt=lambda *how: calls.append(how))
+    monkeypatch.setattr(support.device.ctypes, "CDLL", lambda _: glibc)
+    monkeypatch.setattr(support.device.sys, "platform", "linux")
+    support.device.keep_memory()
+    assert calls[2:] == [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux's own list")

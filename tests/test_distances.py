@@ -64,6 +64,8 @@ def test_distances_by_hand(small):
     same = small(CPU, False)
     same.add(real, real)
     assert abs(same.measures()["fid"]) < 1e-3 and "lpips" not in same.measures()
+    for bands in (1, 5):
+        measure.add(fake[:, :1].expand(-1, bands, -1, -1), real[:, :1].expand(-1, bands, -1, -1))
 
 
 @pytest.mark.parametrize("script", ["pix2pix", "cyclegan"])

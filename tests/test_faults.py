@@ -118,7 +118,7 @@ CASES = {
     "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
     "pix2pix --evaluate --checkpoint model.pt --generate photo.png": "one at a time",
     "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
-    "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of cyclegan.py",
+    "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of mixlc.py",
     "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
     "pix2pix --generate= --checkpoint model.pt": "--generate is empty",
     "pix2pix --out kept": "--out kept has a run: --resume continues it",
@@ -175,7 +175,7 @@ def world(tmp_path_factory, trained):
         save(root / "unaligned" / name / "0.png", np.zeros((8, 8, 3), np.uint8))
     for name in ("empty", "stranger", "judged", "another"):
         (root / name).mkdir()
-    (root / "another" / "config.json").write_text('{"script": "cyclegan"}')
+    (root / "another" / "config.json").write_text('{"script": "mixlc"}')
     (root / "stranger" / "evaluation.json").write_text('{"score": 3}')
     (root / "judged" / "judge.pt").write_bytes(b"rubbish")
     Image.fromarray(np.zeros((70, 70), np.uint16)).save(root / "deep.tif")

@@ -87,11 +87,14 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
         save(tmp_path / "in" / f"{name}.png", picture(np.random.default_rng(0), *size))
     old = last(run) | {"window": 50, "window_B": None}  # one number for both sides
     torch.save(old, tmp_path / "old.pt")
+    older = {name: value for name, value in old.items() if "window" not in name}  # --patch
+    torch.save(older, tmp_path / "older.pt")
     made = f"--generate {tmp_path}/in --checkpoint {run}/checkpoints/last.pt"
     for line, how in (
         (f"{made} --out {tmp_path}/a", "in windows of 40x40"),
         (f"{made} --out {tmp_path}/b --window 100", "as a whole"),
         (f"{made} --out {tmp_path}/c --checkpoint {tmp_path}/old.pt", "in windows of 50x50"),
+        (f"{made} --out {tmp_path}/d --checkpoint {tmp_path}/older.pt", "in windows of 40x40"),
     ):
         pix2pix.main(line.split())
         said = capsys.readouterr().err
@@ -560,8 +563,10 @@ def test_a_folder_of_label_arrays_is_translated(tmp_path):
 def test_the_columns_of_a_sheet(tmp_path):
     """The photograph, its land cover, the edited land cover, the edited photograph."""
     cfg, photo = edit(tmp_path, "water:100,50,20,20")
+    (tmp_path / "photo.png").rename(tmp_path / "mine.png")
+    cfg = dataclasses.replace(cfg, generate=(str(tmp_path / "mine.png"),))
     common.edit_file(cfg, Painter())
-    sheet = pixels_of(tmp_path / "out" / "photo_sheet.png")[16:, 4:]
+    sheet = pixels_of(tmp_path / "out" / "mine_sheet.png")[16:, 4:]
     shown = [sheet[60, 404 * k + 110].tolist() for k in range(4)]
     assert shown == [photo[60, 110].tolist(), *map(list, cfg.classes.colors[:2]), [140] * 3]
 

@@ -15,7 +15,7 @@ import mixlc_acgan
 import pix2pix
 import support.judge
 from files import TABLE, save
-from runs import JUDGED, refused, rows_of, tiny_run
+from runs import JUDGED, refused, rows_of, state_of, tiny_run
 from support.judge import Judge, train_judge
 from support.pictures import filled
 from tensors import CPU, calls_of, pictures, same
@@ -54,9 +54,15 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
         two = found("b")
     assert not (tmp_path / "b" / "judge.pt").exists()
     assert same(dict(one.state_dict()), dict(two.state_dict()))
-    assert "the judge is" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert [line.endswith("judge.pt") for line in said] == [True, False]  # trained before
     given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
     assert found("c", **given).name == kept.name == one.name
+    assert found("c", **given, bands_A="1,2,3").name == one.name
+    deep = state_of(given["judge"]) | {"limits": "0,9 uint16"}
+    torch.save(deep, tmp_path / "deep.pt")
+    with refused("a judge of other limits"):
+        found("c", judge=str(tmp_path / "deep.pt"), limits_A="0,8 uint16")
     assert not (tmp_path / "c").exists()
     with refused("a judge of other classes"):
         found("c", **given, lc_classes=json.dumps(TABLE).replace("water", "renamed"))

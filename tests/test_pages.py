@@ -40,6 +40,7 @@ def test_a_runs_page_holds_what_the_run_came_to(page):
     assert "model" in data["evaluation"]["rows"]
     assert (data["options"]["lambda_l1"], data["defaults"]["lambda_l1"]) == (10, 100)
     assert shlex.split(data["out"]) == [str(page.parent)]
+    assert data["name"] == page.parent.name and not {"epoch", "step"} & data["columns"].keys()
 
 
 def test_scores_of_a_long_run_are_kept(page, tmp_path):

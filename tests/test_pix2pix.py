@@ -32,6 +32,16 @@ def test_sides_and_direction(pairs, cache):
     assert torch.equal(train.sides(records)[0], y)
 
 
+def test_a_sample_grid_has_input_fake_and_target(pairs, cache):
+    val, state = open_data("pix2pix", pairs, cache, "val"), build(TINY, CPU)
+    cfg = dataclasses.replace(TINY, eval_norm="running")  # without noise
+    columns = pix2pix.sample(state, val, cfg, np.arange(2))
+    x, y = val.sides(next(val.in_order(np.arange(2))))
+    wanted = {"input": x, "fake": pix2pix.translate(state, x, cfg), "target": y}
+    assert list(columns) == list(wanted)
+    assert all(torch.equal(columns[name], wanted[name]) for name in wanted)
+
+
 def test_label_maps_are_drawn_in_their_class_colours(landcover, cache):
     x, _ = next(open_data("pix2pix", landcover, cache).batches(0))
     colors = {tuple(color) for color in to_bytes(x).permute(0, 2, 3, 1).reshape(-1, 3).tolist()}

@@ -56,7 +56,7 @@ def done(trained):
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def test_run_folder(done):
+def test_run_folder(done, pairs):
     names = {str(path.relative_to(done)) for path in done.rglob("*") if path.is_file()}
     assert names == {
         *(".lock", "config.json", "metrics.csv", "index.html", "losses.png", "evaluation.json"),
@@ -70,6 +70,7 @@ def test_run_folder(done):
     assert [bool(row["val_psnr"]) for row in rows] == [False, True, False, True]
     report = json.loads((done / "evaluation.json").read_text())
     assert report["images"] == 3 and report["split"] == "val"
+    assert (report["size"], report["data"]) == (64, str(pairs))
     baselines = ["copy of the input", "mean training colour", "median training colour"]
     assert list(report["rows"]) == ["model", *baselines]
     measures = "psnr ssim rmse rmse_rgb accuracy_5 accuracy_10 variety"
@@ -86,13 +87,17 @@ def test_rows_of_an_epoch_average_as_many_steps(pairs, tmp_path):
 
 def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, monkeypatch):
     drawn = calls_of(monkeypatch, matplotlib.axes.Axes, "plot")
+    titles = calls_of(monkeypatch, matplotlib.axes.Axes, "set_title")
     plot_metrics(metrics_of(done), tmp_path / "losses.png")
     assert [steps for _, steps, _ in drawn][1] == [2, 3, 5, 6]
+    assert [name for _, name in titles] == list(metrics_of(done)[0])[2:]
     image = np.asarray(Image.open(tmp_path / "losses.png").convert("L"))
     assert image.shape == (3 * 234, 3 * 390)  # nine columns, three a row
     panels = image.reshape(3, 234, 3, 390).std((1, 3))
     assert (panels > 10).all()
     plot_metrics([], tmp_path / "losses.png")  # a run that stops before its first row
+    plot_metrics([{"epoch": "1", "step": "2", "g_l1": "7"}], tmp_path / "losses.png")
+    assert (pixels_of(tmp_path / "losses.png")[..., :3] == (31, 119, 180)).all(-1).any()  # a dot
 
 
 def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
@@ -100,6 +105,7 @@ def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
     assert first.shape == (16 + 3 * 68, 4 + 3 * 68, 3) and (first != second).any()
     target = Image.open(pairs / "val" / "1.png").crop((0, 0, 80, 80)).resize((64, 64), 3)
     for sheet in (first, second):
+        assert sheet[:16].min() < 128  # titles
         assert (sheet[84 : 84 + 64, 140 : 140 + 64] == np.asarray(target)).all()
 
 
@@ -180,7 +186,10 @@ def test_tracking_is_optional(package, module, pairs, tmp_path, capsys, monkeypa
 
 def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard := mock.MagicMock())
+    made = calls_of(monkeypatch, support.run, "tracker")
     train(pairs, tmp_path / "run", "--track tensorboard --epochs 1")
+    assert made[0][1] == last(tmp_path / "run")["id"]
+    tensorboard.SummaryWriter.assert_called_once_with(str(tmp_path / "run" / "tensorboard"))
     writer, any_value = tensorboard.SummaryWriter.return_value, mock.ANY
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
     scalars.append(mock.call("lr", 1e-4, 3))
@@ -203,6 +212,17 @@ def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
         assert saves == (handler is signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_run_prints(pairs, tmp_path, monkeypatch, capsys):
+    """The bar goes on after its estimate of the time left has begun anew."""
+    closed = calls_of(monkeypatch, common.Run, "close")
+    train(pairs, tmp_path / "run", "--epochs 1 --batch-size 1 --save-every 0")
+    said, ((run,),) = capsys.readouterr().err, closed
+    assert "epoch 1/1: g_total" in said and "squeezed" not in said
+    assert run.bar.n == run.bar.total == 6
+    main(f"--resume --out {tmp_path}/run".split())
+    assert f"run folder {tmp_path}/run: all epochs are done" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -413,6 +433,36 @@ def test_each_process_gets_its_own_buffers(monkeypatch):
     assert means == [0, 1, 2, 0] and saved["state"]["stalled_epochs"] == 7
 
 
+def test_a_checkpoint_of_several_processes_has_the_buffers_of_all(tmp_path, monkeypatch):
+    as_rank(monkeypatch, 0)
+    monkeypatch.setattr(support.run, "buffers_of_ranks", lambda _: [7])
+    run, means = object.__new__(common.Run), support.run.Means()
+    vars(run).update(dict.fromkeys(support.run.SAVED, 1), cfg=tiny("pix2pix")[1])
+    vars(run).update(of_row=means, of_epoch=means, metrics=tmp_path / "no", last=tmp_path / "x.pt")
+    run.save(pix2pix.State(torch.nn.Linear(1, 1)))
+    content = state_of(run.last)
+    assert content["world"] == 2 and content["state"][RANKS] == [7]
+
+
+def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsys):
+    """Each that cannot go on has a message, but for a user's mistake, which all of them meet."""
+
+    def ending(error):
+        def main(argv):
+            raise error
+
+        return common.command(main)
+
+    as_rank(monkeypatch, 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        ending(common.UserError("a mistake"))()
+    common.write_evaluation(tiny("pix2pix", out=str(tmp_path))[1], {"model": {"rmse": 1.0}})
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
+    assert "another process of this run has ended" in text
+
+
 # ------------------------------------------------------------------------------ trained models used
 
 
@@ -480,6 +530,8 @@ def test_init_from_our_checkpoint_and_from_a_bare_state_dict(done, pairs, tmp_pa
     use_at_once = f"--generate {pairs}/val/0.png --init {bare} --size 64 --width 4"
     main(f"{use_at_once} --device cpu --out {tmp_path}/o".split())
     assert (tmp_path / "o" / "0.png").is_file()
+    cfg = common.begin(Config, "", {}, f"{use_at_once} --device cpu".split())[0]
+    assert cfg.out == "runs/pix2pix/generated"
     seen = []
     monkeypatch.setattr(pix2pix, "train_step", lambda state, *_: seen.append(state.D) or sys.exit())
     for init in (ours, bare):
@@ -562,10 +614,11 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
 
 
-def test_a_run_that_is_stopped_has_its_page(pairs, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_has_its_page(pairs, tmp_path, monkeypatch, capsys):
     stop_after(monkeypatch, 2)
     with pytest.raises(SystemExit):
         train(pairs, tmp_path / "run")
+    assert f"step 2: continue with --resume --out {tmp_path}/run\n" in capsys.readouterr().err
     assert all((tmp_path / "run" / name).is_file() for name in ("index.html", "losses.png"))
 
 

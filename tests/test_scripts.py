@@ -101,9 +101,9 @@ OPTIONS = {
     "lambda_l1=10(0..) lambda_local=5(0..) lr=0.0005(0..) batch_size=8(1..)! "
     "epochs=200(1..1000000)*",
     "mixlc_acgan": "dropout=0.5(0..0.9) d_dropout=0(0..0.9) lambda_adv=0.05(0..) "
-    "lambda_l1=0.5(0..) lambda_style=0.45(0..) lambda_class=0.05(0..) lambda_id=0(0..) class_weights=True "
-    "style_features=vgg16 style_layers=relu3_3 vgg16= lr=0.0002(0..) batch_size=16(1..)! "
-    "epochs=200(1..1000000)*",
+    "lambda_l1=0.5(0..) lambda_style=0.45(0..) lambda_class=0.05(0..) lambda_id=0(0..) "
+    "class_weights=True style_features=vgg16 style_layers=relu3_3 vgg16= lr=0.0002(0..) "
+    "batch_size=16(1..)! epochs=200(1..1000000)*",
 }
 QUICK = {
     "pix2pix": "size=64 width=24 batch_size=4 epochs=20 log_every=12",
