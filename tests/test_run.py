@@ -219,7 +219,7 @@ def test_what_a_run_prints(pairs, tmp_path, monkeypatch, capsys):
     closed = calls_of(monkeypatch, common.Run, "close")
     train(pairs, tmp_path / "run", "--epochs 1 --batch-size 1 --save-every 0")
     said, ((run,),) = capsys.readouterr().err, closed
-    assert "epoch 1/1: g_total" in said and "squeezed" not in said
+    assert "epoch 1/1: g_total" in said and "squeezed" not in said and "is read" not in said
     assert run.bar.n == run.bar.total == 6
     main(f"--resume --out {tmp_path}/run".split())
     assert f"run folder {tmp_path}/run: all epochs are done" in capsys.readouterr().err
