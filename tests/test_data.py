@@ -182,6 +182,13 @@ def paletted(*levels, codes=(1, 2, 3, 4)):
     return image
 
 
+def inverted(codes):
+    """Codes of a palette of white and black."""
+    image = Image.fromarray(np.array([codes], np.uint8))
+    image.putpalette([255] * 3 + [0] * 3)
+    return image
+
+
 REDS = [{"name": f"n{k}", "color": f"{40 * k},0,0"} for k in range(1, 5)]
 VALUED_REDS = [row | {"value": k} for k, row in enumerate(REDS, 1)]
 FAR_REDS = [row | {"value": k} for k, row in enumerate(REDS, 50)]  # none of the values occurs
@@ -254,6 +261,9 @@ for name in ("x.png", "x.tif"):  # values that a table names decide, else most o
         f"half of the reds, {name}": (FAR_REDS, name, paletted(160, 120, 9, 7), "are not in"),
         f"other values, {name}": (FAR_REDS, name, paletted(160, 120, 80, 40), [3, 2, 1, 0]),
     }
+
+for codes in ([0, 1, 1], [0, 0, 0]):  # as Pillow quantises a mask, or a white one
+    LABELS[f"white first, {codes}"] = "binary", "x.png", inverted(codes), 1 - np.array(codes)
 
 NONE = INDEX == 255
 VALUES = [row | {"value": k} for k, row in enumerate(TABLE)]

@@ -331,6 +331,17 @@ def test_random_rasters_are_trained_on(tmp_path, seed, monkeypatch):
 WORLD_COVER = {"tree": 10, "shrub": 20, "grass": 30, "water": 80, "moss": 255}
 
 
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+def test_a_mask_with_holes_is_read_again(tmp_path, name):
+    """By `binary`, whose 254 is no class; its colour in the palette is black."""
+    classes, index = ClassTable.load("binary"), np.array([[0, 1, 255]], np.uint8).repeat(9, 1)
+    save(tmp_path / name, np.zeros((1, 27, 3), np.uint8))
+    out = tmp_path / "out" / name
+    with Raster(tmp_path / name) as source, writing(out, source, classes) as put:
+        put(index, 0)
+    assert np.array_equal(Raster(out, classes).read(), index)
+
+
 @pytest.mark.parametrize("more", [-1, 0, 1])  # 16 bits where values need them
 def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, more):
     table = [
