@@ -340,6 +340,10 @@ def test_a_mask_with_holes_is_read_again(tmp_path, name):
     with Raster(tmp_path / name) as source, writing(out, source, classes) as put:
         put(index, 0)
     assert np.array_equal(Raster(out, classes).read(), index)
+    if name == "x.tif":  # a no-data value that is a class
+        with rasterio.open(out, "r+") as target:
+            target.nodata = 0
+        assert np.array_equal(Raster(out, classes).read(), index)
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])  # 16 bits where values need them
