@@ -57,22 +57,21 @@ class Reading:
 
         They do if the table gives no values, or lacks some that occur, and if it has most of the
         colours that occur, or the palette has most of the table's colours. The last rule reads a
-        tile of one class like the others. They also do if they contradict the values and are all
-        in a table of greys, as of a white mask whose palette begins with white.
+        tile of one class like the others. They also do if they contradict the values of a table of
+        greys, as in a white mask whose palette begins with white.
         """
         table, colours = self.table, [tuple(colour) for colour in self.palette.tolist()]
         used, known = np.unique(codes).tolist(), {c: index for _, c, index in table.entries}
         greys = (self.palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
-        there = {colours[code] for code in used}
         if table.valued and table.has(codes):
             own = {code: table.values[code] for code in used if code in table.values}
             if greys or all(known.get(colours[k], own[k]) == own[k] for k in own):
                 return False
-            if table.grey and table.unused not in used and there <= known.keys():
-                return True
-            about = "though its palette has the colours of other classes"
-            print_once(f"a label map is read by its values, {about}")
-            return False
+            if not table.grey:
+                about = "though its palette has the colours of other classes"
+                print_once(f"a label map is read by its values, {about}")
+            return table.grey
+        there = {colours[code] for code in used}
         if 2 * len(known.keys() & there) > len(there):
             return True
         return not greys and 2 * len(known.keys() & set(colours)) > len(known)

@@ -372,6 +372,13 @@ def test_a_palette_that_contradicts_the_values_is_reported(tmp_path, capsys):
         errors._print.cache_clear()
         assert Raster(tmp_path / "x.png", table_of(VALUED_REDS)).read().tolist() == [[0, 1, 255]]
         assert ("has the colours of other classes" in capsys.readouterr().err) == said
+    Image.fromarray(np.uint8([[1, 2]])).convert("P").save(tmp_path / "x.png")  # in greys
+    greys = [
+        {"name": "a", "color": "2,2,2", "value": 1},
+        {"name": "b", "color": "1,1,1", "value": 2},
+    ]
+    assert Raster(tmp_path / "x.png", table_of(greys)).read().tolist() == [[0, 1]]
+    assert not capsys.readouterr().err
 
 
 TWO = [{"name": "a", "color": "#010203", "value": 0}, {"name": "b", "color": "9,9,9", "value": 255}]
@@ -469,6 +476,7 @@ def test_class_tables_are_read_strictly():
 
 
 def test_class_table_round_trip():
+    assert table_of([*TABLE[:3], TABLE[3] | {"value": -9}]).values[-9] == 255  # as no data
     assert ClassTable.load(CLASSES.text) == CLASSES and ClassTable.load("") is None
     assert ClassTable.load(ClassTable.load("maps").text) == ClassTable.load("maps")
     values = sorted(ClassTable.load("s2glc").values)  # of Malinowski et al. 2020, and 0 for clouds
