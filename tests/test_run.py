@@ -474,8 +474,11 @@ def test_evaluation_needs_validation_images_alone(pairs, done, tmp_path, monkeyp
     main(["--evaluate", "--checkpoint", "mine.pt", "--data", "data"])
     assert rows_of(tmp_path / "runs" / "mine") == rows_of(done)
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir()
+    use_it = ["--checkpoint", "mine.pt", "--evaluate"]
     with refused("runs/mine is another run, of the name of mine.pt: pass --out"):
-        common.begin(Config, "", {}, ["--evaluate", "--checkpoint", "mine.pt"])
+        common.begin(Config, "", {}, use_it)
+    assert common.begin(Config, "", {}, [*use_it, "--out", "new"])[0].out == "new"
+    assert common.begin(Config, "", {}, [*use_it[:2], "--serve"])[0].serve
 
 
 def test_generate_keeps_names_and_sizes(done, tmp_path):
