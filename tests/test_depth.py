@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
 def test_limits_of_8_bits_on_one_side_alone(pairs, tmp_path):
     cfg = started(pairs, tmp_path, limits_B="0,100")
     assert (cfg.limits_A, cfg.limits_B) == ("0,255 uint8", "0,100 uint8")
+
+
+@pytest.mark.parametrize(("dtype", "reported"), [("uint16", True), ("uint8", False)])
+def test_a_split_in_other_units_is_reported_where_it_has_data(capsys, dtype, reported):
+    """B is flat at the left, and has no data at the right; a flat map of 8 bits is a map."""
+    store = object.__new__(common.ImageStore)
+    rows = np.random.default_rng(0).integers(-(2**15), 2**15, (4, 4, 64, 64), np.int16)
+    rows[:, 1, :, :32], rows[:, 2:] = 7, 255
+    rows[:, 3, :, 32:] = 0
+    store.rows, store.slots = {"A": rows, "B": rows}, {"A": (0, 1, 2), "B": (1, 2, 3)}
+    store.limits = {side: Limits((0,), (9,), dtype) for side in "AB"}
+    store.classes, store.split = None, types.SimpleNamespace(root="root", name="val")
+    store._print_other_units()
+    line = "root, split val: B: fill less than 1% of --limits-B: other units?\n"
+    assert capsys.readouterr().err == line * reported
 
 
 @pytest.mark.parametrize("high", [False, True])
