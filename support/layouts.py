@@ -134,6 +134,8 @@ def _one_folder(root, name, table):
         a = [path for path in files if path.stem.endswith(endings[0])]
         b = [path for path in files if path.stem.endswith(endings[1])]
         others = [path for path in files if path not in {*a, *b}]
+        if endings[0] == "_sat" and a and not (b or others):  # as in DeepGlobe's test split
+            raise UserError(f"{root / name}: no {endings[1]} beside {a[0].name}")
         pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()
         if not (a and b) or (others and not pairs):
             continue

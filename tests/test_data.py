@@ -117,6 +117,7 @@ NOT_LAYOUTS = {
                        "the same name but for"),
     "another ending": ("train/1_A.png train/1_B.png train/x.png", "x.png: ends neither in _A nor"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "2_A.png has no par"),
+    "no masks": ("train/1_sat.jpg train/2_sat.jpg", "train: no _mask beside 1_sat.jpg"),
     "masks without a table": ("train/images/x.png train/masks/x.png", "s2glc, maps or b"),
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
     "nothing": ("x/notes.txt", f"no layout with images of split train.*{KNOWN}"),
