@@ -59,10 +59,11 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
     given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
     assert found("c", **given).name == kept.name == one.name
     assert found("c", **given, bands_A="1,2,3").name == one.name
-    deep = state_of(given["judge"]) | {"limits": "0,9 uint16"}
-    torch.save(deep, tmp_path / "deep.pt")
+    deep, path = state_of(given["judge"]) | {"limits": "0,9 uint16"}, str(tmp_path / "deep.pt")
+    torch.save(deep, path)
+    assert found("c", judge=path, limits_A="0,9 uint16")
     with refused("a judge of other limits"):
-        found("c", judge=str(tmp_path / "deep.pt"), limits_A="0,8 uint16")
+        found("c", judge=path, limits_A="0,8 uint16")
     assert not (tmp_path / "c").exists()
     with refused("a judge of other classes"):
         found("c", **given, lc_classes=json.dumps(TABLE).replace("water", "renamed"))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -459,6 +460,8 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
         ending(common.UserError("a mistake"))()
     common.write_evaluation(tiny("pix2pix", out=str(tmp_path))[1], {"model": {"rmse": 1.0}})
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
+    assert text == "error: x.png: a loop: replace or remove it"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
     assert "another process of this run has ended" in text
 
