@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from support.classes import IGNORED
+from support.classes import FAR, IGNORED
 from support.errors import UserError, print_once
+
+BLACK = (0, 0, 0)  # in palettes also what fills them up
 
 
 class Reading:
@@ -13,19 +15,22 @@ class Reading:
     palette   the file's, (256, 3) uint8; it becomes None where codes decide
     lossy     whether the file's compression changes colours
     by_codes  whether pixels are values of the table
+    soft      whether greys that are no values become the nearest one, as at the edges of a mask
     """
 
     def __init__(self, table, path, sample, palette, lossy):
         self.table, self.path, self.palette = table, path, palette
+        self.nearest = lossy or table.nearest
         self.one_band = sample.shape[-1] == 3 and self._is_one_band(sample)
         sample = sample[..., :1] if self.one_band else sample
         grey = palette is None and sample.dtype == np.uint8 and sample.shape[-1] == 1
         if palette is not None and not self._by_palette(sample[..., 0]):
             self.palette = None
-        self.by_colour = sample.shape[-1] == 3 or (grey and self._by_grey(sample, lossy))
+        strange = self._strange(sample) if grey else []
+        self.soft = grey and table.grey and (lossy or max(strange, default=255) >= FAR)
+        near = grey and self.nearest and not table.grey and strange
+        self.by_colour = sample.shape[-1] == 3 or bool(near and (lossy or self._several(sample)))
         self.by_codes = self.palette is None and not self.by_colour
-        self.greys = grey and table.grey  # a window may have levels that the sample has not
-        self.nearest = lossy or table.nearest or self.greys
 
     def indices(self, pixels, known=None, strict=False):
         """Class indices (H, W) of pixels (H, W, 1 or 3), IGNORED where they are not known.
@@ -47,10 +52,34 @@ class Reading:
             if (pixels != pixels[..., :1]).any():
                 raise UserError(f"{self.path}: has codes, or greys, and also colours")
             pixels = pixels[..., :1]
-        if self.by_colour or (self.greys and self._by_grey(pixels, lossy=False)):
-            colours = np.repeat(pixels, 3 // pixels.shape[-1], -1)
-            return self.table.from_colours(colours, self.path, self.nearest, strict)
-        return self.table.from_codes(pixels[..., 0], self.path)
+        soft = self.soft and bool(self._strange(pixels))
+        if not (self.by_colour or soft):
+            return self.table.from_codes(pixels[..., 0], self.path)
+        colours = np.repeat(pixels, 3 // pixels.shape[-1], -1)
+        indices = self.table.from_colours(colours, self.path, self.nearest or soft, strict)
+        if soft and IGNORED not in self.table.values:
+            indices[pixels[..., 0] == IGNORED] = IGNORED
+        return indices
+
+    def _strange(self, levels):
+        """The levels that are neither values of the table nor 255."""
+        return set(np.unique(levels).tolist()) - {IGNORED, *self.table.values}
+
+    def _several(self, levels):
+        """Whether levels are nearest to several classes: a mask of 0 and 1 is not all black."""
+        return len(set(self.table.nearest_row(np.unique(levels)[:, None])[1])) > 1
+
+    def _is_one_band(self, rgb):
+        """Whether three equal bands (H, W, 3) are one band of codes or greys, and no colours.
+
+        Codes must be more than black and white, and none of them a grey of the table.
+        """
+        if (rgb != rgb[..., :1]).any():
+            return False
+        used = np.unique(rgb)
+        shown = (self.table.nearest_row(used[:, None])[0] == 0).any() or self.nearest
+        codes = self.table.has(used) and set(used.tolist()) - {0, 255}
+        return self.table.grey or bool(codes and not shown)
 
     def _by_palette(self, codes):
         """Whether the colours of the palette count, and not the codes (H, W).
@@ -65,34 +94,15 @@ class Reading:
         greys = (self.palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
         if table.valued and table.has(codes):
             own = {code: table.values[code] for code in used if code in table.values}
+            own = {code: own[code] for code in own if colours[code] != BLACK}
             if greys or all(known.get(colours[k], own[k]) == own[k] for k in own):
                 return False
-            if not table.grey:
-                about = "though its palette has the colours of other classes"
-                print_once(f"a label map is read by its values, {about}")
-            return table.grey
+            if table.grey and len({colours[k] for k in own}) == len(own):
+                return True
+            about = "though its palette has the colours of other classes"
+            print_once(f"a label map is read by its values, {about}")
+            return False
         there = {colours[code] for code in used}
         if 2 * len(known.keys() & there) > len(there):
             return True
         return not greys and 2 * len(known.keys() & set(colours)) > len(known)
-
-    def _is_one_band(self, rgb):
-        """Whether three equal bands (H, W, 3) are one band of codes or greys, and no colours."""
-        used = np.unique(rgb)
-        codes = self.table.has(used) and self.table.nearest_row(used[:, None])[0].any()
-        return bool((rgb == rgb[..., :1]).all() and (self.table.grey or codes))
-
-    def _by_grey(self, levels, lossy):
-        """Whether levels of grey (H, W, 1) uint8 become the nearest colours, and are no codes.
-
-        They do if some levels are no codes of the table (nor 255), and if the file is lossy, the
-        table is `nearest`, or all its colours are the greys of their values. In the last two cases
-        they must show several classes, and the strange levels must be no positions in the table: a
-        mask of 0 and 1 is not all black.
-        """
-        used, table = np.unique(levels), self.table
-        strange = set(used.tolist()) - {IGNORED, *table.values}
-        if not strange or not (lossy or table.nearest or table.grey):
-            return False
-        several = len(set(table.nearest_row(used[:, None])[1])) > 1
-        return lossy or (several and max(strange) >= len(table.entries))

@@ -180,7 +180,7 @@ class Raster:
             self._palette = None
         sample = self._sample()
         self._reading = Reading(self.table, self.path, sample, self._palette, self.lossy)
-        if self._reading.by_colour:  # a photograph is refused here
+        if self._reading.by_colour or self._reading.soft:  # a photograph is refused here
             self._reading.indices(sample, strict=True)
 
     def _sample(self, side=342):

@@ -19,6 +19,7 @@ from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
 from support.files import whole_or_absent
+from support.labels import Reading
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
@@ -110,13 +111,13 @@ class ImageStore:
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
         shares = []
-        for side in "B" if self.classes and self.paired else "AB":
+        for side in "AB":
             rows = self.rows[side]
             shares.append(self._ignored(side, rows[spread(100, len(rows))]))
             if shares[-1] == 1 and all(self._ignored(side, row[None]) == 1 for row in rows):
                 what = "a class of the table" if side == "B" and self.classes else "data"
                 raise UserError(f"{split.root}, split {split.name}: no pixel of {side} has {what}")
-        ignored = np.mean(shares)
+        ignored = np.mean(shares[1:] if self.classes and self.paired else shares)
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
 
     def _ignored(self, side, rows):
@@ -167,7 +168,7 @@ class ImageStore:
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
-        text = [f"{what} planar, holes of halves, upright {about}"]
+        text = [f"{what} planar, holes of halves, upright, greys {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
             for file in (path, *beside, *world_files(Path(path))):
@@ -260,8 +261,8 @@ class ImageStore:
                     a, _ = np.split(strips[0], 2, axis=1)
                     _, b = np.split(strips[-1], 2, axis=1)
                     if self.classes:
-                        nearest = self.classes.nearest or rasters[-1].lossy
-                        b = self.classes.from_colours(b, pair[0], nearest, strict=not self.patch)
+                        reading = Reading(self.classes, pair[0], b, None, rasters[-1].lossy)
+                        b = reading.indices(b, strict=not self.patch)
                     strips = [a, b]
                 planes = self._planes(rasters, top, step) if masked else []
                 for patches in zip(*map(self._patches, strips + planes), strict=True):

@@ -54,14 +54,16 @@ def _writing_whole(path, source, classes, bands, colours):
     if source.masked:
         alpha = source.alpha()
         whole[alpha == 0] = IGNORED if classes else 0
-    if not classes:
+    if classes:
+        pictures = {path.with_suffix(".png"): label_image(whole, classes)}
+        pictures[path.with_name(f"{path.stem}_colours.png")] = classes.palette[whole]
+    else:
         if source.masked and path.suffix.lower() in (".png", ".webp"):
             whole = np.dstack([whole, alpha])
-        write_image(path, whole.squeeze(-1) if whole.shape[-1] == 1 else whole, colours)
-        _remove_beside(path)
-        return
-    write_image(path.with_suffix(".png"), label_image(whole, classes))
-    write_image(path.with_name(f"{path.stem}_colours.png"), classes.palette[whole])
+        pictures = {path: whole.squeeze(-1) if whole.shape[-1] == 1 else whole}
+    for name, picture in pictures.items():
+        write_image(name, picture, colours)
+        _remove_beside(name)
 
 
 def _profile(source, classes, bands, limits):

@@ -1,5 +1,6 @@
 """Layouts and their refusals, label maps, the store, the demo world."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -154,6 +155,7 @@ MIXED = [VALUED[2], {"name": "x", "color": "#000001"}]  # the value of a row wit
 IGNORED_SECOND = [TABLE[0], TABLE[3], *TABLE[1:3]]
 EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
 NEAREST = {"nearest": True, "classes": EXACT}
+GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
 NOTHING = "a photograph, or nothing labelled?"
@@ -176,17 +178,24 @@ def in_three(*levels):
     return np.dstack([np.array([levels], np.uint8)] * 3)
 
 
+def inverted(codes, white=1):
+    """Codes of a palette that begins with white, and is filled up with black, or with white."""
+    image = Image.fromarray(np.array([codes], np.uint8))
+    image.putpalette([255] * 3 + [255 * (white - 1)] * 765)
+    return image
+
+
+def filled_up(*codes):
+    """Codes of a palette of black and red, which is filled up with black."""
+    image = Image.fromarray(np.array([codes], np.uint8))
+    image.putpalette([0] * 3 + [255, 0, 0] + [0] * 762)
+    return image
+
+
 def paletted(*levels, codes=(1, 2, 3, 4)):
     """Codes of which 1, 2, 3 and 4 are shades of red, and 0 is black."""
     image = Image.fromarray(np.array([codes], np.uint8))
     image.putpalette([0, 0, 0, *(part for level in levels for part in (level, 0, 0))])
-    return image
-
-
-def inverted(codes):
-    """Codes of a palette of white and black."""
-    image = Image.fromarray(np.array([codes], np.uint8))
-    image.putpalette([255] * 3 + [0] * 3)
     return image
 
 
@@ -241,6 +250,14 @@ LABELS = {
     "three bands of 0 and 1": ("binary", "x.png", in_three(0, 1, 1, 0), "[1] are not in"),
     "black and a stray grey": (EXACT, "x.png", in_three(0, 7, 7, 0), [0, 255, 255, 0]),
     "black alone": (EXACT[::-1], "x.tif", in_three(0, 0), [1, 1]),
+    "white and a stray black": ("s2glc", "x.png", in_three(0, 255), [255, 0]),
+    "black without a class": ("s2glc", "x.png", in_three(0, 0), NOTHING),
+    "white of a JPEG": ("maps", "x.jpg", in_three(255, 255), [2, 2]),
+    "binary, 254 alone": ("binary", "x.png", [254, 254], [1, 1]),
+    "binary, dark greys": ("binary", "x.png", [0, 2, 3], "[2, 3] are not in"),
+    "greys, 255 is none": (GREY, "x.png", [0, 128, 140, 255], [0, 1, 1, 255]),
+    "a palette filled up": ("binary", "x.tif", filled_up(0, 255), [0, 1]),
+    "a palette of one white": ("binary", "x.png", inverted([0, 255], white=2), [0, 1]),
     "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
     "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), NOTHING),
     "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
@@ -353,8 +370,11 @@ def test_soft_edges_may_lie_anywhere_in_a_large_mask(tmp_path):
     """Also where the pixels that are looked at first have none; a no-data value that is a class."""
     levels = np.zeros((1, 3000), np.uint8)
     levels[0, 2500:2510] = [200, 60] * 5
+    levels[0, 2510:2520] = 254
     geotiff(tmp_path / "x.tif", levels, nodata=0)
-    assert (Raster(tmp_path / "x.tif", table_of("binary")).read() == (levels > 128)).all()
+    with Raster(tmp_path / "x.tif", table_of("binary")) as raster:
+        assert (raster.read() == (levels > 128)).all()
+        assert (raster.read(0, 2510, 1, 10) == 1).all()  # whatever else a window has
 
 
 def test_codes_in_three_bands_have_no_colours_elsewhere(tmp_path):
@@ -425,6 +445,17 @@ def test_land_cover_halves_survive_compression(tmp_path, name, how):
     save(tmp_path / "train" / name, both, quality=80, **how)
     store = store_of(tmp_path, tmp_path / "cache", 64, lc_classes=json.dumps(TABLE))
     assert (store.B[0, 0] == index).mean() > 0.95
+
+
+def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
+    """In halves: soft edges, 254, and no 0 and 1."""
+    for levels, want in (([0, 128, 200, 254], [0, 1, 1, 1]), ([0, 1, 1, 0], None)):
+        shutil.rmtree(tmp_path / "train", ignore_errors=True)
+        both = np.hstack([picture(np.random.default_rng(0), 4, 4), in_three(*levels).repeat(4, 0)])
+        save(tmp_path / "train" / "0.png", both)
+        with refused("are not in the class table") if not want else contextlib.nullcontext():
+            store = store_of(tmp_path, tmp_path / "cache", 4, lc_classes="binary")
+            assert (store.B[0, 0] == want).all()
 
 
 def test_places_beside_a_hole_have_no_data_after_resizing():
@@ -574,6 +605,13 @@ def test_a_side_without_any_data_is_refused(tmp_path, empty):
             save(tmp_path / "train" / side / f"{k}.png", pixels.astype(np.uint8))
     with refused(f"split train: no pixel of {empty} has data"):
         store_of(tmp_path, tmp_path / "cache")
+    if empty == "A":  # whose land cover does not count, either
+        (tmp_path / "train" / "A").rename(tmp_path / "train" / "images")
+        for k in range(3):
+            save(tmp_path / "train" / "gt" / f"{k}.png", np.zeros((40, 40), np.uint8))
+        shutil.rmtree(tmp_path / "train" / "B")
+        with refused("split train: no pixel of A has data"):
+            store_of(tmp_path, tmp_path / "cache")
 
 
 def test_a_file_of_another_size_is_decoded_again(tmp_path):

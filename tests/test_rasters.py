@@ -368,9 +368,12 @@ def test_what_lies_beside_a_result_does_not_outlive_it(tmp_path, name):
     source = geotiff(tmp_path / "x.tif", np.ones((8, 8, 3), np.uint8))
     beside = [tmp_path / "out" / f"{name}{ending}" for ending in (".aux.xml", ".ovr", ".msk")]
     touch(*beside, tmp_path / "out" / "x.txt")
-    with Raster(source) as raster, writing(tmp_path / "out" / name, raster) as put:
-        put(raster.values(), 0)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([name, "x.txt"])
+    touch(tmp_path / "out" / "x_colours.png.aux.xml")
+    for classes in (None, CLASSES):
+        with Raster(source) as raster, writing(tmp_path / "out" / name, raster, classes) as put:
+            put(np.zeros((8, 8), np.uint8) if classes else raster.values(), 0)
+    names = {name, "x.txt", f"x_colours.png{'.aux.xml' * (name == 'x.tif')}"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", ["nodata", "mask", "classes"])

@@ -89,7 +89,7 @@ def main(argv=None):
     content = load_weights(args.checkpoint)
     if "script" not in content:
         raise common.UserError(f"{args.checkpoint}: no checkpoint of one of the scripts")
-    window = args.window or content.get("window", content["config"]["patch"])
+    window = args.window or int(np.min(content.get("window", content["config"]["patch"])))
     with Raster(args.raster) as picture:
         if min(picture.width, picture.height) < 2 * window or not window:
             raise common.UserError(f"{args.raster}: smaller than two windows of {window} a side")
