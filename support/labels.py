@@ -27,9 +27,11 @@ class Reading:
         if palette is not None and not self._by_palette(sample[..., 0]):
             self.palette = None
         strange = self._strange(sample) if grey else []
-        self.soft = grey and table.grey and (lossy or max(strange, default=255) >= FAR)
-        near = grey and self.nearest and not table.grey and strange
-        self.by_colour = sample.shape[-1] == 3 or bool(near and (lossy or self._several(sample)))
+        several = lossy or (grey and self._several(sample))
+        no_codes = max(strange, default=255) >= (len(table.entries) if several else FAR)
+        self.soft = grey and table.grey and (lossy or no_codes)
+        near = bool(strange) and self.nearest and several and not table.grey
+        self.by_colour = sample.shape[-1] == 3 or near
         self.by_codes = self.palette is None and not self.by_colour
 
     def indices(self, pixels, known=None, strict=False):

@@ -254,6 +254,7 @@ LABELS = {
     "black without a class": ("s2glc", "x.png", in_three(0, 0), NOTHING),
     "white of a JPEG": ("maps", "x.jpg", in_three(255, 255), [2, 2]),
     "binary, 254 alone": ("binary", "x.png", [254, 254], [1, 1]),
+    "binary, 2 and 255": ("binary", "x.png", [0, 2, 255], [0, 0, 1]),
     "binary, dark greys": ("binary", "x.png", [0, 2, 3], "[2, 3] are not in"),
     "greys, 255 is none": (GREY, "x.png", [0, 128, 140, 255], [0, 1, 1, 255]),
     "a palette filled up": ("binary", "x.tif", filled_up(0, 255), [0, 1]),
