@@ -155,6 +155,11 @@ MIXED = [VALUED[2], {"name": "x", "color": "#000001"}]  # the value of a row wit
 IGNORED_SECOND = [TABLE[0], TABLE[3], *TABLE[1:3]]
 EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
 NEAREST = {"nearest": True, "classes": EXACT}
+INK = {
+    "nearest": True,
+    "classes": [EXACT[0] | {"color": "#F00000"}, EXACT[1] | {"color": "#101010"}],
+}
+INK["classes"].append({"name": "paper", "color": "#FDFDFD"})
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
@@ -256,8 +261,14 @@ LABELS = {
     "binary, 254 alone": ("binary", "x.png", [254, 254], [1, 1]),
     "binary, 2 and 255": ("binary", "x.png", [0, 2, 255], [0, 0, 1]),
     "binary, dark greys": ("binary", "x.png", [0, 2, 3], "[2, 3] are not in"),
+    "binary, a dark JPEG": ("binary", "x.jpg", [3, 3], [0, 0]),
+    "binary, red": ("binary", "x.png", np.uint8([[[0, 0, 0], [255, 0, 0]]]), [0, 255]),
+    "three bands of black and 1": (EXACT, "x.png", in_three(0, 1), [0, 255]),
+    "three bands near one colour": (INK, "x.png", in_three(1, 2), [1, 1]),
+    "codes and 255": (NEAREST, "x.png", [0, 1, 255], [0, 1, 255]),
     "greys, 255 is none": (GREY, "x.png", [0, 128, 140, 255], [0, 1, 1, 255]),
     "a palette filled up": ("binary", "x.tif", filled_up(0, 255), [0, 1]),
+    "a palette filled up, 255 alone": ("binary", "x.tif", filled_up(255), [1]),
     "a palette of one white": ("binary", "x.png", inverted([0, 255], white=2), [0, 1]),
     "20 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (20, 0, 0), np.uint8), INDEX * 0),
     "40 levels off": (NEAREST, "x.png", np.full((2, 5, 3), (40, 0, 0), np.uint8), NOTHING),
