@@ -261,7 +261,7 @@ LABELS = {
     "binary, 254 alone": ("binary", "x.png", [254, 254], [1, 1]),
     "binary, 2 and 255": ("binary", "x.png", [0, 2, 255], [0, 0, 1]),
     "binary, dark greys": ("binary", "x.png", [0, 2, 3], "[2, 3] are not in"),
-    "binary, a dark JPEG": ("binary", "x.jpg", [3, 3], [0, 0]),
+    "binary, a dark JPEG": ("binary", "x.jpg", [1, 1], [0, 0]),
     "binary, red": ("binary", "x.png", np.uint8([[[0, 0, 0], [255, 0, 0]]]), [0, 255]),
     "three bands of black and 1": (EXACT, "x.png", in_three(0, 1), [0, 255]),
     "three bands near one colour": (INK, "x.png", in_three(1, 2), [1, 1]),
