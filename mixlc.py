@@ -51,7 +51,7 @@ from common import UserError, option
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
+    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
     """
 
     script = "mixlc"

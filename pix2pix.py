@@ -39,7 +39,7 @@ from common import UserError, option
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the options of the group "model".
+    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
     """
 
     script = "pix2pix"

@@ -26,10 +26,10 @@ class Reading:
         grey = palette is None and sample.dtype == np.uint8 and sample.shape[-1] == 1
         if palette is not None and not self._by_palette(sample[..., 0]):
             self.palette = None
-        strange = self._strange(sample) if grey else []
+        strange = self._strange(sample) if grey else set()
         several = lossy or (grey and self._several(sample))
-        no_codes = max(strange, default=255) >= (len(table.entries) if several else FAR)
-        self.soft = grey and table.grey and (lossy or no_codes)
+        least = len(table.entries) if several else FAR  # lower levels alone are codes
+        self.soft = grey and table.grey and (lossy or max(strange, default=255) >= least)
         near = bool(strange) and self.nearest and several and not table.grey
         self.by_colour = sample.shape[-1] == 3 or near
         self.by_codes = self.palette is None and not self.by_colour
@@ -95,8 +95,8 @@ class Reading:
         used, known = np.unique(codes).tolist(), {c: index for _, c, index in table.entries}
         greys = (self.palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
         if table.valued and table.has(codes):
-            own = {code: table.values[code] for code in used if code in table.values}
-            own = {code: own[code] for code in own if colours[code] != BLACK}
+            shown = [code for code in used if code in table.values and colours[code] != BLACK]
+            own = {code: table.values[code] for code in shown}
             if greys or all(known.get(colours[k], own[k]) == own[k] for k in own):
                 return False
             if table.grey and len({colours[k] for k in own}) == len(own):

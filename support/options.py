@@ -17,7 +17,8 @@ def option(default, help, *, group=None, choices=None, low=-math.inf, high=2**31
                 group "model"
     low, high   bounds of a number, both included
     may_change  a resumed run may have another value: True, or a function of the saved options
-    fixed       a checkpoint fixes it, although it is not of the group "model"
+    fixed       a checkpoint fixes it, although it is not of the group "model": the batch size,
+                which decides the statistics of BatchNorm (own_statistics in device.py)
     file        it names a file, which must exist
     weights     it names generator weights, which --generate accepts in place of --checkpoint
     """

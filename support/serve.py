@@ -71,7 +71,7 @@ def listening(studio):
     try:
         server = Server(studio)
     except OSError as error:
-        reason = f"cannot listen there ({error.strerror}): another one, or --port 0, may be free"
+        reason = f"cannot listen there ({error.strerror}): choose others; --port 0 finds a free one"
         raise UserError(f"{asked}: {reason}") from None
     host, port = server.server_address[:2]
     if not ipaddress.ip_address(host).is_loopback:

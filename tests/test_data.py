@@ -155,11 +155,8 @@ MIXED = [VALUED[2], {"name": "x", "color": "#000001"}]  # the value of a row wit
 IGNORED_SECOND = [TABLE[0], TABLE[3], *TABLE[1:3]]
 EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}]
 NEAREST = {"nearest": True, "classes": EXACT}
-INK = {
-    "nearest": True,
-    "classes": [EXACT[0] | {"color": "#F00000"}, EXACT[1] | {"color": "#101010"}],
-}
-INK["classes"].append({"name": "paper", "color": "#FDFDFD"})
+INK = [{"name": color, "color": color} for color in ("#F00000", "#101010", "#FDFDFD")]
+INK = {"nearest": True, "classes": INK}
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
@@ -406,10 +403,7 @@ def test_a_palette_that_contradicts_the_values_is_reported(tmp_path, capsys):
         assert Raster(tmp_path / "x.png", table_of(VALUED_REDS)).read().tolist() == [[0, 1, 255]]
         assert ("has the colours of other classes" in capsys.readouterr().err) == said
     Image.fromarray(np.uint8([[1, 2]])).convert("P").save(tmp_path / "x.png")  # in greys
-    greys = [
-        {"name": "a", "color": "2,2,2", "value": 1},
-        {"name": "b", "color": "1,1,1", "value": 2},
-    ]
+    greys = [{"name": f"n{k}", "color": ",".join(f"{3 - k}" * 3), "value": k} for k in (1, 2)]
     assert Raster(tmp_path / "x.png", table_of(greys)).read().tolist() == [[0, 1]]
     assert not capsys.readouterr().err
 
@@ -984,12 +978,10 @@ def test_colours_of_the_classes():
 
 
 def test_images_are_spread_evenly():
-    spread = {count: common.spread(count, 6).tolist() for count in (0, 1, 3, 4, 6, 9)}
-    everything = [0, 1, 2, 3, 4, 5]
-    assert spread == {0: everything, 1: [0], 3: [0, 2, 4], 4: [0, 1, 3, 4]} | {
-        6: everything,
-        9: everything,
-    }
+    for count, indices in ((1, [0]), (3, [0, 2, 4]), (4, [0, 1, 3, 4])):
+        assert common.spread(count, 6).tolist() == indices
+    for count in (0, 6, 9):
+        assert common.spread(count, 6).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_bytes_and_back():

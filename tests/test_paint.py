@@ -378,11 +378,14 @@ def test_every_answer_forbids_what_the_page_does_not_need(server):
     policy = {"img-src": "'self' data:", "connect-src": "'self'"} | dict.fromkeys(nothing, "'none'")
     policy |= dict.fromkeys(("style-src", "script-src"), "'unsafe-inline'")
     html, page = "text/html; charset=utf-8", f"/{token}/"
-    for path, kind, place in ((page, html, None), ("/", "text/plain", None), (page[:-1], "", page)):
+    answers = (page, 200, html, None), ("/", 403, "text/plain", None), (page[:-1], 301, "", page)
+    for path, status, kind, place in answers:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", path)
-        headers = connection.getresponse().headers
-        assert headers["Content-Type"].startswith(kind) and headers["Location"] == place
+        answer = connection.getresponse()
+        headers = answer.headers
+        assert answer.status == status and headers["Location"] == place
+        assert headers["Content-Type"].startswith(kind)
         allowed = headers["Content-Security-Policy"].split("; ")
         assert dict(part.split(maxsplit=1) for part in allowed) == policy
         assert (
