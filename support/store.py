@@ -168,7 +168,7 @@ class ImageStore:
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
-        text = [f"{what} planar, holes of halves, upright, greys {about}"]
+        text = [f"{what} planar, holes of halves, upright, greys of all {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
             for file in (path, *beside, *world_files(Path(path))):
@@ -255,14 +255,16 @@ class ImageStore:
         """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
         with self._opened(pair) as rasters:
             step = self.patch or rasters[0].height
+            in_halves = self.split.halves and self.classes
+            reading = self._reading(rasters[-1]) if in_halves else None
             for top in range(0, rasters[0].height - step + 1, step):
                 strips = [raster.read(top, height=step) for raster in rasters]
                 if self.split.halves:
                     a, _ = np.split(strips[0], 2, axis=1)
                     _, b = np.split(strips[-1], 2, axis=1)
-                    if self.classes:
-                        reading = Reading(self.classes, pair[0], b, None, rasters[-1].lossy)
-                        b = reading.indices(b, strict=not self.patch)
+                    if in_halves:
+                        known = rasters[-1].valid(top, a.shape[1], *b.shape[:2])
+                        b = reading.indices(b, known, strict=not self.patch)
                     strips = [a, b]
                 planes = self._planes(rasters, top, step) if masked else []
                 for patches in zip(*map(self._patches, strips + planes), strict=True):
@@ -271,6 +273,12 @@ class ImageStore:
                         labels, known = record[-2:]
                         labels[known == 0] = IGNORED
                     yield record
+
+    def _reading(self, raster):
+        """How the labels in the right half of a file are read: alike in all its patches."""
+        window = 0, raster.width // 2, raster.height, raster.width // 2
+        sample = raster.read(*window)[raster.valid(*window)][None]
+        return Reading(self.classes, raster.path, sample, None, raster.lossy)
 
     def _planes(self, rasters, top, step):
         """(H, W) bool for each picture of a strip: where it has data."""

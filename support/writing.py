@@ -73,7 +73,8 @@ def _profile(source, classes, bands, limits):
     nothing = classes.unused if classes else nothing
     if nothing is not None:
         about = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        fits = about.min <= nothing <= about.max or (dtype.kind == "f" and np.isnan(nothing))
+        inside = float(about.min) <= nothing <= float(about.max)
+        fits = inside or (dtype.kind == "f" and np.isnan(nothing))
         nothing = dtype.type(nothing).item() if fits else None  # else: a mask
     profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
     if not classes and bands != 3:  # GDAL would call the fourth alpha

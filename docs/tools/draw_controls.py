@@ -84,7 +84,7 @@ def pictures(images):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or "--help" in sys.argv:
         sys.exit(__doc__)
     made, drawn = controls([Path(run) for run in sys.argv[1:]])
     (RESULTS / "controls.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -43,7 +43,7 @@ def painted(page):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or "--help" in sys.argv:
         sys.exit(__doc__)
     server, url = served(sys.argv[1])
     with sync_playwright() as playwright:

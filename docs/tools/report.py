@@ -66,6 +66,8 @@ def write(text):
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(__doc__)
     for file in sys.argv[1:]:
         print(f"kept in {keep(file)}")
     for page in PAGES:
