@@ -791,6 +791,12 @@ def test_demo_world(tmp_path):
     colors = {tuple(color) for color in drawn.reshape(-1, 3).tolist()}
     assert colors <= set(ClassTable.load("maps").colors)
     assert satellite.std() > 20 and set(np.unique(ground)) == set(range(6))
+    shares = np.bincount(ground.ravel()) / ground.size
+    assert shares == pytest.approx([0.183, 0.256, 0.178, 0.194, 0.069, 0.120], abs=0.005)
+    means = [satellite[ground == k].mean() for k in range(6)]
+    assert means == pytest.approx([99.9, 117.3, 54.2, 61.0, 136.5, 129.0], abs=0.2)
+    spreads = [satellite[ground == k].std() for k in range(6)]
+    assert spreads == pytest.approx([20.1, 28.6, 18.7, 23.4, 28.2, 7.2], abs=0.2)
 
 
 # ----------------------------------------------------------------------------------------- measures
