@@ -468,11 +468,12 @@ def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
 def test_all_patches_of_a_mask_in_halves_are_read_alike(tmp_path):
     """Also one that has dark greys alone, and one in part transparent."""
     levels = np.full((8, 16, 4), 255, np.uint8)
-    levels[:4, 12:, :3] = levels[4:, 8:, :3] = 2
-    levels[:2, 8:12, 3] = 0
+    levels[:, :8, :3] = picture(np.random.default_rng(0), 8, 8)
+    levels[:4, 8:12, :3] = levels[4:, 8:, :3] = 2
+    levels[:2, 12:, 3] = 0
     save(tmp_path / "train" / "0.png", levels)
     store = store_of(tmp_path, tmp_path / "cache", 4, patch=4, lc_classes="binary")
-    white, dark = store.B[0, 0], store.B[1:, 0]
+    white, dark = store.B[1, 0], store.B[[0, 2, 3], 0]
     assert (white == [[255], [255], [1], [1]]).all() and (dark == 0).all()
 
 

@@ -531,6 +531,22 @@ def test_pixels_without_data_are_ignored(tmp_path, capsys, how, labels):
     assert rows["black"]["rmse"] == pytest.approx(np.sqrt((200**2 + 60**2 + 20**2) / 3))
 
 
+def test_land_cover_of_a_transparent_picture_has_its_holes(tmp_path):
+    half_empty(tmp_path, ".png")
+    with Raster(tmp_path / "x.png") as source, writing(tmp_path / "lc.png", source, CLASSES) as put:
+        put(np.zeros((64, 64), np.uint8), 0)
+    assert (pixels_of(tmp_path / "lc.png") == np.where(np.arange(64) < 32, 0, 255)).all()
+
+
+def test_bands_of_a_palette_are_its_colours(tmp_path):
+    image = Image.fromarray(np.uint8([[0, 1]]))
+    image.putpalette([1, 2, 3, 40, 50, 60])
+    for name in ("x.tif", "x.png"):
+        image.save(tmp_path / name)
+        read = Raster(tmp_path / name, bands=(3, 1)).read().tolist()
+        assert read == [[[3, 1], [60, 40]]]
+
+
 def test_a_mask_that_is_added_later_counts(tmp_path, capsys):
     """Beside a TIFF that is in the store already."""
     for side in "AB":
