@@ -510,6 +510,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images: each domain after its cycle and, where A and B are
     pairs, each translation against its partner.
 
+    images     by their index in the larger domain; the smaller one repeats, as in training
     constants  {"A": .., "B": ..}, from common.constant_colors: adds the baselines, a copy of the
                input and one colour for the image or for each class
     judge      measures whether generated photographs show the land cover that was asked for

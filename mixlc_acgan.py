@@ -394,8 +394,9 @@ def class_loss(logits, target, weights):
 def style_loss(vgg, fake, target):
     """Squared Frobenius distance of Gram matrices, the sum over layers: a scalar.
 
-    Johnson et al. 2016, equation 4; the mean over the batch. Gram matrices are float32 under any
-    autocast: they are sums of thousands of products, for which bf16 has too few digits.
+    Johnson et al. 2016, equation 4, of features that VGG16Features scales; the mean over the batch.
+    Gram matrices are float32 under any autocast: they are sums of thousands of products, for which
+    bf16 has too few digits.
     """
     loss = 0.0
     fake, target = common.holes_of(target, fake), common.filled(target)

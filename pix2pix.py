@@ -336,7 +336,7 @@ def l1_loss(fake, target):
 
 
 def vgg_loss(vgg, fake, target):
-    """Mean squared difference of relu3_3, equation 2 of arXiv:1603.08155: a scalar."""
+    """Mean squared difference of relu3_3 (scaled: VGG16Features), arXiv:1603.08155, eq. 2."""
     with torch.autocast(fake.device.type, enabled=False):
         (features_fake,) = vgg(common.full_precision(fake))
         (features_target,) = vgg(common.full_precision(target))

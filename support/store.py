@@ -143,16 +143,17 @@ class ImageStore:
         """Counts of each level, or class: {"A": (C, 256), "B": (C or 1, 256)} int64.
 
         With K classes and pairs also the levels in each class: "A of classes" (K, C, 256). Pixels
-        without data or class do not count. At most `most` images, evenly spread, are counted; all
-        baselines follow from this.
+        without data or class do not count. Of pictures at most `most`, evenly spread, are counted,
+        of label maps all, as some images alone may have a rare class. All baselines follow from
+        this.
         """
         counts = {}
         for name, images in (("A", self.A), ("B", self.B)):
             counts[name] = np.zeros((images.shape[1], 256), np.int64)
-            known = self.known(name, self.rows[name])
-            for row in spread(most, len(images)):
+            known, labels = self.known(name, self.rows[name]), name == "B" and self.classes
+            for row in spread(0 if labels else most, len(images)):
                 seen = slice(None) if known is None else known[row, 0] > 0
-                bands = images[row] if name == "B" and self.classes else eight_bits(images[row])
+                bands = images[row] if labels else eight_bits(images[row])
                 counts[name] += [np.bincount(x[seen].ravel(), minlength=256) for x in bands]
         if self.classes:
             counts["B"][:, IGNORED] = 0

@@ -36,8 +36,9 @@ class SharedStatistics:
 
     InstanceNorm, and BatchNorm by an image's own statistics, would give each window colours of
     its own. A first pass notes every layer's mean and variance in some windows. Each window then
-    gets their average, with Gaussian weights of `reach` windows (kernelized instance normalization,
-    Ho et al. 2022, arXiv:2208.10730; an infinite reach: the same in all windows).
+    gets those of all noted pixels together, with Gaussian weights whose standard deviation is
+    `reach` windows (kernelized instance normalization, Ho et al. 2022, arXiv:2208.10730, who
+    average standard deviations instead; an infinite reach: the same in all windows).
     """
 
     most = 24  # windows noted along a side, for 2000 x 2000 windows of a large raster, too
@@ -205,9 +206,9 @@ def read_filled(raster, top, left, height, width):
     pixels = raster.read(top, left, height, width)
     valid = raster.valid(top, left, *pixels.shape[:2])
     if not (raster.table or valid.all()):
-        middle = 0 if raster.limits else 127.5
+        middle = 0 if raster.limits else 127
         colour = pixels[valid].mean(0) if valid.any() else middle
-        pixels = np.where(valid[..., None], pixels, np.asarray(colour).astype(pixels.dtype))
+        pixels = np.where(valid[..., None], pixels, np.round(colour).astype(pixels.dtype))
     return mirrored(pixels, height, width)
 
 

@@ -956,10 +956,9 @@ def test_constant_guesses():
     bytes_of = {name: to_bytes(color).tolist() for name, color in guesses.items()}
     assert bytes_of == {"mean training colour": [100, 10, 0], "median training colour": [0, 0, 0]}
     four = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
-    labels = np.zeros((4, 1, 1, 1), np.uint8)
-    for name, counts in histograms_of(four, labels, most=2).items():  # evenly spread
-        if name != "B":
-            assert counts.reshape(-1, 256)[0, :4].tolist() == [1, 0, 1, 0], name
+    counts = histograms_of(four, four // 3, most=2)  # evenly spread
+    assert counts["A"][0, :4].tolist() == counts["A of classes"][0, 0, :4].tolist() == [1, 0, 1, 0]
+    assert counts["B"][0, :3].tolist() == [3, 1, 0]  # of labels all count
     counts = torch.zeros(1, 256)
     counts[0, [0, 1, 2, 255]] = torch.tensor([1.0, 3, 1, 4])
     guesses = common.constant_colors(counts, CLASSES)
