@@ -441,11 +441,11 @@ def main(argv=None):
         use(cfg, device, checkpoint)
         return
     state = build(cfg, device)
-    train, val = Domains(cfg, "train", device), Domains(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     else:
         load_generators(state, cfg)
+    train, val = Domains(cfg, "train", device), Domains(cfg, "val", device)
     cells = score_cells(cfg, val.paired)
     run = common.Run(cfg, checkpoint, train, scores=list(cells))
     step = common.fast_step(train_step, cfg, device)
@@ -519,6 +519,9 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     for real_A, real_B in val.in_order(images):
         labels = common.class_index(real_B) if cfg.classes else None
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
+        if val.paired and not cfg.classes:  # a place counts where both have data
+            missing = (real_A.sum(1, keepdim=True) + real_B.sum(1, keepdim=True)).isnan()
+            real_A, real_B = (x.masked_fill(missing, torch.nan) for x in (real_A, real_B))
         guesses_A, guesses_B = {}, {}
         if val.paired:
             guesses_B["A to B: model"] = fake_B

@@ -481,7 +481,7 @@ class State:
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
     if not cfg.classes:
-        raise UserError("edits need land cover: pass --lc-classes")
+        raise UserError("edits need land cover: pass --lc-classes s2glc, maps, binary or a file")
     classes, bands = len(cfg.classes), cfg.channels("A")
     G = Generator(classes, bands, cfg.size, cfg.width, cfg.fusion, cfg.skips)
     state = State(common.to_device(init_weights(G), device))
@@ -568,9 +568,9 @@ def main(argv=None):
         show_samples(Edits(cfg, "train", device), cfg)
         return
     state = build(cfg, device)
-    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
+    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     run.set_lr(cfg.lr, state.opt_G, state.opt_D)
     step = common.fast_step(train_step, cfg, device)

@@ -440,7 +440,7 @@ def build(cfg, device, training=True):
     Without `training` neither optimisers nor VGG16.
     """
     if not cfg.classes:
-        raise UserError("edits need land cover: pass --lc-classes")
+        raise UserError("edits need land cover: pass --lc-classes s2glc, maps, binary or a file")
     classes, bands = len(cfg.classes), cfg.channels("A")
     G = init_weights(Generator(classes, bands, cfg.width, cfg.dropout))
     D = init_weights(Discriminator(classes, bands, cfg.width, cfg.d_dropout))
@@ -527,9 +527,9 @@ def main(argv=None):
         show_samples(Edits(cfg, "train", device), cfg)
         return
     state = build(cfg, device)
-    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
+    train, val = Edits(cfg, "train", device), Edits(cfg, "val", device)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     if cfg.class_weights and not checkpoint:
         counts = run.histograms["B"][0, : len(cfg.classes)]

@@ -44,9 +44,7 @@ class Config(common.Options):
 
     script = "pix2pix"
 
-    direction: str = option(
-        "BtoA", "direction of translation", group="model", choices=("AtoB", "BtoA")
-    )
+    direction: str = option("BtoA", "direction", group="model", choices=("AtoB", "BtoA"))
     generator: str = option(
         "unet", "unet (with skips), resnet (residual blocks)", choices=("unet", "resnet")
     )
@@ -145,14 +143,16 @@ class Pairs:
     def sides(self, records):
         """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
 
-        Ignored labels are no data in a target, and have a colour of their own in an input.
+        Ignored labels are no data in a target, and have a colour of their own in an input. A target
+        has no data where its input has none.
         """
         a, b = self.store.images("A", records), self.store.images("B", records)
         if self.store.classes:
             labels, b = b, common.draw(b, self.store.classes)
             if self.cfg.direction == "AtoB":
                 b = b.masked_fill((labels == common.IGNORED)[:, None], torch.nan)
-        return (a, b) if self.cfg.direction == "AtoB" else (b, a)
+        x, y = (a, b) if self.cfg.direction == "AtoB" else (b, a)
+        return x, y.masked_fill(x.isnan().any(1, keepdim=True), torch.nan)
 
 
 def jitter(images, crops, size):
@@ -461,12 +461,12 @@ def main(argv=None):
         use(cfg, device, checkpoint)
         return
     state = build(cfg, device)
-    train, val = Pairs(cfg, "train", device), Pairs(cfg, "val", device)
     if checkpoint:
         common.restore(state, checkpoint, cfg.out)
     elif cfg.init:
         common.load_network(state.G, cfg.init, cfg, "G")
         common.load_network(state.D, cfg.init, cfg, "D", optional=True)
+    train, val = Pairs(cfg, "train", device), Pairs(cfg, "val", device)
     run = common.Run(cfg, checkpoint, train, scores=[f"val_{name}" for name in SCORES])
     step = common.fast_step(train_step, cfg, device)
     sample_images = common.spread(cfg.sample_rows, len(val))

@@ -18,7 +18,7 @@ def turns(flip):
 def load_size(cfg):
     """The side at which training images are stored: --load-size, or 286/256 of --size."""
     if cfg.load_size and not cfg.size <= cfg.load_size <= 4096:
-        raise UserError(f"--load-size {cfg.load_size}: must be --size {cfg.size} to 4096")
+        raise UserError(f"--load-size {cfg.load_size}: must be {cfg.size} (--size) to 4096")
     return cfg.load_size or round(cfg.size * 286 / 256)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib.util
 import itertools
 import os
 import re
@@ -104,7 +105,7 @@ def begin(config, doc, quick, argv=None):
     and where the option says so.
     """
     cfg, given = parse(config, doc, quick, argv)
-    _check_modes(cfg)
+    _check_modes(cfg, given)
     checkpoint = None
     if cfg.resume:
         cfg, checkpoint = _resume(cfg, given)
@@ -130,8 +131,8 @@ def begin(config, doc, quick, argv=None):
     return cfg, device, checkpoint
 
 
-def _check_modes(cfg):
-    """Refuses ways to start that do not go together."""
+def _check_modes(cfg, given):
+    """Refuses ways to start that do not go together, and a tracker that is missing."""
     if cfg.checkpoint and not cfg.using:
         remedy = "use --resume to train on"
         raise UserError(f"--checkpoint is for --generate, --evaluate and --serve; {remedy}")
@@ -142,6 +143,14 @@ def _check_modes(cfg):
         raise UserError("--evaluate, --generate and --serve: one at a time")
     if cfg.judge and cfg.train_judge:
         raise UserError("--judge names a trained judge: leave --train-judge out")
+    for group, field in grouped_fields(type(cfg)):
+        of_use = group == "use" and not field.metadata.get("may_change")  # those of the judge may
+        if of_use and field.name in given and not cfg.using:
+            raise UserError(f"{flag(field.name)} is for --generate, --evaluate or --serve")
+    packages = {"": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
+    for package in packages[cfg.track]:
+        if not importlib.util.find_spec(package):
+            raise UserError(f"--track {cfg.track}: pip install {package}")
 
 
 def _check_results(cfg):
@@ -172,13 +181,16 @@ def _resume(cfg, given):
         raise UserError(f"{path}: this version has no option {unknown}: use the version of the run")
     world, here = checkpoint.get("world", 1), int(os.environ.get("WORLD_SIZE", "1"))
     if world != here:
-        raise UserError(f"{path}: the run has {world} processes: torchrun --nproc-per-node {world}")
+        how = f"start it with torchrun --nproc-per-node {world}"
+        raise UserError(f"{path}: the run has {world} processes: {how}")
     fixed = set()
     for name, field in fields.items():
         may_change = field.metadata.get("may_change", False)
         if not (may_change(saved) if callable(may_change) else may_change):
             fixed.add(name)
     cfg = _merged(cfg, given, saved, fixed, path)
+    if cfg.epochs < checkpoint["epoch"]:
+        raise UserError(f"--epochs {cfg.epochs}: {path} has done {checkpoint['epoch']}")
     return dataclasses.replace(cfg, resume=True, out=str(run)), checkpoint
 
 
@@ -218,7 +230,7 @@ def _merged(cfg, given, saved, fixed, path):
         if name.startswith("limits_"):
             same = saved[name].startswith(f"{value} ")
         if name in fixed and not same:
-            theirs, remedy = str(saved[name])[:60], "leave it out"
+            theirs, remedy = str(saved[name])[:60] or "the default", "leave it out"
             if name == "epochs":
                 weights = " ".join(map(flag, weight_options(cfg)))
                 remedy = f"its schedule ends there; a new run with {weights} trains on"
@@ -243,6 +255,8 @@ def _new_run(cfg):
     if cfg.out and not rank():
         _check_folder(Path(cfg.out), cfg.script)
     split = find_images(source(cfg), "train", cfg.lc_classes)
+    if not getattr(cfg, "show_samples", 0):  # which needs no validation images
+        find_images(source(cfg), "val", cfg.lc_classes)
     for name in ("bands_B", "limits_B"):
         if split.classes and getattr(cfg, name):
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: B is land cover: leave it out")

@@ -136,7 +136,7 @@ def load_network(module, path, cfg, key, optional=False):
         content = {name: value for name, value in content.items() if not buffer.search(name)}
     values = list(content.values())
     if [value.shape for value in values] != [value.shape for value in own.values()]:
-        options = "generator norm size width blocks patch_gan lc_classes bands_A"
+        options = "generator norm size width blocks upsample patch_gan lc_classes bands_A bands_B"
         given = ", ".join(flag(name) for name in options.split() if hasattr(cfg, name))
         raise UserError(f"{path}: its weights do not fit this {key}: check {given}")
     module.load_state_dict(dict(zip(own, values, strict=True)))

@@ -195,7 +195,7 @@ class ClassTable:
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
             wrong = f"{path}: not the colours of the class table"
-            raise UserError(f"{wrong}: a photograph, or nothing labelled?")
+            raise UserError(f"{wrong}: a photograph, another --lc-classes, or nothing labelled?")
         index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:
             index[~known] = IGNORED

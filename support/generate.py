@@ -52,7 +52,7 @@ def missing(cfg, names, inputs):
     out = Path(cfg.out)
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"--generate: two results would be called {name}")
+        raise UserError(f"--generate: two results would be called {name}: generate one at a time")
     inputs = {os.path.realpath(path) for path in inputs}
     for name in names:
         if os.path.realpath(out / name) in inputs:

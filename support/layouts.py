@@ -84,6 +84,9 @@ def find_images(data, split, lc_classes=""):
             raise UserError(f"{root}: label maps need a class table: {remedy}")
         return found
     folder = root / names[0]
+    if split != "train" and not folder.is_dir():
+        where = f"put some into {' or '.join(names)}/, laid out as in train/"
+        raise UserError(f"{root}: no images of split {split}: {where}")
     has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
     raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
 

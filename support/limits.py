@@ -35,7 +35,8 @@ class Limits(NamedTuple):
         except ValueError:
             low, high = [0], [0]  # refused below
         if not (np.less(low, high).all() and np.isfinite([low, high]).all()):
-            raise UserError(f"--limits-{side} {numbers}: write LOW,HIGH, for all bands or for each")
+            how = "write LOW,HIGH, for all bands or for each, LOW below HIGH"
+            raise UserError(f"--limits-{side} {numbers}: {how}")
         return cls(tuple(low), tuple(high), dtype or "float32")
 
     @property

@@ -113,7 +113,10 @@ class Raster:
         self.count = len(there)
         wrong = [band for band in self.bands if band not in there]
         if wrong:
-            raise UserError(f"{self.path}: --bands names {wrong[0]}, but its bands are {there}")
+            about = f"its bands are {there}"
+            if self.tiff and wrong[0] <= self.tiff.count:
+                about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
+            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong[0]}, but {about}")
         if self.bands == [1] and self.count > 1 and not self.limits:
             print_once(f"band 1 of {self.count} is read")
 
@@ -219,7 +222,7 @@ class Raster:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
             chosen = ", ".join(map(str, self.chosen))
-            print_once(f"images have {len(there)} bands: {chosen} are read (--bands-A, --bands-B)")
+            print_once(f"images have {len(there)} bands: read are {chosen} (--bands-A, --bands-B)")
 
     def _cut(self, top, left, bottom, right):
         pixels = self.tiff.read(self.chosen, window=((top, bottom), (left, right)))

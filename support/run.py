@@ -97,7 +97,8 @@ class Run:
         if not rank():
             self._prepare_folder(saved)
         if others:
-            self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
+            if self.epoch < cfg.epochs:
+                self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
             self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
 
     def _prepare_folder(self, saved):
@@ -326,14 +327,12 @@ def write_config(cfg):
 
 def tracker(cfg, run_id):
     """A TensorBoard writer; with --track wandb Weights & Biases copies what it writes."""
-    try:
-        if cfg.track == "wandb":
-            import wandb
+    if cfg.track == "wandb":
+        import wandb
 
-            about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id}
-            about["config"] = dataclasses.asdict(cfg)
-            wandb.init(**about, resume="allow", sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(f"--track {cfg.track}: pip install tensorboard wandb") from None
+        about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id}
+        about["config"] = dataclasses.asdict(cfg)
+        wandb.init(**about, resume="allow", sync_tensorboard=True)
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(Path(cfg.out) / "tensorboard"))

@@ -123,8 +123,9 @@ NOT_LAYOUTS = {
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
     "nothing": ("x/notes.txt", f"no layout with images of split train.*{KNOWN}"),
     "no images": ("train/notes.txt", f"no layout.*{KNOWN}"),
-    "val": ("train/1.png", f"no layout with images of split val.*{KNOWN}"),
-    "test": ("train/1.png val/1.png", "no layout with images of split test"),
+    "val": ("train/1.png", "split val: put some into val or validation or test/, laid out"),
+    "test": ("train/1.png val/1.png", "no images of split test: put some into test/, laid out as"),
+    "val of nothing": ("val/x.txt", f"no layout with images of split val .*val has x.txt.*{KNOWN}"),
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
                     "2 images and 1: .*y.png has no partner"),
@@ -139,7 +140,8 @@ def test_refuses_directories_with_one_line_that_helps(tmp_path, case):
     names, text = NOT_LAYOUTS[case]
     touch(*map((tmp_path / "data").joinpath, names.split()))
     with refused(text):
-        find_images(tmp_path / "data", case if case in ("val", "test") else "train")
+        split = case.split()[0]
+        find_images(tmp_path / "data", split if split in ("val", "test") else "train")
 
 
 # --------------------------------------------------------------------------------------- label maps
@@ -160,7 +162,7 @@ INK = {"nearest": True, "classes": INK}
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
-NOTHING = "a photograph, or nothing labelled?"
+NOTHING = "a photograph, another --lc-classes, or nothing labelled?"
 
 
 def partly(known):

@@ -56,6 +56,8 @@ def deep(tmp_path_factory):
 
 def started(root, tmp_path, **options):
     """The Config of a run of pix2pix that has begun, with its limits."""
+    if not (root / "val").exists():
+        shutil.copytree(root / "train", root / "val")
     line = f"--data {root} --out {tmp_path}/run --cache {tmp_path} --size 64 --direction AtoB"
     for name, value in options.items():
         line += f" --{name.replace('_', '-')} {value}"

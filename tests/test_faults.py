@@ -65,7 +65,7 @@ CASES = {
     "pix2pix --evaluate --checkpoint judge_alone.pt": "not a checkpoint of pix2pix",
     "pix2pix --lambda-l1 nan": "--lambda-l1 nan: must be at",
     "pix2pix --lambda-l1 inf": "--lambda-l1 inf: must be at most",
-    "pix2pix --load-size 99999999": "must be --size 64 to 4096",
+    "pix2pix --load-size 99999999": "must be 64 (--size) to 4096",
     "pix2pix --cache model.pt/c": "Not a directory: choose another",
     "pix2pix --data nope": "--data nope: no such directory",
     "pix2pix --data unaligned": "cyclegan.py",
@@ -79,7 +79,13 @@ CASES = {
     "mixlc --data arrays --patch 40": "0.npz: has more pixels than fit in memory",
     "mixlc --data axes": "0.npy: cannot be decoded",
     "mixlc --data utf16": "classes.json: 'utf-8' codec",
-    "pix2pix --resume --out two": "the run has 2 processes: torchrun --nproc-per-node 2",
+    "pix2pix --resume --out two": "2 processes: start it with torchrun --nproc-per-node 2",
+    "mixlc --resume --out finished --epochs 1": "last.pt has done 2",
+    "pix2pix --split test": "--split is for --generate, --evaluate or --serve",
+    "pix2pix --fid": "--fid is for --generate, --evaluate or --serve",
+    "cyclegan --direction BtoA": "--direction is for --generate",
+    "mixlc --lc lc.png --paint water:1,1,9,9": "--lc is for --generate",
+    "pix2pix --data no_val": "no_val: no images of split val: put some into val or validation or",
     "pix2pix --evaluate --checkpoint judged/last.pt --out judged": "judge.pt: not a checkpoint",
     "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is not a judge of",
     "pix2pix --data pairs --judge model.pt": "a judge needs data with land cover",
@@ -113,7 +119,7 @@ CASES = {
     "pix2pix --bands-A 0": "write 1 to 32 numbers from 1, such as 8,4,3",
     "pix2pix --bands-A 1,x": "write 1 to 32 numbers from 1, such as 8,4,3",
     f"pix2pix --bands-A {','.join('1' * 33)}": "write 1 to 32 numbers from 1",
-    "pix2pix --load-size 63": "--load-size 63: must be --size 64",
+    "pix2pix --load-size 63": "--load-size 63: must be 64 (--size)",
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
     "pix2pix --evaluate --checkpoint model.pt --generate photo.png": "one at a time",
@@ -168,6 +174,8 @@ def world(tmp_path_factory, trained):
     pix2pix.main(run_of(root, root / "run"))
     shutil.copy(root / "run" / "checkpoints" / "last.pt", root / "model.pt")
     shutil.copy(trained("mixlc") / "checkpoints" / "last.pt", root / "mixlc.pt")
+    shutil.copytree(trained("mixlc"), root / "finished")
+    side_by_side(root / "no_val", val=0)
     save(root / "photo.png", picture(np.random.default_rng(9), 100, 140))
     save(root / "lc.png", np.zeros((100, 140), np.uint8))
     save(root / "small.png", np.zeros((10, 10), np.uint8))
@@ -452,6 +460,11 @@ def test_a_resume_with_other_images_says_so(split, names, steps, tmp_path, capsy
     assert same(last(run)["histograms"], content["histograms"]) == (split == "val")
     means = [float(row["g_l1"]) for row in metrics_of(run)]
     assert max(means) < 100  # without the steps that are done again
+    if split == "train":
+        (root / "train" / "5.bmp").unlink()
+        pix2pix.main(f"--resume --out {run}".split())
+        said = capsys.readouterr().err
+        assert "all epochs are done" in said and "starts again" not in said
 
 
 def test_a_resume_with_other_images_keeps_checkpoints(tmp_path):
@@ -575,4 +588,4 @@ def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
 def test_two_uses_at_once_are_refused(two):
     asked = {name: ("x",) if name == "generate" else True for name in two.split()}
     with refused("one at a time"):
-        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked))
+        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked), {})

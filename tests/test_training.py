@@ -387,7 +387,7 @@ def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp
 
 MANY = {
     "pix2pix": "--direction AtoB --bands-A 6,5,4,3,2,1 --bands-B 2",
-    "cyclegan": "--direction AtoB --bands-A 5,1 --bands-B 1,2,3,4",
+    "cyclegan": "--bands-A 5,1 --bands-B 1,2,3,4",
     "mixlc": "--bands-A 4,3,2,6,1",
     "mixlc_acgan": "--bands-A 6,2",
 }
