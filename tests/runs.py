@@ -27,7 +27,7 @@ def tiny_run(script, data, out, more=""):
     """The command line of a run of a script's smallest networks; `more` is split at blanks."""
     line = f"--data {data} --out {out} --cache {Path(out).parent}/cache"
     line += " --size 64 --width 4 --batch-size 2 --log-every 2 --device cpu"
-    return f"{line} {SMALLEST[script]} {more}".split()
+    return f"{line} {SMALLEST.get(script, '')} {more}".split()
 
 
 def use(run, action, more=""):

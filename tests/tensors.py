@@ -8,7 +8,6 @@ import common
 from files import LABELS
 
 CPU = torch.device("cpu")
-DATA = {"pix2pix": "Pairs", "cyclegan": "Domains", "mixlc": "Edits", "mixlc_acgan": "Edits"}
 
 
 def tiny(script, **options):
@@ -27,7 +26,8 @@ def tiny(script, **options):
 def open_data(script, root, cache, split="train", **options):
     """A script's data on the CPU; the edits find their classes in the data."""
     module, cfg = tiny(script, lc_classes="", **options, data=str(root), cache=str(cache))
-    return getattr(module, DATA[script])(cfg, split, CPU)
+    (kind,) = (thing for thing in vars(module).values() if hasattr(thing, "in_order"))
+    return kind(cfg, split, CPU)
 
 
 def pictures(seed=0, count=2, size=64):
