@@ -50,6 +50,7 @@ CASES = {
     f"{EDIT} --lc lc.png --paint water:1,1": "write class:x,y,width,height",
     f"{EDIT} --lc lc.png --paint water:140,1,5,5": "paints nothing in the image, 140x100",
     f"{EDIT} --lc lc.png --paint water:1,100,5,5": "paints nothing in the image",
+    f"{EDIT} --lc lc.png --paint water:1,1,0,5": "paints nothing in the image",
     f"{EDIT} --generate small.png --lc lc.png": "an edit needs one photograph",
     "mixlc --bands-B 1": "--bands-B 1: B is land cover",
     "mixlc --limits-B 0,9": "--limits-B 0,9: B is land cover",
