@@ -39,6 +39,9 @@ class Options:
 
     data: str = option("", "folder of images; none: a demo world", group="data", may_change=True)
     patch: int = option(0, "cut images into N x N patches first; 0: keep them whole", low=0)
+    stride: int = option(
+        0, "cut training images every N pixels, so that pieces overlap; 0: every --patch", low=0
+    )
     max_images: int = option(0, "train on N images, evenly spread over all; 0: on all", low=0)
     flip: str = option(
         "auto",

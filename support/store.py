@@ -70,7 +70,10 @@ class ImageStore:
             a, b = (some_of(files, cfg.max_images) for files in (self.split.A, self.split.B))
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
+        if cfg.stride and not cfg.patch:
+            raise UserError("--stride is for pieces: pass --patch as well")
         self.side, self.patch = side, cfg.patch
+        self.stride = cfg.stride if split == "train" and cfg.stride else cfg.patch
         self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
         self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
         self.limits = {side: Limits.of(cfg, side) for side in "AB"}
@@ -108,6 +111,7 @@ class ImageStore:
         text += " files" if self.paired else f" + {len(split.B)} files"
         if self.patch:
             text += f" cut into {len(self.A)} patches of {self.patch}"
+            text += f", every {self.stride} pixels" if self.stride != self.patch else ""
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
         shares = []
@@ -168,7 +172,8 @@ class ImageStore:
 
     def _open(self, pairs, what):
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
-        about = self.side, self.bands, self.limits, self.patch, self.split.halves, table
+        about = self.side, self.bands, self.limits, self.patch, self.stride
+        about += self.split.halves, table
         text = [f"{what} planar, holes of halves, upright, greys of all {about}"]
         for path in filter(None, itertools.chain(*pairs)):
             beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
@@ -249,8 +254,12 @@ class ImageStore:
             raise UserError(f"{name}: {width}x{height} is no pair: it is not twice as wide as high")
         if self.split.halves:
             width = height
-        count = (width // self.patch) * (height // self.patch) if self.patch else 1
-        return count, masked
+        return len(self._starts(height)) * len(self._starts(width)), masked
+
+    def _starts(self, length):
+        """Where the pieces begin along a side of an image."""
+        step = self.patch or length
+        return range(0, length - step + 1, self.stride or step)
 
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
@@ -258,7 +267,7 @@ class ImageStore:
             step = self.patch or rasters[0].height
             in_halves = self.split.halves and self.classes
             reading = self._reading(rasters[-1]) if in_halves else None
-            for top in range(0, rasters[0].height - step + 1, step):
+            for top in self._starts(rasters[0].height):
                 strips = [raster.read(top, height=step) for raster in rasters]
                 if self.split.halves:
                     a, _ = np.split(strips[0], 2, axis=1)
@@ -297,7 +306,7 @@ class ImageStore:
         """
         size = self.side, self.side
         step = self.patch or strip.shape[1]
-        for left in range(0, strip.shape[1] - step + 1, step):
+        for left in self._starts(strip.shape[1]):
             cut = np.ascontiguousarray(strip[:, left : left + step])
             known = cut.dtype == bool
             small = resize_known(cut, size) if known else resize(cut, size, labels=cut.ndim == 2)

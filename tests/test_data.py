@@ -570,6 +570,30 @@ def test_patches(pairs, tmp_path):
         store_of(pairs, tmp_path, patch=81)
 
 
+def test_training_pieces_may_overlap(tmp_path, capsys):
+    """--stride, along both sides; validation pieces do not."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        both = {side: picture(rng, 70, 100) for side in "AB"}
+        for side, pixels in both.items():
+            save(tmp_path / split / side / "x.png", pixels)
+        if split == "train":
+            trained = both
+    store = store_of(tmp_path, tmp_path / "cache", patch=32, stride=20)
+    corners = [(top, left) for top in (0, 20) for left in (0, 20, 40, 60)]
+    assert len(store.A) == len(corners)
+    for (top, left), a, b in zip(corners, store.A, store.B, strict=True):
+        for side, piece in (("A", a), ("B", b)):
+            want = trained[side][top : top + 32, left : left + 32]
+            assert (piece.transpose(1, 2, 0) == want).all()
+    assert "cut into 8 patches of 32, every 20 pixels" in capsys.readouterr().err
+    assert len(store_of(tmp_path, tmp_path / "cache", patch=32, stride=20, split="val").A) == 6
+    assert "every" not in capsys.readouterr().err
+    assert len(store_of(tmp_path, tmp_path / "cache", patch=32).A) == 6  # another store
+    with refused("--stride is for pieces: pass --patch"):
+        store_of(tmp_path, tmp_path / "cache", stride=20)
+
+
 def test_patches_of_labels(tmp_path, capsys):
     """Two rasters of two by two; another is smaller than a patch and gives none."""
     rng, rows = np.random.default_rng(0), []

@@ -80,8 +80,9 @@ COPIES = {
 # Every option: its default, a number's bounds, * if a resumed run may have another value (~: where
 # the saved options allow it), ! if a checkpoint fixes it. Numbers are a paper's or an experiment's.
 OPTIONS = {
-    "Options": "data=* patch=0(0..) max_images=0(0..) flip=auto cache=* val_images=100(0..) "
-    "size=256(..) width=64(1..1024) lc_classes= bands_A= bands_B= limits_A= limits_B= "
+    "Options": "data=* patch=0(0..) stride=0(0..) max_images=0(0..) flip=auto cache=* "
+    "val_images=100(0..) size=256(..) width=64(1..1024) lc_classes= bands_A= bands_B= "
+    "limits_A= limits_B= "
     "beta1=0.5(0..0.999) seed=0(0..4294967295) quick=False out=* resume=False* log_every=50(1..) "
     "save_every=10(0..)* sample_rows=6(1..) track=* device=auto* precision=auto graph=True* "
     "checkpoint= evaluate=False split=val judge=* train_judge=False* judge_epochs=20(1..)* "
