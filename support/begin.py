@@ -115,6 +115,8 @@ def begin(config, doc, quick, argv=None):
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     if cfg.using:
         _check_results(cfg)
+    else:
+        _check_tracker(cfg)
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
     if cfg.using and "precision" not in given and cfg.device == "cpu" and not has_avx512():
@@ -132,7 +134,7 @@ def begin(config, doc, quick, argv=None):
 
 
 def _check_modes(cfg, given):
-    """Refuses ways to start that do not go together, and a tracker that is missing."""
+    """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
         remedy = "use --resume to train on"
         raise UserError(f"--checkpoint is for --generate, --evaluate and --serve; {remedy}")
@@ -147,6 +149,10 @@ def _check_modes(cfg, given):
         of_use = group == "use" and not field.metadata.get("may_change")  # those of the judge may
         if of_use and field.name in given and not cfg.using:
             raise UserError(f"{flag(field.name)} is for --generate, --evaluate or --serve")
+
+
+def _check_tracker(cfg):
+    """Refuses a tracker that is not installed."""
     packages = {"": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
     for package in packages[cfg.track]:
         if not importlib.util.find_spec(package):

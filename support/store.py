@@ -273,7 +273,7 @@ class ImageStore:
                     a, _ = np.split(strips[0], 2, axis=1)
                     _, b = np.split(strips[-1], 2, axis=1)
                     if in_halves:
-                        known = rasters[-1].valid(top, a.shape[1], *b.shape[:2])
+                        known = self._known_labels(rasters[-1], top, a.shape[1], *b.shape[:2])
                         b = reading.indices(b, known, strict=not self.patch)
                     strips = [a, b]
                 planes = self._planes(rasters, top, step) if masked else []
@@ -285,10 +285,28 @@ class ImageStore:
                     yield record
 
     def _reading(self, raster):
-        """How the labels in the right half of a file are read: alike in all its patches."""
-        window = 0, raster.width // 2, raster.height, raster.width // 2
-        sample = raster.read(*window)[raster.valid(*window)][None]
+        """How the labels in the right half of a file are read: alike in all its patches.
+
+        Of a TIFF 3 x 3 windows are looked at; other files are decoded whole anyway.
+        """
+        count, side = (3, 342) if raster.tiff else (1, raster.height)
+        half, sample = raster.width // 2, []  # a square, as wide as the file is high
+        corners = np.linspace(0, max(0, half - side), count, dtype=int).tolist()
+        for top, left in itertools.product(corners, corners):
+            pixels = raster.read(top, half + left, side, side)
+            known = self._known_labels(raster, top, half + left, *pixels.shape[:2])
+            sample.append(pixels[known])
+        sample = np.concatenate(sample)[None]
         return Reading(self.classes, raster.path, sample, None, raster.lossy)
+
+    def _known_labels(self, raster, *window):
+        """Where the labels of a window (top, left, height, width) have data, in a file of halves.
+
+        A no-data value that is a class is no hole, as in files of labels alone.
+        """
+        if raster.tiff and raster.tiff.nodata in self.classes.values:
+            return np.ones(window[2:], bool)
+        return raster.valid(*window)
 
     def _planes(self, rasters, top, step):
         """(H, W) bool for each picture of a strip: where it has data."""

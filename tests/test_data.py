@@ -123,8 +123,9 @@ NOT_LAYOUTS = {
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
     "nothing": ("x/notes.txt", f"no layout with images of split train.*{KNOWN}"),
     "no images": ("train/notes.txt", f"no layout.*{KNOWN}"),
-    "val": ("train/1.png", "split val: put some into val or validation or test/, laid out"),
-    "test": ("train/1.png val/1.png", "no images of split test: put some into test/, laid out as"),
+    "val": ("train/1.png", "split val: put some into val/ or validation/ or test/, as in"),
+    "val of domains": ("trainA/1.png trainB/1.png", "some into valA/ and valB/ or valid"),
+    "test": ("train/1.png val/1.png", "split test: put some into test/, as in training"),
     "val of nothing": ("val/x.txt", f"no layout with images of split val .*val has x.txt.*{KNOWN}"),
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
@@ -159,6 +160,7 @@ EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}
 NEAREST = {"nearest": True, "classes": EXACT}
 INK = [{"name": color, "color": color} for color in ("#F00000", "#101010", "#FDFDFD")]
 INK = {"nearest": True, "classes": INK}
+INKS = [{"name": "no", "color": "#101010", "value": 7}, {"name": "yes", "color": "#ffffff"}]
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
@@ -465,6 +467,19 @@ def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
         with refused("are not in the class table") if not want else contextlib.nullcontext():
             store = store_of(tmp_path, tmp_path / "cache", 4, lc_classes="binary")
             assert (store.B[0, 0] == want).all()
+
+
+@pytest.mark.parametrize("patch", [0, 400])
+def test_a_no_data_value_of_halves_may_be_a_class(tmp_path, patch):
+    """As in a mask in a file of its own; another one, and what a mask hides, have no class."""
+    pixels = np.full((400, 800, 3), 90, np.uint8)
+    pixels[:, 400:] = 255 * (np.arange(400) > 99)[:, None]
+    for nodata, table, want in ((0, "binary", 0), (255, "binary", 0), (0, json.dumps(INKS), 255)):
+        shutil.rmtree(tmp_path / "train", ignore_errors=True)
+        geotiff(tmp_path / "train" / "0.tif", pixels, nodata=nodata)
+        store = store_of(tmp_path, tmp_path / "cache", 400, patch=patch, lc_classes=table)
+        labels = store.B[0, 0]
+        assert (labels[:, :100] == want).all() and (labels[:, 100:] == 1).all()
 
 
 def test_all_patches_of_a_mask_in_halves_are_read_alike(tmp_path):

@@ -86,7 +86,7 @@ CASES = {
     "pix2pix --fid": "--fid is for --generate, --evaluate or --serve",
     "cyclegan --direction BtoA": "--direction is for --generate",
     "mixlc --lc lc.png --paint water:1,1,9,9": "--lc is for --generate",
-    "pix2pix --data no_val": "no_val: no images of split val: put some into val or validation or",
+    "pix2pix --data no_val": "no_val: no images of split val: put some into val/ or validation/",
     "pix2pix --evaluate --checkpoint judged/last.pt --out judged": "judge.pt: not a checkpoint",
     "pix2pix --evaluate --checkpoint judged/last.pt --judge model.pt --out o": "is not a judge of",
     "pix2pix --data pairs --judge model.pt": "a judge needs data with land cover",

@@ -184,6 +184,13 @@ def test_tracking_is_optional(missing, pairs, tmp_path, capsys, monkeypatch):
     words = tiny_run("pix2pix", pairs, tmp_path / "run", "--track wandb")
     assert f"--track wandb: pip install {missing}" in line_of(main, words, capsys)
     assert not list(tmp_path.iterdir())  # before anything is decoded
+    train(pairs, tmp_path / "run", "--epochs 1 --schedule constant")
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    content = state_of(path)
+    content["config"]["track"] = "wandb"  # on another machine
+    torch.save(content, path)
+    text = line_of(main, f"--resume --out {tmp_path}/run --epochs 2".split(), capsys)
+    assert f"--track wandb: pip install {missing}" in text
 
 
 def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):

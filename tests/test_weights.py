@@ -1,5 +1,6 @@
 """weights/: every file loads, generates, and beats constant colours on a kept validation image."""
 
+import export_weights
 import numpy as np
 import pytest
 import torch
@@ -90,3 +91,22 @@ def test_a_judge_sees_what_the_editor_was_asked_for(tmp_path, name, index):
         found = judge.classes_of(windows / 127.5 - 1)[:, 40:88, 40:88]
         shares.append((found == index).float().mean().item())
     assert shares[1] > shares[0] + 0.3
+
+
+def test_several_checkpoints_become_the_mean_of_their_weights(trained, tmp_path):
+    """Half as large, without optimisers and paths; vectors stay in single precision."""
+    files = [trained("pix2pix") / "checkpoints" / name for name in ("epoch_0001.pt", "last.pt")]
+    export_weights.main([*map(str, files), str(tmp_path / "mean.pt")])
+    content = load_weights(tmp_path / "mean.pt")
+    one, other = (load_weights(file)["state"] for file in files)
+    assert content["state"].keys() == {"G", "D", "lr_scale", "best_loss", "stalled_epochs"}
+    assert content["config"]["data"] == "pairs0" and not content["config"]["out"]
+    for name in ("G", "D"):
+        for key, value in content["state"][name].items():
+            want = (one[name][key].double() + other[name][key].double()) / 2
+            if value.is_floating_point():
+                assert value.dtype == (torch.float16 if value.ndim > 1 else torch.float32)
+                assert torch.allclose(value.double(), want, rtol=1e-3, atol=1e-7)
+    assert not torch.equal(one["G"]["downs.0.0.weight"], other["G"]["downs.0.0.weight"])
+    with pytest.raises(SystemExit):
+        export_weights.main(["--help"])

@@ -1,16 +1,18 @@
 """Makes a checkpoint small enough to give away: networks alone, in half precision, no paths.
 
     python docs/tools/export_weights.py runs/pix2pix/checkpoints/last.pt weights/satellite-to-map.pt
+    python docs/tools/export_weights.py runs/mixlc/checkpoints/epoch_000[4-7].pt weights/editor.pt
 
-The result works wherever a checkpoint works, but for --resume: optimisers and image pools are left
-out. Vectors (biases, norm layers) keep their precision; they are few, and half precision would
-overflow in running variances.
+Of several checkpoints of a run the result has the mean of the weights. It works wherever a
+checkpoint works, but for --resume: optimisers and image pools are left out. Vectors (biases, norm
+layers) keep their precision; they are few, and half precision would overflow in running variances.
 """
 
 import sys
 from pathlib import Path
 
 import paths  # noqa: F401  finds support/
+import torch
 
 from support.begin import command
 from support.checkpoints import load_weights, save_checkpoint
@@ -23,6 +25,17 @@ KEPT = ("script", "histograms", "window", "epoch", "step")
 def halved(tensor):
     """A tensor of two dimensions and more in float16; others as they are."""
     return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+
+
+def mean(contents):
+    """The last of several checkpoints' contents, with the mean of the weights of all."""
+    state = contents[-1]["state"]
+    for name, weights in state.items():
+        if name.startswith(("G", "D")):
+            for key in weights:
+                alike = [content["state"][name][key].double() for content in contents]
+                weights[key] = torch.stack(alike).mean(0).to(weights[key].dtype)
+    return contents[-1]
 
 
 def shrink(content):
@@ -42,16 +55,19 @@ def shrink(content):
 @command
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 2:
-        raise UserError("usage: python docs/tools/export_weights.py CHECKPOINT RESULT")
-    content = load_weights(arguments[0])
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    *given, result = arguments
+    contents = [load_weights(path) for path in given]
+    content = contents[-1]
     if isinstance(content, dict) and "judge" in content.get("state", {}):
         judge = {key: halved(tensor) for key, tensor in content["state"]["judge"].items()}
-        save_checkpoint(arguments[1], content | {"state": {"judge": judge}})
+        save_checkpoint(result, content | {"state": {"judge": judge}})
         return
-    if not isinstance(content, dict) or "script" not in content:
-        raise UserError(f"{arguments[0]}: not a checkpoint of one of the scripts")
-    save_checkpoint(arguments[1], shrink(content))
+    for path, content in zip(given, contents, strict=True):
+        if not isinstance(content, dict) or "script" not in content:
+            raise UserError(f"{path}: not a checkpoint of one of the scripts")
+    save_checkpoint(result, shrink(mean(contents)))
 
 
 if __name__ == "__main__":
