@@ -785,8 +785,9 @@ def test_strokes_come_on_top_of_another_land_cover(tmp_path):
 
 
 def test_the_border_of_a_whole_photograph_follows_its_size(tmp_path):
-    cfg, _ = edit(tmp_path, "water:9,9,9,9", shape=(256, 512), window=0)
-    assert edit_of_files(cfg).border == 12
+    for number, (shape, border) in enumerate((((256, 512), 12), ((10, 20), 1))):
+        cfg, _ = edit(tmp_path / str(number), "water:9,9,9,9", shape=shape, window=0)
+        assert edit_of_files(cfg).border == border
 
 
 def test_statistics_come_from_the_only_window_with_data():
