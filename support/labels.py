@@ -8,6 +8,13 @@ from support.errors import UserError, print_once
 BLACK = (0, 0, 0)  # in palettes also what fills them up
 
 
+def looked_at(height, width, side=342):
+    """Yields 3 x 3 windows (top, left, bottom, right), spread over a large label map."""
+    for top in np.linspace(0, max(0, height - side), 3, dtype=int).tolist():
+        for left in np.linspace(0, max(0, width - side), 3, dtype=int).tolist():
+            yield top, left, min(top + side, height), min(left + side, width)
+
+
 class Reading:
     """How one label map is read, which follows from a sample of its pixels, (H, W, 1 or 3).
 

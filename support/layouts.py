@@ -86,10 +86,8 @@ def find_images(data, split, lc_classes=""):
     folder = root / names[0]
     if split != "train" and not folder.is_dir():
         sides = "{0}A/ and {0}B/" if (root / "trainA").is_dir() else "{0}/"
-        where = " or ".join(map(sides.format, names))
-        raise UserError(
-            f"{root}: no images of split {split}: put some into {where}, as in training"
-        )
+        where = f"put some into {' or '.join(map(sides.format, names))}, as in training"
+        raise UserError(f"{root}: no images of split {split}: {where}")
     has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
     raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
 

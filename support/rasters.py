@@ -9,7 +9,7 @@ from PIL import Image
 from support import opening
 from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES
-from support.labels import Reading
+from support.labels import Reading, looked_at
 from support.opening import READABLE
 
 
@@ -186,15 +186,13 @@ class Raster:
         if self._reading.by_colour or self._reading.soft:  # a photograph is refused here
             self._reading.indices(sample, strict=True)
 
-    def _sample(self, side=342):
-        """Pixels (1, K, 1 or 3) of a label map that have data, from 3 x 3 windows."""
+    def _sample(self):
+        """Pixels (1, K, 1 or 3) of a label map that have data, from some windows."""
         sample = []
-        for top in np.linspace(0, max(0, self.height - side), 3, dtype=int).tolist():
-            for left in np.linspace(0, max(0, self.width - side), 3, dtype=int).tolist():
-                bottom, right = min(top + side, self.height), min(left + side, self.width)
-                pixels = self._cut(top, left, bottom, right)
-                known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
-                sample.append(pixels[:, known].T)
+        for top, left, bottom, right in looked_at(self.height, self.width):
+            pixels = self._cut(top, left, bottom, right)
+            known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
+            sample.append(pixels[:, known].T)
         return np.concatenate(sample)[None]
 
     def _scale_grey(self, deep):
@@ -222,7 +220,8 @@ class Raster:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
             chosen = ", ".join(map(str, self.chosen))
-            print_once(f"images have {len(there)} bands: read are {chosen} (--bands-A, --bands-B)")
+            about = f"these are read: {chosen} (--bands-A, --bands-B)"
+            print_once(f"images have {len(there)} bands; {about}")
 
     def _cut(self, top, left, bottom, right):
         pixels = self.tiff.read(self.chosen, window=((top, bottom), (left, right)))

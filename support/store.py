@@ -19,7 +19,7 @@ from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
 from support.files import whole_or_absent
-from support.labels import Reading
+from support.labels import Reading, looked_at
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
@@ -287,15 +287,13 @@ class ImageStore:
     def _reading(self, raster):
         """How the labels in the right half of a file are read: alike in all its patches.
 
-        Of a TIFF 3 x 3 windows are looked at; other files are decoded whole anyway.
+        Of a TIFF some windows are looked at; other files are decoded whole anyway.
         """
-        count, side = (3, 342) if raster.tiff else (1, raster.height)
-        half, sample = raster.width // 2, []  # a square, as wide as the file is high
-        corners = np.linspace(0, max(0, half - side), count, dtype=int).tolist()
-        for top, left in itertools.product(corners, corners):
-            pixels = raster.read(top, half + left, side, side)
-            known = self._known_labels(raster, top, half + left, *pixels.shape[:2])
-            sample.append(pixels[known])
+        half, sample = raster.width // 2, []  # the half is a square
+        windows = looked_at(half, half) if raster.tiff else [(0, 0, half, half)]
+        for top, left, bottom, right in windows:
+            window = top, half + left, bottom - top, right - left
+            sample.append(raster.read(*window)[self._known_labels(raster, *window)])
         sample = np.concatenate(sample)[None]
         return Reading(self.classes, raster.path, sample, None, raster.lossy)
 

@@ -27,7 +27,7 @@ from support.pictures import to_bytes
 from support.rasters import Raster, check_pair
 from support.windows import read_filled
 from support.writing import _profile, writing
-from tensors import CPU, batch_of, tiny
+from tensors import CPU, batch_of, open_data, tiny
 
 # ----------------------------------------------------------------------------------------- GeoTIFFs
 
@@ -544,9 +544,8 @@ def test_places_without_data_in_the_input_do_not_count(tmp_path, script, side):
         half_empty(root / "val" / side, ".png")
         save(root / "val" / ("B" if side == "A" else "A") / "x.png", other)
         direction = {"direction": "AtoB" if side == "A" else "BtoA"}
-        module, cfg = tiny(script, data=str(root), cache=str(tmp_path / "cache"), **direction)
-        val = {"pix2pix": "Pairs", "cyclegan": "Domains"}[script]
-        val = getattr(module, val)(cfg, "val", CPU)
+        module, cfg = tiny(script, **direction)
+        val = open_data(script, root, tmp_path / "cache", "val", **direction)
         torch.manual_seed(0)
         rows = module.evaluate(module.build(cfg, CPU), val, cfg, np.arange(1)).table()
         if script == "pix2pix":

@@ -10,6 +10,7 @@ from PIL import Image
 import cyclegan
 import mixlc
 import pix2pix
+from runs import line_of
 from support.checkpoints import load_weights
 from support.judge import Judge
 from support.measures import constant_colors
@@ -93,7 +94,7 @@ def test_a_judge_sees_what_the_editor_was_asked_for(tmp_path, name, index):
     assert shares[1] > shares[0] + 0.3
 
 
-def test_several_checkpoints_become_the_mean_of_their_weights(trained, tmp_path):
+def test_several_checkpoints_become_the_mean_of_their_weights(trained, tmp_path, capsys):
     """Half as large, without optimisers and paths; vectors stay in single precision."""
     files = [trained("pix2pix") / "checkpoints" / name for name in ("epoch_0001.pt", "last.pt")]
     export_weights.main([*map(str, files), str(tmp_path / "mean.pt")])
@@ -110,3 +111,16 @@ def test_several_checkpoints_become_the_mean_of_their_weights(trained, tmp_path)
     assert not torch.equal(one["G"]["downs.0.0.weight"], other["G"]["downs.0.0.weight"])
     with pytest.raises(SystemExit):
         export_weights.main(["--help"])
+    for other, text in ((trained("cyclegan"), "not checkpoints of one run"), (tmp_path, "neither")):
+        last, out = other / "checkpoints" / "last.pt", str(tmp_path / "none.pt")
+        last.parent.mkdir(exist_ok=True)
+        if other == tmp_path:
+            torch.save({"weight": torch.zeros(1)}, last)
+        line = line_of(export_weights.main, [str(last), str(files[0]), out], capsys)
+        assert text in line and not (tmp_path / "none.pt").exists()
+    judge = str(trained("mixlc_acgan") / "judge.pt")
+    export_weights.main([judge, out])
+    content, own = load_weights(out), load_weights(judge)
+    assert content["classes"] == own["classes"]
+    for key, value in own["state"]["judge"].items():
+        assert torch.equal(content["state"]["judge"][key].half(), value.half())

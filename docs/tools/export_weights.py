@@ -16,7 +16,7 @@ import torch
 
 from support.begin import command
 from support.checkpoints import load_weights, save_checkpoint
-from support.errors import UserError
+from support.errors import UserError, refusing
 
 PATHS = ("cache", "out", "checkpoint", "init", "init_AB", "init_BA", "vgg16", "judge")
 KEPT = ("script", "histograms", "window", "epoch", "step")
@@ -31,7 +31,7 @@ def mean(contents):
     """The last of several checkpoints' contents, with the mean of the weights of all."""
     state = contents[-1]["state"]
     for name, weights in state.items():
-        if name.startswith(("G", "D")):
+        if name.startswith(("G", "D", "judge")):
             for key in weights:
                 alike = [content["state"][name][key].double() for content in contents]
                 weights[key] = torch.stack(alike).mean(0).to(weights[key].dtype)
@@ -59,15 +59,17 @@ def main(argv=None):
         sys.exit(__doc__)
     *given, result = arguments
     contents = [load_weights(path) for path in given]
-    content = contents[-1]
-    if isinstance(content, dict) and "judge" in content.get("state", {}):
+    for path, content in zip(given, contents, strict=True):
+        content = content if isinstance(content, dict) else {}
+        if "script" not in content and "judge" not in content.get("state", {}):
+            raise UserError(f"{path}: neither a checkpoint of one of the scripts nor a judge")
+    with refusing(f"{' '.join(given)}: not checkpoints of one run"):
+        content = mean(contents)
+    if "judge" in content["state"]:
         judge = {key: halved(tensor) for key, tensor in content["state"]["judge"].items()}
         save_checkpoint(result, content | {"state": {"judge": judge}})
-        return
-    for path, content in zip(given, contents, strict=True):
-        if not isinstance(content, dict) or "script" not in content:
-            raise UserError(f"{path}: not a checkpoint of one of the scripts")
-    save_checkpoint(result, shrink(mean(contents)))
+    else:
+        save_checkpoint(result, shrink(content))
 
 
 if __name__ == "__main__":
