@@ -9,10 +9,10 @@ BLACK = (0, 0, 0)  # in palettes also what fills them up
 
 
 def looked_at(height, width, side=342):
-    """Yields 3 x 3 windows (top, left, bottom, right), spread over a large label map."""
+    """Yields 3 x 3 windows (top, left, height, width), spread over a large label map."""
     for top in np.linspace(0, max(0, height - side), 3, dtype=int).tolist():
         for left in np.linspace(0, max(0, width - side), 3, dtype=int).tolist():
-            yield top, left, min(top + side, height), min(left + side, width)
+            yield top, left, min(side, height), min(side, width)
 
 
 class Reading:

@@ -189,10 +189,10 @@ class Raster:
     def _sample(self):
         """Pixels (1, K, 1 or 3) of a label map that have data, from some windows."""
         sample = []
-        for top, left, bottom, right in looked_at(self.height, self.width):
-            pixels = self._cut(top, left, bottom, right)
-            known = self.tiff.dataset_mask(window=((top, bottom), (left, right))) > 0
-            sample.append(pixels[:, known].T)
+        for top, left, height, width in looked_at(self.height, self.width):
+            window = (top, top + height), (left, left + width)
+            known = self.tiff.dataset_mask(window=window) > 0
+            sample.append(self._cut(window)[:, known].T)
         return np.concatenate(sample)[None]
 
     def _scale_grey(self, deep):
@@ -223,12 +223,12 @@ class Raster:
             about = f"these are read: {chosen} (--bands-A, --bands-B)"
             print_once(f"images have {len(there)} bands; {about}")
 
-    def _cut(self, top, left, bottom, right):
-        pixels = self.tiff.read(self.chosen, window=((top, bottom), (left, right)))
+    def _cut(self, window):
+        pixels = self.tiff.read(self.chosen, window=window)
         return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
-        pixels = np.moveaxis(self._cut(top, left, bottom, right), 0, -1)  # (H, W, C)
+        pixels = np.moveaxis(self._cut(((top, bottom), (left, right))), 0, -1)  # (H, W, C)
         if not self.table and self._palette is not None:
             return self._picked(self._palette[pixels[..., 0]])
         if not self.table:
@@ -298,6 +298,50 @@ class Raster:
         """The opacity of every pixel, (H, W) uint8: of a TIFF 0 without data, else 255."""
         valid = self.valid(0, 0, self.height, self.width)
         return valid * np.uint8(255) if self._alpha is None else self._alpha
+
+
+class Half:
+    """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map.
+
+    strict  refuses a photograph in place of labels
+    """
+
+    place = None  # both halves lie in one file
+
+    def __init__(self, raster, left, table, strict):
+        if raster.width != 2 * raster.height:
+            size = f"{raster.width}x{raster.height}"
+            raise UserError(f"{raster.path}: {size} is no pair: it is not twice as wide as high")
+        self.raster, self.left, self.table, self.strict = raster, left, table, strict
+        self.path, self.masked = raster.path, raster.masked
+        self.height = self.width = raster.height
+
+    def read(self, *window):
+        """A window (top, left, height, width): a picture (H, W, C), or class indices (H, W)."""
+        pixels = self.raster.read(*self._moved(*window))
+        if not self.table:
+            return pixels
+        return self._reading.indices(pixels, self.valid(*window), self.strict)
+
+    def valid(self, *window):
+        """Where a window has data, bool; a no-data value of labels may be a class."""
+        tiff = self.raster.tiff
+        if self.table and tiff and tiff.nodata in self.table.values:
+            return np.ones(window[2:], bool)
+        return self.raster.valid(*self._moved(*window))
+
+    def _moved(self, top, left, height, width):
+        return top, self.left + left, height, width
+
+    @functools.cached_property
+    def _reading(self):
+        whole = [(0, 0, self.height, self.width)]  # of a file that is decoded whole anyway
+        sample = []
+        for window in looked_at(self.height, self.width) if self.raster.tiff else whole:
+            pixels = self.raster.read(*self._moved(*window))
+            sample.append(pixels[self.valid(*window)])
+        sample = np.concatenate(sample)[None]
+        return Reading(self.table, self.path, sample, None, self.raster.lossy)
 
 
 def check_pair(a, b):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -19,13 +20,12 @@ from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
 from support.files import whole_or_absent
-from support.labels import Reading, looked_at
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
 from support.pictures import eight_bits, from_bytes, resize, resize_known
 from support.processes import first_on_machine, rank, wait_for_others
-from support.rasters import Raster, check_pair
+from support.rasters import Half, Raster, check_pair
 
 
 def cache_folder(cfg):
@@ -231,29 +231,29 @@ class ImageStore:
 
     @contextlib.contextmanager
     def _opened(self, pair):
-        """The Rasters of a pair of files; two halves that are read alike have one."""
-        tables = None, None if self.split.halves else self.classes
-        sides = list(zip(pair, tables, self.bands, self.limits.values(), strict=True))
-        if self.split.halves and sides[0] == sides[1]:
-            sides = sides[:1]
+        """The Rasters of a pair of files, or the Halves of one file."""
+        halves = self.split.halves
         with contextlib.ExitStack() as stack:
-            rasters = []
-            for path, table, bands, limits in sides:
+
+            @functools.cache  # two halves that are read alike have one Raster
+            def opened(path, table, bands, limits):
+                return stack.enter_context(Raster(path, table, bands=bands, limits=limits))
+
+            sides = []
+            for k, (path, limits) in enumerate(zip(pair, self.limits.values(), strict=True)):
                 if path:
-                    raster = Raster(path, table, bands=bands, limits=limits)
-                    rasters.append(stack.enter_context(raster))
-            yield rasters
+                    table = self.classes if k else None
+                    raster = opened(path, None if halves else table, self.bands[k], limits)
+                    half = halves and Half(raster, k * raster.height, table, not self.patch)
+                    sides.append(half or raster)
+            yield sides
 
     def _count(self, pair):
         """(records in a file, whether some may lack data); refuses sides that do not match."""
-        with self._opened(pair) as rasters:
-            check_pair(rasters[0], rasters[-1])
-            masked = any(raster.masked for raster in rasters if not raster.table)
-        name, width, height = rasters[0].path, rasters[0].width, rasters[0].height
-        if self.split.halves and width != 2 * height:
-            raise UserError(f"{name}: {width}x{height} is no pair: it is not twice as wide as high")
-        if self.split.halves:
-            width = height
+        with self._opened(pair) as sides:
+            check_pair(sides[0], sides[-1])
+            masked = any(side.masked for side in sides if not side.table)
+            height, width = sides[0].height, sides[0].width
         return len(self._starts(height)) * len(self._starts(width)), masked
 
     def _starts(self, length):
@@ -263,70 +263,32 @@ class ImageStore:
 
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
-        with self._opened(pair) as rasters:
-            step = self.patch or rasters[0].height
-            in_halves = self.split.halves and self.classes
-            reading = self._reading(rasters[-1]) if in_halves else None
-            for top in self._starts(rasters[0].height):
-                strips = [raster.read(top, height=step) for raster in rasters]
-                if self.split.halves:
-                    a, _ = np.split(strips[0], 2, axis=1)
-                    _, b = np.split(strips[-1], 2, axis=1)
-                    if in_halves:
-                        known = self._known_labels(rasters[-1], top, a.shape[1], *b.shape[:2])
-                        b = reading.indices(b, known, strict=not self.patch)
-                    strips = [a, b]
-                planes = self._planes(rasters, top, step) if masked else []
-                for patches in zip(*map(self._patches, strips + planes), strict=True):
-                    record = np.concatenate(patches)
-                    if planes and self.classes and self.paired:
+        with self._opened(pair) as sides:
+            pictures = [side for side in sides if masked and not side.table]
+            width = sides[0].width
+            step = self.patch or sides[0].height
+            for top in self._starts(sides[0].height):
+                strips = [side.read(top, 0, step, width) for side in sides]
+                strips += [picture.valid(top, 0, step, width) for picture in pictures]
+                for left in self._starts(width):
+                    right = left + (self.patch or width)
+                    record = np.concatenate([self._resized(x[:, left:right]) for x in strips])
+                    if pictures and self.classes and self.paired:
                         labels, known = record[-2:]
                         labels[known == 0] = IGNORED
                     yield record
 
-    def _reading(self, raster):
-        """How the labels in the right half of a file are read: alike in all its patches.
+    def _resized(self, piece):
+        """A piece (H, W, C) or (H, W) of a picture, of labels or of where there is data, resized.
 
-        Of a TIFF some windows are looked at; other files are decoded whole anyway.
+        Returns (C or 1, side, side).
         """
-        half, sample = raster.width // 2, []  # the half is a square
-        windows = looked_at(half, half) if raster.tiff else [(0, 0, half, half)]
-        for top, left, bottom, right in windows:
-            window = top, half + left, bottom - top, right - left
-            sample.append(raster.read(*window)[self._known_labels(raster, *window)])
-        sample = np.concatenate(sample)[None]
-        return Reading(self.classes, raster.path, sample, None, raster.lossy)
-
-    def _known_labels(self, raster, *window):
-        """Where the labels of a window (top, left, height, width) have data, in a file of halves.
-
-        A no-data value that is a class is no hole, as in files of labels alone.
-        """
-        if raster.tiff and raster.tiff.nodata in self.classes.values:
-            return np.ones(window[2:], bool)
-        return raster.valid(*window)
-
-    def _planes(self, rasters, top, step):
-        """(H, W) bool for each picture of a strip: where it has data."""
-        pictures = [raster for raster in rasters if not raster.table]
-        planes = [picture.valid(top, 0, step, picture.width) for picture in pictures]
-        if self.split.halves:
-            a, b = (np.split(plane, 2, axis=1) for plane in (planes[0], planes[-1]))
-            planes = [a[0]] if self.classes else [a[0], b[1]]
-        return planes
-
-    def _patches(self, strip):
-        """The patches of a strip, resized: (C or 1, side, side) each.
-
-        The strip is a picture (H, W, C), labels (H, W), or (H, W) bool: where a picture has data.
-        """
-        size = self.side, self.side
-        step = self.patch or strip.shape[1]
-        for left in self._starts(strip.shape[1]):
-            cut = np.ascontiguousarray(strip[:, left : left + step])
-            known = cut.dtype == bool
-            small = resize_known(cut, size) if known else resize(cut, size, labels=cut.ndim == 2)
-            yield np.moveaxis(np.atleast_3d(small), -1, 0)
+        size, piece = (self.side, self.side), np.ascontiguousarray(piece)
+        if piece.dtype == bool:
+            small = resize_known(piece, size)
+        else:
+            small = resize(piece, size, labels=piece.ndim == 2)
+        return np.moveaxis(np.atleast_3d(small), -1, 0)
 
     def windows(self):
         """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image."""
@@ -339,9 +301,8 @@ class ImageStore:
         """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
         for pair in some_of(pairs, most):
-            with self._opened(pair) as (raster, *_):
-                width = raster.height if self.split.halves else raster.width
-                sizes.append((raster.height, width))
+            with self._opened(pair) as (side, *_):
+                sizes.append((side.height, side.width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
         if max(height, width) > 1.1 * min(height, width) and not rank():
             print_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")
