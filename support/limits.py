@@ -25,19 +25,19 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, cfg, side):
         """The limits of side "A" or "B"; None for pictures of 8 bits, and for label maps."""
-        text = cfg.limits_A if side == "A" else cfg.limits_B
+        text = getattr(cfg, f"limits_{side}")
         if not text or (side == "B" and cfg.classes):
             return None
         numbers, _, dtype = text.partition(" ")
         try:
             pairs = np.array(numbers.split(","), float).reshape(-1, 2)
-            low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T.tolist()
+            low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T
+            if not (np.isfinite(pairs).all() and (low < high).all()):
+                raise ValueError
         except ValueError:
-            low, high = [0], [0]  # refused below
-        if not (np.less(low, high).all() and np.isfinite([low, high]).all()):
             how = "write LOW,HIGH, for all bands or for each, LOW below HIGH"
-            raise UserError(f"--limits-{side} {numbers}: {how}")
-        return cls(tuple(low), tuple(high), dtype or "float32")
+            raise UserError(f"--limits-{side} {numbers}: {how}") from None
+        return cls(tuple(low.tolist()), tuple(high.tolist()), dtype or "float32")
 
     @property
     def ranges(self):
@@ -48,10 +48,6 @@ class Limits(NamedTuple):
         """Values (H, W, C) -> levels, int16; values beyond a limit become the limit."""
         values = np.clip(np.nan_to_num(values.astype(np.float64)), self.low, self.high)
         return ((values - self.low) / self.ranges * 65535 - 32768).round().astype(np.int16)
-
-    def too_wide_for(self, values):
-        """Whether values (K, C) fill less than 1% of every band's levels; False without any."""
-        return nearly_flat(self.to_levels(values))
 
     def to_values(self, image):
         """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
@@ -81,9 +77,8 @@ def print_other_units(raster):
     if not raster.limits:
         return
     corner = max(0, raster.height // 2 - 256), max(0, raster.width // 2 - 256)
-    values = raster.values(*corner, 512, 512)
-    values = values[raster.valid(*corner, *values.shape[:2])]
-    if raster.limits.too_wide_for(values):
+    levels = raster.read(*corner, 512, 512)
+    if nearly_flat(levels[raster.valid(*corner, *levels.shape[:2])]):
         about = "its values fill less than 1% of the limits of training"
         print_once(f"{raster.path.name}: {about}: other units?")
 
@@ -97,22 +92,20 @@ def with_limits(cfg, split):
     The limits are those of --limits-A and --limits-B, else 0 and 255 for 8 bits, else the 2nd and
     98th percentile of every band. Where all pictures have 8 bits there are none.
     """
-    paths = {"A": split.A} if split.classes else {"A": split.A, "B": split.B}
     dtypes = {}
-    for side, files in paths.items():
-        dtypes[side], count = _kind(files[0], cfg.bands(side))
+    for side in "A" if split.classes else "AB":
+        first, *others = getattr(split, side)
+        dtypes[side], count = _kind(first, cfg.bands(side))
         few = count < 3 and not cfg.bands(side)
-        if few and all(_kind(path)[1] == count for path in files[1:]):
-            bands = {1: "1", 2: "1,2"}[count]
+        if few and all(_kind(path)[1] == count for path in others):
+            bands = "1" if count == 1 else "1,2"
             cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
-        text = cfg.limits_A if side == "A" else cfg.limits_B
-        if not text and dtype == "uint8":
-            text = "0,255"
-        elif not text:
-            pairs = _percentiles(paths[side], cfg.bands(side))
+        text = getattr(cfg, f"limits_{side}") or "0,255"
+        if dtype != "uint8" and not getattr(cfg, f"limits_{side}"):
+            pairs = _percentiles(getattr(split, side), cfg.bands(side))
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
         Limits.of(cfg, side)  # refuses wrong ones
@@ -149,7 +142,8 @@ def _percentiles(paths, bands):
         raise UserError(f"{paths[0]}: no pixel has data")
     low, high = np.percentile(np.concatenate([*samples.values()]), [2, 98], axis=0)
     high = np.where(high > low, high, low + 1)
-    flat = [path for path in samples if Limits(low, high, "").too_wide_for(samples[path])]
+    to_levels = Limits(low, high, "").to_levels
+    flat = [path for path, values in samples.items() if nearly_flat(to_levels(values))]
     if 0 < len(flat) < len(samples):
         about = f"{len(flat)} of {len(samples)} images, such as {flat[0]}"
         print_once(f"{about}, fill less than 1% of the values of all: other units?")
