@@ -37,7 +37,6 @@ class Raster:
         self._palette, self._clear, self._levels, self._alpha = None, [], None, None
         self._has_alpha, self._format, self.bands = False, "", list(bands)
         self.limits, self.dtype, self.colours = limits, "uint8", None
-        suffix = self.path.suffix.lower()
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
             driver = opening.driver_of(self.path)
@@ -45,17 +44,10 @@ class Raster:
                 driver = "PNG"
             if driver:
                 self._open_tiff(driver)
-            elif suffix in ARRAY_SUFFIXES:
+            elif self.path.suffix.lower() in ARRAY_SUFFIXES:
                 self._open_array(8 * most)
             else:
-                with opening.open_image(path) as image:
-                    self._has_alpha, self._format = image.has_transparency_data, image.format
-                    sides = image.size[::-1]
-                    if image.mode in ("RGB", "RGBA"):
-                        self.colours = image.info.get("icc_profile")
-                    self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
-                    sideways = not table and 5 <= opening.orientation(image) <= 8
-                self.height, self.width = sides[::-1] if sideways else sides
+                self._open_image()
             if not self.tiff and self.height * self.width > most:
                 sides = f"{self.width}x{self.height}"
                 raise UserError(f"{path}: {sides} is too large: make it a TIFF, or cut it")
@@ -89,6 +81,16 @@ class Raster:
                 self._whole = self._read_labels() if self.table else self._read_picture()
             return self._whole[top:bottom, left:right]
 
+    def _open_image(self):
+        with opening.open_image(self.path) as image:
+            self._has_alpha, self._format = image.has_transparency_data, image.format
+            self.width, self.height = image.size
+            if not self.table and 5 <= opening.orientation(image) <= 8:  # lies on its side
+                self.height, self.width = image.size
+            if image.mode in ("RGB", "RGBA"):
+                self.colours = image.info.get("icc_profile")
+            self._count_bands([1] if image.mode in ("1", "L", "LA") else [1, 2, 3])
+
     def _open_array(self, most):
         if not self.table:
             raise UserError(f"{self.path}: an array can only be a label map, not a picture")
@@ -111,12 +113,11 @@ class Raster:
     def _count_bands(self, there):
         """Counts the bands of a file, and refuses numbers of others."""
         self.count = len(there)
-        wrong = [band for band in self.bands if band not in there]
-        if wrong:
+        for wrong in [band for band in self.bands if band not in there]:
             about = f"its bands are {there}"
-            if self.tiff and wrong[0] <= self.tiff.count:
+            if self.tiff and wrong <= self.tiff.count:
                 about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
-            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong[0]}, but {about}")
+            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong}, but {about}")
         if self.bands == [1] and self.count > 1 and not self.limits:
             print_once(f"band 1 of {self.count} is read")
 
@@ -219,9 +220,8 @@ class Raster:
         if self.bands and self._palette is None:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
-            chosen = ", ".join(map(str, self.chosen))
-            about = f"these are read: {chosen} (--bands-A, --bands-B)"
-            print_once(f"images have {len(there)} bands; {about}")
+            bands = f"images have {len(there)} bands"
+            print_once(f"{bands}; these are read: {self.chosen} (--bands-A, --bands-B)")
 
     def _cut(self, window):
         pixels = self.tiff.read(self.chosen, window=window)

@@ -72,9 +72,7 @@ def _profile(source, classes, bands, limits):
     nothing = source.tiff.nodata if source.tiff and source.masked else None
     nothing = classes.unused if classes else nothing
     if nothing is not None:
-        about = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        inside = float(about.min) <= nothing <= float(about.max)
-        fits = inside or (dtype.kind == "f" and np.isnan(nothing))
+        fits = not np.isinf(nothing) and gdal().dtypes.in_dtype_range(nothing, dtype)
         nothing = dtype.type(nothing).item() if fits else None  # else: a mask
     profile = {"height": source.height, "width": source.width, "count": 1 if classes else bands}
     if not classes and bands != 3:  # GDAL would call the fourth alpha
@@ -84,12 +82,11 @@ def _profile(source, classes, bands, limits):
     if not source.tiff:
         return profile
     tiff, (gcps, crs) = source.tiff, source.tiff.gcps
-    place = {"crs": crs or tiff.crs, "rpcs": tiff.rpcs}
     if gcps:
-        place = {"gcps": gcps, "crs": crs or gdal().CRS()}
-    elif not tiff.transform.is_identity:
-        place["transform"] = tiff.transform
-    return profile | {name: value for name, value in place.items() if value is not None}
+        return profile | {"gcps": gcps, "crs": crs or gdal().CRS()}
+    if not tiff.transform.is_identity:
+        profile["transform"] = tiff.transform
+    return profile | {"crs": crs or tiff.crs, "rpcs": tiff.rpcs}
 
 
 def _read_through(path, **overview):
@@ -155,11 +152,10 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                 if edited:
                     _describe(target, source, bands)
                 if classes:
-                    for value, _, index in classes.entries:
-                        if index != IGNORED:
-                            target.update_tags(1, **{f"class_{value}": classes.names[index]})
-                    colors = enumerate(classes.code_palette.tolist())
-                    target.write_colormap(1, {k: tuple(color) for k, color in colors})
+                    for name, value in zip(classes.names, classes.codes, strict=False):
+                        target.update_tags(1, **{f"class_{value}": name})
+                    colors = map(tuple, classes.code_palette.tolist())
+                    target.write_colormap(1, dict(enumerate(colors)))
                 yield put
                 if max(target.shape) > 4096:  # with overviews a GIS opens it at once
                     how = gdal().enums.Resampling["nearest" if classes else "average"]
