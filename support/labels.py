@@ -47,13 +47,10 @@ class Reading:
         known   (H, W) bool, or None: all are
         strict  refuses a photograph
         """
-        if known is None or known.all():
-            return self._indices(pixels, strict)
-        indices = np.full(known.shape, IGNORED, np.uint8)
-        indices[known] = self._indices(pixels[known][None], strict)[0]
-        return indices
-
-    def _indices(self, pixels, strict):
+        if not (known is None or known.all()):
+            indices = np.full(known.shape, IGNORED, np.uint8)
+            indices[known] = self.indices(pixels[known][None], strict=strict)[0]
+            return indices
         if self.palette is not None:
             colours = self.palette[pixels[..., 0]]
             return self.table.from_colours(colours, self.path, nearest=False, strict=False)

@@ -118,26 +118,20 @@ def _kind(path, bands=()):
         return raster.dtype, raster.count
 
 
-def _samples(paths, bands, windows=200, side=256):
-    """{file: values (K, C) float64} of random windows of all files."""
-    rng, samples = np.random.default_rng(0), {}
-    files = some_of(paths, windows)
-    for path in files:
-        samples[path] = []
-        with Raster(path, bands=bands, limits=ALL) as raster:
-            for _ in range(-(-windows // len(files))):
-                room = max(raster.height - side, 0), max(raster.width - side, 0)
-                corner = rng.integers(0, room, endpoint=True).tolist()
-                values = raster.values(*corner, side, side)
-                values = values[raster.valid(*corner, *values.shape[:2])]
-                samples[path].append(values[:: 1 + len(values) // 2000])
-        samples[path] = np.concatenate(samples[path]).astype(np.float64)
-    return samples
-
-
 def _percentiles(paths, bands):
-    """The 2nd and 98th percentile of every band, (C, 2)."""
-    samples = _samples(paths, bands)
+    """The 2nd and 98th percentile of every band, (C, 2), in 200 random windows."""
+    files, rng = some_of(paths, 200), np.random.default_rng(0)
+    samples = {}  # file: values (K, C) float64
+    for path in files:
+        some = []
+        with Raster(path, bands=bands, limits=ALL) as raster:
+            for _ in range(-(-200 // len(files))):
+                room = max(raster.height - 256, 0), max(raster.width - 256, 0)
+                corner = rng.integers(0, room, endpoint=True).tolist()
+                values = raster.values(*corner, 256, 256)
+                values = values[raster.valid(*corner, *values.shape[:2])]
+                some.append(values[:: 1 + len(values) // 2000])
+        samples[path] = np.concatenate(some).astype(np.float64)
     if not any(map(len, samples.values())):
         raise UserError(f"{paths[0]}: no pixel has data")
     low, high = np.percentile(np.concatenate([*samples.values()]), [2, 98], axis=0)

@@ -105,7 +105,11 @@ class Studio:
         if "example" in wanted:
             given, photo = self.examples[whole(wanted, "example", 0, len(self.examples) - 1)]
         elif "files" in wanted:
-            given, photo = self._decoded(wanted["files"])
+            files = wanted["files"]
+            given, photo = self._read(self.input_side, *files["input"]), None
+            if self.edits:
+                photo = self._read(self.other_side, *files["photo"])
+                check_pair(photo, given)
         elif self.edits:
             raise UserError("open a photograph and its land cover")
         else:
@@ -138,15 +142,6 @@ class Studio:
         """Colours (H, W, 3) uint8 as a MemoryRaster of the model's bands and depth."""
         bands, limits = self.cfg.channels(self.input_side), Limits.of(self.cfg, self.input_side)
         return MemoryRaster(values_of_colours(colours, bands, limits), limits=limits)
-
-    def _decoded(self, files):
-        """(given, photo) of {"input": [name, base64], and of edits "photo"}."""
-        given = self._read(self.input_side, *files["input"])
-        if not self.edits:
-            return given, None
-        photo = self._read(self.other_side, *files["photo"])
-        check_pair(photo, given)
-        return given, photo
 
     def _read(self, side, name, content):
         """A file in base64 as a MemoryRaster; the file is removed at once."""
