@@ -95,29 +95,28 @@ class ClassTable:
 
     @staticmethod
     def _build(entries, nearest):
-        names, colors, rows = [], [], []
+        names, rows = [], []
         for position, entry in enumerate(entries):
             for key, value in entry.items():
                 if type(value) is not _KEYS.get(key):
                     raise TypeError(f"{key} {value!r}" if key in _KEYS else f"unknown key {key}")
-            color, index = _color(entry["color"]), IGNORED
+            value, index = entry.get("value", position), IGNORED
             if not entry.get("ignore"):
                 index = len(names)
                 names.append(entry["name"])
-                colors.append(color)
-            value = entry.get("value", position)
-            if index != IGNORED and not 0 <= value <= 65535:
-                raise ValueError(f"value {value}, not 0 to 65535")
-            rows.append((value, color, index))
+                if not 0 <= value <= 65535:
+                    raise ValueError(f"value {value}, not 0 to 65535")
+            rows.append((value, _color(entry["color"]), index))
         if not 2 <= len(names) < IGNORED:
             raise ValueError(f"{len(names)} classes, not 2 to 254")
-        lower = [name.lower() for name in names]
-        for column in (lower, [row[0] for row in rows], [row[1] for row in rows]):
+        values, colors, _ = zip(*rows, strict=True)
+        for column in ([name.lower() for name in names], values, colors):
             if len(set(column)) != len(column):
                 raise ValueError("two classes have the same name, value or color")
+        colors = tuple(color for _, color, index in rows if index != IGNORED)
         valued = any("value" in entry for entry in entries)
         text = json.dumps({"nearest": nearest, "classes": entries})
-        return ClassTable(tuple(names), tuple(colors), tuple(rows), valued, nearest, text)
+        return ClassTable(tuple(names), colors, tuple(rows), valued, nearest, text)
 
     def __len__(self):
         return len(self.names)

@@ -75,22 +75,21 @@ def eight_bits(levels):
 
 
 def resize(image, size, labels=False):
-    """An (H, W, C) picture, or (H, W) label map, at size (width, height): bicubic, or nearest."""
+    """An (H, W, C) picture, or (H, W) label map, at size (width, height): bicubic, or nearest.
+
+    Of (H, W) bool, where there is data: 255, or 0 at and beside holes.
+    """
     if image.ndim == 3 and (image.shape[-1] != 3 or image.dtype == np.int16):
         bands = [resize(np.ascontiguousarray(band), size) for band in np.moveaxis(image, -1, 0)]
         return np.stack(bands, -1)
-    if image.dtype == np.int16:
-        resized = Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-        return np.asarray(resized).round().clip(-32768, 32767).astype(np.int16)
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
-    return np.array(Image.fromarray(image).resize(size, how))
-
-
-def resize_known(known, size):
-    """Where there is data, (H, W) bool, at size (width, height): 255, or 0 at and beside holes."""
-    image = Image.fromarray(known.astype(np.float32))
-    share = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    return np.where(abs(share - 1) < 1e-3, 255, 0).astype(np.uint8)
+    plane = image if image.dtype == np.uint8 else image.astype(np.float32)
+    resized = np.array(Image.fromarray(plane).resize(size, how))
+    if image.dtype == bool:
+        return np.where(abs(resized - 1) < 1e-3, 255, 0).astype(np.uint8)
+    if image.dtype == np.int16:
+        return resized.round().clip(-32768, 32767).astype(np.int16)
+    return resized
 
 
 def mirrored(pixels, height, width):

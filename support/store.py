@@ -23,7 +23,7 @@ from support.files import whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
-from support.pictures import eight_bits, from_bytes, resize, resize_known
+from support.pictures import eight_bits, from_bytes, resize
 from support.processes import first_on_machine, rank, wait_for_others
 from support.rasters import Half, Raster, check_pair
 
@@ -279,15 +279,9 @@ class ImageStore:
                     yield record
 
     def _resized(self, piece):
-        """A piece (H, W, C) or (H, W) of a picture, of labels or of where there is data, resized.
-
-        Returns (C or 1, side, side).
-        """
-        size, piece = (self.side, self.side), np.ascontiguousarray(piece)
-        if piece.dtype == bool:
-            small = resize_known(piece, size)
-        else:
-            small = resize(piece, size, labels=piece.ndim == 2)
+        """A piece (H, W, C) or (H, W) at the store's size: (C or 1, side, side)."""
+        labels = piece.ndim == 2 and piece.dtype != bool
+        small = resize(np.ascontiguousarray(piece), (self.side, self.side), labels)
         return np.moveaxis(np.atleast_3d(small), -1, 0)
 
     def windows(self):

@@ -30,7 +30,7 @@ from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
 from support.limits import Limits
 from support.measures import confusion_matrix, measure_images, measure_labels, print_table
-from support.pictures import as_array, as_tensor, resize, resize_known, to_bytes
+from support.pictures import as_array, as_tensor, resize, to_bytes
 from support.rasters import Raster
 from tensors import CPU, calls_of
 
@@ -497,7 +497,7 @@ def test_all_patches_of_a_mask_in_halves_are_read_alike(tmp_path):
 def test_places_beside_a_hole_have_no_data_after_resizing():
     known = np.ones((32, 32), bool)
     known[9, 9] = False
-    small = resize_known(known, (16, 16))
+    small = resize(known, (16, 16))
     assert (small[3:6, 3:6] == 0).all() and (small == 255).mean() > 0.8
 
 
