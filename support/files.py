@@ -74,5 +74,4 @@ def write_image(path, image, colours=None):
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        how = {"quality": 95, "subsampling": 0, "lossless": True}  # JPEG; WebP
-        picture.save(aside, **how, icc_profile=colours)
+        picture.save(aside, quality=95, subsampling=0, lossless=True, icc_profile=colours)

@@ -115,18 +115,17 @@ def shown(images):
 
 def grid(columns):
     """{title: (B, C, H, W) in [-1, 1]} -> (height, width, 3) uint8: a row an image, with titles."""
-    colors = [to_bytes(shown(images)).cpu() for images in columns.values()]
-    pictures = [images.permute(0, 2, 3, 1).numpy() for images in colors]
-    count, height, width = pictures[0].shape[:3]
+    count, _, height, width = next(iter(columns.values())).shape
     gap, head = 4, 16
-    size = len(pictures) * (width + gap) + gap, head + count * (height + gap)
+    size = len(columns) * (width + gap) + gap, head + count * (height + gap)
     sheet = Image.new("RGB", size, "white")
     text = ImageDraw.Draw(sheet)
-    for k, (title, column) in enumerate(zip(columns, pictures, strict=True)):
+    for k, (title, images) in enumerate(columns.items()):
         left = gap + k * (width + gap)
         text.text((left, 2), title, fill="black")
-        for row, picture in enumerate(column):
-            sheet.paste(Image.fromarray(picture), (left, head + row * (height + gap)))
+        for row, image in enumerate(shown(images)):
+            picture = Image.fromarray(as_array(image))
+            sheet.paste(picture, (left, head + row * (height + gap)))
     return np.asarray(sheet)
 
 

@@ -16,15 +16,13 @@ from support.opening import READABLE
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
-    Label maps are array files, or images of indices, of code values or of class colours. A TIFF
-    or VRT of any size is read piece by piece; other files are decoded whole. Photographs are
-    turned upright by their EXIF orientation.
+    Label maps are arrays, or images of indices, of code values or of class colours. TIFFs and
+    VRTs are read piece by piece, other files whole; EXIF turns photographs upright.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
                    names them, or the first three, or one band three times. Never alpha
     endings        those that may be opened: READABLE, or UPLOADS of strangers
-    most           largest number of pixels of a file that is decoded whole; an array file may
-                   have 8 bytes for each
+    most           pixels of a file that is read whole; an array may have 8 bytes for each
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
@@ -63,10 +61,7 @@ class Raster:
             self.tiff.close()
 
     def read(self, top=0, left=0, height=None, width=None):
-        """A window, cut off at the edges: (H, W) class indices, or a picture (H, W, C).
-
-        A picture is uint8, or with limits the int16 levels between them.
-        """
+        """A window, cut off at the edges: (H, W) indices; (H, W, C) uint8, or with limits int16."""
         pixels = self.values(top, left, height, width)
         return self.limits.to_levels(pixels) if self.limits else pixels
 
@@ -301,10 +296,7 @@ class Raster:
 
 
 class Half:
-    """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map.
-
-    strict  refuses a photograph in place of labels
-    """
+    """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map."""
 
     place = None  # both halves lie in one file
 
@@ -330,14 +322,15 @@ class Half:
             return np.ones(window[2:], bool)
         return self.raster.valid(*self._moved(*window))
 
-    def _moved(self, top, left, height, width):
-        return top, self.left + left, height, width
+    def _moved(self, top, left, *sides):
+        return top, self.left + left, *sides
 
     @functools.cached_property
     def _reading(self):
-        whole = [(0, 0, self.height, self.width)]  # of a file that is decoded whole anyway
-        sample = []
-        for window in looked_at(self.height, self.width) if self.raster.tiff else whole:
+        windows, sample = [(0, 0, self.height, self.width)], []
+        if self.raster.tiff:  # other files are decoded whole anyway
+            windows = looked_at(self.height, self.width)
+        for window in windows:
             pixels = self.raster.read(*self._moved(*window))
             sample.append(pixels[self.valid(*window)])
         sample = np.concatenate(sample)[None]
