@@ -51,8 +51,7 @@ class MemoryRaster(Raster):
 
     def values(self, top=0, left=0, height=None, width=None):
         """A window, cut off at the edges, with the strokes."""
-        bottom = None if height is None else top + height
-        right = None if width is None else left + width
+        bottom, right = top + (height or self.height), left + (width or self.width)
         window = slice(top, bottom), slice(left, right)
         now, pixels = self.now[window], self.pixels[window]
         if self.table:
