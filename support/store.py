@@ -244,8 +244,9 @@ class ImageStore:
                 if path:
                     table = self.classes if k else None
                     raster = opened(path, None if halves else table, self.bands[k], limits)
-                    half = halves and Half(raster, k * raster.height, table, not self.patch)
-                    sides.append(half or raster)
+                    if halves:
+                        raster = Half(raster, k * raster.height, table, not self.patch)
+                    sides.append(raster)
             yield sides
 
     def _count(self, pair):
