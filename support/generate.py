@@ -15,8 +15,9 @@ from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
 from support.layouts import contents, image_files
 from support.limits import Limits, print_other_units, values_of
 from support.opening import driver_of
+from support.pairs import check_pair
 from support.pictures import as_tensor, eight_bits, save_grid
-from support.rasters import Raster, check_pair
+from support.rasters import Raster
 from support.serve import edits, translations
 from support.windows import Windows, network_input, shared_statistics, window_of
 from support.writing import writing

@@ -94,7 +94,7 @@ def find_images(data, split, lc_classes=""):
 
 def _class_table(root, lc_classes):
     """The ClassTable of lc_classes, or else the directory's own; None for pictures."""
-    own = "binary" if any(root.glob("*/gt")) else ""
+    own = "binary" if _inria_splits(root) else ""
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
     table = ClassTable.load(lc_classes or own)
@@ -171,6 +171,11 @@ def _by_stem(paths, ending):
     return {stem.removesuffix(ending): path for stem, path in zip(stems, paths, strict=True)}
 
 
+def _inria_splits(root):
+    """The names of the splits in the Inria layout."""
+    return [gt.parent.name for gt in root.glob("*/gt") if (gt.parent / "images").is_dir()]
+
+
 def _is_inria(root):
     """Whether images 1-5 of each city validate, as Inria's data has no validation split."""
-    return (root / "train" / "gt").is_dir() and not (root / "val" / "gt").is_dir()
+    return _inria_splits(root) == ["train"]

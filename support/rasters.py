@@ -108,11 +108,12 @@ class Raster:
     def _count_bands(self, there):
         """Counts the bands of a file, and refuses numbers of others."""
         self.count = len(there)
-        for wrong in [band for band in self.bands if band not in there]:
+        wrong = [band for band in self.bands if band not in there]
+        if wrong:
             about = f"its bands are {there}"
-            if self.tiff and wrong <= self.tiff.count:
+            if self.tiff and wrong[0] <= self.tiff.count:
                 about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
-            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong}, but {about}")
+            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong[0]}, but {about}")
         if self.bands == [1] and self.count > 1 and not self.limits:
             print_once(f"band 1 of {self.count} is read")
 
@@ -293,64 +294,3 @@ class Raster:
         """The opacity of every pixel, (H, W) uint8: of a TIFF 0 without data, else 255."""
         valid = self.valid(0, 0, self.height, self.width)
         return valid * np.uint8(255) if self._alpha is None else self._alpha
-
-
-class Half:
-    """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map."""
-
-    place = None  # both halves lie in one file
-
-    def __init__(self, raster, left, table, strict):
-        if raster.width != 2 * raster.height:
-            size = f"{raster.width}x{raster.height}"
-            raise UserError(f"{raster.path}: {size} is no pair: it is not twice as wide as high")
-        self.raster, self.left, self.table, self.strict = raster, left, table, strict
-        self.path, self.masked = raster.path, raster.masked
-        self.height = self.width = raster.height
-
-    def read(self, *window):
-        """A window (top, left, height, width): a picture (H, W, C), or class indices (H, W)."""
-        pixels = self.raster.read(*self._moved(*window))
-        if not self.table:
-            return pixels
-        return self._reading.indices(pixels, self.valid(*window), self.strict)
-
-    def valid(self, *window):
-        """Where a window has data, bool; a no-data value of labels may be a class."""
-        tiff = self.raster.tiff
-        if self.table and tiff and tiff.nodata in self.table.values:
-            return np.ones(window[2:], bool)
-        return self.raster.valid(*self._moved(*window))
-
-    def _moved(self, top, left, *sides):
-        return top, self.left + left, *sides
-
-    @functools.cached_property
-    def _reading(self):
-        windows, sample = [(0, 0, self.height, self.width)], []
-        if self.raster.tiff:  # other files are decoded whole anyway
-            windows = looked_at(self.height, self.width)
-        for window in windows:
-            pixels = self.raster.read(*self._moved(*window))
-            sample.append(pixels[self.valid(*window)])
-        sample = np.concatenate(sample)[None]
-        return Reading(self.table, self.path, sample, None, self.raster.lossy)
-
-
-def check_pair(a, b):
-    """Refuses two Rasters of different sizes, or with corners over a tenth of a pixel apart."""
-    if (a.height, a.width) != (b.height, b.width):
-        sizes = f"{a.width}x{a.height} and {b.width}x{b.height}"
-        raise UserError(f"{a.path}, {b.path}: {sizes}: sizes must agree")
-    if not (a.place and b.place):
-        return
-    crs, other_crs = a.place[0], b.place[0]
-    same = not (crs and other_crs) or crs == other_crs
-    if not same:  # one CRS, written in two ways
-        code = crs.to_epsg()
-        same = code is not None and code == other_crs.to_epsg()
-    to_a, to_b = (np.reshape(raster.place[1], (3, 3)) for raster in (a, b))
-    corners = np.array([[0, a.width, 0, a.width], [0, 0, a.height, a.height], [1, 1, 1, 1]])
-    apart = np.abs(np.linalg.inv(to_a) @ to_b @ corners - corners).max()  # in pixels
-    if not same or apart > 0.1:
-        raise UserError(f"{b.path} lies elsewhere than {a.path}: another CRS or transform")

@@ -23,9 +23,10 @@ from support.files import whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
+from support.pairs import Half, check_pair
 from support.pictures import eight_bits, from_bytes, resize
 from support.processes import first_on_machine, rank, wait_for_others
-from support.rasters import Half, Raster, check_pair
+from support.rasters import Raster
 
 
 def cache_folder(cfg):

@@ -20,9 +20,10 @@ from support.classes import IGNORED, ClassTable
 from support.errors import UserError, remarks
 from support.limits import Limits, print_other_units, values_of
 from support.opening import UPLOADS
+from support.pairs import check_pair
 from support.pictures import as_tensor, resize
 from support.plots import page_of
-from support.rasters import Raster, check_pair
+from support.rasters import Raster
 from support.store import ImageStore
 from support.windows import sides_of
 from support.writing import label_image

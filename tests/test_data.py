@@ -56,6 +56,8 @@ LAYOUTS = {
     "Inria": (INRIA, "Inria, train", "austin6 tyrol-w10 vienna36"),
     "val of Inria": (INRIA, "Inria, train, images 1-5 of each city", "austin1 austin5 tyrol-w2"),
     "Inria with val": (INRIA + " val/images/x.tif val/gt/x.tif", "Inria, train", SIX),
+    "test of Inria": (INRIA + " test/images/x.tif test/gt/x.tif", "Inria, test", "x"),
+    "a folder gt alone": ("train/1.png train/gt/1.png", "side by side, train", "1"),
     "masks": ("train/images/7.jpg train/masks/7.png classes.json", "masks, train", "7"),
     "two endings": ("train/1_A.png train/1_B.png train/2_B.jpg train/2_A.png",
                     "two endings, train", "1_A 2_A", "1_B 2_B"),
@@ -97,6 +99,12 @@ def test_each_city_of_inria_validates(city, tmp_path):
     for k in (1, 5, 6, 36):
         touch(*(tmp_path / "train" / side / f"{city}{k}.tif" for side in ("images", "gt")))
     assert [x.stem for x in find_images(tmp_path, "val").A] == [f"{city}1", f"{city}5"]
+
+
+def test_training_images_validate_in_no_other_layout(tmp_path):
+    touch(*(tmp_path / "train" / name for name in ("A/vienna1.png", "B/vienna1.png", "gt/x.png")))
+    with refused("no images of split val"):
+        find_images(tmp_path, "val")
 
 
 def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path):

@@ -23,8 +23,9 @@ from runs import refused
 from support.classes import ClassTable
 from support.files import write_image
 from support.limits import ALL, Limits
+from support.pairs import check_pair
 from support.pictures import to_bytes
-from support.rasters import Raster, check_pair
+from support.rasters import Raster
 from support.windows import read_filled
 from support.writing import _profile, writing
 from tensors import CPU, batch_of, open_data, tiny
