@@ -108,10 +108,7 @@ class Options:
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
-        "",
-        "measure with this judge, a file of --train-judge; none: the run's own",
-        may_change=True,
-        file=True,
+        "", "a judge, a file of --train-judge; none: the run's own", may_change=True, file=True
     )
     train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
     judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)
@@ -239,9 +236,9 @@ def parse(config, doc, quick, argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         _check_value(flag(name), value, config.__dataclass_fields__[name].metadata)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        given[name] = tuple(value) if isinstance(value, list) else value
     defaults = quick if given.get("quick") else {}
-    return config(**{**defaults, **given}), given
+    return config(**defaults | given), given
 
 
 def _argument(field):

@@ -65,12 +65,10 @@ class SharedStatistics:
             variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
             self.moments[layer].append(torch.stack([mean, variance]))
 
-        hooks = [layer.register_forward_pre_hook(keep) for layer in self.layers]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.enter_context(layer.register_forward_pre_hook(keep))
             predict(tile[None])
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.positions.append(position)
 
     @contextlib.contextmanager
@@ -122,15 +120,13 @@ class Windows:
         if self.statistics:
             for corner in tqdm(self._noted(), "statistics", leave=False, disable=None):
                 tile = torch.from_numpy(cut(*corner, *self.sides))
-                self.statistics.note(self._position(corner), predict, tile)
+                self.statistics.note(self._positions([corner])[0], predict, tile)
 
     def predicted(self, corners):
         """Generates the windows at corners (top, left): (B, C, *sides) float32, on the CPU."""
         windows = np.stack([self.cut(*corner, *self.sides) for corner in corners])
-        shared = contextlib.nullcontext()
-        if self.statistics:
-            shared = self.statistics.around([self._position(corner) for corner in corners])
-        with shared:
+        shared = self.statistics and self.statistics.around(self._positions(corners))
+        with shared or contextlib.nullcontext():
             fakes = self.predict(torch.from_numpy(windows)).float().cpu()
         if fakes.shape[2:] != self.sides:
             fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
@@ -176,9 +172,9 @@ class Windows:
                 return noted[: self.statistics.most**2]
         return [(0, 0)]
 
-    def _position(self, corner):
-        """A corner (top, left), counted in windows."""
-        return corner[0] / self.sides[0], corner[1] / self.sides[1]
+    def _positions(self, corners):
+        """Corners (top, left), counted in windows."""
+        return [(top / self.sides[0], left / self.sides[1]) for top, left in corners]
 
 
 def sides_of(cfg):
