@@ -87,9 +87,8 @@ class PhotoEdit:
         """The region to generate around a box of changes."""
         lengths = []
         for length, side, window in zip(box[2:], self.size, self.window, strict=True):
-            margin = window // 4
-            fits = length <= window - margin
-            lengths.append(min(side, window if fits else length + 2 * margin))
+            fits = length <= window - window // 4
+            lengths.append(min(side, window if fits else length + 2 * (window // 4)))
         return centred(box, lengths, self.size)
 
     def generated(self, region, predict, net=None):
@@ -99,8 +98,7 @@ class PhotoEdit:
         def cut(top, left, *sides):
             return self._cut(y + top, x + left, *sides)
 
-        statistics = shared_statistics(self.cfg, net)
-        windows = Windows(cut, predict, size, self.window, statistics)
+        windows = Windows(cut, predict, size, self.window, shared_statistics(self.cfg, net))
         for top, strip in windows.blended(about=self.photo.path.name):
             pixels = values_of(strip, self.photo.limits)
             yield self._feathered(pixels, y + top, x), y + top, x
@@ -135,11 +133,11 @@ def ramp(changed, radius):
     It is the mean, in a square, of `changed` grown by a square of the same size.
     """
     share = torch.from_numpy(changed)[None, None].double()
-    side, around = 2 * radius + 1, {"stride": 1, "padding": (radius, 0)}
-    for how in (F.max_pool2d, F.avg_pool2d):
-        more = {"count_include_pad": False} if how is F.avg_pool2d else {}
-        for _ in range(2):  # along columns, then along rows
-            share = how(share, (side, 1), **around, **more).transpose(2, 3)
+    column, around = (2 * radius + 1, 1), {"stride": 1, "padding": (radius, 0)}
+    for _ in range(2):  # along columns, then along rows
+        share = F.max_pool2d(share, column, **around).transpose(2, 3)
+    for _ in range(2):
+        share = F.avg_pool2d(share, column, **around, count_include_pad=False).transpose(2, 3)
     return share[0, 0].numpy()
 
 

@@ -45,9 +45,8 @@ class SharedStatistics:
 
     def __init__(self, net, reach):
         kinds = nn.InstanceNorm2d, nn.BatchNorm2d
-        self.layers = [module for module in net.modules() if isinstance(module, kinds)]
+        self.moments = {layer: [] for layer in net.modules() if isinstance(layer, kinds)}
         self.reach, self.positions = max(reach, 1e-3), []
-        self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
         """The windows of a side to note: about one in each reach.
@@ -66,7 +65,7 @@ class SharedStatistics:
             self.moments[layer].append(torch.stack([mean, variance]))
 
         with contextlib.ExitStack() as hooks:
-            for layer in self.layers:
+            for layer in self.moments:
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
             predict(tile[None])
         self.positions.append(position)
@@ -77,11 +76,11 @@ class SharedStatistics:
         apart = torch.tensor(positions)[:, None] - torch.tensor(self.positions)[None]  # (B, N, 2)
         weights = torch.softmax(-(apart / self.reach).square().sum(-1) / 2, 1)
         try:
-            for layer in self.layers:
+            for layer in self.moments:
                 layer.forward = self._forward(layer, weights)
             yield
         finally:
-            for layer in self.layers:
+            for layer in self.moments:
                 del layer.forward
 
     def _forward(self, layer, weights):
@@ -93,8 +92,7 @@ class SharedStatistics:
         affine = layer.weight, layer.bias
 
         def forward(x):
-            images = x.split(1)
-            images = [F.batch_norm(x, *next(moments), *affine, eps=layer.eps) for x in images]
+            images = [F.batch_norm(y, *next(moments), *affine, eps=layer.eps) for y in x.split(1)]
             return torch.cat(images)
 
         return forward
@@ -128,9 +126,9 @@ class Windows:
         shared = self.statistics and self.statistics.around(self._positions(corners))
         with shared or contextlib.nullcontext():
             fakes = self.predict(torch.from_numpy(windows)).float().cpu()
-        if fakes.shape[2:] != self.sides:
-            fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
-        return fakes
+        if fakes.shape[2:] == self.sides:
+            return fakes
+        return F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
 
     def blended(self, rows=None, about=""):
         """Yields (top, pixels (C, strip, width) float32), with a row of windows in memory."""
