@@ -19,9 +19,9 @@ from support.processes import rank
 
 def start(cfg):
     """Chooses the device, and starts random numbers and, under torchrun, the process group."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cfg.device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is visible here: pass --device cpu")
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and local_rank >= torch.cuda.device_count():

@@ -99,9 +99,7 @@ class Options:
         "auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"), may_change=True
     )
     precision: str = option(
-        "auto",
-        "auto: bf16 networks on CUDA for pictures of 8 bits, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "auto: bf16 on CUDA for 8-bit pictures, else fp32", choices=("auto", "fp32", "bf16")
     )
     graph: bool = option(True, "capture the training step in a CUDA graph", may_change=True)
     checkpoint: str = option("", "the trained model, a .pt file", group="use")
@@ -122,8 +120,7 @@ class Options:
     )
     norm_reach: float = option(
         2.0,
-        "standard deviation, in windows, of the Gaussian weights by which windows share their "
-        "normalisation statistics; 0: not shared",
+        "radius, in windows, in which normalisation statistics are shared; 0: not shared",
         low=0.0,
         high=math.inf,
     )
