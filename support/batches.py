@@ -65,8 +65,9 @@ def steps_in_epoch(count, batch_size):
     """The number of batches that `count` images give each process in an epoch."""
     world = world_size()
     if count < batch_size * world:
-        what = f"--batch-size {batch_size} in {world} process(es)"
-        raise UserError(f"{what}: more than {count} training images: lower it")
+        each = f" x {world} processes" if world > 1 else ""
+        more = f"more than {count} training images: lower it"
+        raise UserError(f"--batch-size {batch_size}{each}: {more}")
     return count // (batch_size * world)
 
 

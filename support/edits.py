@@ -15,20 +15,20 @@ class PhotoEdit:
 
     photo       its Raster
     lc          Raster of the land cover after the edit, without the strokes
-    first       Raster of the land cover before it; None: lc
+    first       Raster of the land cover before it: by default lc
     strokes     rectangles of a class, [(index, top, left, bottom, right), ...]
     has_before  whether the land cover before is given, so that only its changes are generated
-    window      (height, width) of a window, in pixels; None: the whole photograph
+    window      (height, width) of a window, in pixels, which may be the whole photograph
     border      width of the ramp around an edit, into the photograph: 12 pixels in 256
     whole       everything is generated, and nothing of the photograph is kept
     """
 
     def __init__(self, cfg, photo, lc, first=None, strokes=()):
-        self.cfg, self.photo, self.lc, self.first, self.strokes = cfg, photo, lc, first, strokes
-        self.has_before = bool(first or strokes)
+        self.cfg, self.photo, self.lc, self.strokes = cfg, photo, lc, strokes
+        self.has_before, self.first = bool(first or strokes), first or lc
         self.size = photo.height, photo.width
-        self.window = window_of(cfg, photo)
-        self.border = max(1, round(12 * min(self.window or self.size) / 256))
+        self.window = window_of(cfg, photo) or self.size
+        self.border = max(1, round(12 * min(self.window) / 256))
         self.whole = not (self.has_before and cfg.keep_outside)
 
     def after(self, top, left, height, width):
@@ -41,8 +41,7 @@ class PhotoEdit:
 
     def before(self, top, left, height, width):
         """A window of the land cover before the edit, mirrored at the edges."""
-        labels = (self.first or self.lc).read(top, left, height, width)
-        return mirrored(labels, height, width)
+        return mirrored(self.first.read(top, left, height, width), height, width)
 
     def changed(self, *window):
         """Where the land cover of a window (top, left, height, width) becomes another: bool.
@@ -62,8 +61,6 @@ class PhotoEdit:
         """
         if self.whole:
             return [(0, 0, *self.size)]
-        if not self.window:
-            return [(0, 0, *self.size)] if self.changed(0, 0, *self.size).any() else []
         regions = {}  # region: the box of its changes
         for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)

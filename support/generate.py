@@ -64,8 +64,9 @@ def missing(cfg, names, inputs):
     return set(names) - set(kept)
 
 
-def print_windows(cfg, raster, window):
-    """Prints the windows (height, width) by which a raster is generated."""
+def print_windows(cfg, raster):
+    """Prints the windows by which a raster is generated."""
+    window = window_of(cfg, raster)
     how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
@@ -110,7 +111,7 @@ def needs_tiff(cfg, side):
 def _translate(cfg, raster, predict, net, out, to_labels):
     """Translates one Raster into a file: a picture, or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
-    print_windows(cfg, raster, window)
+    print_windows(cfg, raster)
     print_other_units(raster)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
@@ -180,9 +181,9 @@ def edit_file(cfg, predict, net=None):
     if cfg.samples > 1:
         suffix = Path(names[0]).suffix
         names = [f"{path.stem}_{k}{suffix}" for k in range(1, cfg.samples + 1)]
-    inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
+    inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first)]
     new = missing(cfg, [*names, sheet], inputs)
-    print_windows(cfg, edit.photo, edit.window)
+    print_windows(cfg, edit.photo)
     if not edit.has_before:
         print("everything is generated: --lc-before FILE limits it to changes", file=sys.stderr)
     if not regions:

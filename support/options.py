@@ -256,7 +256,7 @@ def _argument(field):
 
 def _check_value(name, value, about):
     """Refuses a value that was typed but is empty, out of bounds, or no file."""
-    if value in ("", [""]):
+    if "" in (value if isinstance(value, list) else [value]):
         raise UserError(f"{name} is empty: pass a value, or leave it out")
     if about.get("file") and not Path(value).is_file():
         raise UserError(f"{name} {value}: no such file")
