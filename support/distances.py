@@ -19,12 +19,13 @@ class Distances:
 
     def __init__(self, device, paired, features=2048):
         try:
-            from torchmetrics.image import fid, kid, lpip
+            from torchmetrics.image.fid import FrechetInceptionDistance
+            from torchmetrics.image.kid import KernelInceptionDistance
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            self.fid = fid.FrechetInceptionDistance(features).to(device)
-            inception = self.fid.inception
-            self.kid = kid.KernelInceptionDistance(inception, subset_size=SUBSET).to(device)
-            self.lpips = lpip.LearnedPerceptualImagePatchSimilarity().to(device) if paired else None
+            self.fid = FrechetInceptionDistance(features).to(device)
+            self.kid = KernelInceptionDistance(self.fid.inception, subset_size=SUBSET).to(device)
+            self.lpips = LearnedPerceptualImagePatchSimilarity().to(device) if paired else None
         except ImportError:
             raise UserError("--fid needs torchmetrics: pip install torchmetrics[image]") from None
         except OSError as error:
