@@ -219,12 +219,11 @@ class Run:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.print(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         waited = time.monotonic() - self.drawn_at > self.seconds
-        if not of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
-            return
-        self.save(state)
-        self._keep()
-        self._draw(columns)
-        self.drawn_at = time.monotonic()
+        if of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
+            self.save(state)
+            self._keep()
+            self._draw(columns)
+            self.drawn_at = time.monotonic()
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
