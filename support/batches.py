@@ -31,11 +31,11 @@ class Loader:
     """
 
     def __init__(self, array, device, share=0.4):
-        self.device = device
+        self.device, self.images = device, torch.from_numpy(array)
         on_cpu = device.type == "cpu"
         self.resident = on_cpu or array.nbytes < share * torch.cuda.mem_get_info(device)[0]
-        rows = torch.from_numpy(array)
-        self.images = rows.to(device) if self.resident else rows
+        if self.resident:
+            self.images = self.images.to(device)
 
     def __len__(self):
         return len(self.images)
@@ -44,9 +44,9 @@ class Loader:
         """index (steps, B) of rows -> yields lists of B images (C, side, side) on the device."""
         if not self.resident:
             yield from self._prefetched(index)
-            return
-        for rows in index.tolist():
-            yield [self.images[row] for row in rows]
+        else:
+            for rows in index.tolist():
+                yield [self.images[row] for row in rows]
 
     def _prefetched(self, index, ahead=4):
         def gather(rows):

@@ -125,8 +125,6 @@ def begin(config, doc, quick, argv=None):
         cfg = _new_run(cfg)
     if (cfg.judge or cfg.train_judge) and not cfg.classes:
         raise UserError("a judge needs data with land cover: leave --judge and --train-judge out")
-    if cfg.judge and not Path(cfg.judge).is_file():
-        raise UserError(f"--judge {cfg.judge}: no such file: pass its new path")
     if cfg.judge:  # a wrong one is refused before training
         with torch.random.fork_rng([]):
             load_judge(cfg, cfg.judge)
@@ -191,7 +189,7 @@ def _resume(cfg, given):
         raise UserError(f"{path}: the run has {world} processes: {how}")
     fixed = set()
     for name, field in fields.items():
-        may_change = field.metadata.get("may_change", False)
+        may_change = field.metadata.get("may_change")
         if not (may_change(saved) if callable(may_change) else may_change):
             fixed.add(name)
     cfg = _merged(cfg, given, saved, fixed, path)
@@ -204,25 +202,24 @@ def _use(cfg, given):
     """(cfg, checkpoint) of --checkpoint, with the group "use" of the command line."""
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, cfg.script)
-    groups, fixed = {}, set()
+    saved, fixed = dict(checkpoint["config"]), set()
     for group, field in grouped_fields(type(cfg)):
-        groups[field.name] = group
-        if group == "model" or field.metadata.get("fixed"):
+        if group == "use":
+            saved.pop(field.name, None)
+        elif group == "model" or field.metadata.get("fixed"):
             fixed.add(field.name)
-    saved = {k: value for k, value in checkpoint["config"].items() if groups.get(k) != "use"}
     new = _merged(cfg, given, saved, fixed, path)
     folder = path.parent.parent if path.parent.name else Path("..")
     run = folder if path.absolute().parent.name == "checkpoints" else Path("runs") / path.stem
     if cfg.evaluate and not cfg.out and run != folder and (run / "checkpoints").is_dir():
         raise UserError(f"{run} is another run, of the name of {path.name}: pass --out")
     out = cfg.out or (run if cfg.evaluate else run / "generated")
-    new = dataclasses.replace(new, device=cfg.device, resume=False, out=str(out))
-    if not cfg.out:  # the cache of training, also for results in generated/
-        cache = cache_folder(dataclasses.replace(new, out=str(run)))
-        new = dataclasses.replace(new, cache=str(cache))
     window = checkpoint.get("window_B") if new.sides == "BA" else None
-    window = window or checkpoint.get("window", new.patch)
-    return dataclasses.replace(new, window=cfg.window or window), checkpoint
+    changes = {"device": cfg.device, "resume": False, "out": str(out)}
+    changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
+    if not cfg.out:  # the cache of training, also for results in generated/
+        changes["cache"] = str(cache_folder(dataclasses.replace(new, out=str(run))))
+    return dataclasses.replace(new, **changes), checkpoint
 
 
 def _merged(cfg, given, saved, fixed, path):

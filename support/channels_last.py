@@ -12,10 +12,9 @@ class InstanceNorm(nn.InstanceNorm2d):
     """
 
     def forward(self, x):
-        normalised = []
-        for image in x.split(1):
-            normalised.append(F.batch_norm(image, None, None, training=True, eps=self.eps))
-        return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+        images = x.split(1)
+        images = [F.batch_norm(y, None, None, training=True, eps=self.eps) for y in images]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
 
 class ReflectionPad(nn.ReflectionPad2d):

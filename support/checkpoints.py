@@ -52,7 +52,7 @@ RANKS = "buffers of ranks"
 
 
 def buffers_of_ranks(state):
-    """On rank 0 the buffers of the other processes, [{module: {buffer: tensor}}, ...].
+    """The buffers of all processes but the first, [{module: {buffer: tensor}}, ...].
 
     A checkpoint needs them, as only weights and optimizers are the same in all processes.
     """
@@ -60,9 +60,9 @@ def buffers_of_ranks(state):
     for name, module in vars(state).items():
         if isinstance(module, nn.Module) and module.state_dict():  # VGG16 keeps nothing
             own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
-    gathered = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(own, gathered)
-    return gathered[1:] if rank() == 0 else []
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered[1:]
 
 
 def state_dict(state):
@@ -88,30 +88,32 @@ def restore(state, checkpoint, path):
     for name in state_dict(state):
         value = getattr(state, name)
         with refusing(f"{path}: its {name} does not fit this version of the script"):
-            if hasattr(value, "state_dict"):
-                _load_state_dict(value, saved[name])
+            if isinstance(value, torch.optim.Optimizer):
+                _load_optimizer(value, saved[name])
+            elif hasattr(value, "state_dict"):
+                value.load_state_dict(saved[name])
             elif isinstance(value, torch.Tensor):
                 value.copy_(saved[name])
             else:
                 setattr(state, name, saved[name])
-    others = saved.get(RANKS, [])
-    own = others[rank() - 1] if 0 < rank() <= len(others) else {}
+    others = [{}, *saved.get(RANKS, [])]
+    own = others[rank()] if rank() < len(others) else {}
     for name, buffers in own.items():
         module = getattr(state, name)
         if module is not None:  # a discriminator is None in use
             module.load_state_dict(buffers, strict=False)
 
 
-def _load_state_dict(value, saved):
-    """Loads a module's or an optimizer's state, but not its memory format, switches and rate."""
-    groups = [dict(group) for group in getattr(value, "param_groups", [])]
-    value.load_state_dict(saved)
-    for group, own in zip(getattr(value, "param_groups", []), groups, strict=True):
-        group.update({key: own[key] for key in ("lr", "fused", "capturable")})  # see Run.set_lr
-        for parameter in group["params"]:  # fused Adam pairs elements by their memory address
-            for key, moment in value.state[parameter].items():
-                if moment.shape == parameter.shape and moment.stride() != parameter.stride():
-                    value.state[parameter][key] = torch.empty_like(parameter).copy_(moment)
+def _load_optimizer(optimizer, saved):
+    """Loads an optimizer's state, but not its memory format, switches and rate (Run.set_lr)."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: own[key] for key in ("lr", "fused", "capturable")})
+    for parameter, moments in optimizer.state.items():
+        for key, moment in moments.items():  # fused Adam pairs elements by their memory address
+            if moment.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter).copy_(moment)
 
 
 def load_network(module, path, cfg, key, optional=False):

@@ -19,9 +19,9 @@ from support.processes import rank
 
 def start(cfg):
     """Chooses the device, and starts random numbers and, under torchrun, the process group."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cfg.device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is visible here: pass --device cpu")
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and local_rank >= torch.cuda.device_count():
@@ -67,8 +67,7 @@ def recommend_precision(cfg):
     """Prints a remark if a new run on the CPU would be faster in another --precision."""
     if cfg.device != "cpu" or cfg.quick or rank():
         return
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
-    if cfg.precision == "auto" and capabilities.get("amx_bf16"):
+    if cfg.precision == "auto" and torch.cpu.get_capabilities().get("amx_bf16"):
         print_once("this CPU has AMX: training is faster with --precision bf16")
     if cfg.precision == "bf16" and not has_avx512():
         print_once("this CPU has no AVX-512: training is much faster with --precision fp32")

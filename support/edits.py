@@ -15,20 +15,20 @@ class PhotoEdit:
 
     photo       its Raster
     lc          Raster of the land cover after the edit, without the strokes
-    first       Raster of the land cover before it; None: lc
+    first       Raster of the land cover before it: by default lc
     strokes     rectangles of a class, [(index, top, left, bottom, right), ...]
     has_before  whether the land cover before is given, so that only its changes are generated
-    window      (height, width) of a window, in pixels; None: the whole photograph
+    window      (height, width) of a window, in pixels, which may be the whole photograph
     border      width of the ramp around an edit, into the photograph: 12 pixels in 256
     whole       everything is generated, and nothing of the photograph is kept
     """
 
     def __init__(self, cfg, photo, lc, first=None, strokes=()):
-        self.cfg, self.photo, self.lc, self.first, self.strokes = cfg, photo, lc, first, strokes
-        self.has_before = bool(first or strokes)
+        self.cfg, self.photo, self.lc, self.strokes = cfg, photo, lc, strokes
+        self.has_before, self.first = bool(first or strokes), first or lc
         self.size = photo.height, photo.width
-        self.window = window_of(cfg, photo)
-        self.border = max(1, round(12 * min(self.window or self.size) / 256))
+        self.window = window_of(cfg, photo) or self.size
+        self.border = max(1, round(12 * min(self.window) / 256))
         self.whole = not (self.has_before and cfg.keep_outside)
 
     def after(self, top, left, height, width):
@@ -41,8 +41,7 @@ class PhotoEdit:
 
     def before(self, top, left, height, width):
         """A window of the land cover before the edit, mirrored at the edges."""
-        labels = (self.first or self.lc).read(top, left, height, width)
-        return mirrored(labels, height, width)
+        return mirrored(self.first.read(top, left, height, width), height, width)
 
     def changed(self, *window):
         """Where the land cover of a window (top, left, height, width) becomes another: bool.
@@ -62,8 +61,6 @@ class PhotoEdit:
         """
         if self.whole:
             return [(0, 0, *self.size)]
-        if not self.window:
-            return [(0, 0, *self.size)] if self.changed(0, 0, *self.size).any() else []
         regions = {}  # region: the box of its changes
         for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)
@@ -87,9 +84,8 @@ class PhotoEdit:
         """The region to generate around a box of changes."""
         lengths = []
         for length, side, window in zip(box[2:], self.size, self.window, strict=True):
-            margin = window // 4
-            fits = length <= window - margin
-            lengths.append(min(side, window if fits else length + 2 * margin))
+            fits = length <= window - window // 4
+            lengths.append(min(side, window if fits else length + 2 * (window // 4)))
         return centred(box, lengths, self.size)
 
     def generated(self, region, predict, net=None):
@@ -99,8 +95,7 @@ class PhotoEdit:
         def cut(top, left, *sides):
             return self._cut(y + top, x + left, *sides)
 
-        statistics = shared_statistics(self.cfg, net)
-        windows = Windows(cut, predict, size, self.window, statistics)
+        windows = Windows(cut, predict, size, self.window, shared_statistics(self.cfg, net))
         for top, strip in windows.blended(about=self.photo.path.name):
             pixels = values_of(strip, self.photo.limits)
             yield self._feathered(pixels, y + top, x), y + top, x
@@ -135,11 +130,11 @@ def ramp(changed, radius):
     It is the mean, in a square, of `changed` grown by a square of the same size.
     """
     share = torch.from_numpy(changed)[None, None].double()
-    side, around = 2 * radius + 1, {"stride": 1, "padding": (radius, 0)}
-    for how in (F.max_pool2d, F.avg_pool2d):
-        more = {"count_include_pad": False} if how is F.avg_pool2d else {}
-        for _ in range(2):  # along columns, then along rows
-            share = how(share, (side, 1), **around, **more).transpose(2, 3)
+    column, around = (2 * radius + 1, 1), {"stride": 1, "padding": (radius, 0)}
+    for _ in range(2):  # along columns, then along rows
+        share = F.max_pool2d(share, column, **around).transpose(2, 3)
+    for _ in range(2):
+        share = F.avg_pool2d(share, column, **around, count_include_pad=False).transpose(2, 3)
     return share[0, 0].numpy()
 
 

@@ -60,14 +60,14 @@ def missing(cfg, names, inputs):
             raise UserError(f"{out / name} is an input: choose another --out")
     kept = [name for name in names if os.path.lexists(out / name) and not cfg.overwrite]
     if kept:
-        print(
-            f"{len(kept)} result(s) in {out} are kept: --overwrite replaces them", file=sys.stderr
-        )
+        about = f"{len(kept)} result(s) in {out} are kept"
+        print(f"{about}: --overwrite replaces them", file=sys.stderr)
     return set(names) - set(kept)
 
 
-def print_windows(cfg, raster, window):
-    """Prints the windows (height, width) by which a raster is generated."""
+def print_windows(cfg, raster):
+    """Prints the windows by which a raster is generated."""
+    window = window_of(cfg, raster)
     how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
@@ -83,22 +83,20 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     if cfg.serve:
         translations(cfg, predict, net, from_labels, to_labels)
         return
-    given, wanted = cfg.sides
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
-    tiff = not to_labels and needs_tiff(cfg, wanted)
+    tiff = not to_labels and needs_tiff(cfg, cfg.sides[1])
     names = {path: results_of(path, to_labels, tiff) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
     files = [path for path in files if names[path][0] in new]
-    about = {"bands": cfg.bands(given), "limits": Limits.of(cfg, given)}
+    about = {"bands": cfg.bands(cfg.sides[0]), "limits": Limits.of(cfg, cfg.sides[0])}
     for path in files:  # a wrong kind of file is found before anything is generated
         with Raster(path, table, **about):
             pass
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
         with Raster(path, table, **about) as raster:
-            out = Path(cfg.out) / names[path][0]
-            _translate(cfg, raster, predict, net, out, wanted, to_labels)
+            _translate(cfg, raster, predict, net, Path(cfg.out) / names[path][0], to_labels)
     for name, *more in names.values():
         for colours in new.intersection(more if name not in new else ()):  # of a map that is kept
             with Raster(Path(cfg.out) / name, cfg.classes) as labels:
@@ -111,16 +109,17 @@ def needs_tiff(cfg, side):
     return bool(Limits.of(cfg, side)) or cfg.channels(side) not in (1, 3)
 
 
-def _translate(cfg, raster, predict, net, out, side, to_labels):
-    """Translates one Raster into a file: a picture of side "A" or "B", or a label map."""
+def _translate(cfg, raster, predict, net, out, to_labels):
+    """Translates one Raster into a file: a picture, or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
-    print_windows(cfg, raster, window)
+    print_windows(cfg, raster)
     print_other_units(raster)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
-    classes, limits = cfg.classes if to_labels else None, Limits.of(cfg, side)
+    side, classes = cfg.sides[1], cfg.classes if to_labels else None
+    limits = Limits.of(cfg, side)
     with writing(out, raster, classes, cfg.channels(side), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
             put(strip.argmax(0).byte().numpy() if classes else values_of(strip, limits), top)
@@ -157,9 +156,8 @@ def _stroke(text, classes, height, width):
     except ValueError:
         raise UserError(f"--paint {text}: write class:x,y,width,height, in pixels") from None
     if len(meant) != 1:
-        raise UserError(
-            f"--paint {text}: no such class, or several; there are {', '.join(classes.names)}"
-        )
+        known = ", ".join(classes.names)
+        raise UserError(f"--paint {text}: no such class, or several; there are {known}")
     if min(wide, tall, x + wide, y + tall) <= 0 or x >= width or y >= height:
         raise UserError(f"--paint {text}: paints nothing in the image, {width}x{height} pixels")
     return names.index(meant[0]), y, x, y + tall, x + wide
@@ -180,14 +178,13 @@ def edit_file(cfg, predict, net=None):
         return
     edit, out = edit_of_files(cfg), Path(cfg.out)
     path, regions = edit.photo.path, edit.regions()
-    names = results_of(path, tiff=needs_tiff(cfg, "A"))
-    sheet = f"{path.stem}_sheet.png"
+    names, sheet = results_of(path, tiff=needs_tiff(cfg, "A")), f"{path.stem}_sheet.png"
     if cfg.samples > 1:
         suffix = Path(names[0]).suffix
         names = [f"{path.stem}_{k}{suffix}" for k in range(1, cfg.samples + 1)]
-    inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first) if raster]
+    inputs = [raster.path for raster in (edit.photo, edit.lc, edit.first)]
     new = missing(cfg, [*names, sheet], inputs)
-    print_windows(cfg, edit.photo, edit.window)
+    print_windows(cfg, edit.photo)
     if not edit.has_before:
         print("everything is generated: --lc-before FILE limits it to changes", file=sys.stderr)
     if not regions:
@@ -222,13 +219,10 @@ def _pictures(edit, regions, results):
     if edit.has_before:
         pictures["land cover"] = palette[edit.before(*view)]
     pictures["edited land cover"] = palette[edit.after(*view)]
-    for title, path in results.items():
-        written = range(1, edit.cfg.channels("A") + 1)
+    how = {"bands": range(1, edit.cfg.channels("A") + 1), "limits": edit.photo.limits}
+    for title, path in results.items():  # some may have been there before
         another = f"{path}: another picture is there: --overwrite replaces it"
-        with (
-            refusing(another),  # it may have been there before
-            Raster(path, bands=written, limits=edit.photo.limits) as raster,
-        ):
+        with refusing(another), Raster(path, **how) as raster:
             check_pair(edit.photo, raster)
             pictures[title] = eight_bits(raster.read(*view))
     if len(results) > 1:

@@ -66,7 +66,7 @@ def find_judge(cfg, device, of_use=True):
             print_once("no judge is used: it measures photographs of given land cover")
         return None
     path = Path(cfg.judge or Path(cfg.out) / "judge.pt")
-    trained = cfg.judge or path.is_file()
+    trained = bool(cfg.judge) or path.is_file()
     if not cfg.classes or not (trained or cfg.train_judge):
         return None
     if trained:
@@ -81,7 +81,7 @@ def find_judge(cfg, device, of_use=True):
     weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
     judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
     if rank() == 0:
-        print(f"the judge is {path}" + ", which was trained before" * bool(trained))
+        print(f"the judge is {path}" + ", which was trained before" * trained)
     return judge
 
 
@@ -94,8 +94,7 @@ def load_judge(cfg, path):
     for name, own in ours.items():
         theirs = content.get(name, own)
         if theirs != own:
-            shown = theirs if isinstance(theirs, str) else ", ".join(map(str, theirs))
-            raise UserError(f"{path}: a judge of other {name}: {shown or 'those of 8 bits'}")
+            raise UserError(f"{path}: a judge of other {name}: {theirs or 'those of 8 bits'}")
     return judge
 
 

@@ -240,13 +240,14 @@ def write_evaluation(cfg, rows, **about):
     """
     if rank():
         return
-    rows = {title: finite(row) for title, row in rows.items()}
-    path = Path(cfg.out) / "evaluation.json"
-    data = cfg.data or "demo world"
-    about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
-    write_text(path, json.dumps(about | {"rows": rows}, indent=2))
-    print_table(rows)
+    finite = {}
     for title, row in rows.items():
+        finite[title] = {name: value for name, value in row.items() if math.isfinite(value)}
+    path, data = Path(cfg.out) / "evaluation.json", cfg.data or "demo world"
+    about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
+    write_text(path, json.dumps(about | {"rows": finite}, indent=2))
+    print_table(finite)
+    for title, row in finite.items():
         varieties = [value for name, value in row.items() if name.endswith("variety")]
         if title.endswith("model") and min(varieties, default=1) < 0.15:
             share = f"{min(varieties):.1%} of the targets' difference"
@@ -257,19 +258,14 @@ def write_evaluation(cfg, rows, **about):
             write_page(path.parent)
 
 
-def finite(row):
-    """{measure: value} without values that are not finite."""
-    return {name: value for name, value in row.items() if math.isfinite(value)}
-
-
 def print_table(rows):
     """Prints {row: {measure: value}} as text, a column a measure."""
-    widths = {}
-    for row in rows.values():
-        widths |= {name: max(len(name), 7) + 2 for name in row}
+    heads = {name: f"  {name:>7}" for row in rows.values() for name in row}
     titles = max(map(len, rows)) + 2
-    print(" " * titles + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    print(" " * titles + "".join(heads.values()))
     for title, row in rows.items():
-        cells = {name: f"{value:.4f}" for name, value in row.items()}
-        aligned = (f"{cells.get(name, ''):>{width}}" for name, width in widths.items())
-        print(f"{title:<{titles}}" + "".join(aligned))
+        line = title.ljust(titles)
+        for name, head in heads.items():
+            cell = f"{row[name]:.4f}" if name in row else ""
+            line += cell.rjust(len(head))
+        print(line)

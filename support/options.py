@@ -99,19 +99,14 @@ class Options:
         "auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"), may_change=True
     )
     precision: str = option(
-        "auto",
-        "auto: bf16 networks on CUDA for pictures of 8 bits, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "auto: bf16 on CUDA for 8-bit pictures, else fp32", choices=("auto", "fp32", "bf16")
     )
     graph: bool = option(True, "capture the training step in a CUDA graph", may_change=True)
     checkpoint: str = option("", "the trained model, a .pt file", group="use")
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
-        "",
-        "measure with this judge, a file of --train-judge; none: the run's own",
-        may_change=True,
-        file=True,
+        "", "a judge, a file of --train-judge; none: the run's own", may_change=True, file=True
     )
     train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
     judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)
@@ -125,8 +120,7 @@ class Options:
     )
     norm_reach: float = option(
         2.0,
-        "standard deviation, in windows, of the Gaussian weights by which windows share their "
-        "normalisation statistics; 0: not shared",
+        "radius, in windows, in which normalisation statistics are shared; 0: not shared",
         low=0.0,
         high=math.inf,
     )
@@ -239,9 +233,9 @@ def parse(config, doc, quick, argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         _check_value(flag(name), value, config.__dataclass_fields__[name].metadata)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        given[name] = tuple(value) if isinstance(value, list) else value
     defaults = quick if given.get("quick") else {}
-    return config(**{**defaults, **given}), given
+    return config(**defaults | given), given
 
 
 def _argument(field):
@@ -262,7 +256,7 @@ def _argument(field):
 
 def _check_value(name, value, about):
     """Refuses a value that was typed but is empty, out of bounds, or no file."""
-    if value in ("", [""]):
+    if "" in (value if isinstance(value, list) else [value]):
         raise UserError(f"{name} is empty: pass a value, or leave it out")
     if about.get("file") and not Path(value).is_file():
         raise UserError(f"{name} {value}: no such file")

@@ -12,7 +12,6 @@ from support.files import whole_or_absent, write_text
 
 def read_metrics(path):
     """The rows of a metrics.csv as dicts of text; [] where there is no file."""
-    path = Path(path)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return list(csv.DictReader(text.splitlines()))  # read at once: a run may be writing it
 

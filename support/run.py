@@ -74,45 +74,43 @@ class Run:
     seconds = 180  # between two saves after epochs; within an epoch five times as long
 
     def __init__(self, cfg, checkpoint, data, scores=()):
-        saved = checkpoint or {}
         self.cfg, self.scores, self.out, self.lr = cfg, scores, Path(cfg.out), 0.0
         self.steps_per_epoch = steps_in_epoch(len(data), cfg.batch_size)
         self.images_per_step = cfg.batch_size * world_size()
+        self.fingerprint, saved = fingerprint(data.store, cfg.lc_classes), checkpoint or {}
+        changed = saved.get("fingerprint", self.fingerprint) != self.fingerprint
+        if changed:  # the epoch starts again
+            saved = {name: saved.get(name) for name in ("epoch", "step", "id")}
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
         self.of_row, self.of_epoch = Means(saved.get("of_row")), Means(saved.get("of_epoch"))
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
-        self.fingerprint = fingerprint(data.store, cfg.lc_classes)
-        others = saved.get("fingerprint", self.fingerprint) != self.fingerprint
-        known = {} if others else saved
-        self.histograms = known.get("histograms") or data.store.histograms()
-        windows = [known.get("window"), known.get("window_B")] if known else data.store.windows()
-        self.window, self.window_B = windows
+        self.histograms = saved.get("histograms") or data.store.histograms()
+        windows = saved.get("window"), saved.get("window_B")
+        self.window, self.window_B = windows if any(windows) else data.store.windows()
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
         self.handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
-        batches = self.epoch * self.steps_per_epoch + (0 if others else self.batch)
-        self.warm, total = self.step + 5, cfg.epochs * self.steps_per_epoch * self.images_per_step
+        done = self.epoch * self.steps_per_epoch + self.batch
         about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
-        self.bar = tqdm(total=total, initial=batches * self.images_per_step, **about)
+        about["total"] = cfg.epochs * self.steps_per_epoch * self.images_per_step
+        self.bar = tqdm(initial=done * self.images_per_step, **about)
+        self.warm = self.step + 5
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
-            self._prepare_folder(saved)
-        if others:
-            if self.epoch < cfg.epochs:
-                self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
-            self.batch, self.of_row, self.of_epoch = 0, Means(), Means()
+            self._prepare_folder(checkpoint or {})
+        if changed and self.epoch < cfg.epochs:
+            self.print(f"the images have changed: epoch {self.epoch + 1} starts again")
 
     def _prepare_folder(self, saved):
-        """Makes the folders, removes a killed process's unfinished files, and cuts metrics.csv."""
+        """Removes a killed process's unfinished files, writes config.json, cuts metrics.csv."""
         for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
-            folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"{UNFINISHED}*"):
                 path.unlink()
         write_config(self.cfg)
         cut_metrics(self.metrics, saved.get("metrics_bytes", 0))
-        if saved:
-            self._keep()
-        else:
+        if not saved:
             recommend_precision(self.cfg)
+        elif self.epoch and not saved.get("batch"):  # a kill may have prevented the copy
+            self._keep()
         self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
         done = ": all epochs are done" if self.epoch >= self.cfg.epochs else ""
         self.print(f"run folder {self.out}{done}")
@@ -157,17 +155,16 @@ class Run:
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
         if self.step == self.warm:  # the estimate of time left excludes a CUDA graph's capture
+            done = self.bar.n
             self.bar.reset()
-            batches = self.epoch * self.steps_per_epoch + self.batch
-            self.bar.n = self.bar.initial = batches * self.images_per_step
+            self.bar.n = self.bar.initial = done
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # of equally many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores
         number, overdue = self.must_save()
-        if not number and not overdue:
-            return
-        self.save(state)
-        self._draw({})
+        if number or overdue:
+            self.save(state)
+            self._draw({})
         if number:
             self._stop(number)
 
@@ -222,12 +219,11 @@ class Run:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.print(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         waited = time.monotonic() - self.drawn_at > self.seconds
-        if not of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
-            return
-        self.save(state)
-        self._keep()
-        self._draw(columns)
-        self.drawn_at = time.monotonic()
+        if of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):
+            self.save(state)
+            self._keep()
+            self._draw(columns)
+            self.drawn_at = time.monotonic()
 
     def save(self, state):
         """Writes checkpoints/last.pt, unless a weight is not finite: then the old one stays."""
@@ -253,11 +249,10 @@ class Run:
         return self.cfg.save_every > 0 and self.epoch % self.cfg.save_every == 0
 
     def _keep(self):
-        """Copies last.pt, just written, if it ends an epoch that --save-every keeps."""
-        if rank() or self.batch or not self.epoch or not self._is_kept():
-            return
-        with whole_or_absent(self.last.with_name(f"epoch_{self.epoch:04}.pt")) as aside:
-            shutil.copy(self.last, aside)
+        """Copies last.pt, which ends an epoch, if --save-every keeps it."""
+        if self._is_kept() and not rank():
+            with whole_or_absent(self.last.with_name(f"epoch_{self.epoch:04}.pt")) as aside:
+                shutil.copy(self.last, aside)
 
     def _draw(self, columns):
         """Draws the sample grid, losses.png and index.html, which no run needs."""

@@ -45,9 +45,8 @@ class SharedStatistics:
 
     def __init__(self, net, reach):
         kinds = nn.InstanceNorm2d, nn.BatchNorm2d
-        self.layers = [module for module in net.modules() if isinstance(module, kinds)]
+        self.moments = {layer: [] for layer in net.modules() if isinstance(layer, kinds)}
         self.reach, self.positions = max(reach, 1e-3), []
-        self.moments = {layer: [] for layer in self.layers}
 
     def some(self, windows):
         """The windows of a side to note: about one in each reach.
@@ -65,12 +64,10 @@ class SharedStatistics:
             variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
             self.moments[layer].append(torch.stack([mean, variance]))
 
-        hooks = [layer.register_forward_pre_hook(keep) for layer in self.layers]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self.moments:
+                hooks.enter_context(layer.register_forward_pre_hook(keep))
             predict(tile[None])
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.positions.append(position)
 
     @contextlib.contextmanager
@@ -79,11 +76,11 @@ class SharedStatistics:
         apart = torch.tensor(positions)[:, None] - torch.tensor(self.positions)[None]  # (B, N, 2)
         weights = torch.softmax(-(apart / self.reach).square().sum(-1) / 2, 1)
         try:
-            for layer in self.layers:
+            for layer in self.moments:
                 layer.forward = self._forward(layer, weights)
             yield
         finally:
-            for layer in self.layers:
+            for layer in self.moments:
                 del layer.forward
 
     def _forward(self, layer, weights):
@@ -95,8 +92,7 @@ class SharedStatistics:
         affine = layer.weight, layer.bias
 
         def forward(x):
-            images = x.split(1)
-            images = [F.batch_norm(x, *next(moments), *affine, eps=layer.eps) for x in images]
+            images = [F.batch_norm(y, *next(moments), *affine, eps=layer.eps) for y in x.split(1)]
             return torch.cat(images)
 
         return forward
@@ -122,19 +118,17 @@ class Windows:
         if self.statistics:
             for corner in tqdm(self._noted(), "statistics", leave=False, disable=None):
                 tile = torch.from_numpy(cut(*corner, *self.sides))
-                self.statistics.note(self._position(corner), predict, tile)
+                self.statistics.note(self._positions([corner])[0], predict, tile)
 
     def predicted(self, corners):
         """Generates the windows at corners (top, left): (B, C, *sides) float32, on the CPU."""
         windows = np.stack([self.cut(*corner, *self.sides) for corner in corners])
-        shared = contextlib.nullcontext()
-        if self.statistics:
-            shared = self.statistics.around([self._position(corner) for corner in corners])
-        with shared:
+        shared = self.statistics and self.statistics.around(self._positions(corners))
+        with shared or contextlib.nullcontext():
             fakes = self.predict(torch.from_numpy(windows)).float().cpu()
-        if fakes.shape[2:] != self.sides:
-            fakes = F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
-        return fakes
+        if fakes.shape[2:] == self.sides:
+            return fakes
+        return F.interpolate(fakes, self.sides, mode="bicubic", antialias=True)
 
     def blended(self, rows=None, about=""):
         """Yields (top, pixels (C, strip, width) float32), with a row of windows in memory."""
@@ -176,9 +170,9 @@ class Windows:
                 return noted[: self.statistics.most**2]
         return [(0, 0)]
 
-    def _position(self, corner):
-        """A corner (top, left), counted in windows."""
-        return corner[0] / self.sides[0], corner[1] / self.sides[1]
+    def _positions(self, corners):
+        """Corners (top, left), counted in windows."""
+        return [(top / self.sides[0], left / self.sides[1]) for top, left in corners]
 
 
 def sides_of(cfg):
