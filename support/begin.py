@@ -125,6 +125,8 @@ def begin(config, doc, quick, argv=None):
         cfg = _new_run(cfg)
     if (cfg.judge or cfg.train_judge) and not cfg.classes:
         raise UserError("a judge needs data with land cover: leave --judge and --train-judge out")
+    if cfg.judge and not Path(cfg.judge).is_file():
+        raise UserError(f"--judge {cfg.judge}: no such file: pass its new path")
     if cfg.judge:  # a wrong one is refused before training
         with torch.random.fork_rng([]):
             load_judge(cfg, cfg.judge)

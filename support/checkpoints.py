@@ -52,7 +52,7 @@ RANKS = "buffers of ranks"
 
 
 def buffers_of_ranks(state):
-    """The buffers of all processes but the first, [{module: {buffer: tensor}}, ...].
+    """On rank 0 the buffers of the other processes, [{module: {buffer: tensor}}, ...].
 
     A checkpoint needs them, as only weights and optimizers are the same in all processes.
     """
@@ -60,9 +60,9 @@ def buffers_of_ranks(state):
     for name, module in vars(state).items():
         if isinstance(module, nn.Module) and module.state_dict():  # VGG16 keeps nothing
             own[name] = {key: buffer.cpu() for key, buffer in module.named_buffers()}
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered[1:]
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(own, gathered)
+    return gathered[1:] if rank() == 0 else []
 
 
 def state_dict(state):

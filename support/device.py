@@ -67,7 +67,8 @@ def recommend_precision(cfg):
     """Prints a remark if a new run on the CPU would be faster in another --precision."""
     if cfg.device != "cpu" or cfg.quick or rank():
         return
-    if cfg.precision == "auto" and torch.cpu.get_capabilities().get("amx_bf16"):
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
+    if cfg.precision == "auto" and capabilities.get("amx_bf16"):
         print_once("this CPU has AMX: training is faster with --precision bf16")
     if cfg.precision == "bf16" and not has_avx512():
         print_once("this CPU has no AVX-512: training is much faster with --precision fp32")

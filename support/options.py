@@ -120,7 +120,8 @@ class Options:
     )
     norm_reach: float = option(
         2.0,
-        "radius, in windows, in which normalisation statistics are shared; 0: not shared",
+        "standard deviation, in windows, of the Gaussian weights by which windows share their "
+        "normalisation statistics; 0: not shared",
         low=0.0,
         high=math.inf,
     )

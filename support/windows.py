@@ -167,7 +167,7 @@ class Windows:
             corners = [(top, left) for top, _ in rows for left, _ in columns]
             noted = [corner for corner in corners if self._has_data(*corner)]
             if noted:
-                return noted[: self.statistics.most**2]
+                return some_of(noted, self.statistics.most**2)
         return [(0, 0)]
 
     def _positions(self, corners):

@@ -127,7 +127,7 @@ CASES = {
     "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
     "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of mixlc.py",
     "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
-    "pix2pix --generate= --checkpoint model.pt": "--generate is empty",
+    "pix2pix --generate photo.png --generate= --checkpoint model.pt": "--generate is empty",
     "pix2pix --out kept": "--out kept has a run: --resume continues it",
     "pix2pix --evaluate --checkpoint code.pt": "code.pt: not a checkpoint, or a damaged one",
     "pix2pix --patch 99": "--patch 99: every image of split train is smaller",

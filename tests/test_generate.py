@@ -284,6 +284,20 @@ def test_statistics_are_noted_all_over_a_raster():
     assert shared.reach == 0.75 * 12 / 4
 
 
+def test_statistics_are_noted_all_over_the_windows_with_data():
+    """Of 5 x 12 windows those that would be noted have none: 16 of the other 40."""
+    net, windows = nn.InstanceNorm2d(3), np.zeros((3, 16, 16), np.uint8)
+    shared, size = SharedStatistics(net, 0.5), (4 * 12 + 16, 11 * 24 + 32)
+    shared.most = 4
+
+    def valid(top, left, height, width):
+        return np.full((height, width), left // 24 % 3 > 0)
+
+    Windows(lambda *_: windows, lambda x: net(x.float()), size, (16, 32), shared, valid)
+    rows = {row for row, _ in shared.positions}
+    assert len(shared.positions) == 16 and rows == {0, 0.75, 1.5, 2.25, 3}
+
+
 @pytest.mark.parametrize("kind", ["picture", "edit"])
 def test_the_reach_of_the_command_line_counts(tmp_path, kind, monkeypatch):
     seen, net = [], nn.InstanceNorm2d(3)

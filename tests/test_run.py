@@ -428,11 +428,11 @@ def test_each_process_gets_its_own_buffers(monkeypatch):
     state.stalled_epochs = 7
     others = [{"G": {"running_mean": torch.tensor([float(k)])}, "D": {}} for k in (1, 2)]
 
-    def gather(gathered, own):
+    def gather(own, gathered):
         assert list(own) == ["G"]
         gathered[:] = [own, *others]
 
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "gather_object", gather)
     as_rank(monkeypatch, 0, 3)
     saved, means = {"state": state_dict(state) | {RANKS: buffers_of_ranks(state)}}, []
     saved = copy.deepcopy(saved)
