@@ -184,6 +184,9 @@ def in_three(*levels):
     return np.dstack([np.array([levels], np.uint8)] * 3)
 
 
+HALF = np.dstack([CLASSES.palette[np.uint8([[1] * 4])], np.uint8([[0, 1, 100, 255]])])
+
+
 def inverted(codes, white=1):
     """Codes of a palette that begins with white, and is filled up with black, or with white."""
     image = Image.fromarray(np.array([codes], np.uint8))
@@ -277,6 +280,7 @@ LABELS = {
     "known in 1.5 %": (TABLE, "x.png", partly(15), 255 * (partly(15)[..., 0] == 7)),
     "known in 0.5 %": (TABLE, "x.png", partly(5), NOTHING),
     "no nearest": (EXACT, "x.png", GREYS, "[90, 200] are not in"),
+    "half transparent": (TABLE, "x.png", HALF, [255, 1, 1, 1]),
 }
 for name in ("x.png", "x.tif"):  # values that a table names decide, else most of the colours
     LABELS |= {

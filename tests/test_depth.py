@@ -95,7 +95,7 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     An image of little contrast is no mistake.
     """
     for k, scale in enumerate((1.0, 1.0, 1e-4, 0.03)):
-        values = noise(64, 64).transpose(1, 2, 0) * 40 * scale
+        values = noise(64, 64) * 40 * scale
         for side in "AB":
             geotiff(tmp_path / "data" / "train" / side / f"{k}.tif", values.astype(np.float32))
     started(tmp_path / "data", tmp_path)
@@ -163,7 +163,7 @@ def test_eight_bits_beside_sixteen_are_as_ever(deep, tmp_path):
     root = tmp_path / "mixed"
     for split in ("train", "val"):
         for path in (deep / split / "B").iterdir():
-            save(root / split / "A" / f"{path.stem}.png", noise(64, 64).transpose(1, 2, 0))
+            save(root / split / "A" / f"{path.stem}.png", noise(64, 64))
             geotiff(root / split / "B" / path.name, bands_of(path))
     store = common.ImageStore(started(root, tmp_path), "train", 64)
     pixels = np.asarray(Image.open(root / "train" / "A" / "0.png"))

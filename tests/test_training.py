@@ -268,6 +268,7 @@ def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, data, tm
         ("pix2pix", {"batch_size": 1}, True),
         ("cyclegan", LABELS, True),
         ("mixlc", {"batch_size": 1}, True),
+        ("mixlc_acgan", {"batch_size": 1}, True),
         ("mixlc_acgan", {"batch_size": 4}, False),
     ],
 )
