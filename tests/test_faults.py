@@ -24,11 +24,10 @@ import common
 import cyclegan
 import mixlc
 import pix2pix
-import support.begin
 import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
-from runs import last, line_of, metrics_of, refused, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, state_of, tiny_run, use
 from support import errors
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
@@ -124,6 +123,8 @@ CASES = {
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
     "pix2pix --evaluate --checkpoint model.pt --generate photo.png": "one at a time",
+    "pix2pix --evaluate --checkpoint model.pt --serve": "one at a time",
+    "pix2pix --generate photo.png --checkpoint model.pt --serve": "one at a time",
     "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
     "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of mixlc.py",
     "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
@@ -583,10 +584,3 @@ def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert cache_folder(pix2pix.Config(out=".")) == tmp_path / "cache"
-
-
-@pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
-def test_two_uses_at_once_are_refused(two):
-    asked = {name: ("x",) if name == "generate" else True for name in two.split()}
-    with refused("one at a time"):
-        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked), {})

@@ -19,7 +19,7 @@ from support.classes import ClassTable
 from support.demo import demo_world
 from support.generate import _stroke
 from support.pictures import to_bytes
-from tensors import CPU, batch_of, calls_of, inputs_of, open_data, tiny
+from tensors import CPU, batch_of, calls_of, inputs_of, open_data, same, tiny
 
 TINY = tiny("mixlc")[1]
 
@@ -246,6 +246,12 @@ def test_samples_differ_and_one_seed_repeats(script, landcover, tmp_path):
     spread = np.std([a[name] for name in sorted(samples)], 0).mean(-1, keepdims=True)
     assert spread[16:64, 16:64].max() > 0 == spread[:10].max()  # outside, the photograph is kept
     assert set(generate("one")) == {"photo", "photo_sheet"}
+
+
+@each_edit_script
+def test_edits_that_are_measured_do_not_follow_the_seed(script, landcover, cache):
+    edits = [open_data(script, landcover, cache, seed=k).in_order(np.arange(4)) for k in (0, 5)]
+    assert same(*(list(next(batches)) for batches in edits))
 
 
 @each_edit_script

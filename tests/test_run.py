@@ -26,10 +26,10 @@ import common
 import pix2pix
 import support.begin
 import support.run
-from files import picture, pixels_of, save, vgg_file
+from files import picture, pictures_in, pixels_of, save, vgg_file
 from forks import forked
 from pix2pix import Config, main
-from runs import last, line_of, metrics_of, refused, rows_of, state_of, stop_after, tiny_run, use
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import (
     RANKS,
     buffers_of_ranks,
@@ -77,14 +77,6 @@ def test_run_folder(done, pairs):
     assert list(report["rows"]) == ["model", *baselines]
     measures = "psnr ssim rmse rmse_rgb accuracy_5 accuracy_10 variety"
     assert list(report["rows"]["model"]) == measures.split()
-
-
-def test_rows_of_an_epoch_average_as_many_steps(pairs, tmp_path):
-    """Else curves zigzag at the ends of epochs. Six steps an epoch, a row for four at most."""
-    train(pairs, tmp_path / "run", "--epochs 2 --batch-size 1 --log-every 4")
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["3", "6", "9", "12"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, monkeypatch):
@@ -143,9 +135,11 @@ def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
     assert run.must_save() == [15, 15]
 
 
-def test_a_signal_during_the_last_validation_stops_before_the_report(pairs, tmp_path, monkeypatch):
-    """A resume writes the report."""
-    honest = common.Run.end_epoch
+def test_a_signal_during_the_last_validation_stops_before_the_report(
+    pairs, tmp_path, monkeypatch, capsys
+):
+    """A resume writes it."""
+    honest, run = common.Run.end_epoch, tmp_path / "run"
 
     def end_epoch(run, *more):
         honest(run, *more)
@@ -155,11 +149,12 @@ def test_a_signal_during_the_last_validation_stops_before_the_report(pairs, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "end_epoch", end_epoch)
         with pytest.raises(SystemExit) as stopped:
-            train(pairs, tmp_path / "run", "--epochs 2")
+            train(pairs, run, "--epochs 2")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert not (tmp_path / "run" / "evaluation.json").exists()
-    main(["--resume", "--out", str(tmp_path / "run")])
-    assert rows_of(tmp_path / "run")["model"]
+    assert f"step 6: continue with --resume --out {run}\n" in capsys.readouterr().err
+    assert not (run / "evaluation.json").exists()
+    main(["--resume", "--out", str(run)])
+    assert rows_of(run)["model"]
 
 
 def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
@@ -224,15 +219,21 @@ def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_a_run_prints(pairs, tmp_path, monkeypatch, capsys):
-    """The bar goes on after its estimate of the time left has begun anew."""
-    closed = calls_of(monkeypatch, common.Run, "close")
-    train(pairs, tmp_path / "run", "--epochs 1 --batch-size 1 --save-every 0")
-    said, ((run,),) = capsys.readouterr().err, closed
-    assert "epoch 1/1: g_total" in said and "squeezed" not in said and "is read" not in said
-    assert run.bar.n == run.bar.total == 6
-    main(f"--resume --out {tmp_path}/run".split())
-    assert f"run folder {tmp_path}/run: all epochs are done" in capsys.readouterr().err
+def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch, capsys):
+    """Rows average as many steps, else curves zigzag at the ends of epochs: six, a row for four.
+
+    The bar goes on after its estimate of the time left has begun anew.
+    """
+    closed, run = calls_of(monkeypatch, common.Run, "close"), tmp_path / "run"
+    train(pairs, run, "--epochs 2 --batch-size 1 --log-every 4 --save-every 0")
+    assert [row["step"] for row in metrics_of(run)] == ["3", "6", "9", "12"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    said, ((closing,),) = capsys.readouterr().err, closed
+    assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
+    assert closing.bar.n == closing.bar.total == 12
+    main(f"--resume --out {run}".split())
+    assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -341,15 +342,18 @@ def test_rows_and_the_plateau_follow_the_losses_of_training(pairs, tmp_path, mon
     assert followed[2:] == pytest.approx([np.mean(losses)])
 
 
-def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
+FULL = OSError(28, "No space left on device"), RuntimeError("[enforce fail] . unexpected pos 64")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error", "text"),
+    [(os, "fsync", FULL[0], "No space left"), (torch, "save", FULL[1], "is the disk full")],
+)
+def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch, module, name, error, text):
     path = tmp_path / "x.pt"
     save_checkpoint(path, {"a": 1})
-
-    def breaks(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", breaks)
-    with refused("No space left"):
+    monkeypatch.setattr(module, name, mock.Mock(side_effect=error))
+    with refused(f"x.pt.*{text}"):
         save_checkpoint(path, {"a": 2})
     assert state_of(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
@@ -504,13 +508,6 @@ def test_generate_keeps_names_and_sizes(done, tmp_path):
     assert found == sizes | {"d.png": (70, 70)}
 
 
-def test_generate_from_label_maps(landcover, tmp_path):
-    train(landcover, tmp_path / "run", "--epochs 1")
-    main(use(tmp_path / "run", f"--generate {landcover}/val/lc", f"--out {tmp_path}/out"))
-    assert Image.open(tmp_path / "out" / "0.png").size == (80, 80)
-    assert "mean_iou" not in rows_of(tmp_path / "run")["model"]  # the target is the photograph
-
-
 def test_options_of_use_are_those_of_the_call(done, tmp_path):
     """Whatever the run was told; the model's own are the checkpoint's."""
     content = last(done)
@@ -629,21 +626,12 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
 
 
-def test_a_run_that_is_stopped_has_its_page(pairs, tmp_path, monkeypatch, capsys):
-    stop_after(monkeypatch, 2)
-    with pytest.raises(SystemExit):
-        train(pairs, tmp_path / "run")
-    assert f"step 2: continue with --resume --out {tmp_path}/run\n" in capsys.readouterr().err
-    assert all((tmp_path / "run" / name).is_file() for name in ("index.html", "losses.png"))
-
-
 def test_a_fingerprint_has_the_names_of_b(tmp_path):
-    rng, found = np.random.default_rng(5), []
-    for name in ("trainA/0", "trainB/0", "testA/0", "testB/0", "testB/1"):
-        save(tmp_path / f"{name}.png", picture(rng, 64, 64))
-        if "testB" in name:
-            store = open_data("cyclegan", tmp_path, tmp_path / "cache").store
-            found.append(support.run.fingerprint(store, ""))
+    found = []
+    for names in ("trainA/0.png trainB/0.png testA/0.png testB/0.png", "testB/1.png"):
+        pictures_in(tmp_path, names)
+        store = open_data("cyclegan", tmp_path, tmp_path / "cache").store
+        found.append(support.run.fingerprint(store, ""))
     assert found[0] != found[1]
 
 
@@ -667,12 +655,3 @@ def test_the_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
     support.run.write_config(tiny("pix2pix", out=str(tmp_path))[1])
     assert str(Path(support.run.__file__).parent) in called[0][0]
     assert json.loads((tmp_path / "config.json").read_text())["git_commit"] == "abc"
-
-
-def test_a_full_disk_that_pytorch_finds_is_one_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(torch, "save", full)
-    with refused("x.pt: cannot be written .*is the disk full"):
-        save_checkpoint(tmp_path / "x.pt", {})

@@ -338,6 +338,7 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             main(tiny_run(script, data[script], out, RUNS[script]))
     assert last(out)["batch"] == int(batch)
+    assert (out / "index.html").is_file() and (out / "losses.png").is_file()
     main(f"--resume --out {out}".split())
     half = len(seeds) // 2
     assert seeds == [(0, epoch, k) for epoch in (0, 1) for k in range(half)]  # one for each step
