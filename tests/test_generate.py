@@ -292,7 +292,7 @@ def test_the_reach_of_the_command_line_counts(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(support.generate, "Windows", spy)
     monkeypatch.setattr(support.edits, "Windows", spy)
     for options in ({"norm_reach": 0.0}, {"norm_reach": 3.0}, {}):
-        cfg, _ = edit(tmp_path, "water:0,0,300,200", **options)
+        cfg, _ = edit(tmp_path, "water:0,0,60,60", shape=(80, 90), **options)
         use_net(kind, dataclasses.replace(cfg, overwrite=True), net)
     assert seen == [0, 3.0, 2.0]
 

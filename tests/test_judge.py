@@ -20,7 +20,7 @@ from support.judge import Judge, train_judge
 from support.pictures import filled
 from tensors import CPU, calls_of, pictures, same
 
-CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
+CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=4, lc_classes=json.dumps(TABLE))
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
 
     judge.register_forward_pre_hook(look)
     paths = {"data": str(data), "out": str(tmp_path / "run")}
-    train_judge(judge, dataclasses.replace(CFG, judge_epochs=30, **paths), CPU)
-    assert 96 < len(seen) <= 24 * 8  # two flips alone give 24 * 4
-    assert len(averaged) == 30  # a step an epoch
-    few = dataclasses.replace(CFG, judge_epochs=2, max_images=5, **paths)
-    train_judge(Judge(3, width=2), few, CPU)
-    assert len(averaged) == 32
+    cfg = dataclasses.replace(CFG, judge_epochs=40, max_images=5, **paths)
+    train_judge(judge, cfg, CPU)
+    assert 20 < len(seen) <= 5 * 8  # two flips alone give 5 * 4
+    all_images = dataclasses.replace(CFG, judge_epochs=1, **paths)
+    train_judge(Judge(3, width=2), all_images, CPU)
+    assert len(averaged) == 40 + 1  # a step an epoch, of 5 images, and of 16 of 24
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
@@ -121,7 +121,7 @@ JUDGED_ROWS = {
 )
 def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, measure, noise):
     """The baseline that sees the land cover, where that is all there is to see; and the judge."""
-    run, judged = tmp_path / "run", "--train-judge --judge-epochs 6" * (script in JUDGED_ROWS)
+    run, judged = tmp_path / "run", "--train-judge --judge-epochs 4" * (script in JUDGED_ROWS)
     more = f"--width 2 --batch-size 8 --epochs 1 {judged}"
     importlib.import_module(script).main(tiny_run(script, data, run, more))
     rows = rows_of(run)

@@ -229,7 +229,7 @@ def test_training_lowers_the_local_loss(tmp_path):
 @each_edit_script
 def test_samples_differ_and_one_seed_repeats(script, landcover, tmp_path):
     main = importlib.import_module(script).main
-    main(tiny_run(script, landcover, tmp_path / "run", "--epochs 2 --lr 0.02"))
+    main(tiny_run(script, landcover, tmp_path / "run", "--epochs 1 --lr 0.05"))
     save(tmp_path / "photo.png", picture(np.random.default_rng(9), 80, 100))
     save(tmp_path / "lc.png", np.zeros((80, 100), np.uint8))
     edit = f"--generate {tmp_path}/photo.png --lc {tmp_path}/lc.png --paint water:20,20,40,40"

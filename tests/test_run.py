@@ -112,7 +112,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     monkeypatch.setattr(common.Run, "must_save", lambda run: (0, False))  # that is tested below
     saved, honest, run = [], common.Run.save, tmp_path / "run"
     monkeypatch.setattr(common.Run, "save", lambda r, s: saved.append(r.epoch) or honest(r, s))
-    train(pairs, run, "--epochs 5 --save-every 4")
+    train(pairs, run, "--epochs 5 --save-every 4 --max-images 2")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == [f"epoch_{k:04}.png" for k in grids] and saved == grids
     assert Config().save_every == 10  # as docs/use.md has it
@@ -304,7 +304,7 @@ def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
         end_step(run, state, losses)
         assert not run.of_epoch.sums.requires_grad  # or every step's graph would stay in memory
 
-    long, runs = "--epochs 2 --save-every 1 --batch-size 1 --schedule plateau", tmp_path / "run"
+    long, runs = "--epochs 1 --save-every 1 --batch-size 1 --schedule plateau", tmp_path / "run"
     train(pairs, tmp_path / "whole", long)
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "end_step", train_till_the_power_goes)
@@ -337,7 +337,7 @@ def test_rows_and_the_plateau_follow_the_losses_of_training(pairs, tmp_path, mon
     assert [float(row["g_l1"]) for row in metrics_of(tmp_path / "run")] == pytest.approx(means)
     losses.clear()
     vgg_file(tmp_path / "vgg.pth")
-    more = f"--epochs 1 --schedule plateau --content vgg --vgg16 {tmp_path}/vgg.pth"
+    more = f"--epochs 1 --schedule plateau --content vgg --vgg16 {tmp_path}/vgg.pth --max-images 2"
     train(pairs, tmp_path / "vgg", more)
     assert followed[2:] == pytest.approx([np.mean(losses)])
 
