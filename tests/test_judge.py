@@ -152,7 +152,9 @@ def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path,
     root, more = (data, "--direction AtoB") if script == "pix2pix" else (tmp_path / "data", "")
     words = f"--epochs 1 --max-images 4 {JUDGED} {more}"
     importlib.import_module(script).main(tiny_run(script, root, tmp_path / "run", words))
-    measures = {name for row in rows_of(tmp_path / "run").values() for name in row}
+    rows = rows_of(tmp_path / "run")
+    assert "mean colour of the class" not in rows  # of maps it would see the target
+    measures = {name for row in rows.values() for name in row}
     assert measures and not any(name.startswith("judge_") for name in measures)
     assert not (tmp_path / "run" / "judge.pt").exists()
     assert "no judge is used" in capsys.readouterr().err

@@ -31,13 +31,6 @@ def test_every_table_is_on_a_page():
     }
 
 
-def test_the_readme_is_short():
-    text = (ROOT / "README.md").read_text()
-    table = "<!-- scripts -->.*?<!-- end -->"  # a row for each
-    text = re.sub(table, "", text, flags=re.DOTALL)
-    assert len(text.split()) <= 1330 and len(text.splitlines()) <= 160
-
-
 def test_results_name_no_machine():
     for path in (*DOCS.rglob("*.json"), *(ROOT / "bench").rglob("*.json")):
         text = path.read_text()

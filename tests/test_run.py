@@ -30,13 +30,7 @@ from files import picture, pictures_in, pixels_of, save, vgg_file
 from forks import forked
 from pix2pix import Config, main
 from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
-from support.checkpoints import (
-    RANKS,
-    buffers_of_ranks,
-    load_weights,
-    save_checkpoint,
-    state_dict,
-)
+from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
 from support.errors import refusing
 from support.options import parse
@@ -95,11 +89,14 @@ def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, m
 
 
 def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
+    """Input, fake, target; the second row is of the second validation image."""
     first, second = (pixels_of(done / "samples" / f"epoch_000{k}.png") for k in (1, 2))
     assert first.shape == (16 + 3 * 68, 4 + 3 * 68, 3) and (first != second).any()
-    target = Image.open(pairs / "val" / "1.png").crop((0, 0, 80, 80)).resize((64, 64), 3)
+    both = Image.open(pairs / "val" / "1.png")
+    target, given = (both.crop((x, 0, x + 80, 80)).resize((64, 64), 3) for x in (0, 80))
     for sheet in (first, second):
         assert sheet[:16].min() < 128  # titles
+        assert (sheet[84 : 84 + 64, 4 : 4 + 64] == np.asarray(given)).all()
         assert (sheet[84 : 84 + 64, 140 : 140 + 64] == np.asarray(target)).all()
 
 
