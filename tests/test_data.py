@@ -463,17 +463,17 @@ def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
             assert (store.B[0, 0] == want).all()
 
 
-@pytest.mark.parametrize("patch", [0, 400])
+@pytest.mark.parametrize("patch", [0, 80])
 def test_a_no_data_value_of_halves_may_be_a_class(tmp_path, patch):
     """As in a mask in a file of its own; another one, and what a mask hides, have no class."""
-    pixels = np.full((400, 800, 3), 90, np.uint8)
-    pixels[:, 400:] = 255 * (np.arange(400) > 99)[:, None]
+    pixels = np.full((80, 160, 3), 90, np.uint8)
+    pixels[:, 80:] = 255 * (np.arange(80) > 19)[:, None]
     for nodata, table, want in ((0, "binary", 0), (255, "binary", 0), (0, json.dumps(INKS), 255)):
         shutil.rmtree(tmp_path / "train", ignore_errors=True)
         geotiff(tmp_path / "train" / "0.tif", pixels, nodata=nodata)
-        store = store_of(tmp_path, tmp_path / "cache", 400, patch=patch, lc_classes=table)
+        store = store_of(tmp_path, tmp_path / "cache", 80, patch=patch, lc_classes=table)
         labels = store.B[0, 0]
-        assert (labels[:, :100] == want).all() and (labels[:, 100:] == 1).all()
+        assert (labels[:, :20] == want).all() and (labels[:, 20:] == 1).all()
 
 
 def test_all_patches_of_a_mask_in_halves_are_read_alike(tmp_path):

@@ -42,6 +42,14 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def judge(data, tmp_path_factory):
+    """The file of a judge that has learnt."""
+    out = tmp_path_factory.mktemp("judge")
+    common.find_judge(dataclasses.replace(CFG, data=str(data), cache=str(out), out=str(out)), CPU)
+    return out / "judge.pt"
+
+
 def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch):
     cfg = dataclasses.replace(CFG, data=str(data), cache=str(tmp_path / "cache"))
 
@@ -119,9 +127,11 @@ JUDGED_ROWS = {
         ("mixlc_acgan", "", "l1_inside", 16),
     ],
 )
-def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, measure, noise):
+def test_a_colour_for_each_class_leaves_the_noise(
+    data, judge, tmp_path, script, way, measure, noise
+):
     """The baseline that sees the land cover, where that is all there is to see; and the judge."""
-    run, judged = tmp_path / "run", "--train-judge --judge-epochs 4" * (script in JUDGED_ROWS)
+    run, judged = tmp_path / "run", f"--judge {judge}" * (script in JUDGED_ROWS)
     more = f"--width 2 --batch-size 8 --epochs 1 {judged}"
     importlib.import_module(script).main(tiny_run(script, data, run, more))
     rows = rows_of(run)
