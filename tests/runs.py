@@ -19,8 +19,9 @@ SMALLEST = {
 }
 JUDGED = "--train-judge --judge-epochs 1"
 # the runs of the fixture trained
-RUNS = dict.fromkeys(SCRIPTS, "--epochs 2")
-RUNS |= {"pix2pix": "--epochs 2 --save-every 1", "mixlc_acgan": f"--epochs 2 {JUDGED}"}
+RUNS = dict.fromkeys(SCRIPTS, "--epochs 2 --sample-rows 1")
+RUNS["pix2pix"] = "--epochs 2 --sample-rows 2 --save-every 1"
+RUNS["mixlc_acgan"] += f" {JUDGED}"
 
 
 def tiny_run(script, data, out, more=""):

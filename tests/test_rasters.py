@@ -199,13 +199,19 @@ def test_kinds_of_pictures_that_pillow_opens(tmp_path):
     assert Raster(tmp_path / "x.gif").read().shape == (6, 8, 3)
 
 
-def test_a_photograph_with_damaged_exif_is_turned_upright(tmp_path):
-    """Its width stands there as text, which nobody could write again, nor needs to."""
+def test_pictures_with_strange_exif_are_turned_upright(tmp_path):
+    """A damaged one, whose width is text that nobody could write; ImageMagick's, in digits."""
     tags = struct.pack("<HHIHH", 274, 3, 1, 6, 0), struct.pack("<HHI4s", 256, 2, 4, b"abc\0")
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(tags) + bytes(4)
-    Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
-    with Raster(tmp_path / "x.jpg") as raster:
-        assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
+    damaged = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(tags) + bytes(4)
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=damaged)
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[274] = 6
+    content = exif.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.png", pnginfo=text)
+    for name in ("x.jpg", "x.png"):
+        with Raster(tmp_path / name) as raster:
+            assert raster.read().shape == (60, 40, 3) == (raster.height, raster.width, 3)
 
 
 def test_coloured_labels_may_be_empty_in_the_middle(tmp_path):
@@ -272,17 +278,6 @@ def test_a_translation_has_no_units_of_its_source(tmp_path):
     with rasterio.open(target) as out:
         assert (out.scales, out.units, out.descriptions) == ((1,), (None,), (None,))
         assert np.isnan(out.nodata)
-
-
-def test_a_png_of_imagemagick_is_turned_upright(tmp_path):
-    """It has EXIF as text in hexadecimal digits."""
-    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
-    exif[274] = 6
-    content = exif.tobytes()
-    text.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
-    Image.new("RGB", (40, 30)).save(tmp_path / "x.png", pnginfo=text)
-    with Raster(tmp_path / "x.png") as raster:
-        assert (raster.height, raster.width) == (40, 30) and raster.read().shape == (40, 30, 3)
 
 
 def test_bands_of_label_maps_are_not_reported(tmp_path, capsys):

@@ -89,9 +89,9 @@ def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, m
 
 
 def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
-    """Input, fake, target; the second row is of the second validation image."""
+    """Input, fake, target; the second row of two is of the second validation image."""
     first, second = (pixels_of(done / "samples" / f"epoch_000{k}.png") for k in (1, 2))
-    assert first.shape == (16 + 3 * 68, 4 + 3 * 68, 3) and (first != second).any()
+    assert first.shape == (16 + 2 * 68, 4 + 3 * 68, 3) and (first != second).any()
     both = Image.open(pairs / "val" / "1.png")
     target, given = (both.crop((x, 0, x + 80, 80)).resize((64, 64), 3) for x in (0, 80))
     for sheet in (first, second):
@@ -156,7 +156,7 @@ def test_a_signal_during_the_last_validation_stops_before_the_report(
 
 def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1")
+    words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1 --max-images 2")
     del words[2:4]  # without --out
     for _ in range(2):
         main(words)
@@ -169,19 +169,17 @@ def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_p
 
 
 @pytest.mark.parametrize("missing", ["tensorboard", "wandb"])
-def test_tracking_is_optional(missing, pairs, tmp_path, capsys, monkeypatch):
+def test_tracking_is_optional(missing, pairs, done, tmp_path, capsys, monkeypatch):
     for package in ("tensorboard", "wandb"):
         there = None if package == missing else types.SimpleNamespace(__spec__=True)
         monkeypatch.setitem(sys.modules, package, there)
     words = tiny_run("pix2pix", pairs, tmp_path / "run", "--track wandb")
     assert f"--track wandb: pip install {missing}" in line_of(main, words, capsys)
     assert not list(tmp_path.iterdir())  # before anything is decoded
-    train(pairs, tmp_path / "run", "--epochs 1 --schedule constant")
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    content = state_of(path)
-    content["config"]["track"] = "wandb"  # on another machine
-    torch.save(content, path)
-    text = line_of(main, f"--resume --out {tmp_path}/run --epochs 2".split(), capsys)
+    content, run = last(done), shutil.copytree(done, tmp_path / "run")
+    content["config"] |= {"track": "wandb", "schedule": "constant"}  # on another machine
+    torch.save(content, run / LAST)
+    text = line_of(main, f"--resume --out {run} --epochs 3".split(), capsys)
     assert f"--track wandb: pip install {missing}" in text
 
 

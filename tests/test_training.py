@@ -248,13 +248,11 @@ SCORED = {  # where evaluation.json has the scores of cyclegan's metrics.csv
 
 
 @each_script
-def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, data, tmp_path):
+def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, trained):
     """Of all validation images, whatever the sample grid shows; and the learning rate."""
-    module, out = importlib.import_module(script), tmp_path / "run"
-    module.main(tiny_run(script, data[script], out, "--epochs 1 --sample-rows 1"))
-    row, rows = metrics_of(out)[-1], rows_of(out)
-    decay = 1 if "mixlc" in script else 0.5  # of the only epoch
-    assert float(row["lr"]) == decay * module.Config().lr
+    row, rows = metrics_of(trained(script))[-1], rows_of(trained(script))
+    decay = 1 if "mixlc" in script else 0.5  # of the second epoch
+    assert float(row["lr"]) == decay * importlib.import_module(script).Config().lr
     for name in (name for name in row if name.startswith("val_")):
         title, measure = SCORED.get(name, ("model", name.removeprefix("val_")))
         assert float(row[name]) == pytest.approx(rows[title][measure], rel=1e-6), name
@@ -369,8 +367,8 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
 def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path, monkeypatch):
     """And leaves the folder, --out or runs/script, to a training."""
-    main = importlib.import_module(script).main
-    main(tiny_run(script, landcover, tmp_path / "show", "--show-samples 3 --box center"))
+    module = importlib.import_module(script)
+    module.main(tiny_run(script, landcover, tmp_path / "show", "--show-samples 3 --box center"))
     assert [path.name for path in (tmp_path / "show").glob("[!.]*")] == ["samples.png"]
     sheet = np.asarray(Image.open(tmp_path / "show" / "samples.png"))
     assert sheet.shape == (16 + 3 * 68, 4 + 6 * 68, 3)
@@ -379,9 +377,9 @@ def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp
     assert (target[18, 18] != 255).any()
     monkeypatch.chdir(tmp_path)
     about = f"--data {landcover} --cache c --size 64 --width 2 --batch-size 2 --device cpu"
-    main([*about.split(), "--show-samples", "1"])
+    module.main([*about.split(), "--show-samples", "1"])
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{script}-samples"]
-    main(tiny_run(script, landcover, tmp_path / "show", "--epochs 1"))
+    common.begin(module.Config, "", {}, tiny_run(script, landcover, tmp_path / "show"))
 
 
 # ------------------------------------------------------------------------------------------- bands
