@@ -36,9 +36,11 @@ def use(run, action, more=""):
     return f"{action} --checkpoint {run}/checkpoints/last.pt --device cpu {more}".split()
 
 
-def stop_after(monkeypatch, steps):
-    """Has a run stop after some steps, as Ctrl-C does."""
-    monkeypatch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
+def stop_after(steps, main, words, monkeypatch):
+    """Calls main(words) of a run that stops after some steps, as Ctrl-C does."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
+        main(words)
 
 
 def state_of(path):

@@ -80,13 +80,21 @@ def test_limits_are_percentiles_of_the_training_images_for_each_band(deep, tmp_p
     assert cfg.channels("B") == 1  # a band of heights is no grey picture
 
 
-def test_limits_come_from_all_parts_of_an_image(tmp_path):
-    ramp = np.add.outer(np.arange(700.0), np.arange(900.0)).astype(np.float32)
+RAMP = np.add.outer(np.arange(700.0), np.arange(900.0))
+FINE = 4000.25 + np.random.default_rng(0).integers(0, 256, (64, 64)) / 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "near"),
+    [(RAMP, 0.15 * np.ptp(RAMP)), (FINE, 1e-3)],
+    ids=["come from all parts of an image", "have the digits of their values"],
+)
+def test_limits(tmp_path, values, near):
     for side in "AB":
-        geotiff(tmp_path / "data" / "train" / side / "x.tif", ramp[..., None])
+        geotiff(tmp_path / "data" / "train" / side / "x.tif", values.astype(np.float32))
     limits = Limits.of(started(tmp_path / "data", tmp_path), "A")
-    want = np.percentile(ramp, [2, 98])
-    assert np.allclose([limits.low[0], limits.high[0]], want, atol=0.15 * np.ptp(want))
+    found = [limits.low[0], limits.high[0]]
+    assert np.allclose(found, np.percentile(values, [2, 98]), rtol=0, atol=near)
 
 
 def test_training_images_in_other_units_are_reported(tmp_path, capsys):
@@ -189,10 +197,7 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     """The result of the whole has B's type, units and place, and no data where A has none."""
     out = tmp_path / "run"
     more = "--epochs 2 --direction AtoB --bands-A 1,2,3,4,5,6 --limits-A 0,5000"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(SystemExit):
-            pix2pix.main(tiny_run("pix2pix", deep, out, more))
+    stop_after(1, pix2pix.main, tiny_run("pix2pix", deep, out, more), monkeypatch)
     pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000"])
     assert last(out)["config"]["limits_A"] == "0,5000 uint16"
     error, row = rows_of(out)["model"]["rmse_units"], rows_of(out)["model"]
@@ -370,14 +375,6 @@ def test_a_deep_landscape_is_learnt(tmp_path):
         known = ~new.mask & (real > 0)
         assert known.any(0).mean() > 0.9
         assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.05
-
-
-def test_limits_have_the_digits_of_their_values(tmp_path):
-    heights = 4000.25 + np.random.default_rng(0).integers(0, 256, (64, 64)) / 1000
-    for side in "AB":
-        geotiff(tmp_path / "data" / "train" / side / "x.tif", heights.astype(np.float32))
-    limits = Limits.of(started(tmp_path / "data", tmp_path), "A")
-    assert np.allclose([limits.low[0], limits.high[0]], np.percentile(heights, [2, 98]), atol=1e-3)
 
 
 def test_one_flat_band_is_no_other_unit():

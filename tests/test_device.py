@@ -314,10 +314,8 @@ def test_a_new_run_on_a_cpu_hears_of_a_faster_precision(
         (False, "", 0),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_after(patch, 1)
-            folder = tmp_path / f"{has}{typed[2:5]}"
-            pix2pix.main(tiny_run("pix2pix", pairs, folder, f"--epochs 1 {typed}"))
+        words = tiny_run("pix2pix", pairs, tmp_path / f"{has}{typed[2:5]}", f"--epochs 1 {typed}")
+        stop_after(1, pix2pix.main, words, monkeypatch)
         assert capsys.readouterr().out.count("--precision bf16") == remarks, typed
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     pix2pix.main(["--resume", "--out", str(tmp_path / "True")])

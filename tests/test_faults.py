@@ -312,15 +312,6 @@ def files_of(folder):
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
-    content = state_of(world / "model.pt")
-    del content["config"]["patch"], content["config"]["schedule"]
-    torch.save(content, tmp_path / "model.pt")
-    call = f"--generate {world}/pairs/val --out {tmp_path}/out --checkpoint {tmp_path}/model.pt"
-    pix2pix.main(call.split())
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
-
-
 def damaged(content, rng):
     """Some bytes changed, removed or put in."""
     content = bytearray(content)

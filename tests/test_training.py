@@ -331,10 +331,7 @@ def test_resume_is_exact(case, data, trained, tmp_path, monkeypatch):
     script, steps, batch = case.split()
     main, out = importlib.import_module(script).main, tmp_path / "run"
     seeds = calls_of(monkeypatch, common, "seed_step")
-    with monkeypatch.context() as patch:
-        stop_after(patch, int(steps))
-        with pytest.raises(SystemExit):
-            main(tiny_run(script, data[script], out, RUNS[script]))
+    stop_after(int(steps), main, tiny_run(script, data[script], out, RUNS[script]), monkeypatch)
     assert last(out)["batch"] == int(batch)
     assert (out / "index.html").is_file() and (out / "losses.png").is_file()
     main(f"--resume --out {out}".split())
