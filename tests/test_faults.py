@@ -24,6 +24,7 @@ import common
 import cyclegan
 import mixlc
 import pix2pix
+import support.begin
 import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
@@ -123,8 +124,6 @@ CASES = {
     "pix2pix --evaluate": "--serve need --checkpoint FILE",
     "pix2pix --checkpoint model.pt": "--checkpoint is for --generate, --evaluate and --serve",
     "pix2pix --evaluate --checkpoint model.pt --generate photo.png": "one at a time",
-    "pix2pix --evaluate --checkpoint model.pt --serve": "one at a time",
-    "pix2pix --generate photo.png --checkpoint model.pt --serve": "one at a time",
     "pix2pix --evaluate --checkpoint model.pt --out odd.pt": "odd.pt: is a file, not a folder",
     "pix2pix --evaluate --checkpoint model.pt --out another": "another: a run of mixlc.py",
     "pix2pix --serve --checkpoint model.pt --port 65536": "--port 65536: must be at most 65535",
@@ -567,6 +566,14 @@ def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(path) and path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
+def test_two_uses_at_once_are_refused(two):
+    """Here without a command, which would serve if it were not."""
+    asked = {name: ("x",) if name == "generate" else True for name in two.split()}
+    with pytest.raises(common.UserError, match="one at a time"):
+        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked), {})
 
 
 def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
