@@ -1,4 +1,4 @@
-"""The order of images in an epoch, and loading them in batches onto the device."""
+"""The order of images in an epoch, and batches of them on the device."""
 
 import collections
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Both sides of a pair: two files that must match, or the halves of one file."""
+"""Pairs: files that match, halves of a file."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Pictures and label maps as tensors, as arrays, and as grids to look at."""
+"""Pictures and label maps as tensors, arrays and grids."""
 
 import functools
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from support.classes import ClassTable
+from support.writing import writing
 
 try:
     from rasterio.transform import from_origin
@@ -72,7 +73,22 @@ def bands_of(path, bands=None):
 
 
 def noise(height, width, channels=3):
-    return np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def pictures_in(root, names, height=64, width=64):
+    """Writes another picture under each name, as in "trainA/0.png trainB/0.png"."""
+    rng = np.random.default_rng(5)
+    for name in names.split():
+        save(root / name, picture(rng, height, width))
+    return root
+
+
+def written(path, source, pixels=None, table=None, **how):
+    """Writes pixels, or its own, as a file of the place of an open Raster; returns the path."""
+    with writing(path, source, table, **how) as put:
+        put(source.read() if pixels is None else pixels, 0)
+    return path
 
 
 def side_by_side(root, train=6, val=3, side=80, suffix=".png", drawn=False):

@@ -19,8 +19,9 @@ SMALLEST = {
 }
 JUDGED = "--train-judge --judge-epochs 1"
 # the runs of the fixture trained
-RUNS = dict.fromkeys(SCRIPTS, "--epochs 2")
-RUNS |= {"pix2pix": "--epochs 2 --save-every 1", "mixlc_acgan": f"--epochs 2 {JUDGED}"}
+RUNS = dict.fromkeys(SCRIPTS, "--epochs 2 --sample-rows 1")
+RUNS["pix2pix"] = "--epochs 2 --sample-rows 2 --save-every 1"
+RUNS["mixlc_acgan"] += f" {JUDGED}"
 
 
 def tiny_run(script, data, out, more=""):
@@ -35,9 +36,11 @@ def use(run, action, more=""):
     return f"{action} --checkpoint {run}/checkpoints/last.pt --device cpu {more}".split()
 
 
-def stop_after(monkeypatch, steps):
-    """Has a run stop after some steps, as Ctrl-C does."""
-    monkeypatch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
+def stop_after(steps, main, words, monkeypatch):
+    """Calls main(words) of a run that stops after some steps, as Ctrl-C does."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common.Run, "must_save", lambda run: (int(run.step == steps), False))
+        main(words)
 
 
 def state_of(path):

@@ -27,7 +27,7 @@ import support.device
 from files import vgg_file
 from forks import forked
 from graphs import record_graphs
-from runs import line_of, refused, state_of, tiny_run, use
+from runs import line_of, refused, state_of, stop_after, tiny_run, use
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
@@ -220,7 +220,7 @@ def test_the_layout_is_what_measures_fastest(avx512, monkeypatch):
 def test_vgg_in_bf16_keeps_the_direction_of_the_gradient(tmp_path):
     """Losses within 2 %; activations in bf16 become float32 before their Gram matrices."""
     vgg_file(tmp_path / "vgg.pth")
-    fake, target = pictures(0, 1)[..., :32].requires_grad_(), pictures(1, 1)[..., :32]
+    fake, target = pictures(0, 1, 16).requires_grad_(), pictures(1, 1, 16)
     autocast = common.autocast(tiny("pix2pix", precision="bf16")[1], fake.device)
     found = []
     for given in (None, autocast):
@@ -307,19 +307,23 @@ def test_a_new_run_on_a_cpu_hears_of_a_faster_precision(
     monkeypatch.setattr(support.device, "print_once", print)
     shutil.copytree(pairs, tmp_path / "broken")
     (tmp_path / "broken" / "train" / "1.png").write_bytes(b"rubbish")
-    for has, remarks in ((True, 1), (False, 0)):
+    for has, typed, remarks in (
+        (True, "", 1),
+        (True, "--quick", 0),
+        (True, "--precision fp32", 0),
+        (False, "", 0),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
-        capsys.readouterr()
-        for typed in ("", "--quick", "--precision fp32"):
-            folder = tmp_path / f"{has}{typed[2:5]}"
-            pix2pix.main(tiny_run("pix2pix", pairs, folder, f"--epochs 1 {typed}"))
-        pix2pix.main(["--resume", "--out", str(folder)])
-        begin(pix2pix.Config, "", {}, evaluation)
-        assert capsys.readouterr().out.count("--precision bf16") == remarks
-        with pytest.raises(SystemExit):
-            pix2pix.main(tiny_run("pix2pix", tmp_path / "broken", tmp_path / "run"))
-        said = capsys.readouterr()  # a mistake is one line
-        assert "1.png: cannot be decoded" in said.err and "bf16" not in said.out
+        words = tiny_run("pix2pix", pairs, tmp_path / f"{has}{typed[2:5]}", f"--epochs 1 {typed}")
+        stop_after(1, pix2pix.main, words, monkeypatch)
+        assert capsys.readouterr().out.count("--precision bf16") == remarks, typed
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    pix2pix.main(["--resume", "--out", str(tmp_path / "True")])
+    begin(pix2pix.Config, "", {}, evaluation)
+    with pytest.raises(SystemExit):
+        pix2pix.main(tiny_run("pix2pix", tmp_path / "broken", tmp_path / "run"))
+    said = capsys.readouterr()  # a mistake is one line
+    assert "1.png: cannot be decoded" in said.err and "bf16" not in said.out
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):

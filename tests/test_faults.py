@@ -28,7 +28,7 @@ import support.begin
 import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
-from runs import last, line_of, metrics_of, refused, state_of, tiny_run, use
+from runs import last, line_of, metrics_of, state_of, tiny_run, use
 from support import errors
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
@@ -204,6 +204,7 @@ def wrong_data(root):
     for name in ("train/A", "train/B", "val/A", "val/B"):
         geotiff(root / "mixed" / name / "0.tif", np.full((64, 64), 999, np.uint16))
         save(root / "mixed" / name / "1.png", np.zeros((64, 64), np.uint8))
+        geotiff(root / "nan" / name / "0.tif", np.full((64, 64), np.nan, np.float32))
     shutil.copytree(root / "pairs", root / "dangling_later")
     (root / "dangling_later" / "train" / "1.png").unlink()
     (root / "dangling_later" / "train" / "1.png").symlink_to("/nowhere.png")
@@ -217,8 +218,6 @@ def wrong_data(root):
     content[16:24] = struct.pack(">II", 2_000_000, 1_000_000)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     header.write_bytes(content)
-    for name in ("train/A", "train/B", "val/A", "val/B"):
-        geotiff(root / "nan" / name / "0.tif", np.full((64, 64), np.nan, np.float32))
     for name in ("arrays", "axes", "utf16"):
         shutil.copytree(root / "landcover", root / name)
     for name in ("arrays", "axes"):
@@ -312,15 +311,6 @@ def files_of(folder):
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-def test_options_that_a_checkpoint_lacks_are_the_defaults(world, tmp_path):
-    content = state_of(world / "model.pt")
-    del content["config"]["patch"], content["config"]["schedule"]
-    torch.save(content, tmp_path / "model.pt")
-    call = f"--generate {world}/pairs/val --out {tmp_path}/out --checkpoint {tmp_path}/model.pt"
-    pix2pix.main(call.split())
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
-
-
 def damaged(content, rng):
     """Some bytes changed, removed or put in."""
     content = bytearray(content)
@@ -365,18 +355,17 @@ def test_no_damage_to_a_file_is_a_traceback(kind, world, tmp_path):
     assert refused > 5
 
 
-def test_another_class_table_beside_the_data_is_said(tmp_path, capsys):
-    """Same data; since the run began the classes were reversed, or only their names."""
-    root = land_cover(tmp_path / "data")
-    mixlc.main(tiny_run("mixlc", root, tmp_path / "run", "--epochs 1"))
-    assert "class table in use" not in capsys.readouterr().err
+def test_another_class_table_beside_the_data_is_said(trained, landcover, tmp_path, capsys):
+    """The same, or since the run began the classes were reversed, or only their names."""
+    root = shutil.copytree(landcover, tmp_path / "data")
     names = [row | {"name": other["name"]} for row, other in zip(TABLE, TABLE[::-1], strict=True)]
-    for table in (TABLE[::-1], names):
+    for table in (TABLE, TABLE[::-1], names):
         (root / "classes.json").write_text(json.dumps(table))
         errors._print.cache_clear()
-        mixlc.main(use(tmp_path / "run", "--evaluate"))
-        said = capsys.readouterr().err
-        assert "classes.json: differs from the class table in use (land, water, road)" in said
+        more = f"--data {root} --out {tmp_path}/out"
+        mixlc.main(use(trained("mixlc"), "--evaluate", more))
+        remark = "classes.json: differs from the class table in use (land, water, road)"
+        assert (remark in capsys.readouterr().err) == (table != TABLE)
     find_images(root, "train", "pictures")
     assert "classes.json: not used, as B is pictures" in capsys.readouterr().err
 
@@ -579,14 +568,15 @@ def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
+def test_two_uses_at_once_are_refused(two):
+    """Here without a command, which would serve if it were not."""
+    asked = {name: ("x",) if name == "generate" else True for name in two.split()}
+    with pytest.raises(common.UserError, match="one at a time"):
+        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked), {})
+
+
 def test_a_run_here_has_its_cache_beside_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert cache_folder(pix2pix.Config(out=".")) == tmp_path / "cache"
-
-
-@pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
-def test_two_uses_at_once_are_refused(two):
-    asked = {name: ("x",) if name == "generate" else True for name in two.split()}
-    with refused("one at a time"):
-        support.begin._check_modes(pix2pix.Config(checkpoint="x", **asked), {})

@@ -18,8 +18,8 @@ import cyclegan
 import pix2pix
 import support.edits
 import support.generate
-from files import CLASSES, LABELS, geotiff, noise, picture, pixels_of, save
-from runs import last, refused, tiny_run, use
+from files import CLASSES, LABELS, geotiff, noise, picture, pictures_in, pixels_of, save
+from runs import last, refused, stop_after, tiny_run, use
 from support.generate import _view, edit_of_files, inputs_of, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
@@ -66,37 +66,38 @@ def test_weights_sum_to_one_and_windows_overlap(length, window):
 def test_windows_equal_the_whole_for_a_convolution(size):
     """Two padded convolutions see 2 pixels around; windows of 32 count nothing within 2."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 1, 1))
-    tiled = generated(noise(*size), lambda x: net(x.float() / 255), 32, size=32)
-    whole = net(torch.from_numpy(noise(*size))[None].float() / 255)[0]
+    image = noise(*size).transpose(2, 0, 1)
+    tiled = generated(image, lambda x: net(x.float() / 255), 32, size=32)
+    whole = net(torch.from_numpy(image)[None].float() / 255)[0]
     assert torch.allclose(tiled, whole, atol=1e-5)
 
 
 def test_smaller_windows_are_averaged():
     grains = torch.randn(1, 1, 256, 256)
-    back = generated(noise(64, 64, 1), lambda x: grains.expand(len(x), -1, -1, -1), 64, size=256)
+    grey = np.zeros((1, 64, 64), np.uint8)
+    back = generated(grey, lambda x: grains.expand(len(x), -1, -1, -1), 64, size=256)
     assert back.shape == (1, 64, 64) and back.std() < 0.4
 
 
 def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     """--patch, or the side of the training images; in the checkpoint, for --generate."""
-    for patch, window in ((0, 80), (40, 40)):
-        run = tmp_path / f"{patch}"
-        pix2pix.main(tiny_run("pix2pix", pairs, run, f"--epochs 1 --patch {patch}"))
-        assert last(run)["window"] == (window, window)
+    run = tmp_path / "run"
+    pix2pix.main(tiny_run("pix2pix", pairs, run, "--epochs 1 --patch 40"))
+    assert last(run)["window"] == (40, 40)
     for name, size in (("large", (100, 130)), ("small", (60, 50))):
         save(tmp_path / "in" / f"{name}.png", picture(np.random.default_rng(0), *size))
     old = last(run) | {"window": 50, "window_B": None}  # one number for both sides
     torch.save(old, tmp_path / "old.pt")
     older = {name: value for name, value in old.items() if "window" not in name}  # --patch
+    older["config"] = {name: value for name, value in old["config"].items() if name != "schedule"}
     torch.save(older, tmp_path / "older.pt")
-    made = f"--generate {tmp_path}/in --checkpoint {run}/checkpoints/last.pt"
-    for line, how in (
-        (f"{made} --out {tmp_path}/a", "in windows of 40x40"),
-        (f"{made} --out {tmp_path}/b --window 100", "as a whole"),
-        (f"{made} --out {tmp_path}/c --checkpoint {tmp_path}/old.pt", "in windows of 50x50"),
-        (f"{made} --out {tmp_path}/d --checkpoint {tmp_path}/older.pt", "in windows of 40x40"),
+    for out, more, how in (
+        ("a", "", "in windows of 40x40"),
+        ("b", "--window 100", "as a whole"),
+        ("c", f"--checkpoint {tmp_path}/old.pt", "in windows of 50x50"),
+        ("d", f"--checkpoint {tmp_path}/older.pt", "in windows of 40x40"),
     ):
-        pix2pix.main(line.split())
+        pix2pix.main(use(run, f"--generate {tmp_path}/in", f"--out {tmp_path}/{out} {more}"))
         said = capsys.readouterr().err
         assert f"large.png: 130x100: {how}, at 64x64" in said
         assert "small.png: 50x60: as a whole, at 64x64" in said
@@ -104,20 +105,12 @@ def test_a_window_covers_what_training_covered(pairs, tmp_path, capsys):
     assert a.shape == b.shape == (100, 130, 3) and (a != b).any()
 
 
-def two_folders(root, a, b, sizes):
-    """Splits of pictures in folders of these names, the same in both; of sizes (height, width)."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for k, size in enumerate(sizes):
-            for folder in (a, b):
-                save(root / folder.format(split) / f"{k}.png", picture(rng, *size))
-    return root
-
-
 @pytest.mark.parametrize("sizes", [[(64, 128)], [(90, 60), (40, 120), (80, 80)]])
 def test_generation_squeezes_images_as_training_does(tmp_path, capsys, sizes):
     """Whole images: what a network gets is the same to the bit; larger ones go by windows."""
-    data = two_folders(tmp_path, "{}/A", "{}/B", sizes)
+    for k, size in enumerate(sizes):
+        names = " ".join(f"{split}/{side}/{k}.png" for split in ("train", "val") for side in "AB")
+        data = pictures_in(tmp_path, names, *size)
     _, cfg = tiny("pix2pix", data=str(data), cache=str(tmp_path / "cache"))
     window = common.ImageStore(cfg, "train", 64).windows()[0]
     assert window == tuple(np.max(sizes, 0))
@@ -133,20 +126,23 @@ def test_generation_squeezes_images_as_training_does(tmp_path, capsys, sizes):
     common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
     assert (torch.cat(seen).numpy() == common.ImageStore(cfg, "val", 64).A).all()
     generate["generate"] = (str(data / "large.png"),)
-    save(data / "large.png", picture(np.random.default_rng(0), 2 * window[0], window[1]))
+    pictures_in(data, "large.png", 2 * window[0], window[1])
     common.translate_files(dataclasses.replace(cfg, **generate, out=str(tmp_path / "out")), predict)
     assert f"in windows of {window[1]}x{window[0]}" in capsys.readouterr().err
 
 
-def test_each_direction_has_the_window_of_its_images(tmp_path, capsys):
-    """Unaligned images, A and B of other sizes."""
-    two_folders(tmp_path, "{}A", "{}A", [(64, 64)] * 2)
-    two_folders(tmp_path, "{}B", "{}B", [(100, 200)] * 2)
-    cyclegan.main(tiny_run("cyclegan", tmp_path, tmp_path / "run", "--epochs 1"))
-    save(tmp_path / "x.png", picture(np.random.default_rng(0), 150, 260))
+def test_each_direction_has_the_window_of_its_images(tmp_path, monkeypatch, capsys):
+    """Unaligned images, A and B of other sizes; a run that goes on keeps both windows."""
+    pictures_in(tmp_path, "trainA/0.png trainA/1.png testA/0.png testA/1.png")
+    pictures_in(tmp_path, "trainB/0.png trainB/1.png testB/0.png testB/1.png", 100, 200)
+    run = tmp_path / "run"
+    stop_after(1, cyclegan.main, tiny_run("cyclegan", tmp_path, run, "--epochs 2"), monkeypatch)
+    cyclegan.main(f"--resume --out {run}".split())
+    assert (last(run)["window"], last(run)["window_B"]) == ((64, 64), (100, 200))
+    pictures_in(tmp_path, "x.png", 150, 260)
     for direction, how in (("AtoB", "in windows of 64x64"), ("BtoA", "as a whole")):
         more = f"--direction {direction} --out {tmp_path}/{direction}"
-        cyclegan.main(use(tmp_path / "run", f"--generate {tmp_path}/x.png", more))
+        cyclegan.main(use(run, f"--generate {tmp_path}/x.png", more))
         assert how in capsys.readouterr().err
 
 
@@ -213,7 +209,7 @@ def test_classes_are_blended_as_scores_and_then_decided(tmp_path):
 def test_shared_statistics_are_the_rasters():
     """With an infinite reach InstanceNorm of windows equals that of the whole."""
     net = nn.InstanceNorm2d(3)
-    image = noise(64, 64)
+    image = noise(64, 64).transpose(2, 0, 1)
     image[:, :, 32:] //= 4  # another contrast
     paint = lambda x: net(x.float())  # noqa: E731
     shared = SharedStatistics(net, float("inf"))
@@ -309,7 +305,7 @@ def test_the_reach_of_the_command_line_counts(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(support.generate, "Windows", spy)
     monkeypatch.setattr(support.edits, "Windows", spy)
     for options in ({"norm_reach": 0.0}, {"norm_reach": 3.0}, {}):
-        cfg, _ = edit(tmp_path, "water:0,0,300,200", **options)
+        cfg, _ = edit(tmp_path, "water:0,0,60,60", shape=(80, 90), **options)
         use_net(kind, dataclasses.replace(cfg, overwrite=True), net)
     assert seen == [0, 3.0, 2.0]
 
@@ -546,16 +542,6 @@ def test_land_cover_of_another_place_is_refused(tmp_path, option, corner):
         edit_of_files(dataclasses.replace(cfg, **{option: str(tmp_path / "away.tif")}))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_strips_of_an_edit_are_blended_as_the_whole(tmp_path, seed):
-    rng, strokes = np.random.default_rng(seed), []
-    for x, y, width, height in rng.integers((0, 0, 1, 1), (380, 280, 90, 130), (6, 4)).tolist():
-        strokes.append(f"water:{x},{y},{width},{height}")
-    files, grey = edit_of_files(edit(tmp_path, *strokes)[0]), np.full((300, 400, 3), 140, np.uint8)
-    strips = [files._feathered(grey[:1], top, 0) for top in range(300)]
-    assert (np.concatenate(strips) == files._feathered(grey, 0, 0)).all()
-
-
 def test_flat_channels_have_no_negative_variance():
     net = nn.InstanceNorm2d(4)
     shared = SharedStatistics(net, 1.0)
@@ -691,20 +677,28 @@ def test_an_edit_at_the_edge_is_painted_up_to_it(tmp_path, stroke, top, bottom, 
     assert (result[~wide] == photo[~wide]).all()
 
 
+def random_strokes(seed, count=6):
+    """Boxes (x, y, width, height) that begin in a photograph of 400 x 300, and --paint of them."""
+    rng = np.random.default_rng(seed)
+    boxes = rng.integers((0, 0, 1, 1), (390, 290, 120, 60), (count, 4)).tolist()
+    return boxes, [f"water:{x},{y},{width},{height}" for x, y, width, height in boxes]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_an_edit_is_feathered(tmp_path, seed):
     """Around it, over 2 pixels, the same whatever regions and strips it is generated in."""
-    rng, strokes = np.random.default_rng(seed), []
-    asked = np.zeros((300, 400), np.uint8)
-    for x, y, width, height in rng.integers((0, 0, 1, 1), (380, 280, 90, 130), (6, 4)).tolist():
-        strokes.append(f"water:{x},{y},{width},{height}")
+    (boxes, strokes), asked = random_strokes(seed), np.zeros((300, 400), np.uint8)
+    for x, y, width, height in boxes:
         asked[y : y + height, x : x + width] = 255
     photo, result, _ = edited(tmp_path, *strokes)
     grown = Image.fromarray(asked).filter(ImageFilter.MaxFilter(3))
     share = np.asarray(grown.filter(ImageFilter.BoxBlur(1)), float)[..., None]
     wrong = abs(photo + share / 255 * (140.0 - photo) - result).max(-1)
-    assert wrong[3:-3, 3:-3].max() <= 1 and (share[150, :] > 0).any() and (share == 0).any()
+    assert wrong[3:-3, 3:-3].max() <= 1 and (share == 0).any()
     assert (result[asked > 0] == 140).all()  # however narrow it is
+    files, grey = edit_of_files(edit(tmp_path, *strokes)[0]), np.full((300, 400, 3), 140, np.uint8)
+    strips = [files._feathered(grey[:1], top, 0) for top in range(300)]
+    assert (np.concatenate(strips) == files._feathered(grey, 0, 0)).all()
 
 
 def test_a_small_edit_has_a_window_of_its_own_and_those_close_together_are_one(tmp_path):
@@ -715,14 +709,12 @@ def test_a_small_edit_has_a_window_of_its_own_and_those_close_together_are_one(t
         assert height == width == length
     strokes = "water:100,50,20,20", "road:130,80,20,20", "road:10,250,5,5"
     assert len(edit_of_files(edit(tmp_path, *strokes)[0]).regions()) == 2
+    assert overlap((0, 0, 4, 4), (3, 0, 4, 4)) and not overlap((0, 0, 4, 4), (4, 0, 4, 4))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
-    rng, strokes = np.random.default_rng(seed), []
-    for _ in range(rng.integers(1, 9)):
-        x, y, width, height = rng.integers((0, 0, 1, 1), (390, 290, 120, 60))
-        strokes.append(f"water:{x},{y},{width},{height}")
+    _, strokes = random_strokes(seed, count=1 + 2 * seed)
     files = edit_of_files(edit(tmp_path, *strokes, window=(64, 64 + 16 * seed))[0])
     regions, left = files.regions(), files.changed(0, 0, 300, 400)
     assert left.any() and files.border == 3  # of the shorter side
@@ -816,7 +808,3 @@ def test_statistics_come_from_the_only_window_with_data():
         shared = SharedStatistics(net, 2.0)
         Windows(lambda *_: window, lambda x: net(x.float()), size, (16, 16), shared, data)
         assert shared.positions == [want]
-
-
-def test_boxes_that_touch_do_not_overlap():
-    assert overlap((0, 0, 4, 4), (3, 0, 4, 4)) and not overlap((0, 0, 4, 4), (4, 0, 4, 4))

@@ -20,7 +20,7 @@ from support.judge import Judge, train_judge
 from support.pictures import filled
 from tensors import CPU, calls_of, pictures, same
 
-CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=6, lc_classes=json.dumps(TABLE))
+CFG = pix2pix.Config(size=64, train_judge=True, judge_epochs=4, lc_classes=json.dumps(TABLE))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,14 @@ def data(tmp_path_factory):
             save(root / split / "lc" / f"{k}.png", index)
     (root / "classes.json").write_text(json.dumps(TABLE))
     return root
+
+
+@pytest.fixture(scope="module")
+def judge(data, tmp_path_factory):
+    """The file of a judge that has learnt."""
+    out = tmp_path_factory.mktemp("judge")
+    common.find_judge(dataclasses.replace(CFG, data=str(data), cache=str(out), out=str(out)), CPU)
+    return out / "judge.pt"
 
 
 def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch):
@@ -89,12 +97,12 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
 
     judge.register_forward_pre_hook(look)
     paths = {"data": str(data), "out": str(tmp_path / "run")}
-    train_judge(judge, dataclasses.replace(CFG, judge_epochs=30, **paths), CPU)
-    assert 96 < len(seen) <= 24 * 8  # two flips alone give 24 * 4
-    assert len(averaged) == 30  # a step an epoch
-    few = dataclasses.replace(CFG, judge_epochs=2, max_images=5, **paths)
-    train_judge(Judge(3, width=2), few, CPU)
-    assert len(averaged) == 32
+    cfg = dataclasses.replace(CFG, judge_epochs=40, max_images=5, **paths)
+    train_judge(judge, cfg, CPU)
+    assert 20 < len(seen) <= 5 * 8  # two flips alone give 5 * 4
+    all_images = dataclasses.replace(CFG, judge_epochs=1, **paths)
+    train_judge(Judge(3, width=2), all_images, CPU)
+    assert len(averaged) == 40 + 1  # a step an epoch, of 5 images, and of 16 of 24
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
@@ -119,9 +127,11 @@ JUDGED_ROWS = {
         ("mixlc_acgan", "", "l1_inside", 16),
     ],
 )
-def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, measure, noise):
+def test_a_colour_for_each_class_leaves_the_noise(
+    data, judge, tmp_path, script, way, measure, noise
+):
     """The baseline that sees the land cover, where that is all there is to see; and the judge."""
-    run, judged = tmp_path / "run", "--train-judge --judge-epochs 6" * (script in JUDGED_ROWS)
+    run, judged = tmp_path / "run", f"--judge {judge}" * (script in JUDGED_ROWS)
     more = f"--width 2 --batch-size 8 --epochs 1 {judged}"
     importlib.import_module(script).main(tiny_run(script, data, run, more))
     rows = rows_of(run)
@@ -133,6 +143,7 @@ def test_a_colour_for_each_class_leaves_the_noise(data, tmp_path, script, way, m
         real, elsewhere = (rows[row] for row in JUDGED_ROWS[script])
         assert real["judge_pixel_accuracy"] > 0.9 > elsewhere["judge_pixel_accuracy"]
         assert "judge_pixel_accuracy" in rows["model"]
+        assert "mean_iou" not in rows["model"]  # the target is the photograph
 
 
 @pytest.mark.parametrize("module", [pix2pix, cyclegan])
@@ -151,7 +162,9 @@ def test_no_judge_without_photographs_made_of_land_cover(script, data, tmp_path,
     root, more = (data, "--direction AtoB") if script == "pix2pix" else (tmp_path / "data", "")
     words = f"--epochs 1 --max-images 4 {JUDGED} {more}"
     importlib.import_module(script).main(tiny_run(script, root, tmp_path / "run", words))
-    measures = {name for row in rows_of(tmp_path / "run").values() for name in row}
+    rows = rows_of(tmp_path / "run")
+    assert "mean colour of the class" not in rows  # of maps it would see the target
+    measures = {name for row in rows.values() for name in row}
     assert measures and not any(name.startswith("judge_") for name in measures)
     assert not (tmp_path / "run" / "judge.pt").exists()
     assert "no judge is used" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from PIL import Image
 from rasterio.rpc import RPC
 
 import common
-from files import PLACE, geotiff, pixels_of, save
+from files import PLACE, geotiff, pixels_of, save, written
 from runs import refused
 from support import opening
 from support.classes import ClassTable
@@ -23,7 +23,6 @@ from support.generate import results_of
 from support.opening import UPLOADS
 from support.pictures import to_bytes
 from support.rasters import Raster
-from support.writing import writing
 from tensors import tiny
 
 GREY = np.full((30, 40, 3), 9, np.uint8)
@@ -213,9 +212,9 @@ def test_a_place_is_kept_whatever_names_it(tmp_path, case):
         (tmp_path / beside[0]).write_text(beside[1])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     out = tmp_path / "out" / results_of(tmp_path / name)[0]
-    with Raster(tmp_path / name) as raster, writing(out, raster) as put:
+    with Raster(tmp_path / name) as raster:
         assert abs(raster.read().astype(int) - picture).max() <= 2 * (driver == "JPEG")
-        put(raster.read(), 0)
+        written(out, raster)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with rasterio.open(out) as result:
         want = {"crs": PLACE["crs"], "transform": PLACE["transform"], **profile}
@@ -337,9 +336,8 @@ def test_a_mask_with_holes_is_read_again(tmp_path, name):
     """By `binary`, whose 254 is no class; its colour in the palette is black."""
     classes, index = ClassTable.load("binary"), np.array([[0, 1, 255]], np.uint8).repeat(9, 1)
     save(tmp_path / name, np.zeros((1, 27, 3), np.uint8))
-    out = tmp_path / "out" / name
-    with Raster(tmp_path / name) as source, writing(out, source, classes) as put:
-        put(index, 0)
+    with Raster(tmp_path / name) as source:
+        out = written(tmp_path / "out" / name, source, index, classes)
     assert np.array_equal(Raster(out, classes).read(), index)
     if name == "x.tif":  # a no-data value that is a class
         with rasterio.open(out, "r+") as target:
@@ -359,17 +357,16 @@ def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, more):
     nothing = np.zeros((*index.shape, 3), np.uint8)
     for name, write in (("x.tif", geotiff), ("x.png", save)):
         write(tmp_path / name, nothing)
-        out = tmp_path / "out" / name
-        with Raster(tmp_path / name) as source, writing(out, source, classes) as put:
-            put(index, 0)
+        with Raster(tmp_path / name) as source:
+            out = written(tmp_path / "out" / name, source, index, classes)
         assert np.array_equal(Raster(out, classes).read(), index)
         codes = rasterio.open(out).read(1) if name == "x.tif" else pixels_of(out)
         assert np.array_equal(codes, want[np.where(index == 255, 5, index)])
-    with rasterio.open(tmp_path / "out" / "x.tif") as written:
-        assert written.transform == PLACE["transform"] and written.nodata == classes.unused
+    with rasterio.open(tmp_path / "out" / "x.tif") as file:
+        assert file.transform == PLACE["transform"] and file.nodata == classes.unused
         names = {f"class_{row['value']}": row["name"] for row in table}
-        assert names.items() <= written.tags(1).items()
-        assert more == 1 or written.colormap(1)[10 + more][:3] == (10, 0, 9)
+        assert names.items() <= file.tags(1).items()
+        assert more == 1 or file.colormap(1)[10 + more][:3] == (10, 0, 9)
 
 
 def test_threads_read_arrays_one_after_the_other(tmp_path):

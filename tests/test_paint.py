@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import common
-from files import CLASSES, LABELS, TABLE, geotiff, land_cover, picture, pixels_of, save
+from files import CLASSES, LABELS, TABLE, geotiff, land_cover, picture, pictures_in, pixels_of, save
 from forks import forked, until
 from pages import BROWSER
 from runs import refused, tiny_run, use
@@ -332,18 +332,15 @@ def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_pat
         assert given.start.shape == (side, side, 3) and photo is None
 
 
-def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path):
-    for folder, count in (("trainA", 3), ("trainB", 2), ("testA", 3), ("testB", 2)):
-        for k in range(count):
-            save(tmp_path / "data" / folder / f"{k}.png", np.full((64, 64, 3), k, np.uint8))
-    cfg = configured("cyclegan", tmp_path, data=str(tmp_path / "data"), lc_classes="pictures")
+def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path, landcover):
+    """Nor have photographs that are translated into land cover."""
+    test = "testA/0.png testA/1.png testA/2.png testB/0.png testB/1.png"
+    data = pictures_in(tmp_path / "data", f"trainA/0.png trainB/0.png {test}")
+    cfg = configured("cyclegan", tmp_path, data=str(data), lc_classes="pictures")
     studio = Studio(cfg, None, lambda given, _: given)
     assert [photo for _, photo in studio.examples] == [None] * 3
     opened = studio.open({"example": 0})["canvas"]
     assert studio.canvases[opened] is not studio.examples[0][0]  # which stays unpainted
-
-
-def test_land_cover_is_not_compared_with_a_translation_into_it(tmp_path, landcover):
     cfg = configured("cyclegan", tmp_path, data=str(landcover), **LABELS, direction="AtoB")
     assert [photo for _, photo in Studio(cfg, None, None).examples] == [None] * 2
 

@@ -1,19 +1,15 @@
 """pix2pix alone: sides and direction, the two policies of BatchNorm, the plateau, the judge."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import common
 import pix2pix
-from files import pixels_of
 from pix2pix import State, build, train_step
-from runs import rows_of, tiny_run, use
 from support.pictures import to_bytes
 from tensors import CPU, batch_of, calls_of, open_data, tiny
 
@@ -79,12 +75,15 @@ def test_dropout_is_on_in_generation_where_noise_is_wanted(noise, monkeypatch):
     assert torch.equal(first, second) != noise
 
 
-def test_dropout_of_the_measures_follows_the_seed(pairs, cache):
+def test_dropout_of_the_measures_follows_the_seed(pairs, cache, monkeypatch):
+    """And distances are those from the target."""
     cfg = dataclasses.replace(TINY, batch_size=1)
     state, val = build(cfg, CPU), open_data("pix2pix", pairs, cache, "val")
+    compared = calls_of(monkeypatch, common.Scores, "add_distances")
     first, second = (pix2pix.evaluate(state, val, cfg, [0, 1]).table() for _ in range(2))
     other = dataclasses.replace(cfg, seed=1)
     assert first == second != pix2pix.evaluate(state, val, other, [0, 1]).table()
+    assert torch.equal(compared[0][3], val.sides(next(val.in_order(np.arange(2))))[1])
 
 
 @pytest.mark.cuda
@@ -134,29 +133,3 @@ def test_the_judge_scores_photographs_of_label_maps(landcover, cache):
     names = ("pixel_accuracy", "class_accuracy", "mean_iou")
     assert rows["real photograph"] == {f"judge_{name}": 0 for name in names}
     assert torch.equal(calls[2], calls[1].roll(1, 0))  # the floor: other places
-
-
-def test_maps_have_no_baseline_of_class_colours(landcover, tmp_path):
-    """Which would see the target."""
-    pix2pix.main(tiny_run("pix2pix", landcover, tmp_path / "run", "--epochs 1 --direction AtoB"))
-    assert "mean colour of the class" not in rows_of(tmp_path / "run")
-
-
-def test_the_first_column_of_a_grid_is_the_input(trained, pairs):
-    sheet = pixels_of(trained("pix2pix") / "samples" / "epoch_0002.png")
-    given = Image.open(pairs / "val" / "1.png").crop((80, 0, 160, 80))
-    given = given.resize((64, 64), Image.Resampling.BICUBIC)
-    assert (sheet[84:148, 4:68] == np.asarray(given)).all()
-
-
-def test_an_evaluation_names_its_checkpoint(trained, tmp_path):
-    pix2pix.main(use(trained("pix2pix"), "--evaluate", f"--out {tmp_path}/o"))
-    about = json.loads((tmp_path / "o" / "evaluation.json").read_text())
-    assert about["checkpoint"].endswith("checkpoints/last.pt")
-
-
-def test_distances_are_those_from_the_target(pairs, cache, monkeypatch):
-    val = open_data("pix2pix", pairs, cache, "val")
-    added = calls_of(monkeypatch, common.Scores, "add_distances")
-    pix2pix.evaluate(build(TINY, CPU), val, TINY, [0, 1])
-    assert torch.equal(added[0][3], val.sides(next(val.in_order(np.arange(2))))[1])

@@ -26,17 +26,11 @@ import common
 import pix2pix
 import support.begin
 import support.run
-from files import picture, pixels_of, save, vgg_file
+from files import picture, pictures_in, pixels_of, save, vgg_file
 from forks import forked
 from pix2pix import Config, main
-from runs import last, line_of, metrics_of, refused, rows_of, state_of, stop_after, tiny_run, use
-from support.checkpoints import (
-    RANKS,
-    buffers_of_ranks,
-    load_weights,
-    save_checkpoint,
-    state_dict,
-)
+from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
+from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
 from support.errors import refusing
 from support.options import parse
@@ -79,14 +73,6 @@ def test_run_folder(done, pairs):
     assert list(report["rows"]["model"]) == measures.split()
 
 
-def test_rows_of_an_epoch_average_as_many_steps(pairs, tmp_path):
-    """Else curves zigzag at the ends of epochs. Six steps an epoch, a row for four at most."""
-    train(pairs, tmp_path / "run", "--epochs 2 --batch-size 1 --log-every 4")
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["3", "6", "9", "12"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, monkeypatch):
     drawn = calls_of(monkeypatch, matplotlib.axes.Axes, "plot")
     titles = calls_of(monkeypatch, matplotlib.axes.Axes, "set_title")
@@ -103,11 +89,14 @@ def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, m
 
 
 def test_sample_grid_shows_fixed_images_on_a_fixed_scale(done, pairs):
+    """Input, fake, target; the second row of two is of the second validation image."""
     first, second = (pixels_of(done / "samples" / f"epoch_000{k}.png") for k in (1, 2))
-    assert first.shape == (16 + 3 * 68, 4 + 3 * 68, 3) and (first != second).any()
-    target = Image.open(pairs / "val" / "1.png").crop((0, 0, 80, 80)).resize((64, 64), 3)
+    assert first.shape == (16 + 2 * 68, 4 + 3 * 68, 3) and (first != second).any()
+    both = Image.open(pairs / "val" / "1.png")
+    target, given = (both.crop((x, 0, x + 80, 80)).resize((64, 64), 3) for x in (0, 80))
     for sheet in (first, second):
         assert sheet[:16].min() < 128  # titles
+        assert (sheet[84 : 84 + 64, 4 : 4 + 64] == np.asarray(given)).all()
         assert (sheet[84 : 84 + 64, 140 : 140 + 64] == np.asarray(target)).all()
 
 
@@ -120,7 +109,7 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     monkeypatch.setattr(common.Run, "must_save", lambda run: (0, False))  # that is tested below
     saved, honest, run = [], common.Run.save, tmp_path / "run"
     monkeypatch.setattr(common.Run, "save", lambda r, s: saved.append(r.epoch) or honest(r, s))
-    train(pairs, run, "--epochs 5 --save-every 4")
+    train(pairs, run, "--epochs 5 --save-every 4 --max-images 2")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == [f"epoch_{k:04}.png" for k in grids] and saved == grids
     assert Config().save_every == 10  # as docs/use.md has it
@@ -143,9 +132,11 @@ def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
     assert run.must_save() == [15, 15]
 
 
-def test_a_signal_during_the_last_validation_stops_before_the_report(pairs, tmp_path, monkeypatch):
-    """A resume writes the report."""
-    honest = common.Run.end_epoch
+def test_a_signal_during_the_last_validation_stops_before_the_report(
+    pairs, tmp_path, monkeypatch, capsys
+):
+    """A resume writes it."""
+    honest, run = common.Run.end_epoch, tmp_path / "run"
 
     def end_epoch(run, *more):
         honest(run, *more)
@@ -155,16 +146,17 @@ def test_a_signal_during_the_last_validation_stops_before_the_report(pairs, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "end_epoch", end_epoch)
         with pytest.raises(SystemExit) as stopped:
-            train(pairs, tmp_path / "run", "--epochs 2")
+            train(pairs, run, "--epochs 2")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert not (tmp_path / "run" / "evaluation.json").exists()
-    main(["--resume", "--out", str(tmp_path / "run")])
-    assert rows_of(tmp_path / "run")["model"]
+    assert f"step 6: continue with --resume --out {run}\n" in capsys.readouterr().err
+    assert not (run / "evaluation.json").exists()
+    main(["--resume", "--out", str(run)])
+    assert rows_of(run)["model"]
 
 
 def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1")
+    words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1 --max-images 2")
     del words[2:4]  # without --out
     for _ in range(2):
         main(words)
@@ -177,19 +169,17 @@ def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_p
 
 
 @pytest.mark.parametrize("missing", ["tensorboard", "wandb"])
-def test_tracking_is_optional(missing, pairs, tmp_path, capsys, monkeypatch):
+def test_tracking_is_optional(missing, pairs, done, tmp_path, capsys, monkeypatch):
     for package in ("tensorboard", "wandb"):
         there = None if package == missing else types.SimpleNamespace(__spec__=True)
         monkeypatch.setitem(sys.modules, package, there)
     words = tiny_run("pix2pix", pairs, tmp_path / "run", "--track wandb")
     assert f"--track wandb: pip install {missing}" in line_of(main, words, capsys)
     assert not list(tmp_path.iterdir())  # before anything is decoded
-    train(pairs, tmp_path / "run", "--epochs 1 --schedule constant")
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    content = state_of(path)
-    content["config"]["track"] = "wandb"  # on another machine
-    torch.save(content, path)
-    text = line_of(main, f"--resume --out {tmp_path}/run --epochs 2".split(), capsys)
+    content, run = last(done), shutil.copytree(done, tmp_path / "run")
+    content["config"] |= {"track": "wandb", "schedule": "constant"}  # on another machine
+    torch.save(content, run / LAST)
+    text = line_of(main, f"--resume --out {run} --epochs 3".split(), capsys)
     assert f"--track wandb: pip install {missing}" in text
 
 
@@ -224,15 +214,21 @@ def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_a_run_prints(pairs, tmp_path, monkeypatch, capsys):
-    """The bar goes on after its estimate of the time left has begun anew."""
-    closed = calls_of(monkeypatch, common.Run, "close")
-    train(pairs, tmp_path / "run", "--epochs 1 --batch-size 1 --save-every 0")
-    said, ((run,),) = capsys.readouterr().err, closed
-    assert "epoch 1/1: g_total" in said and "squeezed" not in said and "is read" not in said
-    assert run.bar.n == run.bar.total == 6
-    main(f"--resume --out {tmp_path}/run".split())
-    assert f"run folder {tmp_path}/run: all epochs are done" in capsys.readouterr().err
+def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch, capsys):
+    """Rows average as many steps, else curves zigzag at the ends of epochs: six, a row for four.
+
+    The bar goes on after its estimate of the time left has begun anew.
+    """
+    closed, run = calls_of(monkeypatch, common.Run, "close"), tmp_path / "run"
+    train(pairs, run, "--epochs 2 --batch-size 1 --log-every 4 --save-every 0")
+    assert [row["step"] for row in metrics_of(run)] == ["3", "6", "9", "12"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # an evaluation ends at once again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    said, ((closing,),) = capsys.readouterr().err, closed
+    assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
+    assert closing.bar.n == closing.bar.total == 12
+    main(f"--resume --out {run}".split())
+    assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -253,13 +249,19 @@ def ended(process, log):
     return process.exitcode
 
 
-@pytest.mark.parametrize("side", "AB")
-def test_a_fingerprint_sees_both_sides(side, pairs, cache):
+def test_a_fingerprint_sees_both_sides(pairs, cache, tmp_path):
+    """Their pixels, and the names of all images."""
     store = open_data("pix2pix", pairs, cache).store
-    before, changed = support.run.fingerprint(store, ""), getattr(store, side).copy()
-    changed[0, 0, 0, 0] ^= 1
-    setattr(store, side, changed)
-    assert support.run.fingerprint(store, "") != before
+    found = {support.run.fingerprint(store, "")}
+    for side in "AB":
+        changed = getattr(store, side).copy()
+        changed[0, 0, 0, 0] ^= 1
+        setattr(store, side, changed)
+        found.add(support.run.fingerprint(store, ""))
+    for names in ("trainA/0.png trainB/0.png testA/0.png testB/0.png", "testB/1.png"):
+        store = open_data("cyclegan", pictures_in(tmp_path, names), cache).store
+        found.add(support.run.fingerprint(store, ""))
+    assert len(found) == 5
 
 
 def main_with_signal(argv, number):
@@ -303,7 +305,7 @@ def test_a_long_epoch_is_saved_on_the_way(pairs, tmp_path, monkeypatch):
         end_step(run, state, losses)
         assert not run.of_epoch.sums.requires_grad  # or every step's graph would stay in memory
 
-    long, runs = "--epochs 2 --save-every 1 --batch-size 1 --schedule plateau", tmp_path / "run"
+    long, runs = "--epochs 1 --save-every 1 --batch-size 1 --schedule plateau", tmp_path / "run"
     train(pairs, tmp_path / "whole", long)
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "end_step", train_till_the_power_goes)
@@ -336,20 +338,23 @@ def test_rows_and_the_plateau_follow_the_losses_of_training(pairs, tmp_path, mon
     assert [float(row["g_l1"]) for row in metrics_of(tmp_path / "run")] == pytest.approx(means)
     losses.clear()
     vgg_file(tmp_path / "vgg.pth")
-    more = f"--epochs 1 --schedule plateau --content vgg --vgg16 {tmp_path}/vgg.pth"
+    more = f"--epochs 1 --schedule plateau --content vgg --vgg16 {tmp_path}/vgg.pth --max-images 2"
     train(pairs, tmp_path / "vgg", more)
     assert followed[2:] == pytest.approx([np.mean(losses)])
 
 
-def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch):
+FULL = OSError(28, "No space left on device"), RuntimeError("[enforce fail] . unexpected pos 64")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error", "text"),
+    [(os, "fsync", FULL[0], "No space left"), (torch, "save", FULL[1], "is the disk full")],
+)
+def test_checkpoint_is_whole_whenever_it_is_there(tmp_path, monkeypatch, module, name, error, text):
     path = tmp_path / "x.pt"
     save_checkpoint(path, {"a": 1})
-
-    def breaks(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", breaks)
-    with refused("No space left"):
+    monkeypatch.setattr(module, name, mock.Mock(side_effect=error))
+    with refused(f"x.pt.*{text}"):
         save_checkpoint(path, {"a": 2})
     assert state_of(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
@@ -504,13 +509,6 @@ def test_generate_keeps_names_and_sizes(done, tmp_path):
     assert found == sizes | {"d.png": (70, 70)}
 
 
-def test_generate_from_label_maps(landcover, tmp_path):
-    train(landcover, tmp_path / "run", "--epochs 1")
-    main(use(tmp_path / "run", f"--generate {landcover}/val/lc", f"--out {tmp_path}/out"))
-    assert Image.open(tmp_path / "out" / "0.png").size == (80, 80)
-    assert "mean_iou" not in rows_of(tmp_path / "run")["model"]  # the target is the photograph
-
-
 def test_options_of_use_are_those_of_the_call(done, tmp_path):
     """Whatever the run was told; the model's own are the checkpoint's."""
     content = last(done)
@@ -629,24 +627,6 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
 
 
-def test_a_run_that_is_stopped_has_its_page(pairs, tmp_path, monkeypatch, capsys):
-    stop_after(monkeypatch, 2)
-    with pytest.raises(SystemExit):
-        train(pairs, tmp_path / "run")
-    assert f"step 2: continue with --resume --out {tmp_path}/run\n" in capsys.readouterr().err
-    assert all((tmp_path / "run" / name).is_file() for name in ("index.html", "losses.png"))
-
-
-def test_a_fingerprint_has_the_names_of_b(tmp_path):
-    rng, found = np.random.default_rng(5), []
-    for name in ("trainA/0", "trainB/0", "testA/0", "testB/0", "testB/1"):
-        save(tmp_path / f"{name}.png", picture(rng, 64, 64))
-        if "testB" in name:
-            store = open_data("cyclegan", tmp_path, tmp_path / "cache").store
-            found.append(support.run.fingerprint(store, ""))
-    assert found[0] != found[1]
-
-
 def test_the_newest_run_is_that_saved_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("pix2pix-9", "pix2pix-10", "pix2pix")):
@@ -667,12 +647,3 @@ def test_the_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
     support.run.write_config(tiny("pix2pix", out=str(tmp_path))[1])
     assert str(Path(support.run.__file__).parent) in called[0][0]
     assert json.loads((tmp_path / "config.json").read_text())["git_commit"] == "abc"
-
-
-def test_a_full_disk_that_pytorch_finds_is_one_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(torch, "save", full)
-    with refused("x.pt: cannot be written .*is the disk full"):
-        save_checkpoint(tmp_path / "x.pt", {})

@@ -24,7 +24,7 @@ FLOORS = [
     "files classes device batches",
     "options layouts opening labels demo pictures plots",
     "rasters writing checkpoints distances windows",
-    "limits measures run vgg16",
+    "limits pairs measures run vgg16",
     "store edits",
     "judge canvases",
     "begin studio",
