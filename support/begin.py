@@ -213,7 +213,7 @@ def _use(cfg, given):
     new = _merged(cfg, given, saved, fixed, path)
     folder = path.parent.parent if path.parent.name else Path("..")
     run = folder if path.absolute().parent.name == "checkpoints" else Path("runs") / path.stem
-    if cfg.evaluate and not cfg.out and run != folder and (run / "checkpoints").is_dir():
+    if cfg.evaluate and not cfg.out and run != folder and (run / "config.json").is_file():
         raise UserError(f"{run} is another run, of the name of {path.name}: pass --out")
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     window = checkpoint.get("window_B") if new.sides == "BA" else None

@@ -178,4 +178,5 @@ def _inria_splits(root):
 
 def _is_inria(root):
     """Whether images 1-5 of each city validate, as Inria's data has no validation split."""
-    return _inria_splits(root) == ["train"]
+    splits = _inria_splits(root)
+    return "train" in splits and not {"val", "validation"} & {*splits}

@@ -127,10 +127,11 @@ def _percentiles(paths, bands):
         with Raster(path, bands=bands, limits=ALL) as raster:
             room = max(raster.height - 256, 0), max(raster.width - 256, 0)
             corners = rng.integers(0, room, (-(-200 // len(files)), 2), endpoint=True)
-            for corner in np.unique(corners, axis=0).tolist():  # one, of a small image
+            corners, counts = np.unique(corners, axis=0, return_counts=True)
+            for corner, count in zip(corners.tolist(), counts, strict=True):
                 values = raster.values(*corner, 256, 256)
                 values = values[raster.valid(*corner, *values.shape[:2])]
-                some.append(values[:: 1 + len(values) // 2000])
+                some += [values[:: 1 + len(values) // 2000]] * count
         samples[path] = np.concatenate(some).astype(np.float64)
     if not any(map(len, samples.values())):
         raise UserError(f"{paths[0]}: no pixel has data")

@@ -216,8 +216,9 @@ class Raster:
         if self.bands and self._palette is None:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
-            bands = f"images have {len(there)} bands"
-            print_once(f"{bands}; these are read: {self.chosen} (--bands-A, --bands-B)")
+            chosen = ", ".join(map(str, self.chosen))
+            about = f"these are read: {chosen} (--bands-A, --bands-B)"
+            print_once(f"images have {len(there)} bands; {about}")
 
     def _cut(self, window):
         pixels = self.tiff.read(self.chosen, window=window)

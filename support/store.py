@@ -238,15 +238,16 @@ class ImageStore:
 
             @functools.cache  # two halves that are read alike have one Raster
             def opened(path, table, bands, limits):
-                return stack.enter_context(Raster(path, table, bands=bands, limits=limits))
+                raster = stack.enter_context(Raster(path, table, bands=bands, limits=limits))
+                return raster, functools.lru_cache(1)(raster.read)
 
             sides = []
             for k, (path, limits) in enumerate(zip(pair, self.limits.values(), strict=True)):
                 if path:
                     table = self.classes if k else None
-                    raster = opened(path, None if halves else table, self.bands[k], limits)
+                    raster, read = opened(path, None if halves else table, self.bands[k], limits)
                     if halves:
-                        raster = Half(raster, k * raster.height, table, not self.patch)
+                        raster = Half(raster, read, k * raster.height, table, not self.patch)
                     sides.append(raster)
             yield sides
 

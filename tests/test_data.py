@@ -68,6 +68,7 @@ LAYOUTS = {
     "val of Inria": (INRIA, "Inria, train, images 1-5 of each city", HELD_OUT),
     "Inria with val": (INRIA + " val/images/x.tif val/gt/x.tif", "Inria, train", " ".join(ALL)),
     "test of Inria": (INRIA + " test/images/x.tif test/gt/x.tif", "Inria, test", "x"),
+    "Inria with a trial": (INRIA + " tiny/images/x.tif tiny/gt/x.tif", "Inria, train", KEPT),
     "a folder gt alone": ("train/1.png train/gt/1.png", "side by side, train", "1"),
     "masks": ("train/images/7.jpg train/masks/7.png classes.json", "masks, train", "7"),
     "two endings": ("train/1_A.png train/1_B.png train/2_B.jpg train/2_A.png",

@@ -9,6 +9,7 @@ from torch import nn
 
 import common
 import pix2pix
+from files import CLASSES, pixels_of
 from pix2pix import State, build, train_step
 from support.pictures import to_bytes
 from tensors import CPU, batch_of, calls_of, open_data, tiny
@@ -114,6 +115,19 @@ def test_the_plateau_halves_after_twenty_stalled_epochs_and_stops_at_a_hundredth
     assert rates([0.99975**k for k in range(99)])[-1] == 1.0  # in twenty epochs by more than 0.1 %
     assert rates([0.99999**k for k in range(99)])[-1] < 1.0  # by less
     assert pix2pix.learning_rate(State(None), pix2pix.Config(schedule="constant", lr=1.0), 199) == 1
+
+
+def test_a_label_map_is_translated_in_its_class_colours(tmp_path):
+    """In an array there are no colours."""
+    index = np.random.default_rng(0).integers(0, 3, (64, 64), np.uint8)
+    np.save(tmp_path / "x.npy", index)
+    paths = {"generate": (f"{tmp_path}/x.npy",), "out": f"{tmp_path}/new", "window": 64}
+    cfg = dataclasses.replace(TINY, lc_classes=CLASSES.text, eval_norm="running", **paths)
+    state = build(cfg, CPU)
+    pix2pix.generate(state, cfg, CPU)
+    x = common.draw(torch.from_numpy(index)[None], CLASSES)
+    fake = to_bytes(pix2pix.translate(state, x, cfg))[0].permute(1, 2, 0)
+    assert (pixels_of(tmp_path / "new" / "x.png") == fake.numpy()).all()
 
 
 def test_the_judge_scores_photographs_of_label_maps(landcover, cache):

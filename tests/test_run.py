@@ -490,7 +490,7 @@ def test_evaluation_needs_validation_images_alone(pairs, done, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     main(["--evaluate", "--checkpoint", "mine.pt", "--data", "data"])
     assert rows_of(tmp_path / "runs" / "mine") == rows_of(done)
-    (tmp_path / "runs" / "mine" / "checkpoints").mkdir()
+    (tmp_path / "runs" / "mine" / "config.json").touch()
     use_it = ["--checkpoint", "mine.pt", "--evaluate"]
     with refused("runs/mine is another run, of the name of mine.pt: pass --out"):
         common.begin(Config, "", {}, use_it)
