@@ -12,7 +12,7 @@ from harness import SCRIPTS
 FRONT = (
     ("pix2pix-satellite-to-map-256", "satellite → map", "", "rmse"),
     ("pix2pix-map-to-satellite-256", "map → satellite", "", "rmse"),
-    ("pix2pix-landcover-to-satellite", "land cover → satellite", "", "rmse"),
+    ("pix2pix-landcover-to-satellite-256", "land cover → satellite", "", "rmse"),
     ("cyclegan-maps", "satellite → map, without pairs", "A to B: ", "rmse"),
     ("mixlc-dubai", "edit", "", "judge_mean_iou"),
     ("mixlc_acgan-dubai", "edit", "", "judge_mean_iou"),
