@@ -217,7 +217,7 @@ def _use(cfg, given):
         raise UserError(f"{run} is another run, of the name of {path.name}: pass --out")
     out = cfg.out or (run if cfg.evaluate else run / "generated")
     window = checkpoint.get("window_B") if new.sides == "BA" else None
-    changes = {"device": cfg.device, "resume": False, "out": str(out)}
+    changes = {"device": cfg.device, "out": str(out)}
     changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
     if not cfg.out:  # the cache of training, also for results in generated/
         changes["cache"] = str(cache_folder(dataclasses.replace(new, out=str(run))))

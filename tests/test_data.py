@@ -858,15 +858,17 @@ def ssim(a, b):
 
 
 def test_ssim_by_hand():
-    """Of one window full of data, the mean over three channels of which one is inverted."""
+    """The mean over two windows full of data, and over three channels of which one is inverted."""
     rng = np.random.default_rng(0)
-    a = rng.integers(0, 256, (11, 11))
-    b = np.clip(a + rng.integers(-40, 40, (11, 11)), 0, 255)
+    a = rng.integers(0, 256, (11, 12))
+    b = np.clip(a + rng.integers(-40, 40, (11, 12)), 0, 255)
     channels = np.stack([a, a, a]), np.stack([b, b, 255 - b])
     wider = (np.pad(image, ((0, 0), (0, 0), (0, 1))) for image in channels)  # without data
     pictures = (torch.from_numpy(image).byte()[None] for image in wider)
-    known = torch.arange(12).expand(1, 1, 11, 12) < 11
-    want = (2 * ssim(a, b) + ssim(a, 255 - b)) / 3
+    known = torch.arange(13).expand(1, 1, 11, 13) < 12
+    windows = slice(0, 11), slice(1, 12)
+    alike, inverted = (np.mean([ssim(a[:, k], x[:, k]) for k in windows]) for x in (b, 255 - b))
+    want = (2 * alike + inverted) / 3
     assert measure_images(*pictures, known=known)["ssim"].item() == pytest.approx(want, rel=1e-6)
 
 

@@ -188,7 +188,7 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard := mock.MagicMock())
     made = calls_of(monkeypatch, support.run, "tracker")
     train(pairs, tmp_path / "run", "--track tensorboard --epochs 1")
-    assert made[0][1] == last(tmp_path / "run")["id"]
+    assert made[0][1] == last(tmp_path / "run")["id"] and len(made[0][1]) == 8
     tensorboard.SummaryWriter.assert_called_once_with(str(tmp_path / "run" / "tensorboard"))
     writer, any_value = tensorboard.SummaryWriter.return_value, mock.ANY
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
@@ -226,7 +226,7 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said, ((closing,),) = capsys.readouterr().err, closed
     assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
-    assert closing.bar.n == closing.bar.total == 12
+    assert closing.bar.n == closing.bar.total == 12 and closing.bar.initial == 5
     main(f"--resume --out {run}".split())
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
