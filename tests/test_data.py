@@ -108,8 +108,8 @@ def test_layouts(tmp_path, case):
 
 def test_training_images_validate_in_no_other_layout(tmp_path):
     touch(*(tmp_path / "train" / name for name in ("A/vienna1.png", "B/vienna1.png", "gt/x.png")))
-    with refused("no images of split val"):
-        find_images(tmp_path, "val")
+    with refused("no images of split val"):  # before anything is decoded
+        common.begin(Config, "", {}, ["--data", str(tmp_path), "--out", str(tmp_path / "run")])
 
 
 def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path):

@@ -105,9 +105,11 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
     assert len(averaged) == 40 + 1  # a step an epoch, of 5 images, and of 16 of 24
 
 
-def test_without_land_cover_or_wish_there_is_no_judge(tmp_path):
+def test_without_land_cover_or_wish_there_is_no_judge(tmp_path, capsys):
     out = {"out": str(tmp_path)}
-    assert common.find_judge(dataclasses.replace(CFG, train_judge=False, **out), CPU) is None
+    unwished = dataclasses.replace(CFG, train_judge=False, **out)
+    assert common.find_judge(unwished, CPU) is common.find_judge(unwished, CPU, False) is None
+    assert capsys.readouterr().err == ""
     assert common.find_judge(dataclasses.replace(CFG, lc_classes="pictures", **out), CPU) is None
 
 

@@ -101,7 +101,7 @@ def test_a_canvas_shows_what_generate_gives_and_paints_only_what_a_stroke_touche
     assert region == (0, 0, 200, 150) and painter.windows == 4 * 3
     assert np.array_equal(picture, generated(tmp_path, cfg, pixels))
     pixels = canvas.pixels
-    for top, windows in ((60, 2 * 2), (170, 2)):
+    for top, windows in ((60, 2 * 2), (100, 2 * 2), (170, 2)):
         pixels[top : top + 10, 100:110] = 1
         painter.windows = 0
         box, part = canvas.generated((top, 100, 10, 10), 1)
