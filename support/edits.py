@@ -25,7 +25,8 @@ class PhotoEdit:
 
     def __init__(self, cfg, photo, lc, first=None, strokes=()):
         self.cfg, self.photo, self.lc, self.strokes = cfg, photo, lc, strokes
-        self.has_before, self.first = bool(first or strokes), first or lc
+        self.first = first or lc
+        self.has_before = bool(first or strokes)
         self.size = photo.height, photo.width
         self.window = window_of(cfg, photo) or self.size
         self.border = max(1, round(12 * min(self.window) / 256))
@@ -84,8 +85,9 @@ class PhotoEdit:
         """The region to generate around a box of changes."""
         lengths = []
         for length, side, window in zip(box[2:], self.size, self.window, strict=True):
-            fits = length <= window - window // 4
-            lengths.append(min(side, window if fits else length + 2 * (window // 4)))
+            margin = window // 4
+            fits = length <= window - margin
+            lengths.append(min(side, window if fits else length + 2 * margin))
         return centred(box, lengths, self.size)
 
     def generated(self, region, predict, net=None):

@@ -74,4 +74,5 @@ def write_image(path, image, colours=None):
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        picture.save(aside, quality=95, subsampling=0, lossless=True, icc_profile=colours)
+        how = {"quality": 95, "subsampling": 0, "lossless": True}  # JPEG; WebP
+        picture.save(aside, **how, icc_profile=colours)

@@ -96,7 +96,8 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
         with Raster(path, table, **about) as raster:
-            _translate(cfg, raster, predict, net, Path(cfg.out) / names[path][0], to_labels)
+            out = Path(cfg.out) / names[path][0]
+            _translate(cfg, raster, predict, net, out, to_labels)
     for name, *more in names.values():
         for colours in new.intersection(more if name not in new else ()):  # of a map that is kept
             with Raster(Path(cfg.out) / name, cfg.classes) as labels:
@@ -118,7 +119,8 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     predict = functools.partial(predict, whole=not window)
     statistics = shared_statistics(cfg, net)
     windows = Windows(cut, predict, size, window, statistics, raster.valid)
-    side, classes = cfg.sides[1], cfg.classes if to_labels else None
+    classes = cfg.classes if to_labels else None
+    side = cfg.sides[1]
     limits = Limits.of(cfg, side)
     with writing(out, raster, classes, cfg.channels(side), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
@@ -178,7 +180,8 @@ def edit_file(cfg, predict, net=None):
         return
     edit, out = edit_of_files(cfg), Path(cfg.out)
     path, regions = edit.photo.path, edit.regions()
-    names, sheet = results_of(path, tiff=needs_tiff(cfg, "A")), f"{path.stem}_sheet.png"
+    names = results_of(path, tiff=needs_tiff(cfg, "A"))
+    sheet = f"{path.stem}_sheet.png"
     if cfg.samples > 1:
         suffix = Path(names[0]).suffix
         names = [f"{path.stem}_{k}{suffix}" for k in range(1, cfg.samples + 1)]

@@ -103,8 +103,10 @@ def with_limits(cfg, split):
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
-        text = getattr(cfg, f"limits_{side}") or "0,255"
-        if dtype != "uint8" and not getattr(cfg, f"limits_{side}"):
+        text = getattr(cfg, f"limits_{side}")
+        if not text and dtype == "uint8":
+            text = "0,255"
+        elif not text:
             pairs = _percentiles(getattr(split, side), cfg.bands(side))
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
         cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})

@@ -243,7 +243,8 @@ def write_evaluation(cfg, rows, **about):
     finite = {}
     for title, row in rows.items():
         finite[title] = {name: value for name, value in row.items() if math.isfinite(value)}
-    path, data = Path(cfg.out) / "evaluation.json", cfg.data or "demo world"
+    path = Path(cfg.out) / "evaluation.json"
+    data = cfg.data or "demo world"
     about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
     write_text(path, json.dumps(about | {"rows": finite}, indent=2))
     print_table(finite)

@@ -106,7 +106,10 @@ class Options:
     evaluate: bool = option(False, "measure --checkpoint on a split of the data")
     split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
-        "", "a judge, a file of --train-judge; none: the run's own", may_change=True, file=True
+        "",
+        "measure with this judge, a file of --train-judge; none: the run's own",
+        may_change=True,
+        file=True,
     )
     train_judge: bool = option(False, "train a judge that segments photographs", may_change=True)
     judge_epochs: int = option(20, "epochs of the judge's training", low=1, may_change=True)

@@ -16,13 +16,15 @@ from support.opening import READABLE
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
 
-    Label maps are arrays, or images of indices, of code values or of class colours. TIFFs and
-    VRTs are read piece by piece, other files whole; EXIF turns photographs upright.
+    Label maps are array files, or images of indices, of code values or of class colours. A TIFF
+    or VRT of any size is read piece by piece; other files are decoded whole. Photographs are
+    turned upright by their EXIF orientation.
 
     bands          those to read of a picture, numbered from 1; (): red, green and blue, as a TIFF
                    names them, or the first three, or one band three times. Never alpha
     endings        those that may be opened: READABLE, or UPLOADS of strangers
-    most           pixels of a file that is read whole; an array may have 8 bytes for each
+    most           largest number of pixels of a file that is decoded whole; an array file may
+                   have 8 bytes for each
     limits         Limits of a picture: needed for more than 8 bits
     height, width  in pixels
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
@@ -61,7 +63,10 @@ class Raster:
             self.tiff.close()
 
     def read(self, top=0, left=0, height=None, width=None):
-        """A window, cut off at the edges: (H, W) indices; (H, W, C) uint8, or with limits int16."""
+        """A window, cut off at the edges: (H, W) class indices, or a picture (H, W, C).
+
+        A picture is uint8, or with limits the int16 levels between them.
+        """
         pixels = self.values(top, left, height, width)
         return self.limits.to_levels(pixels) if self.limits else pixels
 

@@ -77,7 +77,8 @@ class Run:
         self.cfg, self.scores, self.out, self.lr = cfg, scores, Path(cfg.out), 0.0
         self.steps_per_epoch = steps_in_epoch(len(data), cfg.batch_size)
         self.images_per_step = cfg.batch_size * world_size()
-        self.fingerprint, saved = fingerprint(data.store, cfg.lc_classes), checkpoint or {}
+        self.fingerprint = fingerprint(data.store, cfg.lc_classes)
+        saved = checkpoint or {}
         changed = saved.get("fingerprint", self.fingerprint) != self.fingerprint
         if changed:  # the epoch starts again
             saved = {name: saved.get(name) for name in ("epoch", "step", "id")}

@@ -123,8 +123,10 @@ class Windows:
     def predicted(self, corners):
         """Generates the windows at corners (top, left): (B, C, *sides) float32, on the CPU."""
         windows = np.stack([self.cut(*corner, *self.sides) for corner in corners])
-        shared = self.statistics and self.statistics.around(self._positions(corners))
-        with shared or contextlib.nullcontext():
+        shared = contextlib.nullcontext()
+        if self.statistics:
+            shared = self.statistics.around(self._positions(corners))
+        with shared:
             fakes = self.predict(torch.from_numpy(windows)).float().cpu()
         if fakes.shape[2:] == self.sides:
             return fakes
