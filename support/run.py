@@ -90,11 +90,7 @@ class Run:
         self.window, self.window_B = windows if any(windows) else data.store.windows()
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
         self.handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
-        done = self.epoch * self.steps_per_epoch + self.batch
-        about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
-        about["total"] = cfg.epochs * self.steps_per_epoch * self.images_per_step
-        self.bar = tqdm(initial=done * self.images_per_step, **about)
-        self.warm = self.step + 5
+        self.bar, self.warm = self._new_bar(), self.step + 5
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
             self._prepare_folder(checkpoint or {})
@@ -115,6 +111,13 @@ class Run:
         self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
         done = ": all epochs are done" if self.epoch >= self.cfg.epochs else ""
         self.print(f"run folder {self.out}{done}")
+
+    def _new_bar(self):
+        """A progress bar of all images. Its estimate of the time left starts now."""
+        done = self.epoch * self.steps_per_epoch + self.batch
+        about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
+        about["total"] = self.cfg.epochs * self.steps_per_epoch * self.images_per_step
+        return tqdm(initial=done * self.images_per_step, **about)
 
     def print(self, text):
         """Prints a line on stderr, above the progress bar."""
@@ -156,9 +159,9 @@ class Run:
         self.step, self.batch = self.step + 1, self.batch + 1
         self.bar.update(self.images_per_step)
         if self.step == self.warm:  # the estimate of time left excludes a CUDA graph's capture
-            done = self.bar.n
-            self.bar.reset()
-            self.bar.n = self.bar.initial = done
+            self.bar.leave = False
+            self.bar.close()
+            self.bar = self._new_bar()
         rows = math.ceil(self.steps_per_epoch / self.cfg.log_every)  # of equally many steps
         if self.batch * rows % self.steps_per_epoch < rows and self.batch < self.steps_per_epoch:
             self._write_row({})  # an epoch's last row waits for its scores

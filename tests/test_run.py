@@ -226,7 +226,7 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said, ((closing,),) = capsys.readouterr().err, closed
     assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
-    assert closing.bar.n == closing.bar.total == 12 and closing.bar.initial == 5
+    assert closing.bar.n == closing.bar.total == 12 and "| 5/12 [00:00<?, ?image/s]" in said
     main(f"--resume --out {run}".split())
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
