@@ -524,7 +524,8 @@ def main(argv=None):
         use(cfg, device, checkpoint)
         return
     if cfg.show_samples:
-        show_samples(Edits(cfg, "train", device), cfg)
+        one_by_one = dataclasses.replace(cfg, batch_size=1)
+        show_samples(Edits(one_by_one, "train", device), cfg)
         return
     state = build(cfg, device)
     if checkpoint:
@@ -624,8 +625,9 @@ def add_judged(scores, judge, edit, mask, fake, by):
 
 def show_samples(train, cfg):
     """Writes a picture of --show-samples training edits to samples.png in --out, the box drawn."""
-    batches = itertools.islice(train.batches(0), -(-cfg.show_samples // cfg.batch_size))
-    edit = Edit(*(field[: cfg.show_samples] for field in joined(batches)))
+    edits = (edit for epoch in itertools.count() for edit in train.batches(epoch))
+    edits = joined(itertools.islice(edits, cfg.show_samples))
+    edit = Edit(*(field[: cfg.show_samples] for field in edits))  # --use-ba makes two of each
     lc_a, lc_b, lc_ab = (
         common.draw(common.class_index(lc), train.classes)
         for lc in (edit.lc_a, edit.lc_b, edit.lc_ab)

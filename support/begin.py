@@ -26,6 +26,7 @@ from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
 from support.processes import first_on_machine, of_rank_0, rank, world_size
+from support.run import SIGNALS
 from support.store import cache_folder, source
 
 
@@ -33,12 +34,15 @@ def command(main):
     """Decorates a script's main: a user's mistake becomes one line on stderr and exit status 2.
 
     SIGTERM ends it as Ctrl-C does, so that no unfinished file stays; a Run saves first.
+    Then signals are handled as before.
     """
 
     @functools.wraps(main)
     def wrapper(argv=None):
         in_thread = threading.current_thread() is not threading.main_thread()
-        before = None if in_thread else signal.signal(signal.SIGTERM, _terminated)
+        handlers = {} if in_thread else {number: signal.getsignal(number) for number in SIGNALS}
+        if not in_thread:  # where no signal arrives
+            signal.signal(signal.SIGTERM, _terminated)
         with (
             contextlib.redirect_stdout(SafeStream(sys.stdout)),
             contextlib.redirect_stderr(SafeStream(sys.stderr)),
@@ -59,9 +63,9 @@ def command(main):
                     print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:
-                if not in_thread:  # where no signal arrives
-                    signal.signal(signal.SIGTERM, before)
                 unlock()
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
     return wrapper
 

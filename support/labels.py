@@ -78,12 +78,13 @@ class Reading:
     def _is_one_band(self, rgb):
         """Whether three equal bands (H, W, 3) are one band of codes or greys, and no colours.
 
-        Codes must be more than black and white, and none of them a grey of the table.
+        Codes must be more than black and white, and not all of them greys of the table.
         """
         if (rgb != rgb[..., :1]).any():
             return False
         used = np.unique(rgb)
-        shown = (self.table.nearest_row(used[:, None])[0] == 0).any() or self.nearest
+        reach = FAR**2 if self.nearest else 0
+        shown = (self.table.nearest_row(used[:, None])[0] <= reach).all()
         codes = self.table.has(used) and set(used.tolist()) - {0, 255}
         return self.table.grey or bool(codes and not shown)
 

@@ -37,8 +37,7 @@ class Half:
 
     def valid(self, *window):
         """Where a window has data, bool; a no-data value of labels may be a class."""
-        tiff = self.raster.tiff
-        if self.table and tiff and tiff.nodata in self.table.values:
+        if self.table and self.raster.tiff and self.raster.counts_nodata(self.table):
             return np.ones(window[2:], bool)
         return self.raster.valid(*self._moved(*window))
 

@@ -266,11 +266,15 @@ class Raster:
         """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
         if not self.tiff:
             return self._has_alpha
-        if self.table and self._reading.by_codes and self.tiff.nodata in self.table.values:
+        if self.table and self._reading.by_codes and self.counts_nodata(self.table):
             per_dataset = opening.gdal().enums.MaskFlags.per_dataset
             return any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
         floats = np.dtype(self.dtype).kind == "f" and not self.table
         return bool(self._has_mask or self._alphas or self._clear or floats)
+
+    def counts_nodata(self, table):
+        """Whether the no-data value of a TIFF is a class; the transparent index of a PNG is not."""
+        return self.tiff.driver != "PNG" and self.tiff.nodata in table.values
 
     def valid(self, top, left, height, width):
         """Where a window has data: (height, width) bool.

@@ -173,6 +173,7 @@ EXACT = [{"name": "no", "color": "#000000"}, {"name": "yes", "color": "#ffffff"}
 NEAREST = {"nearest": True, "classes": EXACT}
 INK = [{"name": color, "color": color} for color in ("#F00000", "#101010", "#FDFDFD")]
 INK = {"nearest": True, "classes": INK}
+RGB = [{"name": c, "color": c} for c in ("#000000", "#ff0000", "#00ff00")]
 INKS = [{"name": "no", "color": "#101010", "value": 7}, {"name": "yes", "color": "#ffffff"}]
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
@@ -271,6 +272,8 @@ LABELS = {
     "three bands, soft": ("binary", "x.png", in_three(0, 90, 200, 255), [0, 0, 1, 1]),
     "three bands, soft, TIFF": ("binary", "x.tif", in_three(0, 90, 200, 255), [0, 0, 1, 1]),
     "three bands of 0 and 1": ("binary", "x.png", in_three(0, 1, 1, 0), "[1] are not in"),
+    "three bands of codes, one is black": (RGB, "x.png", in_three(0, 1, 2), [0, 1, 2]),
+    "three bands of codes, nearest": ("maps", "x.tif", in_three(0, 1, 8), [0, 1, 8]),
     "black and a stray grey": (EXACT, "x.png", in_three(0, 7, 7, 0), [0, 255, 255, 0]),
     "black alone": (EXACT[::-1], "x.tif", in_three(0, 0), [1, 1]),
     "white and a stray black": ("s2glc", "x.png", in_three(0, 255), [255, 0]),
@@ -281,7 +284,7 @@ LABELS = {
     "binary, dark greys": ("binary", "x.png", [0, 2, 3], "[2, 3] are not in"),
     "binary, a dark JPEG": ("binary", "x.jpg", [1, 1], [0, 0]),
     "binary, red": ("binary", "x.png", np.uint8([[[0, 0, 0], [255, 0, 0]]]), [0, 255]),
-    "three bands of black and 1": (EXACT, "x.png", in_three(0, 1), [0, 255]),
+    "three bands of black and 1": (EXACT, "x.png", in_three(0, 1), [0, 1]),
     "three bands near one colour": (INK, "x.png", in_three(1, 2), [1, 1]),
     "codes and 255": (NEAREST, "x.png", [0, 1, 255], [0, 1, 255]),
     "greys, 255 is none": (GREY, "x.png", [0, 128, 140, 255], [0, 1, 1, 255]),
@@ -470,6 +473,16 @@ def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
         with refused("are not in the class table") if not want else contextlib.nullcontext():
             store = store_of(tmp_path, tmp_path / "cache", 4, lc_classes="binary")
             assert (store.B[0, 0] == want).all()
+
+
+@pytest.mark.parametrize("transparent", [1, b"\xff\0\xff"])
+def test_transparent_codes_have_no_class_with_a_place_either(tmp_path, transparent):
+    for place in (False, True):
+        paletted(0, 40, 80, 120, codes=[0, 1, 2]).save(tmp_path / "x.png", transparency=transparent)
+        if place:
+            (tmp_path / "x.pgw").write_text("1\n0\n0\n-1\n5\n5\n")
+        with Raster(tmp_path / "x.png", table_of(RGB)) as raster:
+            assert bool(raster.tiff) == place and raster.read().tolist() == [[0, 255, 2]]
 
 
 @pytest.mark.parametrize("patch", [0, 80])

@@ -496,7 +496,7 @@ def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, mon
     monkeypatch.setattr(sys, "stderr", stream(kind))
     with pytest.raises(SystemExit) as stopped:
         pix2pix.main(run_of(world, tmp_path / "run"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
     assert stopped.value.code == 128 + signal.SIGINT and last(tmp_path / "run")["step"] == 1
 
 
