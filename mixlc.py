@@ -565,8 +565,7 @@ def main(argv=None):
         use(cfg, device, checkpoint)
         return
     if cfg.show_samples:
-        one_by_one = dataclasses.replace(cfg, batch_size=1)
-        show_samples(Edits(one_by_one, "train", device), cfg)
+        show_samples(cfg, device)
         return
     state = build(cfg, device)
     if checkpoint:
@@ -658,8 +657,9 @@ def add_judged(scores, judge, edit, mask, fake, by):
         scores.add_labels(row, judge.classes_of(image), target, lc.shape[1], by)
 
 
-def show_samples(train, cfg):
+def show_samples(cfg, device):
     """Writes a picture of --show-samples training edits to samples.png in --out, the box drawn."""
+    train = Edits(dataclasses.replace(cfg, batch_size=1), "train", device)
     edits = (edit for epoch in itertools.count() for edit in train.batches(epoch))
     edits = joined(itertools.islice(edits, cfg.show_samples))
     edit = Edit(*(field[: cfg.show_samples] for field in edits))  # --use-ba makes two of each

@@ -50,7 +50,7 @@ def bench_epoch(benchmark, request, files, tmp_path, script, device, size, batch
         pytest.skip("as a test: batch 1")
     options = {"size": size, "batch_size": batch_size, "data": str(files), "cache": str(tmp_path)}
     options |= {"width": 16 if device == "cpu" else 64} if timed else {"width": 4}
-    options |= {"lc_classes": "maps"} if "mixlc" in script else {}
+    options |= {"lc_classes": "maps"} if harness.is_edit(script) else {}
     if not timed and script == "mixlc_acgan":
         options["style_layers"] = "relu1_1"
     state, cfg, step = harness.prepare(script, harness.FAST, device, **options)

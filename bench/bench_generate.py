@@ -41,7 +41,7 @@ def inputs_for(script, cfg, count, device):
         0, 256, (count, 3, cfg.size, cfg.size), dtype=torch.uint8, device=device
     )
     labels = torch.randint(0, 14, (count, cfg.size, cfg.size), dtype=torch.uint8, device=device)
-    return (pictures, labels) if "mixlc" in script else (pictures,)
+    return (pictures, labels) if harness.is_edit(script) else (pictures,)
 
 
 def generate(module, state, cfg, pictures, labels=None):

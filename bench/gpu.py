@@ -88,9 +88,9 @@ class Session:
         """The words of a training."""
         sizes = TOY if self.toy else "--val-images 24"
         words = f"{more} --cache {self.work / 'cache'} --save-every 0 {sizes}".split()
-        if "mixlc" in script and self.words.landcover:
+        if harness.is_edit(script) and self.words.landcover:
             words += ["--data", os.path.abspath(self.words.landcover), "--patch", "256"]
-        elif "mixlc" not in script and self.words.maps:
+        elif not harness.is_edit(script) and self.words.maps:
             words += ["--data", os.path.abspath(self.words.maps)]
         if script == "mixlc_acgan" and self.words.vgg16:
             words += ["--vgg16", os.path.abspath(self.words.vgg16)]

@@ -34,6 +34,11 @@ BY_WORTH += [(variant, 1) for variant in SINGLE]  # compile takes longest
 ONLY = {"vgg_fp32": ("mixlc_acgan",), "nchw": ("cyclegan",)}  # with a style loss, with InstanceNorm
 
 
+def is_edit(script):
+    """Whether a script edits photographs through their land cover; the others translate."""
+    return issubclass(importlib.import_module(script).Config, common.EditOptions)
+
+
 def device_time():
     """Seconds, once the device has done what it was given."""
     if torch.cuda.is_available():
@@ -47,7 +52,7 @@ def config(script, **options):
     """
     support.device.set_arithmetic()
     module = importlib.import_module(script)
-    options |= {"lc_classes": TABLE} if "mixlc" in script and "lc_classes" not in options else {}
+    options |= {"lc_classes": TABLE} if is_edit(script) and "lc_classes" not in options else {}
     options |= {"style_features": "random"} if script == "mixlc_acgan" else {}
     return module, module.Config(**options)
 
@@ -56,7 +61,7 @@ def random_batch(script, cfg, device):
     """Random images in the shapes that the script's train_step takes."""
     shape = cfg.batch_size, 3, cfg.size, cfg.size
     images = [torch.rand(shape, device=device) * 2 - 1 for _ in range(3)]
-    if "mixlc" not in script:
+    if not is_edit(script):
         return tuple(images[:2])
     index = torch.randint(14, (cfg.batch_size, cfg.size, cfg.size), device=device)
     lc = nn.functional.one_hot(index, 14).permute(0, 3, 1, 2).float().contiguous()

@@ -10,7 +10,7 @@ import torch
 
 import support.run
 from files import PLACE, land_cover, side_by_side
-from harness import SCRIPTS
+from harness import SCRIPTS, is_edit
 from runs import RUNS, tiny_run
 from support import errors
 
@@ -57,7 +57,7 @@ def landcover(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data(pairs, landcover):
     """Each script's dataset."""
-    return {script: landcover if "mixlc" in script else pairs for script in SCRIPTS}
+    return {script: landcover if is_edit(script) else pairs for script in SCRIPTS}
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import torch
 
 import common
 from files import LABELS
+from harness import is_edit
 
 CPU = torch.device("cpu")
 
@@ -15,7 +16,7 @@ def tiny(script, **options):
     more = {"size": 64, "width": 4, "batch_size": 2, "precision": "fp32"}
     if script == "cyclegan":
         more |= {"blocks": 1, "pool_size": 0}
-    if "mixlc" in script:
+    if is_edit(script):
         more |= LABELS
     if script == "mixlc_acgan":
         more |= {"style_features": "random", "style_layers": "relu1_1"}
@@ -52,7 +53,7 @@ def batch_of(script, cfg, seed=0):
     lc_a, lc_b, lc_ab = (maps(10 * seed + k, 2, size, holes=7 + k) for k in range(3))
     if script == "cyclegan" and cfg.classes:
         return a, lc_b
-    if "mixlc" not in script:
+    if not is_edit(script):
         return a, b
     box = torch.tensor([[20, 20, 24, 24], [0, 44, 16, 16]])
     inside = torch.tensor([True, not cfg.use_ba])

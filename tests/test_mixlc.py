@@ -261,7 +261,8 @@ def test_the_columns_of_grids(script, monkeypatch, tmp_path):
     data = {"in_order": lambda images: [edit], "batches": lambda epoch: iter([edit])}
     data = types.SimpleNamespace(**data, classes=cfg.classes)
     saved = calls_of(monkeypatch, common, "save_grid", lambda *_: None)
-    module.show_samples(data, cfg)
+    monkeypatch.setattr(module, "Edits", lambda *_: data)
+    module.show_samples(cfg, CPU)
     columns = module.sample(module.build(cfg, CPU), data, cfg, [0])
     shown = [(name, columns[name]) for name in ("lc_ab", "rgb_ab")]
     for name, column in [*saved[0][1].items(), *shown]:

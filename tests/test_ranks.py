@@ -18,7 +18,7 @@ import common
 import pix2pix
 from files import land_cover, side_by_side
 from forks import forked_ranks, until
-from harness import SCRIPTS
+from harness import SCRIPTS, is_edit
 from runs import last, metrics_of, steps_of, tiny_run
 from support.processes import rank
 from tensors import same, tiny
@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 EXTRA = {
     "pix2pix": "--norm instance --dropout 0",
     "cyclegan": "--pool-size 4",
-    "mixlc": "",
     "mixlc_acgan": "--style-layers relu1_2",
 }
 
@@ -37,11 +36,9 @@ RESUMED = "cyclegan", "mixlc"  # with image pools, with BatchNorm
 
 def words(script, folder, out, more=""):
     """The command line of a process that trains on its share of 8 images."""
-    data = folder / ("lc" if "mixlc" in script else "pairs")
-    more = (
-        f"--batch-size 1 --epochs 2 --sample-rows 1 --cache {folder}/cache {EXTRA[script]} {more}"
-    )
-    return tiny_run(script, data, out, more)
+    data = folder / ("lc" if is_edit(script) else "pairs")
+    more = f"--batch-size 1 --epochs 2 --sample-rows 1 --cache {folder}/cache {more}"
+    return tiny_run(script, data, out, f"{EXTRA.get(script, '')} {more}")
 
 
 def five_steps(script, rank, world):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 from files import LABELS, PLACE, TABLE, bands_of, geotiff
-from harness import SCRIPTS
+from harness import SCRIPTS, is_edit
 from pages import in_colours, page_shows, studio_of
 from runs import (
     RUNS,
@@ -101,8 +101,8 @@ FLIPS = {
 def test_flips(case, pairs, landcover, cache, monkeypatch):
     """Domains, and the tiles a and b of an edit, are flipped independently of each other."""
     (script, flip, *labels), turns = case.split(), FLIPS[case]
-    train = open_data(script, landcover if labels or "mixlc" in script else pairs, cache, flip=flip)
-    name = "mirror" if "mixlc" in script else "jitter"
+    train = open_data(script, landcover if labels or is_edit(script) else pairs, cache, flip=flip)
+    name = "mirror" if is_edit(script) else "jitter"
     calls = calls_of(monkeypatch, importlib.import_module(script), name)
     for epoch in range(30):
         list(train.batches(epoch))
@@ -120,7 +120,7 @@ def test_crops_and_flips_are_the_same_for_all_channels_of_an_image(script):
     images = torch.from_numpy(np.stack([y, x, y, x])[None].repeat(32, 0))
     plan = np.random.default_rng(0).integers(0, (9, 9, 2, 2), (32, 4)).tolist()
     module = importlib.import_module(script)
-    if "mixlc" in script:
+    if is_edit(script):
         plan = [[0, 0, flip, upside_down] for _, _, flip, upside_down in plan]
         out, side = module.mirror(images, [crop[2:] for crop in plan]), 72
     else:
@@ -134,7 +134,7 @@ def test_crops_and_flips_are_the_same_for_all_channels_of_an_image(script):
 
 @each_script
 def test_validation_images_are_whole_unflipped_and_always_the_same(script, data, cache):
-    edits = "mixlc" in script
+    edits = is_edit(script)
     options = {"box": "random", "use_ba": True, "own": 1.0} if edits else {}
     one = open_data(script, data[script], cache, "val")
     other = open_data(script, data[script], cache, "val", **options, seed=5)
@@ -180,8 +180,8 @@ def test_translate_follows_the_seed_and_changes_no_network(case):
     script, policy = case.split()
     module, cfg = tiny(script, **({} if script == "cyclegan" else {"eval_norm": policy}))
     state, batch = module.build(cfg, CPU), batch_of(script, cfg)
-    given = tuple(batch[:2]) if "mixlc" in script else batch[0]
-    first = tuple(x[:1] for x in given) if "mixlc" in script else given[:1]
+    given = tuple(batch[:2]) if is_edit(script) else batch[0]
+    first = tuple(x[:1] for x in given) if is_edit(script) else given[:1]
     before = copy.deepcopy(state_dict(state))
     torch.manual_seed(1)
     both, other = (module.translate(state, given, cfg) for _ in range(2))
@@ -191,7 +191,7 @@ def test_translate_follows_the_seed_and_changes_no_network(case):
     assert case == "mixlc_acgan running" or torch.allclose(alone, both[:1], atol=1e-5)
     assert same(state_dict(state), before)
     assert all(net.training for net in vars(state).values() if isinstance(net, torch.nn.Module))
-    if "mixlc" not in script:
+    if not is_edit(script):
         given[..., :9] = torch.nan  # no data
         assert module.translate(state, given, cfg).isfinite().all()
 
@@ -251,7 +251,7 @@ SCORED = {  # where evaluation.json has the scores of cyclegan's metrics.csv
 def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, trained):
     """Of all validation images, whatever the sample grid shows; and the learning rate."""
     row, rows = metrics_of(trained(script))[-1], rows_of(trained(script))
-    decay = 1 if "mixlc" in script else 0.5  # of the second epoch
+    decay = 1 if is_edit(script) else 0.5  # of the second epoch
     assert float(row["lr"]) == decay * importlib.import_module(script).Config().lr
     for name in (name for name in row if name.startswith("val_")):
         title, measure = SCORED.get(name, ("model", name.removeprefix("val_")))
@@ -273,7 +273,7 @@ def test_the_last_row_of_metrics_has_the_measures_of_evaluation(script, trained)
 def test_windows_share_statistics_where_images_have_their_own(script, options, shared, monkeypatch):
     """And land cover is blended as probabilities."""
     module, cfg = tiny(script, **options)
-    state, name = module.build(cfg, CPU), "edit_file" if "mixlc" in script else "translate_files"
+    state, name = module.build(cfg, CPU), "edit_file" if is_edit(script) else "translate_files"
     calls = calls_of(monkeypatch, common, name, lambda *_, **__: None)
     module.generate(state, cfg, CPU)
     ((_, predict, net, *_),) = calls
@@ -311,14 +311,14 @@ def test_run_folder(script, trained):
     rows, out = rows_of(trained(script)), trained(script)
     assert (out / "metrics.csv").read_text().splitlines()[0] == f"epoch,step,lr,{COLUMNS[script]}"
     assert set(rows) >= set(ROWS[script].split(","))
-    if "mixlc" in script:
+    if is_edit(script):
         measures = EDITED | JUDGED_BY if script == "mixlc_acgan" else EDITED
         assert set(rows["model"]) == set(rows["copy of rgb_a"]) == measures
         assert "its input" in json.loads((out / "evaluation.json").read_text())["answer"]
     kept = last(out)["state"]
     rates = {kept[name]["param_groups"][0]["lr"] for name in kept if name.startswith("opt_")}
     lr = tiny(script)[1].lr
-    assert rates == {lr if "mixlc" in script else lr / 2}  # of all optimizers, in the second epoch
+    assert rates == {lr if is_edit(script) else lr / 2}  # of all optimizers, in the second epoch
     if script == "mixlc_acgan":
         assert set(rows["photograph b"]) == JUDGED_BY and (out / "judge.pt").is_file()
 
@@ -355,7 +355,7 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
     more = f"--data {root} --out {tmp_path}/out --val-images 2"  # these are for every epoch
     main(use(trained(script), "--evaluate --split test", more))
     ((_, _, _, images, *_),) = calls
-    assert images.tolist() == list(range(4 if "mixlc" in script else 6))
+    assert images.tolist() == list(range(4 if is_edit(script) else 6))
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert about["split"] == "test" and about["images"] == len(images)
     assert about["checkpoint"].endswith("checkpoints/last.pt")
@@ -395,7 +395,7 @@ MANY = {
 )
 def test_networks_of_other_bands_and_depths(script, dtype, tmp_path, capsys, monkeypatch):
     """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
-    root, edits = tmp_path / "data", "mixlc" in script
+    root, edits = tmp_path / "data", is_edit(script)
     folders = ("rgb", "lc") if edits else ("A", "B")
     for k in range(6):
         most, split = 256 if dtype == "uint8" else 5000, "val" if k > 3 else "train"
