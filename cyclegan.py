@@ -17,7 +17,8 @@ Adversarial Networks, arXiv:1703.10593.
 Differences from the paper:
 - Four layers of the discriminator have stride 2, as in the paper's appendix, and not three, as in
   the authors' code: 16x16 logits at 256, each with a receptive field of 94 pixels, and not 70.
-- The identity loss, which the paper uses for paintings (section 5.2), is on for all pictures.
+- The identity loss, which the paper uses for paintings (section 5.2), is on for all pictures
+  where A and B have equally many bands.
 - Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
   with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
   without a class are holes, all zeros; fake maps get a real map's holes before D_B judges them.

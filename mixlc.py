@@ -28,6 +28,7 @@ Differences from the original system, which has no paper (to train it: --box cen
 - The original discriminator gives one number for a whole photograph, and does not get land cover.
 - Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are photographs. The original used collages, which have seams.
+- In place of OASIS's spectral norm and LabelMix the discriminator has BatchNorm and augmentation.
 - Losses are computed from logits, and the networks' depth follows --size.
 """
 
@@ -455,8 +456,8 @@ def label_loss(logits, target):
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    All labels of a batch weigh the same, however rare (Schönfeld et al. 2021, section 3.1), but no
-    pixel weighs more than 10, where 1 is the weight in a label of mean frequency.
+    All labels of a batch weigh the same (Schönfeld et al. 2021, section 3.1: all but "generated"),
+    but no pixel weighs more than 10, where 1 is the weight in a label of mean frequency.
     """
     counts = target.sum((0, 2, 3))
     mean = counts.sum() / (counts > 0).sum().clamp_min(1)
@@ -596,7 +597,7 @@ def translate(state, inputs, cfg):
 
     BatchNorm uses the image's own statistics or running averages: see --eval-norm.
     """
-    rgb, lc = inputs
+    rgb, lc = inputs  # without holes: see visible
     size = 1 if common.own_statistics(cfg) else len(rgb)
     with common.generating(state.G, cfg), common.autocast(cfg, rgb.device):
         fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]

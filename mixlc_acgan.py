@@ -559,7 +559,7 @@ def translate(state, inputs, cfg):
     Dropout stays on: it is the noise, and two calls differ. BatchNorm uses the image's own
     statistics or running averages: see --eval-norm.
     """
-    rgb, lc = inputs
+    rgb, lc = inputs  # without holes: see visible
     size = 1 if common.own_statistics(cfg) else len(rgb)
     with common.generating(state.G, cfg, dropout=True), common.autocast(cfg, rgb.device):
         fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]

@@ -143,8 +143,8 @@ class Pairs:
     def sides(self, records):
         """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
 
-        Ignored labels are no data in a target, and have a colour of their own in an input. A target
-        has no data where its input has none.
+        Ignored labels are no data in a target. In an input they are black, or have the colour of
+        an ignored class. A target has no data where its input has none.
         """
         a, b = self.store.images("A", records), self.store.images("B", records)
         if self.store.classes:

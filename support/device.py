@@ -116,7 +116,7 @@ def own_statistics(cfg):
 
 @contextlib.contextmanager
 def generating(net, cfg, dropout=False):
-    """A context in which a network generates: BatchNorm by --eval-norm, dropout on or off.
+    """A context in which a network generates: BatchNorm by --eval-norm, nn.Dropout on or off.
 
     Running statistics do not change. Afterwards the network is in training mode.
     """

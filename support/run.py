@@ -64,7 +64,7 @@ class Run:
     """The folder of one training run: config.json, metrics.csv, losses.png, samples, checkpoints.
 
     cfg, checkpoint  as begin gave them
-    data             the training data: its len() images are an epoch, its store has histograms
+    data             the training data: its len() images are an epoch, its store is an ImageStore
     scores           names of the measures that close an epoch's last row of metrics.csv
 
     epoch, batch, step  where training stands: epochs done, batches done in this one, steps in all

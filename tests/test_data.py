@@ -138,6 +138,8 @@ NOT_LAYOUTS = {
     "no images": ("train/notes.txt", f"no layout.*{KNOWN}"),
     "val": ("train/1.png", "split val: put some into val/ or validation/ or test/, as in"),
     "val of domains": ("trainA/1.png trainB/1.png", "some into valA/ and valB/ or valid"),
+    "val of another city": ("train/images/berlin1.tif train/gt/berlin1.tif",
+                            "split val: put some into val/ or"),
     "test": ("train/1.png val/1.png", "split test: put some into test/, as in training"),
     "val of nothing": ("val/x.txt", f"no layout with images of split val .*val has x.txt.*{KNOWN}"),
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),

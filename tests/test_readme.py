@@ -141,7 +141,9 @@ def test_no_page_with_commands_is_left_out():
 
 def test_the_python_in_the_pages_runs(capsys):
     text = (ROOT / "docs/use.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     found = {}
-    exec(code, found)  # noqa: S102
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(code, found)  # noqa: S102
     assert found["fake"].shape == (2, 3, 64, 64) and "g_l1" in capsys.readouterr().out
+    made, kept = found["state"].G.state_dict(), found["checkpoint"]["state"]["G"]
+    assert all(torch.equal(made[name], weights.float()) for name, weights in kept.items())
