@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from support.errors import UserError
 from support.processes import rank, world_size
@@ -91,5 +92,8 @@ def some_of(items, count):
 
 
 def chunks(index):
-    """An array of indices in pieces of at most 8."""
-    return np.split(index, range(8, len(index), 8))
+    """Yields an array of indices in pieces of at most 8, with a progress bar if they are many."""
+    pieces = np.split(index, range(8, len(index), 8))
+    hidden = True if rank() or len(pieces) < 4 else None  # None: without a terminal
+    about = {"unit": "image", "unit_scale": 8, "leave": False, "disable": hidden}
+    yield from tqdm(pieces, "measuring", **about)

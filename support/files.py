@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -59,6 +60,14 @@ def whole_or_absent(path):
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder, age=86400):
+    """Removes what a killed process left unfinished, files at least `age` seconds old."""
+    for path in Path(folder).glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # a folder, or removed by another process
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def write_text(path, text):

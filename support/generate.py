@@ -11,7 +11,7 @@ import torch
 
 from support.edits import PhotoEdit, centred
 from support.errors import UserError, refusing
-from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, write_image
+from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, remove_unfinished, write_image
 from support.layouts import contents, image_files
 from support.limits import Limits, print_other_units, values_of
 from support.opening import driver_of
@@ -51,6 +51,7 @@ def results_of(path, to_labels=False, tiff=False):
 def missing(cfg, names, inputs):
     """The results to write: those that --out lacks, or with --overwrite all."""
     out = Path(cfg.out)
+    remove_unfinished(out)
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(f"--generate: two results would be called {name}: generate one at a time")

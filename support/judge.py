@@ -81,7 +81,8 @@ def find_judge(cfg, device, of_use=True):
     weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
     judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
     if rank() == 0:
-        print(f"the judge is {path}" + ", which was trained before" * trained)
+        anew = ": remove it to train another" if cfg.train_judge else ""
+        print(f"the judge is {path}" + f", which was trained before{anew}" * trained)
     return judge
 
 

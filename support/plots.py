@@ -20,8 +20,10 @@ def plot_metrics(rows, path):
     """Draws losses.png: a panel for each column of metrics.csv, over steps."""
     from matplotlib.figure import Figure  # slow to import
 
-    names = [name for name in (rows[0] if rows else {}) if name not in ("epoch", "step")]
-    height = max(1, -(-len(names) // 3))
+    if not rows:  # stopped before the first one
+        return
+    names = [name for name in rows[0] if name not in ("epoch", "step")]
+    height = -(-len(names) // 3)
     figure = Figure(figsize=(13, 2.6 * height))
     axes = figure.subplots(height, 3, squeeze=False)
     for axis in axes.flat[len(names) :]:
@@ -33,6 +35,7 @@ def plot_metrics(rows, path):
         axis.plot(steps, values, linewidth=1, marker="o" if len(steps) == 1 else "")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
+    figure.supxlabel("step", fontsize=10)
     figure.tight_layout()
     with whole_or_absent(path) as aside:
         figure.savefig(aside, dpi=90)

@@ -25,7 +25,7 @@ from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
 from support.device import recommend_precision, set_lr
 from support.errors import UserError, drawing
-from support.files import UNFINISHED, whole_or_absent, write_text
+from support.files import remove_unfinished, whole_or_absent, write_text
 from support.layouts import find_images
 from support.pictures import grid, save_grid
 from support.plots import plot_metrics, read_metrics, write_page
@@ -100,8 +100,7 @@ class Run:
     def _prepare_folder(self, saved):
         """Removes a killed process's unfinished files, writes config.json, cuts metrics.csv."""
         for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
-            for path in folder.glob(f"{UNFINISHED}*"):
-                path.unlink()
+            remove_unfinished(folder, age=0)
         write_config(self.cfg)
         cut_metrics(self.metrics, saved.get("metrics_bytes", 0))
         if not saved:
@@ -115,7 +114,8 @@ class Run:
     def _new_bar(self):
         """A progress bar of all images. Its estimate of the time left starts now."""
         done = self.epoch * self.steps_per_epoch + self.batch
-        about = {"unit": "image", "dynamic_ncols": True, "smoothing": 0.05, "disable": rank() > 0}
+        about = {"unit": "image", "dynamic_ncols": True, "disable": rank() > 0}
+        about |= {"smoothing": 0, "miniters": 1}  # the mean rate, with validation in it
         about["total"] = self.cfg.epochs * self.steps_per_epoch * self.images_per_step
         return tqdm(initial=done * self.images_per_step, **about)
 
@@ -185,16 +185,16 @@ class Run:
     def _write_row(self, scores):
         """Writes a row of metrics.csv: the means since the last one, and scores {name: value}.
 
-        A loss must be finite. A score may be undefined: then its cell is empty.
+        A loss must be finite.
         """
         means = self.of_row.read()
         for name, value in means.items():
             if not math.isfinite(value):
                 self._refuse(name)
-        values = means | {name: value for name, value in scores.items() if math.isfinite(value)}
+        values = means | scores
         self.of_row = Means()
         if rank():
-            return values
+            return
         header = ["epoch", "step", "lr", *means, *self.scores]
         row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
         row += [f"{values[name]:.8g}" if name in values else "" for name in header[3:]]
@@ -205,22 +205,24 @@ class Run:
                 self.tracker.add_scalar(name, value, self.step)
             self.tracker.flush()
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
-        return values
 
     def _refuse(self, what):
         raise UserError(f"{what} not finite by step {self.step}: saved files are kept; {REMEDY}")
 
     def end_epoch(self, state, scores, columns):
-        """Ends an epoch: writes its last row, with scores {name: value}.
+        """Ends an epoch: writes its last row, with scores {name: value}, and prints its means.
 
+        An undefined score has an empty cell.
         Checkpoint, grid, plot and page are written every few minutes, as an epoch may take a
         second, after the first and the last epoch, and every --save-every epochs.
 
         columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
         """
-        values = self._write_row(scores)
+        scores = {name: value for name, value in scores.items() if math.isfinite(value)}
+        self._write_row(scores)
+        means = self.of_epoch.read() | scores
         self.epoch, self.batch, self.of_epoch = self.epoch + 1, 0, Means()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         self.print(f"epoch {self.epoch}/{self.cfg.epochs}: {shown}")
         waited = time.monotonic() - self.drawn_at > self.seconds
         if of_rank_0(waited or self._is_kept() or self.epoch == self.cfg.epochs):

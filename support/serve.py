@@ -8,6 +8,7 @@ import secrets
 import socket
 import sys
 import threading
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
@@ -62,6 +63,8 @@ def serve(studio):
         server.serve_forever()
     ENDED.set()
     studio.worker.shutdown(wait=False, cancel_futures=True)
+    for thread in list(server.answering):  # PyTorch aborts if Python ends in one of them
+        thread.join(10)
     print("ended")
 
 
@@ -92,6 +95,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.studio, self.token = studio, secrets.token_urlsafe(24)
         self.names = {address.lower(), "localhost"}
+        self.answering = weakref.WeakSet()  # threads
         super().__init__((address, studio.cfg.port), Handler)
 
 
@@ -115,6 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             address = urlsplit(self.path)
             _, token, *name = address.path.split("/", 2)
             self._check(token)
+            self.server.answering.add(threading.current_thread())
             if name:
                 content = self._content(name[0], dict(parse_qsl(address.query)))
                 self._send(200, *content)

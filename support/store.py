@@ -19,7 +19,7 @@ from support.batches import some_of, spread
 from support.classes import IGNORED
 from support.demo import demo_world
 from support.errors import UserError, print_once
-from support.files import whole_or_absent
+from support.files import remove_unfinished, whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
 from support.opening import world_files
@@ -191,6 +191,7 @@ class ImageStore:
         return np.lib.format.open_memmap(path, "c")
 
     def _build(self, pairs, path):
+        remove_unfinished(path.parent)
         pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
         try:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)

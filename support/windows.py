@@ -81,7 +81,7 @@ class SharedStatistics:
             yield
         finally:
             for layer in self.moments:
-                del layer.forward
+                vars(layer).pop("forward", None)  # Ctrl-C may come before they are all set
 
     def _forward(self, layer, weights):
         means, variances = torch.stack(self.moments[layer], 1)  # (N, C) each

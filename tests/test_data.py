@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import struct
+import time
 import types
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 import common
 import pix2pix
+import support.batches
 import support.store
 from common import ImageStore
 from files import (
@@ -779,6 +782,23 @@ def test_a_damaged_store_is_built_again(tmp_path):
     for damaged in (content[:-1], content + b"x", content[:9] + b"?" + content[10:], b""):
         file.write_bytes(damaged)
         assert (store_of(root, cache).records == whole).all() and file.read_bytes() == content
+
+
+def test_unfinished_stores_are_removed_after_a_day(pairs, tmp_path):
+    old, new = tmp_path / ".unfinished-0.npy", tmp_path / ".unfinished-1.npy"
+    touch(old, new)
+    os.utime(old, (0, time.time() - 90000))
+    store_of(pairs, tmp_path, 64)
+    assert not old.exists() and new.exists()  # another process may be writing it
+
+
+def test_long_measurements_show_a_bar(monkeypatch):
+    bar = mock.Mock(side_effect=lambda pieces, *_, **about: pieces)
+    monkeypatch.setattr(support.batches, "tqdm", bar)
+    for count in (24, 25):
+        pieces = [piece.tolist() for piece in common.chunks(np.arange(count))]
+        assert sum(pieces, []) == list(range(count)) and max(map(len, pieces)) == 8
+    assert [call.kwargs["disable"] for call in bar.mock_calls] == [True, None]
 
 
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):

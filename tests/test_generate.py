@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -246,6 +248,9 @@ def test_shared_statistics_that_reach_nowhere_are_a_windows_own(kind):
     shared.reach = 1e200  # as good as infinite
     with shared.around(places):
         assert paint(x).isfinite().all()
+    shared._forward = mock.Mock(side_effect=KeyboardInterrupt)  # Ctrl-C at the first layer
+    with pytest.raises(KeyboardInterrupt), shared.around(places):
+        pass
 
 
 @pytest.mark.parametrize("top", [-5, -2, 0, 3, 7, 9])
@@ -386,11 +391,14 @@ def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
     for name in ("b.png", ".2024-a.png"):
         save(out / name, np.full((4, 4, 3), 7, np.uint8))
     (out / "c.png").symlink_to(tmp_path / "removed.png")
+    (out / ".unfinished-0.png").touch()
+    os.utime(out / ".unfinished-0.png", (0, 0))  # of a process that was killed
     common.translate_files(cfg, negative)
     said = capsys.readouterr()
     assert f"2 result(s) in {out} are kept: --overwrite replaces them" in said.err
     assert said.out == f"1 image(s) written to {out}\n" and level(out / "a.png") == 255
     assert level(out / "b.png") == 7 and not (out / "c.png").exists()
+    assert not (out / ".unfinished-0.png").exists()
     common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
     assert [level(out / name) for name in ("a.png", "b.png", "c.png")] == [255, 215, 175]
     assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err

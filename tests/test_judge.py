@@ -57,13 +57,15 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
         return common.find_judge(dataclasses.replace(cfg, out=str(tmp_path / out), **options), CPU)
 
     one, kept = found("a"), found("a", train_judge=False)
+    found("a")
     with monkeypatch.context() as patch:
         patch.setattr(support.judge, "rank", lambda: 1)  # of several processes the first writes
         two = found("b")
     assert not (tmp_path / "b" / "judge.pt").exists()
     assert same(dict(one.state_dict()), dict(two.state_dict()))
     said = capsys.readouterr().out.splitlines()
-    assert [line.endswith("judge.pt") for line in said] == [True, False]  # trained before
+    ends = ["a/judge.pt", "which was trained before", "remove it to train another"]
+    assert all(map(str.endswith, said, ends)) and len(said) == 3
     given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
     assert found("c", **given).name == kept.name == one.name
     assert found("c", **given, bands_A="1,2,3").name == one.name

@@ -626,6 +626,29 @@ def test_a_painting_stops_when_the_server_has_ended(monkeypatch):
         paint(7, whole=True)
 
 
+def test_the_end_waits_for_what_is_being_answered(server, monkeypatch):
+    """As PyTorch aborts if Python ends while another thread frees its tensors."""
+    studio, request = server
+    begun, answered, hurried = threading.Event(), [], threading.Event()
+
+    def page():
+        begun.set()
+        hurried.wait(0.3)
+        answered.append(True)
+        return ""
+
+    def ends():
+        threading.Thread(target=request, args=("GET", "")).start()
+        begun.wait(10)
+
+    monkeypatch.setattr(studio, "page", page)
+    monkeypatch.setattr(request.server, "serve_forever", ends)
+    monkeypatch.setattr(serve, "ENDED", threading.Event())
+    monkeypatch.setattr(serve, "listening", lambda _: contextlib.nullcontext(request.server))
+    serve.serve(studio)
+    assert answered
+
+
 def test_addresses(tmp_path, capsys):
     def listening(**options):
         cfg = configured("pix2pix", tmp_path, data="none", **options)

@@ -83,7 +83,8 @@ def test_losses_png_has_a_panel_for_every_column(done, plot_metrics, tmp_path, m
     assert image.shape == (3 * 234, 3 * 390)  # nine columns, three a row
     panels = image.reshape(3, 234, 3, 390).std((1, 3))
     assert (panels > 10).all()
-    plot_metrics([], tmp_path / "losses.png")  # a run that stops before its first row
+    plot_metrics([], tmp_path / "none.png")  # a run that stops before its first row
+    assert not (tmp_path / "none.png").exists()
     plot_metrics([{"epoch": "1", "step": "2", "g_l1": "7"}], tmp_path / "losses.png")
     assert (pixels_of(tmp_path / "losses.png")[..., :3] == (31, 119, 180)).all(-1).any()  # a dot
 
@@ -226,6 +227,8 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said, ((closing,),) = capsys.readouterr().err, closed
     assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
+    means = np.mean([float(row["g_total"]) for row in metrics_of(run)[:2]])  # of the first epoch
+    assert f"epoch 1/2: g_total {means:.4g}" in said
     assert closing.bar.n == closing.bar.total == 12 and "| 5/12 [00:00<?, ?image/s]" in said
     main(f"--resume --out {run}".split())
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
