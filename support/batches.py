@@ -95,5 +95,8 @@ def chunks(index):
     """Yields an array of indices in pieces of at most 8, with a progress bar if they are many."""
     pieces = np.split(index, range(8, len(index), 8))
     hidden = True if rank() or len(pieces) < 4 else None  # None: without a terminal
-    about = {"unit": "image", "unit_scale": 8, "leave": False, "disable": hidden}
-    yield from tqdm(pieces, "measuring", **about)
+    about = {"unit": "image", "leave": False, "disable": hidden}
+    with tqdm(desc="measuring", total=len(index), **about) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece))

@@ -793,12 +793,13 @@ def test_unfinished_stores_are_removed_after_a_day(pairs, tmp_path):
 
 
 def test_long_measurements_show_a_bar(monkeypatch):
-    bar = mock.Mock(side_effect=lambda pieces, *_, **about: pieces)
-    monkeypatch.setattr(support.batches, "tqdm", bar)
+    monkeypatch.setattr(support.batches, "tqdm", bar := mock.MagicMock())
     for count in (24, 25):
         pieces = [piece.tolist() for piece in common.chunks(np.arange(count))]
         assert sum(pieces, []) == list(range(count)) and max(map(len, pieces)) == 8
-    assert [call.kwargs["disable"] for call in bar.mock_calls] == [True, None]
+    assert [call.kwargs["disable"] for call in bar.call_args_list] == [True, None]
+    done = bar().__enter__().update.call_args_list
+    assert sum(call.args[0] for call in done) == 24 + 25
 
 
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
