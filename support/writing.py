@@ -71,6 +71,9 @@ def _profile(source, classes, bands, limits):
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     nothing = source.tiff.nodata if source.tiff and source.masked else None
     nothing = classes.unused if classes else nothing
+    inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
+    if inside and limits != source.limits:  # in other units a value like others: a mask instead
+        nothing = None
     if nothing is not None:
         fits = not np.isinf(nothing) and gdal().dtypes.in_dtype_range(nothing, dtype)
         nothing = dtype.type(nothing).item() if fits else None  # else: a mask

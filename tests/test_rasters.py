@@ -88,6 +88,20 @@ GENERATED = [  # values of the photograph, its no-data value, what is generated,
 ]
 
 
+def test_a_no_data_value_among_those_generated_becomes_a_mask(tmp_path):
+    """As 0 of reflectances, of which heights are generated; in an edit it stays."""
+    source = geotiff(tmp_path / "x.tif", np.eye(8, 9, dtype=np.uint8)[..., None], nodata=0)
+    heights, own = Limits((-40.0,), (140.0,), "int16"), Limits((-1.0,), (255.0,), "uint8")
+    for limits, kept in ((heights, None), (own, 0)):
+        new = np.zeros((8, 9, 1), limits.dtype)
+        with Raster(source, bands=(1,), limits=own) as raster:
+            valid = raster.valid(0, 0, 8, 9)
+            target = written(tmp_path / "y.tif", raster, new, bands=1, limits=limits)
+        with rasterio.open(target) as out:
+            assert out.nodata == kept and (has_data(out) == valid).all()
+            assert kept == 0 or not out.read(1).any()
+
+
 @pytest.mark.parametrize(("given", "nothing", "dtype", "value", "limits"), GENERATED)
 def test_generated_pixels_do_not_look_like_no_data(tmp_path, given, nothing, dtype, value, limits):
     """In a deep picture one band of three would be enough."""
