@@ -65,7 +65,8 @@ def command(main):
             finally:
                 unlock()
                 for number, handler in handlers.items():
-                    signal.signal(number, handler)
+                    if handler is not None:  # None: it is not Python's
+                        signal.signal(number, handler)
 
     return wrapper
 

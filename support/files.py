@@ -66,7 +66,7 @@ def remove_unfinished(folder, age=86400):
     """Removes what a killed process left unfinished, files at least `age` seconds old."""
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):  # a folder, or removed by another process
-            if time.time() - path.stat().st_mtime >= age:
+            if time.time() - path.lstat().st_mtime >= age:
                 path.unlink()
 
 

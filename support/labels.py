@@ -27,7 +27,7 @@ class Reading:
 
     def __init__(self, table, path, sample, palette, lossy):
         self.table, self.path, self.palette = table, path, palette
-        self.nearest = lossy or table.nearest
+        self.lossy, self.nearest = lossy, lossy or table.nearest
         self.one_band = sample.shape[-1] == 3 and self._is_one_band(sample)
         sample = sample[..., :1] if self.one_band else sample
         grey = palette is None and sample.dtype == np.uint8 and sample.shape[-1] == 1
@@ -78,15 +78,17 @@ class Reading:
     def _is_one_band(self, rgb):
         """Whether three equal bands (H, W, 3) are one band of codes or greys, and no colours.
 
-        Codes must be more than black and white, and not all of them greys of the table.
+        Codes must be more than black and white, and more than the levels that are colours of the
+        table. 255 for no class is a code, unless white is a colour of the table.
         """
         if (rgb != rgb[..., :1]).any():
             return False
         used = np.unique(rgb)
         reach = FAR**2 if self.nearest else 0
-        shown = (self.table.nearest_row(used[:, None])[0] <= reach).all()
-        codes = self.table.has(used) and set(used.tolist()) - {0, 255}
-        return self.table.grey or bool(codes and not shown)
+        shown = set(used[self.table.nearest_row(used[:, None])[0] <= reach].tolist())
+        codes = self.table.values.keys() & set(used.tolist())
+        most = len(codes) > len(shown) and 255 not in shown - codes and codes - {0, 255}
+        return self.table.grey or bool(self.table.has(used) and most and not self.lossy)
 
     def _by_palette(self, codes):
         """Whether the colours of the palette count, and not the codes (H, W).

@@ -75,7 +75,9 @@ def find_images(data, split, lc_classes=""):
     if split == "val" and _is_inria(root):
         names.append("train")
     for name in names:
-        found = _two_folders(root, name, split, table) or _one_folder(root, name, table)
+        borrowed = split == "val" and name == "train"  # in Inria's layout
+        found = _two_folders(root, name, split, table)
+        found = found or (not borrowed and _one_folder(root, name, table))
         if not found:
             continue
         masks = found.layout == "two endings" and found.B[0].stem.endswith("_mask")
@@ -86,7 +88,8 @@ def find_images(data, split, lc_classes=""):
     folder = root / names[0]
     if split != "train" and not folder.is_dir():
         sides = "{0}A/ and {0}B/" if (root / "trainA").is_dir() else "{0}/"
-        where = f"put some into {' or '.join(map(sides.format, names))}, as in training"
+        folders = [sides.format(name) for name in names if name != "train"]
+        where = f"put some into {' or '.join(folders)}, as in training"
         raise UserError(f"{root}: no images of split {split}: {where}")
     has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
     raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
@@ -120,7 +123,7 @@ def _two_folders(root, name, split, table):
         if layout == "Inria" and name == "train" and _is_inria(root):
             kept = split == "val"
             files = [path for path in files if bool(_VALIDATES.fullmatch(path.stem)) == kept]
-        if not files and split == "val" and name == "train":  # other cities than Inria's
+        if not (files or sides) and split == "val" and name == "train":  # not Inria's cities
             return None
         if not files:
             raise UserError(f"{folder}: no images in split {split}: it has {contents(folder)}")

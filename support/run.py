@@ -100,7 +100,7 @@ class Run:
     def _prepare_folder(self, saved):
         """Removes a killed process's unfinished files, writes config.json, cuts metrics.csv."""
         for folder in (self.out, self.out / "checkpoints", self.out / "samples"):
-            remove_unfinished(folder, age=0)
+            remove_unfinished(folder, age=-math.inf)  # also with a clock that differs
         write_config(self.cfg)
         cut_metrics(self.metrics, saved.get("metrics_bytes", 0))
         if not saved:

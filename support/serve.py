@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import weakref
+from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
@@ -63,8 +64,10 @@ def serve(studio):
         server.serve_forever()
     ENDED.set()
     studio.worker.shutdown(wait=False, cancel_futures=True)
-    for thread in list(server.answering):  # PyTorch aborts if Python ends in one of them
-        thread.join(10)
+    for thread, connection in [*server.answering.items()]:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)  # its client may be slow
+        thread.join(5)  # PyTorch aborts if Python ends while another thread frees tensors
     print("ended")
 
 
@@ -95,7 +98,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.studio, self.token = studio, secrets.token_urlsafe(24)
         self.names = {address.lower(), "localhost"}
-        self.answering = weakref.WeakSet()  # threads
+        self.answering = weakref.WeakKeyDictionary()  # {thread: socket}
         super().__init__((address, studio.cfg.port), Handler)
 
 
@@ -119,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             address = urlsplit(self.path)
             _, token, *name = address.path.split("/", 2)
             self._check(token)
-            self.server.answering.add(threading.current_thread())
+            self.server.answering[threading.current_thread()] = self.connection
             if name:
                 content = self._content(name[0], dict(parse_qsl(address.query)))
                 self._send(200, *content)
@@ -130,8 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(status, "text/plain", str(error).encode(errors="replace"))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             self._send(400, "text/plain", f"not understood: {error!r}"[:200].encode())
-        except (ConnectionError, TimeoutError):
-            pass  # the page is gone
+        except (ConnectionError, TimeoutError, CancelledError):
+            pass  # the page is gone, or the server ends
         except Exception as error:  # a bug of ours: the page shows it, too
             self._send(500, "text/plain", repr(error)[:300].encode())
             raise

@@ -44,6 +44,7 @@ from support.demo import DEMO_CLASSES, demo_world, landscape
 from support.layouts import find_images
 from support.limits import Limits
 from support.measures import confusion_matrix, measure_images, measure_labels, print_table
+from support.pairs import Half
 from support.pictures import as_array, as_tensor, resize, to_bytes
 from support.rasters import Raster
 from tensors import CPU, calls_of
@@ -141,8 +142,12 @@ NOT_LAYOUTS = {
     "no images": ("train/notes.txt", f"no layout.*{KNOWN}"),
     "val": ("train/1.png", "split val: put some into val/ or validation/ or test/, as in"),
     "val of domains": ("trainA/1.png trainB/1.png", "some into valA/ and valB/ or valid"),
-    "val of another city": ("train/images/berlin1.tif train/gt/berlin1.tif",
-                            "split val: put some into val/ or"),
+    "val of another city": ("train/images/berlin1.tif train/gt/berlin1.tif train/overview.png",
+                            "split val: put some into val/ or validation/ or test/, as"),
+    "val of half a city": ("train/images/vienna1.tif train/gt/vienna6.tif",
+                           "train/gt: no images in split val: it has vienna6.tif"),
+    "val without images": ("train/images/vienna1.tif train/gt/vienna1.tif val/images/x val/gt/x",
+                           "val/images: no images in split val: it has x "),
     "test": ("train/1.png val/1.png", "split test: put some into test/, as in training"),
     "val of nothing": ("val/x.txt", f"no layout with images of split val .*val has x.txt.*{KNOWN}"),
     "one side": ("train/A/notes.txt train/B/x.png", "train/A: no images in split train"),
@@ -279,6 +284,10 @@ LABELS = {
     "three bands of 0 and 1": ("binary", "x.png", in_three(0, 1, 1, 0), "[1] are not in"),
     "three bands of codes, one is black": (RGB, "x.png", in_three(0, 1, 2), [0, 1, 2]),
     "three bands of codes, nearest": ("maps", "x.tif", in_three(0, 1, 8), [0, 1, 8]),
+    "white and stray greys": (EXACT + RGB[1:], "x.png", in_three(0, 2, 3, 255), [0, 255, 255, 1]),
+    "white and a stray grey": (EXACT, "x.png", in_three(0, 1, 255), [0, 255, 1]),
+    "colours and a stray grey": (INKS, "x.png", in_three(7, 16, 255), [255, 0, 1]),
+    "three bands of dark JPEG": (VALUED_REDS, "x.jpg", in_three(1, 1, 2, 2), NOTHING),
     "black and a stray grey": (EXACT, "x.png", in_three(0, 7, 7, 0), [0, 255, 255, 0]),
     "black alone": (EXACT[::-1], "x.tif", in_three(0, 0), [1, 1]),
     "white and a stray black": ("s2glc", "x.png", in_three(0, 255), [255, 0]),
@@ -480,14 +489,21 @@ def test_masks_beside_their_photographs_are_read_as_in_folders(tmp_path):
             assert (store.B[0, 0] == want).all()
 
 
-@pytest.mark.parametrize("transparent", [1, b"\xff\0\xff"])
-def test_transparent_codes_have_no_class_with_a_place_either(tmp_path, transparent):
+def test_transparent_codes_have_no_class_with_a_place_either(tmp_path):
+    """Of a label map, and of one in the right half of a file."""
+    codes, table = np.uint8([[0, 0, 0, 1], [0, 0, 2, 2]]), table_of(RGB)
+    want = np.where(codes == 1, np.uint8(255), codes)
+    image = Image.fromarray(codes)
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     for place in (False, True):
-        paletted(0, 40, 80, 120, codes=[0, 1, 2]).save(tmp_path / "x.png", transparency=transparent)
+        image.save(tmp_path / "x.png", transparency=1)
         if place:
             (tmp_path / "x.pgw").write_text("1\n0\n0\n-1\n5\n5\n")
-        with Raster(tmp_path / "x.png", table_of(RGB)) as raster:
-            assert bool(raster.tiff) == place and raster.read().tolist() == [[0, 255, 2]]
+        with Raster(tmp_path / "x.png", table) as raster:
+            assert bool(raster.tiff) == place and (raster.read() == want).all()
+        with Raster(tmp_path / "x.png") as raster:
+            half = Half(raster, raster.read, 2, table, strict=True)
+            assert (half.read(0, 0, 2, 2) == want[:, 2:]).all()
 
 
 @pytest.mark.parametrize("patch", [0, 80])
@@ -788,8 +804,11 @@ def test_unfinished_stores_are_removed_after_a_day(pairs, tmp_path):
     old, new = tmp_path / ".unfinished-0.npy", tmp_path / ".unfinished-1.npy"
     touch(old, new)
     os.utime(old, (0, time.time() - 90000))
+    folder = tmp_path / ".unfinished-2"  # of a demo world
+    folder.mkdir()
+    os.utime(folder, (0, 0))
     store_of(pairs, tmp_path, 64)
-    assert not old.exists() and new.exists()  # another process may be writing it
+    assert not old.exists() and new.exists() and folder.exists()  # another process may be writing
 
 
 def test_long_measurements_show_a_bar(monkeypatch):
@@ -797,9 +816,11 @@ def test_long_measurements_show_a_bar(monkeypatch):
     for count in (24, 25):
         pieces = [piece.tolist() for piece in common.chunks(np.arange(count))]
         assert sum(pieces, []) == list(range(count)) and max(map(len, pieces)) == 8
-    assert [call.kwargs["disable"] for call in bar.call_args_list] == [True, None]
+    monkeypatch.setattr(support.batches, "rank", lambda: 1)
+    list(common.chunks(np.arange(25)))
+    assert [call.kwargs["disable"] for call in bar.call_args_list] == [True, None, True]
     done = bar().__enter__().update.call_args_list
-    assert sum(call.args[0] for call in done) == 24 + 25
+    assert sum(call.args[0] for call in done) == 24 + 25 + 25
 
 
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):

@@ -393,12 +393,13 @@ def test_what_is_there_is_kept_and_overwrite_replaces_it(tmp_path, capsys):
     (out / "c.png").symlink_to(tmp_path / "removed.png")
     (out / ".unfinished-0.png").touch()
     os.utime(out / ".unfinished-0.png", (0, 0))  # of a process that was killed
+    (out / ".unfinished-1.png").touch()  # of one that is at work
     common.translate_files(cfg, negative)
     said = capsys.readouterr()
     assert f"2 result(s) in {out} are kept: --overwrite replaces them" in said.err
     assert said.out == f"1 image(s) written to {out}\n" and level(out / "a.png") == 255
     assert level(out / "b.png") == 7 and not (out / "c.png").exists()
-    assert not (out / ".unfinished-0.png").exists()
+    assert [path.name for path in out.glob(".unfinished*")] == [".unfinished-1.png"]
     common.translate_files(dataclasses.replace(cfg, overwrite=True), negative)
     assert [level(out / name) for name in ("a.png", "b.png", "c.png")] == [255, 215, 175]
     assert level(out / ".2024-a.png") == 7 and "kept" not in capsys.readouterr().err

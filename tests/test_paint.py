@@ -645,8 +645,13 @@ def test_the_end_waits_for_what_is_being_answered(server, monkeypatch):
     monkeypatch.setattr(request.server, "serve_forever", ends)
     monkeypatch.setattr(serve, "ENDED", threading.Event())
     monkeypatch.setattr(serve, "listening", lambda _: contextlib.nullcontext(request.server))
+    slow = socket.create_connection(("127.0.0.1", request.port))
+    lines = f"POST /{request.server.token}/stroke HTTP/1.0", "Host: localhost", "Content-Length: 9"
+    slow.sendall("\r\n".join([*lines, "", "123"]).encode())
     serve.serve(studio)
-    assert answered
+    slow.settimeout(10)  # its request counts as finished
+    assert answered and slow.recv(99).startswith(b"HTTP/1.0 4")
+    slow.close()
 
 
 def test_addresses(tmp_path, capsys):

@@ -92,7 +92,8 @@ def test_a_no_data_value_among_those_generated_becomes_a_mask(tmp_path):
     """As 0 of reflectances, of which heights are generated; in an edit it stays."""
     source = geotiff(tmp_path / "x.tif", np.eye(8, 9, dtype=np.uint8)[..., None], nodata=0)
     heights, own = Limits((-40.0,), (140.0,), "int16"), Limits((-1.0,), (255.0,), "uint8")
-    for limits, kept in ((heights, None), (own, 0)):
+    above, below = (Limits((low,), (high,), "int16") for low, high in ((0, 140), (-40, 0)))
+    for limits, kept in ((heights, None), (own, 0), (above, 0), (below, 0)):
         new = np.zeros((8, 9, 1), limits.dtype)
         with Raster(source, bands=(1,), limits=own) as raster:
             valid = raster.valid(0, 0, 8, 9)

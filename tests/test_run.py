@@ -228,10 +228,20 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     said, ((closing,),) = capsys.readouterr().err, closed
     assert "epoch 1/2: g_total" in said and "squeezed" not in said and "is read" not in said
     means = np.mean([float(row["g_total"]) for row in metrics_of(run)[:2]])  # of the first epoch
-    assert f"epoch 1/2: g_total {means:.4g}" in said
+    assert f"epoch 1/2: g_total {means:.4g}" in said and "val_rmse" in said.split("epoch 2/2")[0]
     assert closing.bar.n == closing.bar.total == 12 and "| 5/12 [00:00<?, ?image/s]" in said
     main(f"--resume --out {run}".split())
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
+
+
+def test_the_bar_counts_images_and_is_the_first_processs(monkeypatch):
+    run = types.SimpleNamespace(epoch=2, batch=1, steps_per_epoch=5, images_per_step=3)
+    run.cfg = types.SimpleNamespace(epochs=4)
+    bar = common.Run._new_bar(run)
+    assert (bar.n, bar.total, bar.smoothing, bar.miniters) == (33, 60, 0, 1)  # the mean rate
+    monkeypatch.setattr(support.run, "rank", lambda: 1)
+    assert common.Run._new_bar(run).disable and not bar.disable
+    bar.close()
 
 
 # ------------------------------------------------------------------------------------- exact resume

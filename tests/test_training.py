@@ -365,11 +365,11 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
 def test_show_samples_writes_a_picture_and_does_not_train(script, landcover, tmp_path, monkeypatch):
     """And leaves the folder, --out or runs/script, to a training. It needs no whole batch."""
     module = importlib.import_module(script)
-    many = "--show-samples 7 --box center --batch-size 9 --use-ba"
+    many = "--show-samples 9 --box center --batch-size 9 --use-ba"
     module.main(tiny_run(script, landcover, tmp_path / "show", many))
     assert [path.name for path in (tmp_path / "show").glob("[!.]*")] == ["samples.png"]
     sheet = np.asarray(Image.open(tmp_path / "show" / "samples.png"))
-    assert sheet.shape == (16 + 7 * 68, 4 + 6 * 68, 3)
+    assert sheet.shape == (16 + 9 * 68, 4 + 6 * 68, 3)
     target = sheet[16 : 16 + 64, 4 + 5 * 68 : 4 + 5 * 68 + 64]
     assert (target[19, 19:45] == 255).all()  # the frame of the box at 20..43
     assert (target[18, 18] != 255).any()
