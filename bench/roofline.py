@@ -8,6 +8,7 @@ The sum of these times is a floor: a faster step needs a faster library of convo
 each one shows the shapes that this library is slow at.
 """
 
+import argparse
 import collections
 import json
 import multiprocessing
@@ -125,7 +126,12 @@ def measure(script):
 
 
 def main(argv):
-    scripts = [word for word in argv if not word.startswith("-")] or harness.SCRIPTS
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**how)
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT")
+    parser.add_argument("--keep", action="store_true", help="write bench/roofline.json")
+    asked = parser.parse_args(argv)
+    scripts = asked.scripts or harness.SCRIPTS
     kept = json.loads(KEPT.read_text())
     for script in scripts:
         fresh = multiprocessing.get_context("spawn").Pool(1)  # keep_memory lasts for a process
@@ -135,7 +141,7 @@ def main(argv):
         for seconds, work, call in layers[:12]:
             shapes = f"{call.name} {call.input}, {call.weight}"
             print(f"  {seconds:.3f} s, {work / seconds:.0f} GFLOP/s: {shapes}")
-    if "--keep" in argv:
+    if asked.keep:
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 

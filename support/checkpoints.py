@@ -44,7 +44,7 @@ def load_checkpoint(path, script):
     if content.get("script", script) != script:
         raise UserError(f"{path}: written by {content['script']}.py: use that script")
     if not all(map(content.get, ("script", "config", "state"))):
-        raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init?")
+        raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init or --judge?")
     return content
 
 

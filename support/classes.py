@@ -108,7 +108,7 @@ class ClassTable:
                     raise ValueError(f"value {value}, not 0 to 65535")
             rows.append((value, _color(entry["color"]), index))
         if not 2 <= len(names) < IGNORED:
-            raise ValueError(f"{len(names)} classes, not 2 to 254")
+            raise ValueError(f"needs 2 to 254 classes that are not ignored, not {len(names)}")
         values, colors, _ = zip(*rows, strict=True)
         for column in ([name.lower() for name in names], values, colors):
             if len(set(column)) != len(column):

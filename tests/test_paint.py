@@ -716,8 +716,14 @@ def address(request, tmp_path_factory):
     more = "--epochs 1 --no-erase" if script == "mixlc" else "--epochs 1"  # mixlc: no noise
     run = tiny_run(script, data, root / "run", more)
     tiny(script)[0].main([*run, "--batch-size", "1"])  # pix2pix: noise
-    log = root / "log"
-    process = forked(tiny(script)[0].main, use(root / "run", "--serve --port 0"), log=log)
+    with served(script, root / "run", root / "log") as found:
+        yield found
+
+
+@contextlib.contextmanager
+def served(script, run, log):
+    """The address of a run's page, served by a process of its own."""
+    process = forked(tiny(script)[0].main, use(run, "--serve --port 0"), log=log)
     try:
         log.touch()
         found = until(lambda: re.search(r"paint at (\S+) ", log.read_text()), process.is_alive, log)
@@ -850,6 +856,18 @@ class TestBrowser:
         while tab.page.evaluate("busy"):
             tab.page.wait_for_timeout(20)
         assert tab.picture() == before
+
+    def test_fill_keeps_to_a_class_of_a_picture(self, chromium, trained, tmp_path):
+        """Land and paved ground of the maps data differ by 11 levels."""
+        with served("pix2pix", trained("pix2pix"), tmp_path / "log") as address:
+            tab = Tab(chromium.new_page(), address)
+            tab.page.click("#blank")
+            tab.wait()
+            tab.stroke((0.25, 0.25), (0.75, 0.75), keys="r8")
+            tab.stroke((0.5, 0.5), (0.5, 0.5), keys="f5")
+            colours = np.reshape(tab.page.evaluate("Array.from(pixels)"), (80, 80, 3))
+        land, _, _, _, water, *_ = ClassTable.load("maps").colors
+        assert (colours[2, 2] == land).all() and (colours[25:55, 25:55] == water).all()
 
     def test_samples_slider_and_files_to_take_away(self, tab, tmp_path):
         figures = tab.page.locator("main figure")
