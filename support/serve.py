@@ -8,7 +8,6 @@ import secrets
 import socket
 import sys
 import threading
-import weakref
 from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
@@ -64,10 +63,11 @@ def serve(studio):
         server.serve_forever()
     ENDED.set()
     studio.worker.shutdown(wait=False, cancel_futures=True)
-    for thread, connection in [*server.answering.items()]:
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)  # its client may be slow
-        thread.join(5)  # PyTorch aborts if Python ends while another thread frees tensors
+    for thread in threading.enumerate():  # PyTorch aborts if Python ends while one frees tensors
+        if hasattr(thread, "connection"):
+            with contextlib.suppress(OSError):
+                thread.connection.shutdown(socket.SHUT_RD)  # its client may be slow
+            thread.join(5)
     print("ended")
 
 
@@ -98,7 +98,6 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.studio, self.token = studio, secrets.token_urlsafe(24)
         self.names = {address.lower(), "localhost"}
-        self.answering = weakref.WeakKeyDictionary()  # {thread: socket}
         super().__init__((address, studio.cfg.port), Handler)
 
 
@@ -122,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             address = urlsplit(self.path)
             _, token, *name = address.path.split("/", 2)
             self._check(token)
-            self.server.answering[threading.current_thread()] = self.connection
+            threading.current_thread().connection = self.connection  # until the answer is sent
             if name:
                 content = self._content(name[0], dict(parse_qsl(address.query)))
                 self._send(200, *content)
