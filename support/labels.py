@@ -79,7 +79,7 @@ class Reading:
         """Whether three equal bands (H, W, 3) are one band of codes or greys, and no colours.
 
         Codes must be more than black and white, and more than the levels that are colours of the
-        table. 255 for no class is a code, unless white is a colour of the table.
+        table. 255 may mean no class, unless white is a colour of the table.
         """
         if (rgb != rgb[..., :1]).any():
             return False
@@ -87,8 +87,9 @@ class Reading:
         reach = FAR**2 if self.nearest else 0
         shown = set(used[self.table.nearest_row(used[:, None])[0] <= reach].tolist())
         codes = self.table.values.keys() & set(used.tolist())
-        most = len(codes) > len(shown) and 255 not in shown - codes and codes - {0, 255}
-        return self.table.grey or bool(self.table.has(used) and most and not self.lossy)
+        may_be_codes = self.table.has(used) and codes - {0, 255} and not self.lossy
+        are_colours = len(shown) >= len(codes) or 255 in shown - codes
+        return self.table.grey or bool(may_be_codes and not are_colours)
 
     def _by_palette(self, codes):
         """Whether the colours of the palette count, and not the codes (H, W).

@@ -72,12 +72,10 @@ def find_images(data, split, lc_classes=""):
         raise UserError(f"--data {root}: no such directory: pass --data with its path")
     table = _class_table(root, lc_classes)
     names = ["val", "validation", "test"] if split == "val" else [split]
-    if split == "val" and _is_inria(root):
-        names.append("train")
-    for name in names:
-        borrowed = split == "val" and name == "train"  # in Inria's layout
+    borrowed = ["train"] if split == "val" and _is_inria(root) else []
+    for name in names + borrowed:
         found = _two_folders(root, name, split, table)
-        found = found or (not borrowed and _one_folder(root, name, table))
+        found = found or (name in names and _one_folder(root, name, table))
         if not found:
             continue
         masks = found.layout == "two endings" and found.B[0].stem.endswith("_mask")
@@ -88,8 +86,7 @@ def find_images(data, split, lc_classes=""):
     folder = root / names[0]
     if split != "train" and not folder.is_dir():
         sides = "{0}A/ and {0}B/" if (root / "trainA").is_dir() else "{0}/"
-        folders = [sides.format(name) for name in names if name != "train"]
-        where = f"put some into {' or '.join(folders)}, as in training"
+        where = f"put some into {' or '.join(map(sides.format, names))}, as in training"
         raise UserError(f"{root}: no images of split {split}: {where}")
     has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
     raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
@@ -116,19 +113,18 @@ def _two_folders(root, name, split, table):
     if not there:
         return None
     layout, *folders = there[0]
-    sides = []
+    sides, borrowed = [], split == "val" and name == "train"
     for folder, labels in zip(folders, (False, True), strict=True):
         folder = root / folder.format(name)
         files = image_files(folder, labels)
         if layout == "Inria" and name == "train" and _is_inria(root):
-            kept = split == "val"
-            files = [path for path in files if bool(_VALIDATES.fullmatch(path.stem)) == kept]
-        if not (files or sides) and split == "val" and name == "train":  # not Inria's cities
+            files = [path for path in files if bool(_VALIDATES.fullmatch(path.stem)) == borrowed]
+        if borrowed and not (files or sides):  # other cities
             return None
         if not files:
             raise UserError(f"{folder}: no images in split {split}: it has {contents(folder)}")
         sides.append(files)
-    if split == "val" and name == "train":
+    if borrowed:
         name = "train, images 1-5 of each city"
     paired = layout != "unaligned"
     if paired:

@@ -234,7 +234,7 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
 
-def test_the_bar_counts_images_and_is_the_first_processs(monkeypatch):
+def test_the_bar_counts_images_and_is_drawn_by_the_first_process(monkeypatch):
     run = types.SimpleNamespace(epoch=2, batch=1, steps_per_epoch=5, images_per_step=3)
     run.cfg = types.SimpleNamespace(epochs=4)
     bar = common.Run._new_bar(run)
