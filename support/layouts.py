@@ -1,6 +1,7 @@
 """Layouts of dataset directories, recognised by folders and file names."""
 
 import dataclasses
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -51,7 +52,8 @@ class Split:
 def image_files(folder, labels=False):
     """The images of a folder; for labels arrays, too."""
     suffixes = IMAGE_SUFFIXES | ARRAY_SUFFIXES if labels else IMAGE_SUFFIXES
-    return [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in suffixes]
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [folder / name for name in names if os.path.splitext(name)[1].lower() in suffixes]
 
 
 def contents(folder):

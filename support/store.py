@@ -22,11 +22,12 @@ from support.errors import UserError, print_once
 from support.files import remove_unfinished, whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
-from support.opening import world_files
 from support.pairs import Half, check_pair
 from support.pictures import eight_bits, from_bytes, resize
 from support.processes import first_on_machine, rank, wait_for_others
 from support.rasters import Raster
+
+BESIDE = (".msk", ".aux.xml", "w", ".wld")  # endings of files that give images a mask or a place
 
 
 def cache_folder(cfg):
@@ -176,11 +177,14 @@ class ImageStore:
         about = self.side, self.bands, self.limits, self.patch, self.stride
         about += self.split.halves, table
         text = [f"{what} planar, holes of halves, upright, greys of all {about}"]
-        for path in filter(None, itertools.chain(*pairs)):
-            beside = filter(os.path.isfile, (f"{path}.msk", f"{path}.aux.xml"))
-            for file in (path, *beside, *world_files(Path(path))):
-                stat = os.stat(file)
-                text.append(f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns}")
+        files = list(filter(None, itertools.chain(*pairs)))
+        for folder in sorted({path.parent for path in files}):
+            names = sorted(os.listdir(folder))  # faster than a look for each file
+            files += [folder / name for name in names if name.lower().endswith(BESIDE)]
+        real = functools.cache(os.path.realpath)
+        for path in files:
+            place, stat = real(path if path.is_symlink() else path.parent), path.stat()
+            text.append(f"{place} {path.name} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
         path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"

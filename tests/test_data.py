@@ -744,6 +744,13 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     (root / "train" / "4.png.aux.xml").write_text("<PAMDataset></PAMDataset>")
     store_of(root, cache)
     assert len(store_files(cache)) == 8  # GDAL may find a no-data value there
+    link = root / "train" / "2.png"
+    target = link.rename(tmp_path / "one.png")
+    for count, name in ((9, target), (10, shutil.copy2(target, tmp_path / "two.png"))):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        store_of(root, cache)
+        assert len(store_files(cache)) == count  # a link to another file of this size and time
     path = root / "train" / "3.png"
     before = path.stat()
     save(path, np.zeros((80, 160, 3), np.uint8))
