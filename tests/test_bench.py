@@ -112,9 +112,9 @@ def test_the_parts_for_a_gpu_stop_without_what_they_need(missing, tmp_path):
     (tmp_path / missing).mkdir()
     error = f"raise ModuleNotFoundError(\"No module named '{missing}'\")"
     (tmp_path / missing / "__init__.py").write_text(error)
-    bash, python = map(shutil.which, ("bash", "python3"))
+    bash = shutil.which("bash")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").symlink_to(python)  # and no python
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)  # and no python
     (tmp_path / "bin" / "dirname").symlink_to(shutil.which("dirname"))
     env = {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(tmp_path)}
     env["PYTHONPATH"] += os.pathsep + os.pathsep.join(path for path in sys.path if path)
