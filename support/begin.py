@@ -90,11 +90,8 @@ def _explain(error):
         lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         remedy = "replace or remove it" if lacks else "choose another --out or --cache"
         return f"{error.filename or 'writing'}: {error.strerror}: {remedy}"
-    cause = error
-    while cause:  # a lack of memory while a graph is captured causes another error
-        if out_of_memory(cause):
-            return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
-        cause = cause.__context__
+    if out_of_memory(error):
+        return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
     network = re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)
     if network and world_size() > 1 and isinstance(error, RuntimeError):
         return "another process of this run has ended: see its message, then --resume"
@@ -120,7 +117,7 @@ def begin(config, doc, quick, argv=None):
         cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.script}/generated")
     if cfg.using:
         _check_results(cfg)
-    else:
+    elif cfg.track:
         _check_tracker(cfg)
     device = start(cfg)
     cfg = dataclasses.replace(cfg, device=device.type)  # also that of a resumed run
@@ -141,8 +138,7 @@ def begin(config, doc, quick, argv=None):
 def _check_modes(cfg, given):
     """Refuses ways to start that do not go together."""
     if cfg.checkpoint and not cfg.using:
-        remedy = "use --resume to train on"
-        raise UserError(f"--checkpoint is for --generate, --evaluate and --serve; {remedy}")
+        raise UserError("--checkpoint is for --generate, --evaluate and --serve; or use --resume")
     weights = any(getattr(cfg, name) for name in weight_options(cfg))
     if cfg.using and not cfg.checkpoint and (cfg.evaluate or not weights):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
@@ -158,8 +154,7 @@ def _check_modes(cfg, given):
 
 def _check_tracker(cfg):
     """Refuses a tracker that is not installed."""
-    packages = {"": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
-    for package in packages[cfg.track]:
+    for package in (cfg.track, "tensorboard"):  # wandb copies what TensorBoard writes
         if not importlib.util.find_spec(package):
             raise UserError(f"--track {cfg.track}: pip install {package}")
 
@@ -202,7 +197,7 @@ def _resume(cfg, given):
     cfg = _merged(cfg, given, saved, fixed, path)
     if cfg.epochs < checkpoint["epoch"]:
         raise UserError(f"--epochs {cfg.epochs}: {path} has done {checkpoint['epoch']}")
-    return dataclasses.replace(cfg, resume=True, out=str(run)), checkpoint
+    return dataclasses.replace(cfg, out=str(run)), checkpoint
 
 
 def _use(cfg, given):

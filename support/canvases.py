@@ -92,13 +92,11 @@ class TranslationCanvas(Windows):
         touched = [corner for corner in corners if overlap((*corner, *self.sides), box)]
         for corner in touched:
             kept.pop(corner, None)
-        top, left = touched[0]
-        bottom = min(touched[-1][0] + self.sides[0], self.size[0])
-        right = min(touched[-1][1] + self.sides[1], self.size[1])
-        rows = [row for row in self.rows if row[0] < bottom and top < row[0] + self.sides[0]]
-        strips = [strip[:, :, left:right] for _, strip in self.blended(rows)]
-        blend = torch.cat(strips, 1)[:, top - rows[0][0] :][:, : bottom - top]
-        return (top, left, bottom - top, right - left), self.show(blend)
+        top, left, height, width = hull((*touched[0], *self.sides), (*touched[-1], *self.sides))
+        rows = [row for row in self.rows if row[0] < top + height and top < row[0] + self.sides[0]]
+        strips = [strip[:, :, left : left + width] for _, strip in self.blended(rows)]
+        blend = torch.cat(strips, 1)[:, top - rows[0][0] :][:, :height]  # cut off at the edges
+        return (top, left, *blend.shape[1:]), self.show(blend)
 
     def predicted(self, corners):
         """The windows at these corners; those without a change are kept from before."""
@@ -127,11 +125,8 @@ class EditCanvas:
         predict = functools.partial(self.predict, sample=sample)
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
-            if key not in kept:
-                kept[key] = list(self.edit.generated(region, predict, self.net))
-                box = hull(box, region)
-            found[key] = kept[key]
-        for region, _ in kept.keys() - found.keys():  # erased, or part of another region now
+            found[key] = kept.get(key) or list(self.edit.generated(region, predict, self.net))
+        for region, _ in kept.keys() ^ found.keys():  # new, erased, or part of another region now
             box = hull(box, region)
         self.kept[sample] = found
         picture = self.photo.values(*box)

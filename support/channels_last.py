@@ -12,8 +12,7 @@ class InstanceNorm(nn.InstanceNorm2d):
     """
 
     def forward(self, x):
-        images = x.split(1)
-        images = [F.batch_norm(y, None, None, training=True, eps=self.eps) for y in images]
+        images = [F.batch_norm(y, None, None, training=True, eps=self.eps) for y in x.split(1)]
         return images[0] if len(images) == 1 else torch.cat(images)
 
 

@@ -96,20 +96,18 @@ def restore(state, checkpoint, path):
                 value.copy_(saved[name])
             else:
                 setattr(state, name, saved[name])
-    others = [{}, *saved.get(RANKS, [])]
-    own = others[rank()] if rank() < len(others) else {}
-    for name, buffers in own.items():
+    others = dict(enumerate(saved.get(RANKS, []), 1))
+    for name, buffers in others.get(rank(), {}).items():
         module = getattr(state, name)
         if module is not None:  # a discriminator is None in use
             module.load_state_dict(buffers, strict=False)
 
 
 def _load_optimizer(optimizer, saved):
-    """Loads an optimizer's state, but not its memory format, switches and rate (Run.set_lr)."""
-    groups = [dict(group) for group in optimizer.param_groups]
+    """Loads an optimizer's moments, but not its memory format, options and rate (Run.set_lr)."""
+    groups = optimizer.param_groups
     optimizer.load_state_dict(saved)
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: own[key] for key in ("lr", "fused", "capturable")})
+    optimizer.param_groups = groups
     for parameter, moments in optimizer.state.items():
         for key, moment in moments.items():  # fused Adam pairs elements by their memory address
             if moment.shape == parameter.shape:

@@ -29,13 +29,13 @@ def start(cfg):
     if cuda:
         torch.cuda.set_device(device)
         set_arithmetic()
+    else:
+        keep_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         hours = datetime.timedelta(hours=6)  # the others wait while one decodes the images
         where = device if cuda else None
         dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, device_id=where)
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
-    if not cuda:
-        keep_memory()
     torch.manual_seed(cfg.seed)
     return device
 
@@ -65,7 +65,7 @@ def has_avx512():
 
 def recommend_precision(cfg):
     """Prints a remark if a new run on the CPU would be faster in another --precision."""
-    if cfg.device != "cpu" or cfg.quick or rank():
+    if cfg.device != "cpu" or cfg.quick:
         return
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
     if cfg.precision == "auto" and capabilities.get("amx_bf16"):
@@ -96,9 +96,9 @@ def in_bf16(cfg, device):
 
     Its 8 bits of significand give outputs near -1 and 1 steps of 1/256: too coarse for 16 bits.
     """
-    deep = cfg.limits_A or cfg.limits_B
-    auto = cfg.precision == "auto" and device.type == "cuda" and not deep
-    return cfg.precision == "bf16" or auto
+    if cfg.precision == "auto":
+        return device.type == "cuda" and not (cfg.limits_A or cfg.limits_B)
+    return cfg.precision == "bf16"
 
 
 def full_precision(x):

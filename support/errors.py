@@ -13,9 +13,11 @@ class UserError(Exception):
 
 
 def out_of_memory(error):
-    """Whether an error is a lack of memory, on the CPU or the GPU."""
+    """Whether an error is a lack of memory, or followed from one, as in capturing a graph."""
     texts = "can't allocate memory|could not create a primitive|out of memory|ALLOC_FAILED"
-    return bool(re.search(texts, str(error))) or isinstance(error, MemoryError)
+    if re.search(texts, str(error)) or isinstance(error, MemoryError):
+        return True
+    return error.__context__ is not None and out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager

@@ -94,16 +94,16 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     for path in files:  # a wrong kind of file is found before anything is generated
         with Raster(path, table, **about):
             pass
+    out = Path(cfg.out)
     for path in files:
         torch.manual_seed(cfg.seed)  # a picture does not depend on the others in its folder
         with Raster(path, table, **about) as raster:
-            out = Path(cfg.out) / names[path][0]
-            _translate(cfg, raster, predict, net, out, to_labels)
-    for name, *more in names.values():
-        for colours in new.intersection(more if name not in new else ()):  # of a map that is kept
-            with Raster(Path(cfg.out) / name, cfg.classes) as labels:
-                write_image(Path(cfg.out) / colours, cfg.classes.palette[labels.read()])
-    print(f"{len(files)} image(s) written to {cfg.out}")
+            _translate(cfg, raster, predict, net, out / names[path][0], to_labels)
+    for name, *colours in names.values():
+        if name not in new and new.intersection(colours):  # of a map that is kept
+            with Raster(out / name, cfg.classes) as labels:
+                write_image(out / colours[0], cfg.classes.palette[labels.read()])
+    print(f"{len(files)} image(s) written to {out}")
 
 
 def needs_tiff(cfg, side):
@@ -118,8 +118,7 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     print_other_units(raster)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
-    statistics = shared_statistics(cfg, net)
-    windows = Windows(cut, predict, size, window, statistics, raster.valid)
+    windows = Windows(cut, predict, size, window, shared_statistics(cfg, net), raster.valid)
     classes = cfg.classes if to_labels else None
     side = cfg.sides[1]
     limits = Limits.of(cfg, side)
@@ -217,7 +216,7 @@ def _write_edit(path, edit, regions, predict, net):
 
 
 def _pictures(edit, regions, results):
-    """The pictures of a sheet, {title: (H, W, 3) uint8}; results = {title: path}."""
+    """The pictures of a sheet, {title: (H, W, C) uint8}; results = {title: path}."""
     view, palette = _view(regions, edit.size), edit.cfg.classes.palette
     pictures = {"before": eight_bits(edit.photo.read(*view))}
     if edit.has_before:
@@ -231,7 +230,7 @@ def _pictures(edit, regions, results):
             pictures[title] = eight_bits(raster.read(*view))
     if len(results) > 1:
         spread = np.std([pictures[title] for title in results], 0).mean(-1, keepdims=True)
-        pictures["where they differ"] = np.minimum(spread * 8, 255).astype(np.uint8).repeat(3, -1)
+        pictures["where they differ"] = np.minimum(spread * 8, 255).astype(np.uint8)
     return pictures
 
 

@@ -95,8 +95,7 @@ def load_judge(cfg, path):
     for name, own in ours.items():
         theirs = content.get(name, own)
         if theirs != own:
-            shown = theirs if isinstance(theirs, str) else ", ".join(map(str, theirs))
-            raise UserError(f"{path}: a judge of other {name}: {shown or 'those of 8 bits'}")
+            raise UserError(f"{path}: a judge of other {name}: {theirs or 'those of 8 bits'}")
     return judge
 
 

@@ -54,11 +54,11 @@ def write_page(folder):
     about |= {
         "name": folder.resolve().name,
         "out": shlex.quote(about["options"]["out"]),  # in commands to copy into a shell
-        "epoch": int(rows[-1]["epoch"]) if rows else 0,
+        "epoch": columns.pop("epoch", [0])[-1],
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),
         "steps": columns.pop("step", []),
-        "columns": {name: columns[name] for name in columns if name != "epoch"},
+        "columns": columns,
         "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None,
     }
     write_text(folder / "index.html", page_of("run.html", about))

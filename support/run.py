@@ -191,17 +191,17 @@ class Run:
         for name, value in means.items():
             if not math.isfinite(value):
                 self._refuse(name)
-        values = means | scores
+        values = {"lr": self.lr} | means | scores
         self.of_row = Means()
         if rank():
             return
         header = ["epoch", "step", "lr", *means, *self.scores]
-        row = [self.epoch + 1, self.step, f"{self.lr:.8g}"]
-        row += [f"{values[name]:.8g}" if name in values else "" for name in header[3:]]
+        row = [self.epoch + 1, self.step]
+        row += [f"{values[name]:.8g}" if name in values else "" for name in header[2:]]
         with open(self.metrics, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([row] if file.tell() else [header, row])
         if self.tracker:
-            for name, value in (values | {"lr": self.lr}).items():
+            for name, value in values.items():
                 self.tracker.add_scalar(name, value, self.step)
             self.tracker.flush()
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
@@ -331,9 +331,8 @@ def tracker(cfg, run_id):
     if cfg.track == "wandb":
         import wandb
 
-        about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id}
-        about["config"] = dataclasses.asdict(cfg)
-        wandb.init(**about, resume="allow", sync_tensorboard=True)
+        about = {"project": f"gan-{cfg.script}", "dir": cfg.out, "id": run_id, "resume": "allow"}
+        wandb.init(**about, config=dataclasses.asdict(cfg), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(Path(cfg.out) / "tensorboard"))

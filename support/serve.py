@@ -168,8 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         if urlsplit(f"//{host}").hostname not in names or origin not in (None, f"http://{host}"):
             raise Refused(403, "asked for by another name, or from another page")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            what = "this address is incomplete, or its server has ended"
-            raise Refused(403, f"{what}: open the one that --serve printed last")
+            raise Refused(403, "incomplete or old address: open the one that --serve printed last")
         self.connection.settimeout(60)
 
     def _send(self, status, kind, content, **more):

@@ -46,7 +46,7 @@ class Studio:
         self.canvases, self.numbers = collections.OrderedDict(), itertools.count(1)
         self.lock = threading.Lock()  # of canvases
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
-        self.shape = sides_of(cfg) if cfg.window else (cfg.size, cfg.size)
+        self.shape = sides_of(cfg)
         self.input_side, self.other_side = "BA" if edits else cfg.sides
         self.examples = self._examples()
 
@@ -130,7 +130,7 @@ class Studio:
         return self._described(key)
 
     def _described(self, key):
-        canvas = self._canvas({"canvas": key})
+        canvas = self._canvas(key)
         height, width = canvas.pixels.shape[:2]
         about = {"canvas": key, "height": height, "width": width}
         about["remarks"] = list(dict.fromkeys(remarks()))
@@ -156,30 +156,28 @@ class Studio:
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: more than {MOST_PIXELS} pixels: cut it")
-                    print_other_units(raster)
-                    remarks()[:] = [text.replace(path.name, name) for text in remarks()]
                     pixels = raster.values()
                     valid = raster.valid(0, 0, *pixels.shape[:2])
                     if raster.masked and valid.any() and not table:
                         pixels[~valid] = pixels[valid].mean(0)
                     memory = MemoryRaster(pixels, table, limits)
                     memory.path, memory.place = Path(name), raster.place
+                    print_other_units(memory)
                     return memory
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None
 
-    def _canvas(self, query):
+    def _canvas(self, key):
         with self.lock:
-            canvas = self.canvases.get(query.get("canvas"))
+            canvas = self.canvases.get(key)
             if not canvas:
-                what = "this canvas no longer exists"
-                raise UserError(f"{what}: save what you see, then open it anew")
-            self.canvases.move_to_end(query["canvas"])
+                raise UserError("this canvas no longer exists: save what you see, then reopen it")
+            self.canvases.move_to_end(key)
         return canvas
 
     def stroke(self, query, content):
         """Changes a box of a canvas and generates the samples, one stroke at a time."""
-        canvas = self._canvas(query)
+        canvas = self._canvas(query.get("canvas"))
         height, width = canvas.pixels.shape[:2]
         top, left = whole(query, "y", 0, height - 1), whole(query, "x", 0, width - 1)
         sides = whole(query, "height", 1, height - top), whole(query, "width", 1, width - left)

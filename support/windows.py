@@ -178,8 +178,8 @@ class Windows:
 
 
 def sides_of(cfg):
-    """--window as (height, width), in pixels; it may be one number for both."""
-    return tuple(np.broadcast_to(cfg.window, 2).tolist())
+    """--window as (height, width), in pixels; it may be one number for both. 0: --size."""
+    return tuple(np.broadcast_to(cfg.window or cfg.size, 2).tolist())
 
 
 def window_of(cfg, raster):
