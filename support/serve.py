@@ -117,11 +117,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answers a request, also by POST."""
+        threading.current_thread().connection = self.connection  # until the answer is sent
         try:
             address = urlsplit(self.path)
             _, token, *name = address.path.split("/", 2)
             self._check(token)
-            threading.current_thread().connection = self.connection  # until the answer is sent
             if name:
                 content = self._content(name[0], dict(parse_qsl(address.query)))
                 self._send(200, *content)

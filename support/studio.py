@@ -60,6 +60,8 @@ class Studio:
             if self.edits or self.classes or not path.is_file():
                 return []
             return [(self._picture(Raster(path).read()), None)]
+        if self.edits and not store.paired:
+            return []
         found = []
         for k in spread(EXAMPLES, len(getattr(store, self.input_side))):
             given = self._stored(store, self.input_side, k)

@@ -343,6 +343,8 @@ def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path, lan
     assert studio.canvases[opened] is not studio.examples[0][0]  # which stays unpainted
     cfg = configured("cyclegan", tmp_path, data=str(landcover), **LABELS, direction="AtoB")
     assert [photo for _, photo in Studio(cfg, None, None).examples] == [None] * 2
+    cfg = configured("mixlc", tmp_path, data=str(data), lc_classes="pictures")
+    assert not Studio(cfg, None, None, edits=True).examples  # nor is there a pair to edit
 
 
 def test_names_of_classes_are_text_in_the_page(tmp_path):
