@@ -156,11 +156,9 @@ class ClassTable:
     @functools.cached_property
     def codes(self):
         """(256,) uint8, or uint16 for values over 255: the code of every index in a file."""
-        codes = np.full(256, self.unused, np.int64)
-        for value, index in self.values.items():
-            if index != IGNORED:
-                codes[index] = value
-        return codes.astype(np.uint8 if codes.max() < 256 else np.uint16)
+        codes = np.full(256, self.unused)
+        codes[: len(self)] = [value for value, _, index in self.entries if index != IGNORED]
+        return codes.astype(np.min_scalar_type(codes.max()))
 
     @functools.cached_property
     def code_palette(self):

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.classes import ClassTable
 from support.files import UNFINISHED, write_image
 from support.processes import first_on_machine, wait_for_others
 
 DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
 _DEMO_COLORS = "170,200,120 240,220,110 40,110,50 60,110,210 190,60,50 250,250,250"
-_DEMO_MAP = "233,229,222 186,210,186 203,223,172 177,208,254 222,218,212 254,254,252"
+_DEMO_MAP = ("land", "cemetery", "park", "water", "paved", "road")  # of the class table `maps`
 _DEMO_GROUND = "104,122,76 140,132,84 46,72,44 34,62,88 160,128,112 132,130,126"
 
 
@@ -55,15 +56,12 @@ def landscape(rng, side):
     texture = [flat, 14 * tint + furrows, 12 * trees[..., None], flat, 30 * tint[..., :1], flat]
     slope = np.roll(elevation, 2, 1) - np.roll(elevation, -2, 1)
     shade = np.where(ground == 3, 4 * moisture, 9 * slope * side / 64)[..., None]
-    satellite = _colors(_DEMO_GROUND)[ground] + 6 * rng.normal(size=(side, side, 1)) + shade
+    colors = np.array([color.split(",") for color in _DEMO_GROUND.split()]).astype(int)
+    satellite = colors[ground] + 6 * rng.normal(size=(side, side, 1)) + shade
     satellite += np.choose(ground[..., None], texture)
-    drawn = _colors(_DEMO_MAP)[ground].astype(np.uint8)
+    table = ClassTable.load("maps")
+    drawn = table.palette[[table.names.index(name) for name in _DEMO_MAP]][ground]
     return np.clip(satellite, 0, 255).astype(np.uint8), drawn, ground
-
-
-def _colors(text):
-    """ "1,2,3 4,5,6" as an array of colours, (n, 3)."""
-    return np.array([color.split(",") for color in text.split()]).astype(int)
 
 
 def demo_world(cache, kind, train=96, val=12, side=256):

@@ -9,9 +9,10 @@ BLACK = (0, 0, 0)  # in palettes also what fills them up
 
 
 def looked_at(height, width, side=342):
-    """Yields 3 x 3 windows (top, left, height, width), spread over a large label map."""
-    for top in np.linspace(0, max(0, height - side), 3, dtype=int).tolist():
-        for left in np.linspace(0, max(0, width - side), 3, dtype=int).tolist():
+    """Yields 3 x 3 windows (top, left, height, width) of a label map, or one of a small map."""
+    bottom, right = max(0, height - side), max(0, width - side)
+    for top in {0, bottom // 2, bottom}:
+        for left in {0, right // 2, right}:
             yield top, left, min(side, height), min(side, width)
 
 
@@ -103,8 +104,7 @@ class Reading:
         used, known = np.unique(codes).tolist(), {c: index for _, c, index in table.entries}
         greys = (self.palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
         if table.valued and table.has(codes):
-            shown = [code for code in used if code in table.values and colours[code] != BLACK]
-            own = {code: table.values[code] for code in shown}
+            own = {k: table.values[k] for k in used if k in table.values and colours[k] != BLACK}
             if greys or all(known.get(colours[k], own[k]) == own[k] for k in own):
                 return False
             if table.grey and len({colours[k] for k in own}) == len(own):

@@ -140,7 +140,7 @@ def _one_folder(root, name, table):
     for endings in _ENDINGS:
         a = [path for path in files if path.stem.endswith(endings[0])]
         b = [path for path in files if path.stem.endswith(endings[1])]
-        others = [path for path in files if path not in {*a, *b}]
+        others = [path for path in files if not path.stem.endswith(endings)]
         if endings[0] == "_sat" and a and not (b or others):  # as in DeepGlobe's test split
             raise UserError(f"{root / name}: no {endings[1]} beside {a[0].name}")
         pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()

@@ -83,19 +83,13 @@ def driver_of(path):
     suffix = path.suffix.lower()
     if suffix not in PLACED:
         return DRIVERS.get(suffix)
-    placed = bool(world_files(path))
-    about = f"{path}.aux.xml"
-    if not placed and os.path.isfile(about):  # False, too, for a name that is too long
-        placed = re.search(b"<(GeoTransform|GCPList|SRS)", Path(about).read_bytes())
-    return PLACED[suffix] if placed else None
-
-
-def world_files(path):
-    """The world files beside an image, in small or capital letters: x.pgw, x.pngw or x.wld."""
-    suffix = path.suffix.lower()
-    endings = f".{suffix[1:2]}{suffix[-1:]}w", f"{suffix}w", ".wld"
-    beside = [path.with_suffix(same) for end in endings for same in (end, end.upper())]
-    return [file for file in beside if os.path.isfile(file)]
+    for ending in (f".{suffix[1]}{suffix[-1]}w", f"{suffix}w", ".wld"):  # x.pgw, x.pngw, x.wld
+        beside = path.with_suffix(ending), path.with_suffix(ending.upper())
+        if any(map(os.path.isfile, beside)):  # False, too, for a name that is too long
+            return PLACED[suffix]
+    about = Path(f"{path}.aux.xml")
+    content = about.read_bytes() if os.path.isfile(about) else b""
+    return PLACED[suffix] if re.search(b"<(GeoTransform|GCPList|SRS)", content) else None
 
 
 def png_depth(path):

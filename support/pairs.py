@@ -1,7 +1,5 @@
 """Pairs: files that match, halves of a file."""
 
-import functools
-
 import numpy as np
 
 from support.errors import UserError
@@ -11,29 +9,28 @@ from support.labels import Reading, looked_at
 class Half:
     """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map.
 
-    read    reads windows of the raster, and keeps the last one for the other half
     left    its first column
     strict  refuses a photograph in place of labels
     """
 
     place = None  # both halves lie in one file
 
-    def __init__(self, raster, read, left, table, strict):
+    def __init__(self, raster, left, table, strict):
         if raster.width != 2 * raster.height:
             size = f"{raster.width}x{raster.height}"
             raise UserError(f"{raster.path}: {size} is no pair: it is not twice as wide as high")
-        self.raster, self.read_raster, self.left = raster, read, left
-        self.table, self.strict = table, strict
+        self.raster, self.left, self.table, self.strict = raster, left, table, strict
         self.path, self.masked = raster.path, raster.masked
         self.height = self.width = raster.height
+        self._reading = None
 
-    def read(self, top, left, height, width):
+    def read(self, *window):
         """A window: a picture (H, W, C), or class indices (H, W)."""
-        strip = self.read_raster(top, 0, height, self.raster.width)
-        pixels = strip[:, self.left + left :][:, :width]
+        pixels = self.raster.read(*self._moved(*window))
         if not self.table:
             return pixels
-        return self._reading.indices(pixels, self.valid(top, left, height, width), self.strict)
+        self._reading = self._reading or self._read_sample()
+        return self._reading.indices(pixels, self.valid(*window), self.strict)
 
     def valid(self, *window):
         """Where a window has data, bool; a no-data value of labels may be a class."""
@@ -44,8 +41,8 @@ class Half:
     def _moved(self, top, left, *sides):
         return top, self.left + left, *sides
 
-    @functools.cached_property
-    def _reading(self):
+    def _read_sample(self):
+        """The Reading of the half's labels."""
         windows, sample = [(0, 0, self.height, self.width)], []
         if self.raster.tiff:  # other files are decoded whole anyway
             windows = looked_at(self.height, self.width)

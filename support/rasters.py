@@ -30,13 +30,15 @@ class Raster:
     dtype, count   of a picture: the type of its values, and the number of bands without alpha
     colours        the ICC profile of an RGB picture that is no TIFF: bytes, or None
     tiff           rasterio's dataset of a TIFF or VRT, else None; chosen: its bands that are read
+    masked         whether some pixels of a TIFF, or of a transparent picture, may have no data
+    lossy          whether the file's compression changes colours, as that of JPEG does
     """
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
         self._palette, self._clear, self._levels, self._alpha = None, [], None, None
-        self._has_alpha, self._format, self.bands = False, "", list(bands)
-        self.limits, self.dtype, self.colours = limits, "uint8", None
+        self.bands, self.limits, self.dtype, self.colours = list(bands), limits, "uint8", None
+        self.masked = self.lossy = False
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
             driver = opening.driver_of(self.path)
@@ -44,6 +46,7 @@ class Raster:
                 driver = "PNG"
             if driver:
                 self._open_tiff(driver)
+                self.masked = self._lacks_data()
             elif self.path.suffix.lower() in ARRAY_SUFFIXES:
                 self._open_array(8 * most)
             else:
@@ -83,7 +86,8 @@ class Raster:
 
     def _open_image(self):
         with opening.open_image(self.path) as image:
-            self._has_alpha, self._format = image.has_transparency_data, image.format
+            self.masked = image.has_transparency_data
+            self.lossy = image.format in ("JPEG", "MPO", "WEBP")
             self.width, self.height = image.size
             if not self.table and 5 <= opening.orientation(image) <= 8:  # lies on its side
                 self.height, self.width = image.size
@@ -127,7 +131,7 @@ class Raster:
         return np.ascontiguousarray(rgb[..., [band - 1 for band in self.bands or (1, 2, 3)]])
 
     def _read_labels(self):
-        table, path = self.table, self.path
+        table, path, palette = self.table, self.path, None
         if path.suffix.lower() in ARRAY_SUFFIXES:
             if self._array.shape[-1] > 1:
                 return table.from_one_hot(self._array, path)
@@ -137,7 +141,7 @@ class Raster:
                 self._alpha = np.asarray(image.convert("RGBA"))[..., 3]
             if image.mode == "P":
                 colors = bytes(image.getpalette("RGB")).ljust(3 * 256, b"\0")
-                self._palette = np.frombuffer(colors, np.uint8).reshape(256, 3)
+                palette = np.frombuffer(colors, np.uint8).reshape(256, 3)
             elif image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
                 image = image.convert("L" if image.mode == "LA" else "RGB")
             pixels = np.atleast_3d(np.asarray(image))
@@ -147,8 +151,8 @@ class Raster:
             codes = pixels // (255 // (2**bits - 1))
             pixels = codes if table.has(codes) else pixels
         known = self._alpha > 0 if self.masked else np.ones(pixels.shape[:2], bool)
-        self._reading = Reading(table, path, pixels[known][None], self._palette, self.lossy)
-        return self._reading.indices(pixels, known, strict=True)
+        reading = Reading(table, path, pixels[known][None], palette, self.lossy)
+        return reading.indices(pixels, known, strict=True)
 
     def _open_tiff(self, driver):
         self.tiff = opening.open_tiff(self.path, driver)
@@ -172,6 +176,9 @@ class Raster:
             self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
             if self.tiff.nodata is None:  # of a PNG with several transparent colours
                 self._clear = [k for k, color in colors.items() if color[3] == 0]
+        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
+        guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
+        self.lossy = about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
         self._choose_bands()
         if not self.table:
             self._scale_grey(deep)
@@ -221,8 +228,7 @@ class Raster:
         if self.bands and self._palette is None:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
-            chosen = ", ".join(map(str, self.chosen))
-            about = f"these are read: {chosen} (--bands-A, --bands-B)"
+            about = f"these are read: {self.chosen} (--bands-A, --bands-B)"
             print_once(f"images have {len(there)} bands; {about}")
 
     def _cut(self, window):
@@ -242,15 +248,6 @@ class Raster:
         return self._reading.indices(pixels, self.valid(top, left, *pixels.shape[:2]))
 
     @functools.cached_property
-    def lossy(self):
-        """Whether the file's compression changes colours, as that of JPEG does."""
-        if not self.tiff:
-            return self._format in ("JPEG", "MPO", "WEBP")
-        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
-        guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
-        return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
-
-    @functools.cached_property
     def place(self):
         """(CRS or None, transform of pixels to coordinates); None without a place on earth."""
         if not self.tiff:
@@ -261,20 +258,18 @@ class Raster:
         nowhere = to_place.is_identity or to_place.is_degenerate
         return None if nowhere else (crs or self.tiff.crs, to_place)
 
-    @functools.cached_property
-    def masked(self):
-        """Whether some pixels of a TIFF, or of a transparent picture, may have no data."""
-        if not self.tiff:
-            return self._has_alpha
+    def _lacks_data(self):
+        """Whether some pixels of a TIFF may have no data."""
         if self.table and self._reading.by_codes and self.counts_nodata(self.table):
-            per_dataset = opening.gdal().enums.MaskFlags.per_dataset
-            return any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
+            return False
         floats = np.dtype(self.dtype).kind == "f" and not self.table
         return bool(self._has_mask or self._alphas or self._clear or floats)
 
     def counts_nodata(self, table):
-        """Whether the no-data value of a TIFF is a class; the transparent index of a PNG is not."""
-        return self.tiff.driver != "PNG" and self.tiff.nodata in table.values
+        """Whether a TIFF has no mask, and a no-data value that is a class; in a PNG it is none."""
+        per_dataset = opening.gdal().enums.MaskFlags.per_dataset
+        has_mask = any(per_dataset in kinds for kinds in self.tiff.mask_flag_enums)
+        return self.tiff.driver != "PNG" and self.tiff.nodata in table.values and not has_mask
 
     def valid(self, top, left, height, width):
         """Where a window has data: (height, width) bool.

@@ -68,7 +68,7 @@ class ImageStore:
     def __init__(self, cfg, split, side):
         self.cache = cache_folder(cfg)
         self.split = find_images(source(cfg), split, cfg.lc_classes)
-        if split == "train" and cfg.max_images:
+        if split == "train":
             a, b = (some_of(files, cfg.max_images) for files in (self.split.A, self.split.B))
             self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
@@ -212,24 +212,22 @@ class ImageStore:
 
     def _fill(self, pairs, counts, masked, path, pool):
         """Decodes pairs of files, with `counts` of records each, into a new file."""
-        ends = np.cumsum(counts)
         has_a, has_b = (path is not None for path in pairs[0])
         channels = has_a * self.channels[0] + has_b * self.channels[1]
         if masked:  # a plane for each side of pictures
             channels += has_a + (has_b and not self.classes)
-        shape = int(ends[-1]), channels, self.side, self.side
+        shape = sum(counts), channels, self.side, self.side
         dtype = np.int16 if any(self.limits.values()) else np.uint8
         store = np.lib.format.open_memmap(path, "w+", dtype, shape)
         if hasattr(os, "posix_fallocate"):  # Linux: the error of a full disk comes here
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-        def work(k):
-            if counts[k]:
-                for row, record in enumerate(self._records(pairs[k], masked), ends[k] - counts[k]):
-                    store[row] = record
+        def work(pair, first):
+            for row, record in enumerate(self._records(pair, masked), first):
+                store[row] = record
 
-        jobs = pool.map(work, range(len(pairs)))
+        jobs = pool.map(work, pairs, np.cumsum(counts) - counts)
         about = {"unit": "file", "leave": False, "disable": None}
         for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
             pass
@@ -238,21 +236,16 @@ class ImageStore:
     @contextlib.contextmanager
     def _opened(self, pair):
         """The Rasters of a pair of files, or the Halves of one file."""
-        halves = self.split.halves
+        halves, sides = self.split.halves, []
+        opened = functools.cache(Raster)  # two halves that are read alike have one
         with contextlib.ExitStack() as stack:
-
-            @functools.cache  # two halves that are read alike have one Raster
-            def opened(path, table, bands, limits):
-                raster = stack.enter_context(Raster(path, table, bands=bands, limits=limits))
-                return raster, functools.lru_cache(1)(raster.read)
-
-            sides = []
             for k, (path, limits) in enumerate(zip(pair, self.limits.values(), strict=True)):
                 if path:
                     table = self.classes if k else None
-                    raster, read = opened(path, None if halves else table, self.bands[k], limits)
+                    how = {"bands": self.bands[k], "limits": limits}
+                    raster = stack.enter_context(opened(path, None if halves else table, **how))
                     if halves:
-                        raster = Half(raster, read, k * raster.height, table, not self.patch)
+                        raster = Half(raster, k * raster.height, table, strict=not self.patch)
                     sides.append(raster)
             yield sides
 
@@ -299,10 +292,10 @@ class ImageStore:
         a = self._largest([(path, None) for path in self.split.A])
         return [a, a if self.paired else self._largest([(None, path) for path in self.split.B])]
 
-    def _largest(self, pairs, most=1000):
+    def _largest(self, pairs):
         """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
-        for pair in some_of(pairs, most):
+        for pair in some_of(pairs, 1000):
             with self._opened(pair) as (side, *_):
                 sizes.append((side.height, side.width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))

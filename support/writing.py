@@ -95,9 +95,8 @@ def _profile(source, classes, bands, limits):
 def _read_through(path, **overview):
     """Reads a TIFF, or one of its overviews, with its mask; returns the number of overviews."""
     with gdal().open(path, driver="GTiff", **overview) as written:
-        for top in range(0, written.height, 256):
-            rows = top, min(top + 256, written.height)
-            written.read(window=(rows, (0, written.width)), masked=True)
+        for _, window in written.block_windows():
+            written.read(window=window, masked=True)
         return len(written.overviews(1))
 
 
@@ -157,8 +156,7 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                 if classes:
                     for name, value in zip(classes.names, classes.codes, strict=False):
                         target.update_tags(1, **{f"class_{value}": name})
-                    colors = map(tuple, classes.code_palette.tolist())
-                    target.write_colormap(1, dict(enumerate(colors)))
+                    target.write_colormap(1, dict(enumerate(classes.code_palette)))
                 yield put
                 if max(target.shape) > 4096:  # with overviews a GIS opens it at once
                     how = gdal().enums.Resampling["nearest" if classes else "average"]

@@ -502,7 +502,7 @@ def test_transparent_codes_have_no_class_with_a_place_either(tmp_path):
         with Raster(tmp_path / "x.png", table) as raster:
             assert bool(raster.tiff) == place and (raster.read() == want).all()
         with Raster(tmp_path / "x.png") as raster:
-            half = Half(raster, raster.read, 2, table, strict=True)
+            half = Half(raster, 2, table, strict=True)
             assert (half.read(0, 0, 2, 2) == want[:, 2:]).all()
 
 
