@@ -555,7 +555,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
 def baselines_of_A(val, real_A, real_B, colors):
     """Baselines for A: a copy of B, one colour for the image or for each class."""
     labels = common.class_index(real_B) if val.classes else None
-    copy = val.picture(real_B)
+    copy = val.store.copied(val.picture(real_B), "B", "A")
     guesses = {"copy of the input": copy} if copy.shape == real_A.shape else {}
     return guesses | common.constant_guesses(colors, real_A, labels)
 
@@ -563,7 +563,7 @@ def baselines_of_A(val, real_A, real_B, colors):
 def baselines_of_B(val, real_A, real_B, constants):
     """Baselines for B: a copy of A, one colour or one class for the image."""
     alike = real_A.shape == real_B.shape and not val.classes
-    guesses = {"copy of the input": real_A} if alike else {}
+    guesses = {"copy of the input": val.store.copied(real_A, "A", "B")} if alike else {}
     return guesses | common.constant_guesses(constants, real_B)
 
 

@@ -529,7 +529,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
         guesses = {"model": translate(state, x, cfg)}
         if colors:
             if x.shape == y.shape:
-                guesses["copy of the input"] = x
+                guesses["copy of the input"] = val.store.copied(x, *cfg.sides)
             guesses |= common.constant_guesses(colors, y, labels)
         for row, guess in guesses.items():
             scores.add_images(row, guess, y, limits)

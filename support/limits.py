@@ -7,6 +7,7 @@ import numpy as np
 
 from support.batches import some_of
 from support.errors import UserError, print_once
+from support.options import flag
 from support.pictures import as_array
 from support.rasters import Raster
 
@@ -43,6 +44,13 @@ class Limits(NamedTuple):
     def ranges(self):
         """high - low of every band, (C,) float64."""
         return np.subtract(self.high, self.low)
+
+    def between(self, other, images):
+        """Images (B, C, H, W) in [-1, 1] of these limits, as their values lie between others."""
+        scale = self.ranges / other.ranges
+        shift = 2 * np.subtract(self.low, other.low) / other.ranges - 1
+        scale, shift = (images.new_tensor(x).view(1, -1, 1, 1) for x in (scale, shift))
+        return (images + 1) * scale + shift
 
     def to_levels(self, values):
         """Values (H, W, C) -> levels, int16; values beyond a limit become the limit."""
@@ -103,13 +111,16 @@ def with_limits(cfg, split):
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
     for side, dtype in dtypes.items():
-        text = getattr(cfg, f"limits_{side}")
+        name = f"limits_{side}"
+        text = getattr(cfg, name).replace(", ", ",").partition(" ")[0]
         if not text and dtype == "uint8":
             text = "0,255"
         elif not text:
-            pairs = _percentiles(getattr(split, side), cfg.bands(side))
+            part = {"A": (0, 0.5), "B": (0.5, 1)}[side] if split.halves else (0, 1)
+            pairs = _percentiles(getattr(split, side), cfg.bands(side), dtype, part)
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
-        cfg = dataclasses.replace(cfg, **{f"limits_{side}": f"{text} {dtype}"})
+            print_once(f"{flag(name)} {text}: the 2nd and 98th percentile of its values")
+        cfg = dataclasses.replace(cfg, **{name: f"{text} {dtype}"})
         Limits.of(cfg, side)  # refuses wrong ones
     return cfg
 
@@ -120,19 +131,28 @@ def _kind(path, bands=()):
         return raster.dtype, raster.count
 
 
-def _percentiles(paths, bands):
-    """The 2nd and 98th percentile of every band, (C, 2), in 200 random windows."""
+def _percentiles(paths, bands, dtype, part):
+    """The 2nd and 98th percentile of every band, (C, 2), in 200 random windows.
+
+    dtype  of the first file, which the others must have
+    part   the first and the last column to look at, as shares of the width
+    """
     files, rng = some_of(paths, 200), np.random.default_rng(0)
     samples = {}  # file: values (K, C) float64
     for path in files:
         some = []
         with Raster(path, bands=bands, limits=ALL) as raster:
-            room = max(raster.height - 256, 0), max(raster.width - 256, 0)
+            if raster.dtype != dtype:
+                both = f"has {raster.dtype} values, and {paths[0]} {dtype}"
+                raise UserError(f"{path}: {both}: convert them to one type")
+            first, last = (int(raster.width * share) for share in part)
+            sides = min(256, raster.height), min(256, last - first)
+            room = raster.height - sides[0], last - first - sides[1]
             corners = rng.integers(0, room, (-(-200 // len(files)), 2), endpoint=True)
             corners, counts = np.unique(corners, axis=0, return_counts=True)
-            for corner, count in zip(corners.tolist(), counts, strict=True):
-                values = raster.values(*corner, 256, 256)
-                values = values[raster.valid(*corner, *values.shape[:2])]
+            for (top, left), count in zip(corners.tolist(), counts, strict=True):
+                window = top, first + left, *sides
+                values = raster.values(*window)[raster.valid(*window)]
                 some += [values[:: 1 + len(values) // 2000]] * count
         samples[path] = np.concatenate(some).astype(np.float64)
     if not any(map(len, samples.values())):

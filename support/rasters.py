@@ -122,7 +122,8 @@ class Raster:
             about = f"its bands are {there}"
             if self.tiff and wrong[0] <= self.tiff.count:
                 about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
-            raise UserError(f"{self.path}: --bands-A or --bands-B names {wrong[0]}, but {about}")
+            asked = f"band {wrong[0]} is asked for (--bands-A, --bands-B, or as in training)"
+            raise UserError(f"{self.path}: {asked}, but {about}")
         if self.bands == [1] and self.count > 1 and not self.limits:
             print_once(f"band 1 of {self.count} is read")
 

@@ -101,6 +101,12 @@ class ImageStore:
             return rows[:, first]
         return from_bytes(rows[:, first:last], self.known(side, rows))
 
+    def copied(self, images, side, other):
+        """Images of one side as a guess of the other: the same values, where both have one type."""
+        limits, others = self.limits[side], self.limits[other]
+        alike = limits and others and limits.dtype == others.dtype
+        return limits.between(others, images) if alike else images
+
     def known(self, side, rows):
         """The plane of a side that is 0 without data, (B, 1, S, S); None: data everywhere."""
         plane = self.slots[side][2]

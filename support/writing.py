@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def _profile(source, classes, bands, limits):
     """rasterio's profile of a TIFF with the size and the place of a Raster."""
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     nothing = source.tiff.nodata if source.tiff and source.masked else None
+    kinds = itertools.chain(*source.tiff.mask_flag_enums) if source.tiff else ()
+    if gdal().enums.MaskFlags.nodata not in kinds:  # a mask counts instead
+        nothing = None
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
     if inside and limits != source.limits:  # in other units a value like others: a mask instead
@@ -128,6 +132,8 @@ def _describe(target, source, bands):
 def _writing_tiff(path, source, classes, bands, limits, edited):
     profile = _profile(source, classes, bands, limits)
     nothing, tags = profile["nodata"], source.tiff.tags() if source.tiff else {}
+    if not edited:  # other tags may describe values that are translated
+        tags = {name: tags[name] for name in tags if name == "AREA_OR_POINT"}
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
         tags.pop("AREA_OR_POINT", None)
 
@@ -141,7 +147,10 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
         elif source.masked:
             if not classes:
                 layers = _unlike(nothing, layers)
-            layers = np.where(valid, layers, nothing).astype(profile["dtype"])
+            holes = nothing
+            if edited:  # a hole in one band leaves the values of the others
+                holes = np.moveaxis(source.values(top, left, height, width), -1, 0)
+            layers = np.where(valid, layers, holes).astype(profile["dtype"])
         target.write(layers, window=window)
 
     try:

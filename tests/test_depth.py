@@ -1,5 +1,6 @@
 """Pictures of more than 8 bits: limits, stores, results in the units of the files."""
 
+import importlib
 import json
 import shutil
 import types
@@ -16,7 +17,7 @@ import pix2pix
 import support.limits
 from files import PLACE, TABLE, bands_of, geotiff, noise, save
 from pages import in_colours, opened, page_shows, studio_of
-from runs import last, line_of, rows_of, stop_after, tiny_run, use
+from runs import last, line_of, refused, rows_of, stop_after, tiny_run, use
 from support import errors
 from support.demo import landscape
 from support.device import in_bf16
@@ -25,7 +26,7 @@ from support.limits import Limits, print_other_units
 from support.pictures import eight_bits
 from support.rasters import Raster
 from support.windows import read_filled
-from tensors import calls_of
+from tensors import CPU, calls_of, open_data
 
 REFLECTANCE = {"dtype": "uint16", "nodata": 0}
 
@@ -95,6 +96,48 @@ def test_limits(tmp_path, values, near):
     limits = Limits.of(started(tmp_path / "data", tmp_path), "A")
     found = [limits.low[0], limits.high[0]]
     assert np.allclose(found, np.percentile(values, [2, 98]), rtol=0, atol=near)
+
+
+def halves(root, dtype="uint16"):
+    """Pairs of a dark left and a bright right half, which is the left one and 9000."""
+    for split in ("train", "val"):
+        for k in range(2):
+            left = noise(64, 64).astype(dtype) * 4 + 100
+            geotiff(root / split / f"{k}.tif", np.concatenate([left, left + 9000], 1))
+    return root
+
+
+def test_halves_have_limits_of_their_own_and_copies_have_the_values_of_the_input(tmp_path, capsys):
+    root = halves(tmp_path / "data")
+    cfg = started(root, tmp_path)
+    a, b = (Limits.of(cfg, side) for side in "AB")
+    assert np.allclose(a.ranges, b.ranges) and np.allclose(np.subtract(b.low, a.low), 9000)
+    said = capsys.readouterr().err
+    assert a.low[0] < 150 and f"--limits-A {cfg.limits_A.split()[0]}: the 2nd" in said
+    about = {name: getattr(cfg, name) for name in ("limits_A", "limits_B")}
+    grey = {"grey": torch.zeros(3)}
+    for script, constants in (("pix2pix", grey), ("cyclegan", {"A": grey, "B": grey})):
+        val = open_data(script, root, tmp_path, "val", **about)
+        module = importlib.import_module(script)
+        state = module.build(val.cfg, CPU)
+        rows = module.evaluate(state, val, val.cfg, np.arange(2), constants).table()
+        copies = [row["rmse_units"] for name, row in rows.items() if "copy of the input" in name]
+        assert copies == pytest.approx([9000] * len(copies), abs=100)  # outside the limits
+
+
+def test_limits_can_be_typed_as_a_run_shows_them(tmp_path):
+    root, more = halves(tmp_path / "data"), ["--limits-A", "0, 5000 uint16", "--limits-B", "1,2"]
+    words = ["--data", str(root), "--out", str(tmp_path / "run"), "--cache", str(tmp_path), *more]
+    cfg, _, _ = common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)
+    assert (cfg.limits_A, cfg.limits_B) == ("0,5000 uint16", "1,2 uint16")
+
+
+def test_files_of_one_side_have_one_type(tmp_path):
+    """Otherwise results, which have the first one's, could not hold the values of others."""
+    root = halves(tmp_path / "data")
+    geotiff(root / "train" / "1.tif", np.full((64, 128, 3), 9, np.int16))
+    with refused("1.tif: has int16 values, and .*0.tif uint16: convert them to one type"):
+        started(root, tmp_path)
 
 
 def test_training_images_in_other_units_are_reported(tmp_path, capsys):
@@ -198,7 +241,8 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     out = tmp_path / "run"
     more = "--epochs 2 --direction AtoB --bands-A 1,2,3,4,5,6 --limits-A 0,5000"
     stop_after(1, pix2pix.main, tiny_run("pix2pix", deep, out, more), monkeypatch)
-    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000"])
+    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000", "--epochs", "2"])
+    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000 uint16"])
     assert last(out)["config"]["limits_A"] == "0,5000 uint16"
     error, row = rows_of(out)["model"]["rmse_units"], rows_of(out)["model"]
     limits = Limits.of(pix2pix.Config(**last(out)["config"]), "B")

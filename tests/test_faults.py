@@ -75,7 +75,7 @@ CASES = {
     "pix2pix --data dangling": "dangling/train/0.png: no such file",
     "pix2pix --data dangling_later": "dangling_later/train/1.png: No such file or directory: rep",
     "pix2pix --generate loop --checkpoint model.pt --out o": "loop/x.png: no such file",
-    "pix2pix --data mixed": "1.png: has uint8 values; the training images: uint16",
+    "pix2pix --data mixed": "1.png: has uint8 values, and ",
     "pix2pix --data terabytes": "is too large: make it a TIFF",
     "mixlc --data arrays --patch 40": "0.npz: has more pixels than fit in memory",
     "mixlc --data axes": "0.npy: cannot be decoded",
