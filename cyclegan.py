@@ -555,8 +555,9 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
 def baselines_of_A(val, real_A, real_B, colors):
     """Baselines for A: a copy of B, one colour for the image or for each class."""
     labels = common.class_index(real_B) if val.classes else None
-    copy = val.store.copied(val.picture(real_B), "B", "A")
-    guesses = {"copy of the input": copy} if copy.shape == real_A.shape else {}
+    copy, guesses = val.picture(real_B), {}
+    if copy.shape == real_A.shape:
+        guesses["copy of the input"] = val.store.copied(copy, "B", "A")
     return guesses | common.constant_guesses(colors, real_A, labels)
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from support.edits import PhotoEdit, centred
-from support.errors import UserError, refusing
+from support.errors import UserError, print_once, refusing
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, remove_unfinished, write_image
 from support.layouts import contents, image_files
 from support.limits import Limits, print_other_units, values_of
-from support.opening import driver_of
+from support.opening import CACHED_MB, driver_of
 from support.pairs import check_pair
 from support.pictures import as_tensor, eight_bits, save_grid
 from support.rasters import Raster
@@ -72,6 +73,11 @@ def print_windows(cfg, raster):
     how = f"in windows of {window[1]}x{window[0]}" if window else "as a whole"
     size = f"{raster.width}x{raster.height}"
     print(f"{raster.path.name}: {size}: {how}, at {cfg.size}x{cfg.size}", file=sys.stderr)
+    if window and raster.tiff and raster.tiff.block_shapes[0][1] == raster.width:
+        row = window[0] * raster.width * raster.tiff.count * np.dtype(raster.dtype).itemsize
+        if row > CACHED_MB * 1e6:
+            about = "its strips are decoded once more for every few windows"
+            print_once(f"{raster.path.name}: {about}: gdal_translate -co TILED=YES is faster")
 
 
 def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
@@ -208,7 +214,7 @@ def _write_edit(path, edit, regions, predict, net):
     """Writes the photograph, and over it the generated regions."""
     photo, bands = edit.photo, edit.cfg.channels("A")
     with writing(path, photo, bands=bands, limits=photo.limits, edited=True) as put:
-        for top in range(0, edit.size[0], 256):
+        for top in tqdm(range(0, edit.size[0], 256), "copying", leave=False, disable=None):
             put(photo.values(top, 0, 256), top)
         for region in regions:
             for pixels, top, left in edit.generated(region, predict, net):

@@ -54,8 +54,13 @@ class Limits(NamedTuple):
 
     def to_levels(self, values):
         """Values (H, W, C) -> levels, int16; values beyond a limit become the limit."""
-        values = np.clip(np.nan_to_num(values.astype(np.float64)), self.low, self.high)
-        return ((values - self.low) / self.ranges * 65535 - 32768).round().astype(np.int16)
+        levels = np.nan_to_num(values.astype(np.float64), copy=False)  # the same memory throughout
+        np.clip(levels, self.low, self.high, out=levels)
+        levels -= self.low
+        levels /= self.ranges
+        levels *= 65535
+        levels -= 32768
+        return levels.round(out=levels).astype(np.int16)
 
     def to_values(self, image):
         """A tensor (C, H, W) in [-1, 1] -> values (H, W, C) of the files' type."""
@@ -105,7 +110,7 @@ def with_limits(cfg, split):
         first, *others = getattr(split, side)
         dtypes[side], count = _kind(first, cfg.bands(side))
         few = count < 3 and not cfg.bands(side)
-        if few and all(_kind(path)[1] == count for path in others):
+        if few and all(_kind(path)[1] == count for path in some_of(others, 1000)):
             bands = "1" if count == 1 else "1,2"
             cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):

@@ -27,6 +27,7 @@ DRIVERS |= {".jp2": "JP2OpenJPEG", ".img": "HFA", ".gpkg": "GPKG"}
 # by GDAL where they have a place on earth
 PLACED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+CACHED_MB = 256  # of decoded blocks of rasters
 _NUMPY = threading.Lock()
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize BlockYSize
@@ -66,7 +67,7 @@ def open_image(path):
 @functools.cache
 def gdal():
     """rasterio, with a bounded cache, and without warnings of TIFFs without a place on earth."""
-    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB of decoded blocks
+    os.environ.setdefault("GDAL_CACHEMAX", str(CACHED_MB))
     os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio
 

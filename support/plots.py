@@ -11,9 +11,11 @@ from support.files import whole_or_absent, write_text
 
 
 def read_metrics(path):
-    """The rows of a metrics.csv as dicts of text; [] where there is no file."""
+    """Rows of a metrics.csv as dicts of text, of a long run some; [] where there is no file."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return list(csv.DictReader(text.splitlines()))  # read at once: a run may be writing it
+    rows = list(csv.DictReader(text.splitlines()))  # read at once: a run may be writing it
+    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # last rows, which have the scores
+    return [rows[k] for k in sorted({*spread(2000, len(rows)).tolist(), *epochs.values()})]
 
 
 def plot_metrics(rows, path):
@@ -45,8 +47,6 @@ def write_page(folder):
     """Writes index.html of a run folder, run.html with the run's data, which opens from disk."""
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = read_metrics(folder / "metrics.csv")
-    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # last rows, which have the scores
-    rows = [rows[k] for k in sorted({*spread(2000, len(rows)).tolist(), *epochs.values()})]
     columns = {}
     for name in rows[0] if rows else ():
         columns[name] = [float(row[name]) if row[name] else None for row in rows]

@@ -229,14 +229,15 @@ class ImageStore:
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-        def work(pair, first):
-            for row, record in enumerate(self._records(pair, masked), first):
-                store[row] = record
+        about = {"unit": "image", "leave": False, "disable": None}
+        with tqdm(desc=f"decoding {self.split.name}", total=sum(counts), **about) as bar:
 
-        jobs = pool.map(work, pairs, np.cumsum(counts) - counts)
-        about = {"unit": "file", "leave": False, "disable": None}
-        for _ in tqdm(jobs, f"decoding {self.split.name}", len(pairs), **about):
-            pass
+            def work(pair, first):
+                for row, record in enumerate(self._records(pair, masked), first):
+                    store[row] = record
+                    bar.update()
+
+            list(pool.map(work, pairs, np.cumsum(counts) - counts))
         store.flush()
 
     @contextlib.contextmanager

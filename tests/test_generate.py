@@ -22,7 +22,7 @@ import support.edits
 import support.generate
 from files import CLASSES, LABELS, geotiff, noise, picture, pictures_in, pixels_of, save
 from runs import last, refused, stop_after, tiny_run, use
-from support.generate import _view, edit_of_files, inputs_of, results_of
+from support.generate import _view, edit_of_files, inputs_of, print_windows, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
 from support.store import cache_folder
@@ -146,6 +146,20 @@ def test_each_direction_has_the_window_of_its_images(tmp_path, monkeypatch, caps
         more = f"--direction {direction} --out {tmp_path}/{direction}"
         cyclegan.main(use(run, f"--generate {tmp_path}/x.png", more))
         assert how in capsys.readouterr().err
+
+
+TILES = {"tiled": True, "blockxsize": 64, "blockysize": 64}
+
+
+@pytest.mark.parametrize(("blocks", "cached", "slow"), [({}, 0, 1), (TILES, 0, 0), ({}, 1, 0)])
+def test_strips_that_are_decoded_again_are_told(
+    tmp_path, monkeypatch, capsys, blocks, cached, slow
+):
+    source = geotiff(tmp_path / "x.tif", noise(150, 200), **blocks)
+    monkeypatch.setattr(support.generate, "CACHED_MB", cached)
+    with Raster(source) as raster:
+        print_windows(tiny("pix2pix", window=64)[1], raster)
+    assert ("its strips are decoded once more" in capsys.readouterr().err) == slow
 
 
 @pytest.mark.parametrize("kind", ["picture", "edit"])
