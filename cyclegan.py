@@ -313,11 +313,11 @@ def l1_loss(fake, target):
 def label_loss(logits, target):
     """Cross-entropy of logits (B, classes, S, S) against one-hot maps: a scalar.
 
-    The cycle loss of land cover, over the pixels that have a class. It needs logits: from
-    probabilities it could not fall below 1.755 for 14 classes.
+    The cycle loss of land cover, over the pixels that have a class. It needs logits: if it took
+    probabilities for logits, it could not fall below 1.755 for 14 classes.
     """
-    log_likelihood = (common.full_precision(logits).log_softmax(1) * target).sum()
-    return -log_likelihood / target.sum().clamp_min(1.0)
+    total = F.cross_entropy(common.full_precision(logits), target, reduction="sum")
+    return total / target.sum().clamp_min(1.0)
 
 
 # -------------------------------------------------------------------------------------------- build
@@ -385,7 +385,7 @@ def train_step(state, batch, cfg):
             same_A = state.G_BA(real_A)
             same_B = state.G_AB(real_B)
         if cfg.classes:
-            fake_B = fake_B * real_B.sum(1, keepdim=True)  # with the holes of the real map
+            fake_B = fake_B * real_B.sum(1, keepdim=True)  # the holes of this batch's real map
         fake_A, fake_B = common.holes_of(A, fake_A), common.holes_of(B, fake_B)
         logits_A = state.D_A(fake_A)
         logits_B = state.D_B(fake_B)
@@ -472,7 +472,7 @@ def translate(state, inputs, cfg, direction=None):
     """Inputs (B, C, S, S) of one domain -> images of the other, float32.
 
     Pictures are in [-1, 1]; land cover is one-hot, in and out. direction: "AtoB" or "BtoA"; None:
-    --direction.
+    --direction. Without dropout and BatchNorm the networks need no eval().
     """
     to_B = (direction or cfg.direction) == "AtoB"
     net = state.G_AB if to_B else state.G_BA

@@ -17,7 +17,7 @@ Papers: pix2pix (Isola et al. 2017, arXiv:1611.07004) for the generator and its 
 Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
 (doi:10.1145/3072959.3073659).
 
-Differences from the original system, which has no paper (to train it: --box center --fusion late
+Differences from the original system, which has no paper (nearest to it: --box center --fusion late
 --no-erase --own 0 --no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
 - The original generator copies its input. Here noise replaces the part to edit, so that it cannot;
   evaluation.json measures this.
@@ -203,8 +203,8 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    With noise there is nothing to copy, as in the image completion of Iizuka et al. 2017. Texture
-    grows from it: where land cover is even, nothing else differs from one pixel to the next.
+    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
+    mask, which it here infers. Where land cover is even, texture grows from the noise alone.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -373,7 +373,7 @@ class Discriminator(nn.Module):
 class LabelDiscriminator(nn.Module):
     """What is every pixel of a photograph (B, bands, S, S)? -> (B, classes + 1, S, S) logits.
 
-    A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.1),
+    A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.2),
     here with BatchNorm and the shape of the generator's. Its input is augmented, real or generated.
     """
 
@@ -387,10 +387,10 @@ class LabelDiscriminator(nn.Module):
 
 
 def augment(images):
-    """Images (B, C, S, S) lighter or darker, with a grey square of up to S/4: for D only.
+    """Images (B, C, S, S) of other contrast and brightness, with a grey square of up to S/4.
 
-    Otherwise D overfits on few photographs. G learns through it: it is differentiable (Zhao et al.
-    2020, arXiv:2006.10738).
+    All that D sees, in G's step as well, is changed so, or D overfits on few photographs. G learns
+    through it, as it is differentiable (Zhao et al. 2020, arXiv:2006.10738).
     """
     batch, side = images.shape[0], images.shape[-1]
     contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
@@ -456,7 +456,7 @@ def label_loss(logits, target):
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    All labels of a batch weigh the same (Schönfeld et al. 2021, section 3.1: all but "generated"),
+    All labels of a batch weigh the same (Schönfeld et al. 2021, section 3.2: all but "generated"),
     but no pixel weighs more than 10, where 1 is the weight in a label of mean frequency.
     """
     counts = target.sum((0, 2, 3))
@@ -505,7 +505,7 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
     fake = G(rgb_a, lc_ab); with --erase rgb_a has noise in the edit
-    shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
+    shown = fake pasted into rgb_a; with --no-composite fake, all of which D then calls generated
     L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
     L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit
@@ -538,7 +538,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):
+    with common.autocast(cfg, rgb.device):  # anew: it keeps casts of D's weights
         logits_fake = state.D(shown, edit.box)
     if cfg.d == "label":
         g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))
@@ -623,6 +623,8 @@ def joined(edits):
 
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
+
+    The edits lie in the middle. All of G's output is measured, not the edit in its photograph.
 
     colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for

@@ -15,13 +15,13 @@ Papers: Odena, Olah, Shlens 2017, Conditional Image Synthesis With Auxiliary Cla
 arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution, arXiv:1603.08155.
 
-Differences from the original system, which has no paper (the options in brackets restore it):
+Differences from the original system, which has no paper (options in brackets: nearest to it):
 - In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
   (--own 0 --lambda-id 0.1), and boxes have any size (--box center).
 - The original classifier was given its own target as input. Here land cover enters the
-  adversarial head only.
+  adversarial head only, which in Odena et al. does not get it, and is conditional here.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
   learns from real photographs alone. In the paper (equation 3) it learns from fakes as well, but a
   fake does not yet show the classes that were asked for.
@@ -193,8 +193,8 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    With noise there is nothing to copy, as in the image completion of Iizuka et al. 2017. Texture
-    grows from it: where land cover is even, nothing else differs from one pixel to the next.
+    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
+    mask, which it here infers. Where land cover is even, texture grows from the noise alone.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -302,7 +302,7 @@ class Discriminator(nn.Module):
             conv = nn.Conv2d(channels, channels, 3, 1, 1)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)))
         self.trunk = nn.Sequential(*layers)  # (B, 1024, S/32, S/32)
-        self.real_head = nn.Sequential(  # one layer alone would give a(image) + b(land cover)
+        self.real_head = nn.Sequential(  # one layer would add the two, not relate them
             nn.Conv2d(channels + classes, 4 * width, 3, 1, 1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 1, 3, 1, 1),
@@ -322,7 +322,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def classes_of(self, image):
-        """The likeliest class of every pixel, (B, S, S), by running statistics."""
+        """The likeliest class of every pixel, (B, S, S), by running statistics, of fakes too."""
         self.eval()
         classes = self.classify(common.filled(image)).argmax(1)
         self.train()
@@ -358,13 +358,13 @@ def gan_loss(logits, real, near):
     """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
-    near  (B, 1, S, S) bool: a logit of (B, 1, P, P) counts if its S/P x S/P pixels touch it
+    near  (B, 1, S, S) bool: a logit of (B, 1, P, P) counts if its S/P x S/P cell touches it
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(real))
     counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
-    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (losses * counts).sum() / counts.sum().clamp_min(1)
+    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
+    return total / counts.sum().clamp_min(1)
 
 
 def grown(mask):
@@ -492,7 +492,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):
+    with common.autocast(cfg, rgb.device):  # anew: it keeps casts of D's weights
         logits_fake, classes_fake = state.D.both(shown, edit.lc_ab)
     losses = {
         "g_adv": gan_loss(logits_fake, True, judged),
@@ -585,6 +585,8 @@ def joined(edits):
 
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
+
+    The edits lie in the middle. All of G's output is measured, not the edit in its photograph.
 
     colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for; D's own classifier

@@ -15,9 +15,10 @@ Paper: Isola, Zhu, Zhou, Efros 2017, Image-to-Image Translation with Conditional
 Networks, arXiv:1611.07004.
 
 Differences from the paper:
-- The U-Net halves the image down to 1x1 at every --size. This bottleneck has no norm.
-- Dropout stands where the authors' PyTorch code has it, one block further from the bottleneck than
-  in the paper. As in that code, the learning rate falls linearly in the second half.
+- The U-Net goes down to 1x1 at every --size, and has no norm there (the paper's errata, 6.3).
+- Above batch size 1, pictures are made with running statistics and without dropout (--eval-norm).
+- Dropout is one block further from the bottleneck, and the learning rate falls linearly in the
+  second half, as in the authors' PyTorch code.
 - --generator resnet (no skips over its bottleneck), --norm instance (in G and D), --gan lsgan and
   --content vgg are experiments. Other systems use --schedule constant and --d-weight 1.0.
 """
@@ -90,8 +91,8 @@ class Config(common.Options):
     )
     eval_norm: str = option(
         "auto",
-        "BatchNorm in generation: batch (the image's own statistics), running (those of "
-        "training), auto (batch where --batch-size is 1, else running)",
+        "BatchNorm in generation: batch (the image's own statistics, and dropout), running (those "
+        "of training, no dropout), auto (batch where --batch-size is 1, else running)",
         choices=("batch", "running", "auto"),
     )
     fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)", group="use")
@@ -189,13 +190,13 @@ def doubling(transposed, upsample):
 class UNetGenerator(nn.Module):
     """Encoder and decoder with skips (paper, section 3.2.1): (B, C, S, S) -> (B, C', S, S).
 
-    S = 2^n: n down blocks to a 1x1 bottleneck and n up blocks, registered in data flow order.
+    S = 2^n: n down blocks to a 1x1 bottleneck and n up blocks, in the order of published weights.
     """
 
     def __init__(self, channels_in, channels_out, size, width, norm, dropout, upsample):
         super().__init__()
         depth = size.bit_length() - 1
-        bias = norm == "instance"  # BatchNorm brings its own shift
+        bias = norm == "instance"  # as published; BatchNorm has a shift of its own
         widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
         first = nn.Conv2d(channels_in, width, 4, 2, 1, bias=bias)
         self.downs = nn.ModuleList([nn.Sequential(first)])
@@ -211,7 +212,7 @@ class UNetGenerator(nn.Module):
             out = widths[level - 1]
             conv = doubling(nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=bias), upsample)
             layers = [nn.ReLU(), conv, norm_layer(norm, out)]
-            if 4 <= level < depth - 1:  # 512 channels on both sides, but not the innermost
+            if 4 <= level < depth - 1:  # 512 channels in and out, but not the innermost
                 layers.append(nn.Dropout(dropout))
             self.ups.append(nn.Sequential(*layers))
             channels = 2 * out  # with the skip
@@ -279,7 +280,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels_in, width, norm, patch_gan):
         super().__init__()
-        bias = norm == "instance"  # BatchNorm brings its own shift
+        bias = norm == "instance"  # as published; BatchNorm has a shift of its own
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
         # layers between the first and the last: normalised, and all but the last of them strided
         depth = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
@@ -372,8 +373,7 @@ def build(cfg, device, training=True):
     if not training:
         return state
     if cfg.patch_gan == 286 and cfg.size < 128:
-        what = f"has no logit on an image of --size {cfg.size}: it needs 128 or more"
-        raise UserError(f"--patch-gan 286 {what}")
+        raise UserError(f"--patch-gan 286 has no logit at --size {cfg.size}: use 128 or more")
     D = Discriminator(sum(channels), cfg.width, cfg.norm, cfg.patch_gan)
     state.D = common.to_device(init_weights(D), device)
     state.opt_G = common.adam(state.G, cfg, device)
@@ -408,7 +408,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, x.device):
+    with common.autocast(cfg, x.device):  # anew: it keeps casts of D's weights
         logits_fake = state.D(x, fake)
     g_adv = gan_loss(logits_fake, True, cfg.gan)
     g_l1 = l1_loss(fake, y)
@@ -441,8 +441,8 @@ def follow_plateau(state, loss, patience=20, floor=0.01):
     """--schedule plateau: halves the rate when the content loss, the mean of an epoch, stalls.
 
     It stalls if it has not fallen by 0.1 % for `patience` epochs. The rate is at least `floor`
-    times --lr. Other losses would lower it too early: adversarial losses rise as training goes
-    well, and the validation error is best long before the pictures are.
+    times --lr. Other losses would lower it too early: adversarial losses need not fall as pictures
+    improve, and the validation error is best long before they are.
     """
     state.stalled_epochs += 1
     if loss < 0.999 * state.best_loss:

@@ -14,7 +14,7 @@ class Distances:
     lpips     of pairs, if they are `paired`, by AlexNet: Zhang et al. 2018 (arXiv:1801.03924)
     features  a module (B, 3, S, S) uint8 -> (B, F) in place of the Inception network
 
-    torchmetrics downloads both networks once. FID depends on the number of pictures, KID does not.
+    torchmetrics downloads both networks once. The number of pictures biases FID, but not KID.
     """
 
     def __init__(self, device, paired, features=2048):
