@@ -233,7 +233,7 @@ def _merged(cfg, given, saved, fixed, path):
         if name == "lc_classes":
             same = ClassTable.load(value) == ClassTable.load(saved[name])
         if name.startswith("limits_"):
-            same = f"{saved[name]} ".startswith(f"{value} ")
+            same = f"{saved[name]} ".startswith(value.replace(", ", ",") + " ")
         if name in fixed and not same:
             theirs, remedy = str(saved[name])[:60] or "the default", "leave it out"
             if name == "epochs":

@@ -171,14 +171,14 @@ class ClassTable:
         """(H, W) of the table's values, `unused` or NaN -> (H, W) uint8 indices."""
         index = {self.unused: IGNORED} | self.values
         codes = np.where(np.isnan(codes), self.unused, codes)
-        present, inverse = np.unique(codes, return_inverse=True)
+        present = np.unique(codes)
         wrong = [code for code in present.tolist() if code not in index]
         if wrong:
             there = [f"{v} {self.names[i]}" for v, i in self.values.items() if i != IGNORED]
             what = f"label values {wrong[:8]} are not in the class table"
             raise UserError(f"{path}: {what}: {', '.join(there)}")
         indices = np.array([index[code] for code in present.tolist()], np.uint8)
-        return indices[inverse.reshape(codes.shape)]
+        return indices[np.searchsorted(present, codes)]
 
     def from_colours(self, rgb, path, nearest, strict=True):
         """(H, W, 3) uint8 -> (H, W) uint8 indices; unknown colours are ignored, unless nearest.

@@ -130,7 +130,7 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     limits = Limits.of(cfg, side)
     with writing(out, raster, classes, cfg.channels(side), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
-            put(strip.argmax(0).byte().numpy() if classes else values_of(strip, limits), top)
+            put(strip.max(0).indices.byte().numpy() if classes else values_of(strip, limits), top)
 
 
 def edit_of_files(cfg):

@@ -59,7 +59,7 @@ def image_files(folder, labels=False):
 def contents(folder):
     """The first names in a folder without images, for a message."""
     names = sorted(path.name for path in folder.iterdir())
-    return f"{', '.join(names[:4]) or 'nothing'} (sub-folders are not searched)"
+    return f"{', '.join(names[:4]) or 'nothing'} (sub-folders are not searched, VRTs not read)"
 
 
 def find_images(data, split, lc_classes=""):

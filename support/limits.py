@@ -117,14 +117,14 @@ def with_limits(cfg, split):
         return cfg
     for side, dtype in dtypes.items():
         name = f"limits_{side}"
-        text = getattr(cfg, name).replace(", ", ",").partition(" ")[0]
+        text = getattr(cfg, name).removesuffix(f" {dtype}").replace(" ", "")
         if not text and dtype == "uint8":
             text = "0,255"
         elif not text:
             part = {"A": (0, 0.5), "B": (0.5, 1)}[side] if split.halves else (0, 1)
             pairs = _percentiles(getattr(split, side), cfg.bands(side), dtype, part)
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
-            print_once(f"{flag(name)} {text}: the 2nd and 98th percentile of its values")
+            print_once(f"{flag(name)}={text}: the 2nd and 98th percentile of its values")
         cfg = dataclasses.replace(cfg, **{name: f"{text} {dtype}"})
         Limits.of(cfg, side)  # refuses wrong ones
     return cfg

@@ -27,7 +27,17 @@ from support.pictures import eight_bits, from_bytes, resize
 from support.processes import first_on_machine, rank, wait_for_others
 from support.rasters import Raster
 
-BESIDE = (".msk", ".aux.xml", "w", ".wld")  # endings of files that give images a mask or a place
+BESIDE = (".msk", ".aux.xml", "w", ".wld")  # endings, such as x.png.msk and x.pgw
+
+
+def files_beside(files):
+    """Yields the files beside images that give them a mask or a place, by a list of each folder."""
+    own = {path.parent / name for path in files for name in (path.name, path.stem)}
+    for folder in sorted({path.parent for path in files}):
+        for name in sorted(os.listdir(folder)):
+            image = folder / os.path.splitext(name)[0].removesuffix(".aux")
+            if name.lower().endswith(BESIDE) and image in own and (folder / name).is_file():
+                yield folder / name
 
 
 def cache_folder(cfg):
@@ -184,11 +194,8 @@ class ImageStore:
         about += self.split.halves, table
         text = [f"{what} planar, holes of halves, upright, greys of all {about}"]
         files = list(filter(None, itertools.chain(*pairs)))
-        for folder in sorted({path.parent for path in files}):
-            names = sorted(os.listdir(folder))  # faster than a look for each file
-            files += [folder / name for name in names if name.lower().endswith(BESIDE)]
         real = functools.cache(os.path.realpath)
-        for path in files:
+        for path in (*files, *files_beside(files)):
             place, stat = real(path if path.is_symlink() else path.parent), path.stat()
             text.append(f"{place} {path.name} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
@@ -232,12 +239,13 @@ class ImageStore:
         about = {"unit": "image", "leave": False, "disable": None}
         with tqdm(desc=f"decoding {self.split.name}", total=sum(counts), **about) as bar:
 
-            def work(pair, first):
-                for row, record in enumerate(self._records(pair, masked), first):
+            def work(pair, count, first):
+                records = self._records(pair, masked) if count else ()
+                for row, record in enumerate(records, first):
                     store[row] = record
                     bar.update()
 
-            list(pool.map(work, pairs, np.cumsum(counts) - counts))
+            list(pool.map(work, pairs, counts, np.cumsum(counts) - counts))
         store.flush()
 
     @contextlib.contextmanager

@@ -158,13 +158,14 @@ class Studio:
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: more than {MOST_PIXELS} pixels: cut it")
+                    print_other_units(raster)
+                    remarks()[:] = [text.replace(path.name, name) for text in remarks()]
                     pixels = raster.values()
                     valid = raster.valid(0, 0, *pixels.shape[:2])
                     if raster.masked and valid.any() and not table:
                         pixels[~valid] = pixels[valid].mean(0)
                     memory = MemoryRaster(pixels, table, limits)
                     memory.path, memory.place = Path(name), raster.place
-                    print_other_units(memory)
                     return memory
             except UserError as error:
                 raise UserError(str(error).replace(str(path), name)) from None

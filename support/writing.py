@@ -148,7 +148,7 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
             if not classes:
                 layers = _unlike(nothing, layers)
             holes = nothing
-            if edited:  # a hole in one band leaves the values of the others
+            if edited and profile["dtype"] == source.dtype != "uint8":  # other bands have values
                 holes = np.moveaxis(source.values(top, left, height, width), -1, 0)
             layers = np.where(valid, layers, holes).astype(profile["dtype"])
         target.write(layers, window=window)

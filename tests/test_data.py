@@ -517,6 +517,10 @@ def test_a_no_data_value_of_halves_may_be_a_class(tmp_path, patch):
         store = store_of(tmp_path, tmp_path / "cache", 80, patch=patch, lc_classes=table)
         labels = store.B[0, 0]
         assert (labels[:, :20] == want).all() and (labels[:, 20:] == 1).all()
+    valid = np.broadcast_to(np.arange(160) < 150, (80, 160))
+    geotiff(tmp_path / "train" / "0.tif", pixels, valid, nodata=0)
+    labels = store_of(tmp_path, tmp_path / "cache", 80, patch=patch, lc_classes="binary").B[0, 0]
+    assert (labels[:, :20] == 0).all() and (labels[:, 70:] == 255).all()
 
 
 def test_all_patches_of_a_mask_in_halves_are_read_alike(tmp_path):
@@ -635,18 +639,20 @@ def test_training_pieces_may_overlap(tmp_path, capsys):
 
 
 def test_patches_of_labels(tmp_path, capsys):
-    """Two rasters of two by two; another is smaller than a patch and gives none."""
+    """Two rasters of two by two; others are smaller than a patch and give none."""
     rng, rows = np.random.default_rng(0), []
-    for name, shape in (("a", (50, 45)), ("b", (50, 45)), ("small", (19, 45))):
+    for name, shape in (("a", (50, 45)), ("b", (50, 45)), ("low", (19, 45)), ("narrow", (45, 19))):
         index = rng.integers(0, 2, shape, np.uint8)
         save(tmp_path / "train" / "images" / f"{name}.tif", picture(rng, *shape))
         save(tmp_path / "train" / "gt" / f"{name}.tif", index * 255)
+        if name == "narrow":  # never decoded, so that it does not matter
+            save(tmp_path / "train" / "gt" / f"{name}.tif", index + 7)
         rows += [index[:20, :20], index[:20, 20:40], index[20:40, :20], index[20:40, 20:40]]
     store = store_of(tmp_path, tmp_path / "cache", 20, patch=20)
     assert store.records.shape == (8, 4, 20, 20) and (store.B[:, 0] == rows[:8]).all()
     said = capsys.readouterr().err
-    assert "smaller than --patch 20 and left out: 1 image(s)" in said
-    assert "3 files cut into 8 patches of 20" in said
+    assert "smaller than --patch 20 and left out: 2 image(s)" in said
+    assert "4 files cut into 8 patches of 20" in said
 
 
 def test_each_half_has_the_holes_of_its_own(tmp_path):
@@ -741,6 +747,10 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     for high in (9, 99):
         store_of(root, cache, limits_A=f"0,{high} uint8")
     assert len(store_files(cache)) == 7  # other limits
+    (root / "train" / "1.pgw").symlink_to("nowhere")
+    touch(root / "train" / "README.new", root / "train" / "x.png.aux.xml")
+    store_of(root, cache)
+    assert len(store_files(cache)) == 7  # of no image
     (root / "train" / "4.png.aux.xml").write_text("<PAMDataset></PAMDataset>")
     store_of(root, cache)
     assert len(store_files(cache)) == 8  # GDAL may find a no-data value there

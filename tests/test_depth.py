@@ -113,11 +113,13 @@ def test_halves_have_limits_of_their_own_and_copies_have_the_values_of_the_input
     a, b = (Limits.of(cfg, side) for side in "AB")
     assert np.allclose(a.ranges, b.ranges) and np.allclose(np.subtract(b.low, a.low), 9000)
     said = capsys.readouterr().err
-    assert a.low[0] < 150 and f"--limits-A {cfg.limits_A.split()[0]}: the 2nd" in said
+    assert a.low[0] < 150 and f"--limits-A={cfg.limits_A.split()[0]}: the 2nd" in said
     about = {name: getattr(cfg, name) for name in ("limits_A", "limits_B")}
+    about["limits_B"] = f"{b.low[0]},{b.low[0] + 4 * b.ranges[0]} uint16"
     grey = {"grey": torch.zeros(3)}
-    for script, constants in (("pix2pix", grey), ("cyclegan", {"A": grey, "B": grey})):
-        val = open_data(script, root, tmp_path, "val", **about)
+    ways = [("pix2pix", grey, "AtoB"), ("pix2pix", grey, "BtoA")]
+    for script, constants, way in [*ways, ("cyclegan", {"A": grey, "B": grey}, "AtoB")]:
+        val = open_data(script, root, tmp_path, "val", **about, direction=way)
         module = importlib.import_module(script)
         state = module.build(val.cfg, CPU)
         rows = module.evaluate(state, val, val.cfg, np.arange(2), constants).table()
@@ -125,11 +127,25 @@ def test_halves_have_limits_of_their_own_and_copies_have_the_values_of_the_input
         assert copies == pytest.approx([9000] * len(copies), abs=100)  # outside the limits
 
 
-def test_limits_can_be_typed_as_a_run_shows_them(tmp_path):
-    root, more = halves(tmp_path / "data"), ["--limits-A", "0, 5000 uint16", "--limits-B", "1,2"]
+def test_copies_of_another_type_are_as_they_are_seen():
+    store, images = object.__new__(common.ImageStore), torch.zeros(1, 1, 2, 2)
+    limits = Limits((0,), (9,), "uint16"), Limits((0,), (5,), "float32"), None
+    for other in limits[1:]:
+        store.limits = {"A": limits[0], "B": other}
+        assert store.copied(images, "A", "B") is images
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"), [("0, 5000 uint16", "0,5000 uint16"), (" 0,5", "0,5 uint16")]
+)
+def test_limits_can_be_typed_as_a_run_shows_them(tmp_path, typed, found):
+    root, more = halves(tmp_path / "data"), ["--limits-A", typed, "--limits-B", "1,2"]
     words = ["--data", str(root), "--out", str(tmp_path / "run"), "--cache", str(tmp_path), *more]
     cfg, _, _ = common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)
-    assert (cfg.limits_A, cfg.limits_B) == ("0,5000 uint16", "1,2 uint16")
+    assert (cfg.limits_A, cfg.limits_B) == (found, "1,2 uint16")
+    words[-3], words[3] = "0,5000 nonsense", str(tmp_path / "other")
+    with refused("--limits-A 0,5000nonsense: write LOW,HIGH"):
+        common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)
 
 
 def test_files_of_one_side_have_one_type(tmp_path):
@@ -242,7 +258,7 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     more = "--epochs 2 --direction AtoB --bands-A 1,2,3,4,5,6 --limits-A 0,5000"
     stop_after(1, pix2pix.main, tiny_run("pix2pix", deep, out, more), monkeypatch)
     pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000", "--epochs", "2"])
-    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0,5000 uint16"])
+    pix2pix.main(["--resume", "--out", str(out), "--limits-A", "0, 5000 uint16"])
     assert last(out)["config"]["limits_A"] == "0,5000 uint16"
     error, row = rows_of(out)["model"]["rmse_units"], rows_of(out)["model"]
     limits = Limits.of(pix2pix.Config(**last(out)["config"]), "B")

@@ -650,6 +650,8 @@ def test_the_end_waits_for_what_is_being_answered(server, monkeypatch):
     slow = socket.create_connection(("127.0.0.1", request.port))
     lines = f"POST /{request.server.token}/stroke HTTP/1.0", "Host: localhost", "Content-Length: 9"
     slow.sendall("\r\n".join([*lines, "", "123"]).encode())
+    while not any(hasattr(thread, "connection") for thread in threading.enumerate()):
+        time.sleep(0.01)
     serve.serve(studio)
     slow.settimeout(10)  # its request counts as finished
     assert answered and slow.recv(99).startswith(b"HTTP/1.0 4")

@@ -208,6 +208,26 @@ def test_an_edited_file_has_its_other_values_to_the_bit(tmp_path, dtype, masked)
         assert (raster.valid(0, 0, 20, 30) == known).all()
 
 
+STRETCHED = [({"nbits": 4}, "uint8", None), ({"photometric": "MINISWHITE"}, "uint8", None)]
+
+
+@pytest.mark.parametrize(
+    ("about", "dtype", "limits"), [*STRETCHED, ({}, "float32", Limits((0,), (255,), "uint16"))]
+)
+def test_an_edited_file_keeps_its_holes(tmp_path, about, dtype, limits):
+    """Where levels are stretched, and where values become another type."""
+    pixels = (noise(20, 30, 1) // 16).astype(dtype)
+    if dtype == "float32":
+        pixels[:5] = np.nan
+    source = geotiff(tmp_path / "x.tif", pixels, nodata=5, **about)
+    with Raster(source, limits=limits) as raster:
+        how = {"bands": 3, "limits": limits, "edited": True}
+        out = written(tmp_path / "y.tif", raster, raster.values(), **how)
+        known = raster.valid(0, 0, 20, 30)
+    with Raster(out, limits=limits) as raster:
+        assert (raster.valid(0, 0, 20, 30) == known).all() and not known.all()
+
+
 def test_codes_of_16_bits_with_a_palette(tmp_path):
     forest = {"name": "forest", "color": "#0000ff", "value": 300}
     geotiff(tmp_path / "x.tif", np.array([[0, 1, 300]], np.uint16))
