@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from support.classes import IGNORED
 from support.limits import values_of
@@ -74,7 +75,8 @@ class PhotoEdit:
     def _changes(self, block):
         """Yields boxes (top, left, height, width) that cover all changes, on a grid of blocks."""
         height, width = self.size
-        for top in range(0, height, block):
+        about = {"leave": False, "disable": None, "delay": 2}
+        for top in tqdm(range(0, height, block), "comparing", **about):
             changed = self.changed(top, 0, min(block, height - top), width).any(0)
             blocks = np.logical_or.reduceat(changed, np.arange(0, width, block))
             edges = np.flatnonzero(np.diff(blocks, prepend=False, append=False)) * block
@@ -97,7 +99,13 @@ class PhotoEdit:
         def cut(top, left, *sides):
             return self._cut(y + top, x + left, *sides)
 
-        windows = Windows(cut, predict, size, self.window, shared_statistics(self.cfg, net))
+        def near(top, left, height, width):  # changes whose ramp reaches into a window
+            corner = max(0, y + top - self.border), max(0, x + left - self.border)
+            return self.changed(*corner, height + 2 * self.border, width + 2 * self.border)
+
+        statistics = shared_statistics(self.cfg, net)
+        valid = None if self.whole else near
+        windows = Windows(cut, predict, size, self.window, statistics, valid)
         for top, strip in windows.blended(about=self.photo.path.name):
             pixels = values_of(strip, self.photo.limits)
             yield self._feathered(pixels, y + top, x), y + top, x

@@ -735,6 +735,18 @@ def test_a_small_edit_has_a_window_of_its_own_and_those_close_together_are_one(t
     assert overlap((0, 0, 4, 4), (3, 0, 4, 4)) and not overlap((0, 0, 4, 4), (4, 0, 4, 4))
 
 
+def test_windows_of_a_region_in_which_nothing_changes_are_not_generated(tmp_path):
+    """Within a ring of small changes, which overlap as regions."""
+    along = range(40, 280, 30)
+    ring = [(x, y) for x in along for y in along if {x, y} & {40, 250}]
+    strokes = [f"water:{x},{y},9,9" for x, y in ring]
+    photo, result, windows = edited(tmp_path, *strokes)
+    (region,) = edit_of_files(edit(tmp_path, *strokes)[0]).regions()
+    assert len(windows) < len(tiles(region[2], 64)) * len(tiles(region[3], 64))
+    assert all((result[y : y + 9, x : x + 9] == 140).all() for x, y in ring)
+    assert (result[90:220, 90:220] == photo[90:220, 90:220]).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
     _, strokes = random_strokes(seed, count=1 + 2 * seed)
