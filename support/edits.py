@@ -99,12 +99,11 @@ class PhotoEdit:
         def cut(top, left, *sides):
             return self._cut(y + top, x + left, *sides)
 
-        def near(top, left, height, width):  # changes whose ramp reaches into a window
-            corner = max(0, y + top - self.border), max(0, x + left - self.border)
-            return self.changed(*corner, height + 2 * self.border, width + 2 * self.border)
+        def changed(top, left, *sides):  # a ramp ends where the next window has no weight
+            return self.changed(y + top, x + left, *sides)
 
         statistics = shared_statistics(self.cfg, net)
-        valid = None if self.whole else near
+        valid = None if self.whole else changed
         windows = Windows(cut, predict, size, self.window, statistics, valid)
         for top, strip in windows.blended(about=self.photo.path.name):
             pixels = values_of(strip, self.photo.limits)

@@ -770,6 +770,16 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
     assert len(store_of(root, cache).A) == 5
 
 
+def test_files_of_other_names_are_decoded_again(tmp_path):
+    """Their order has changed; all sizes and times are the same."""
+    root, cache = side_by_side(tmp_path / "data", suffix=".bmp"), tmp_path / "cache"
+    for path in root.rglob("*.bmp"):
+        os.utime(path, (1, 1))
+    first = store_of(root, cache).A[0].copy()
+    (root / "train" / "0.bmp").rename(root / "train" / "9.bmp")
+    assert (store_of(root, cache).A[-1] == first).all()
+
+
 MISFITS = {  # dataset and file: (its size, its type, a part of the line)
     "pairs/train/2.png": ((80, 100, 3), np.uint8, "2.png: 100x80 is no pair: it is not"),
     "pairs/train/3.png": ((80, 160), np.uint16, "3.png: has uint16 values"),
@@ -890,6 +900,7 @@ def test_demo_world(tmp_path):
     satellite, drawn, ground = landscape(np.random.default_rng(0), 96)
     colors = {tuple(color) for color in drawn.reshape(-1, 3).tolist()}
     assert colors <= set(ClassTable.load("maps").colors)
+    assert (drawn[ground == 1] == (186, 210, 186)).all()  # fields are not parks
     assert satellite.std() > 20 and set(np.unique(ground)) == set(range(6))
     shares = np.bincount(ground.ravel()) / ground.size
     assert shares == pytest.approx([0.183, 0.256, 0.178, 0.194, 0.069, 0.120], abs=0.005)
