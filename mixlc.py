@@ -204,7 +204,7 @@ def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
     With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask, which it here infers. Where land cover is even, texture grows from the noise alone.
+    mask; here G finds the edit by its noise. On even land cover texture grows from noise alone.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -538,7 +538,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):  # anew: it keeps casts of D's weights
+    with common.autocast(cfg, rgb.device):  # anew: autocast keeps casts of D's weights
         logits_fake = state.D(shown, edit.box)
     if cfg.d == "label":
         g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))

@@ -20,8 +20,8 @@ Differences from the original system, which has no paper (options in brackets: n
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
   (--own 0 --lambda-id 0.1), and boxes have any size (--box center).
-- The original classifier was given its own target as input. Here land cover enters the
-  adversarial head only, which in Odena et al. does not get it, and is conditional here.
+- The original classifier was given its own target as input. Here only the adversarial head gets
+  land cover; in Odena et al. that head does not get it, either.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
   learns from real photographs alone. In the paper (equation 3) it learns from fakes as well, but a
   fake does not yet show the classes that were asked for.
@@ -194,7 +194,7 @@ def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
     With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask, which it here infers. Where land cover is even, texture grows from the noise alone.
+    mask; here G finds the edit by its noise. On even land cover texture grows from noise alone.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -322,7 +322,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def classes_of(self, image):
-        """The likeliest class of every pixel, (B, S, S), by running statistics, of fakes too."""
+        """The likeliest class of every pixel, (B, S, S), by running statistics (of fakes, too)."""
         self.eval()
         classes = self.classify(common.filled(image)).argmax(1)
         self.train()
@@ -492,7 +492,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):  # anew: it keeps casts of D's weights
+    with common.autocast(cfg, rgb.device):  # anew: autocast keeps casts of D's weights
         logits_fake, classes_fake = state.D.both(shown, edit.lc_ab)
     losses = {
         "g_adv": gan_loss(logits_fake, True, judged),

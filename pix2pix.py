@@ -408,7 +408,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, x.device):  # anew: it keeps casts of D's weights
+    with common.autocast(cfg, x.device):  # anew: autocast keeps casts of D's weights
         logits_fake = state.D(x, fake)
     g_adv = gan_loss(logits_fake, True, cfg.gan)
     g_l1 = l1_loss(fake, y)

@@ -58,8 +58,8 @@ class PhotoEdit:
     def regions(self):
         """The regions to generate, [(top, left, height, width), ...]: one for a group of changes.
 
-        A change of up to 3/4 of a window is the middle of one window; a larger one
-        gets a margin of 1/4. Overlapping regions become one.
+        A change of up to 3/4 of a window is the middle of one window; a larger one gets a margin of
+        1/4. Overlapping regions become one.
         """
         if self.whole:
             return [(0, 0, *self.size)]

@@ -106,7 +106,7 @@ class Windows:
     size        (height, width) of the raster, in pixels
     window      (height, width) of a window, in pixels; None: the whole raster at once
     statistics  SharedStatistics, if the network normalises by an image's own
-    valid(top, left, height, width)  -> where a window has data, bool; without it: everywhere
+    valid(top, left, height, width)  -> bool: only windows where some is True are generated
     """
 
     def __init__(self, cut, predict, size, window, statistics=None, valid=None):

@@ -70,10 +70,9 @@ def _writing_whole(path, source, classes, bands, colours):
 def _profile(source, classes, bands, limits):
     """rasterio's profile of a TIFF with the size and the place of a Raster."""
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
-    nothing = source.tiff.nodata if source.tiff and source.masked else None
     kinds = itertools.chain(*source.tiff.mask_flag_enums) if source.tiff else ()
-    if gdal().enums.MaskFlags.nodata not in kinds:  # a mask counts instead
-        nothing = None
+    by_value = source.masked and gdal().enums.MaskFlags.nodata in kinds  # and not by a mask
+    nothing = source.tiff.nodata if by_value else None
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
     if inside and limits != source.limits:  # in other units a value like others: a mask instead
