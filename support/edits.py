@@ -63,14 +63,16 @@ class PhotoEdit:
         """
         if self.whole:
             return [(0, 0, *self.size)]
-        regions = {}  # region: the box of its changes
+        regions, boxes = np.empty((2, 0, 4), int)  # regions, and the boxes of their changes
         for box in self._changes(max(1, min(self.window) // 16)):
             region = self._surroundings(box)
-            while near := [other for other in regions if overlap(region, other)]:
-                box = hull(box, regions.pop(near[0]))
+            while (near := overlap(regions.T, region)).any():
+                first = near.argmax()
+                box = hull(box, boxes[first].tolist())
+                regions, boxes = (np.delete(x, first, 0) for x in (regions, boxes))
                 region = self._surroundings(box)
-            regions[region] = box
-        return list(regions)
+            regions, boxes = np.vstack([regions, region]), np.vstack([boxes, box])
+        return list(map(tuple, regions.tolist()))
 
     def _changes(self, block):
         """Yields boxes (top, left, height, width) that cover all changes, on a grid of blocks."""

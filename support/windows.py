@@ -215,8 +215,9 @@ def network_input(raster, size, *window):
 
 
 def overlap(a, b):
-    """Whether two boxes (top, left, height, width) have pixels in common."""
-    return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (0, 1))
+    """Whether two boxes (top, left, height, width), or arrays of them, have pixels in common."""
+    rows = (a[0] < b[0] + b[2]) & (b[0] < a[0] + a[2])
+    return rows & (a[1] < b[1] + b[3]) & (b[1] < a[1] + a[3])
 
 
 def hull(a, b):
