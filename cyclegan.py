@@ -294,13 +294,13 @@ class ImagePool(nn.Module):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real):
+def gan_loss(logits, is_real):
     """Squared distance of logits from 1 (real) or 0 (fake), the mean over patches: a scalar.
 
     LSGAN, equation 9 of Mao et al. 2017 (arXiv:1611.04076), as in section 4 of Zhu et al. 2017.
     """
     logits = common.full_precision(logits)
-    return F.mse_loss(logits, torch.full_like(logits, float(real)))
+    return F.mse_loss(logits, torch.full_like(logits, float(is_real)))
 
 
 def l1_loss(fake, target):
@@ -653,7 +653,7 @@ def use(cfg, device, checkpoint):
 
 def load_generators(state, cfg):
     """Fills the generators from --init-AB and --init-BA, where they are given."""
-    needed = f"init_{cfg.sides}"
+    needed = f"init_{cfg.domains}"
     if (cfg.generate or cfg.serve) and not getattr(cfg, needed):
         remedy = f"needs --checkpoint, or {common.flag(needed)}"
         raise UserError(f"--direction {cfg.direction} {remedy}")

@@ -426,13 +426,13 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real):
+def gan_loss(logits, is_real):
     """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
     """
     logits = common.full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(is_real)))
 
 
 def grown(mask):

@@ -354,14 +354,14 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real, near):
+def gan_loss(logits, is_real, near):
     """Cross-entropy of logits with "real" (1) or "fake" (0): a scalar.
 
     Goodfellow et al. 2014 (arXiv:1406.2661), equation 1, with the -log D(G(x)) of its section 3.
     near  (B, 1, S, S) bool: a logit of (B, 1, P, P) counts if its S/P x S/P cell touches it
     """
     logits = common.full_precision(logits)
-    target = torch.full_like(logits, float(real))
+    target = torch.full_like(logits, float(is_real))
     counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
     total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
     return total / counts.sum().clamp_min(1)

@@ -134,14 +134,14 @@ class Pairs:
         crops = rng.integers(0, bounds, (len(self), 4))
         order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
         for images, crop in zip(self.loader.batches(order), crops, strict=True):
-            yield self.sides(jitter(images, crop.tolist(), self.cfg.size))
+            yield self.pair(jitter(images, crop.tolist(), self.cfg.size))
 
     def in_order(self, images):
         """Images by index, without jitter: batches of the store's records."""
         for index in common.chunks(images):
             yield torch.stack(next(self.loader.batches(index[None])))
 
-    def sides(self, records):
+    def pair(self, records):
         """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
 
         Ignored labels are no data in a target. In an input they are black, or have the colour of
@@ -315,7 +315,7 @@ def init_weights(net):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def gan_loss(logits, real, gan):
+def gan_loss(logits, is_real, gan):
     """Distance of logits from "real" (1) or "fake" (0), the mean over patches: a scalar.
 
     bce    cross-entropy, equation 1 of Isola et al. 2017 with the generator's -log D(G(x)) of
@@ -323,7 +323,7 @@ def gan_loss(logits, real, gan):
     lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076)
     """
     logits = common.full_precision(logits)
-    target = torch.full_like(logits, float(real))
+    target = torch.full_like(logits, float(is_real))
     if gan == "lsgan":
         return F.mse_loss(logits, target)
     return F.binary_cross_entropy_with_logits(logits, target)
@@ -363,7 +363,7 @@ class State:
 
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
-    channels = [cfg.channels(side) for side in cfg.sides]  # in, out
+    channels = [cfg.channels(domain) for domain in cfg.domains]  # in, out
     if cfg.generator == "unet":
         G = UNetGenerator(*channels, cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
     else:
@@ -507,7 +507,7 @@ def translate(state, inputs, cfg, noise=True):
 
 def sample(state, val, cfg, images):
     """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
-    x, y = val.sides(torch.cat(list(val.in_order(images))))
+    x, y = val.pair(torch.cat(list(val.in_order(images))))
     return {"input": x, "fake": translate(state, x, cfg), "target": y}
 
 
@@ -524,12 +524,12 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     scores = common.Scores(brief=colors is None, fid=cfg.fid)
     limits = val.store.limits["B" if cfg.direction == "AtoB" else "A"]
     for records in val.in_order(images):
-        x, y = val.sides(records)
+        x, y = val.pair(records)
         labels = val.store.images("B", records) if cfg.classes else None
         guesses = {"model": translate(state, x, cfg)}
         if colors:
             if x.shape == y.shape:
-                guesses["copy of the input"] = val.store.copied(x, *cfg.sides)
+                guesses["copy of the input"] = val.store.copied(x, *cfg.domains)
             guesses |= common.constant_guesses(colors, y, labels)
         for row, guess in guesses.items():
             scores.add_images(row, guess, y, limits)
@@ -557,7 +557,7 @@ def add_floor(scores, judge, val, images):
         return
     others = np.roll(images, len(images) // 2)
     for records, elsewhere in zip(val.in_order(images), val.in_order(others), strict=True):
-        photographs = {"real, of another place": val.sides(elsewhere)[1]}
+        photographs = {"real, of another place": val.pair(elsewhere)[1]}
         labels = val.store.images("B", records)
         add_judged(scores, judge, photographs, labels, len(val.store.classes))
 

@@ -216,7 +216,7 @@ def _use(cfg, given):
     if cfg.evaluate and not cfg.out and run != folder and (run / "config.json").is_file():
         raise UserError(f"{run} is another run, of the name of {path.name}: pass --out")
     out = cfg.out or (run if cfg.evaluate else run / "generated")
-    window = checkpoint.get("window_B") if new.sides == "BA" else None
+    window = checkpoint.get("window_B") if new.domains == "BA" else None
     changes = {"device": cfg.device, "out": str(out)}
     changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
     if not cfg.out:  # the cache of training, also for results in generated/

@@ -92,11 +92,11 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
         return
     files = inputs_of(cfg, labels=from_labels)
     table = cfg.classes if from_labels else None
-    tiff = not to_labels and needs_tiff(cfg, cfg.sides[1])
+    tiff = not to_labels and needs_tiff(cfg, cfg.domains[1])
     names = {path: results_of(path, to_labels, tiff) for path in files}
     new = missing(cfg, [name for path in files for name in names[path]], files)
     files = [path for path in files if names[path][0] in new]
-    about = {"bands": cfg.bands(cfg.sides[0]), "limits": Limits.of(cfg, cfg.sides[0])}
+    about = {"bands": cfg.bands(cfg.domains[0]), "limits": Limits.of(cfg, cfg.domains[0])}
     for path in files:  # a wrong kind of file is found before anything is generated
         with Raster(path, table, **about):
             pass
@@ -112,9 +112,9 @@ def translate_files(cfg, predict, net=None, from_labels=False, to_labels=False):
     print(f"{len(files)} image(s) written to {out}")
 
 
-def needs_tiff(cfg, side):
-    """Whether pictures of side "A" or "B" have bands, or a depth, that only a TIFF can have."""
-    return bool(Limits.of(cfg, side)) or cfg.channels(side) not in (1, 3)
+def needs_tiff(cfg, domain):
+    """Whether pictures of domain "A" or "B" have bands, or a depth, that only a TIFF can have."""
+    return bool(Limits.of(cfg, domain)) or cfg.channels(domain) not in (1, 3)
 
 
 def _translate(cfg, raster, predict, net, out, to_labels):
@@ -126,9 +126,9 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     predict = functools.partial(predict, whole=not window)
     windows = Windows(cut, predict, size, window, shared_statistics(cfg, net), raster.valid)
     classes = cfg.classes if to_labels else None
-    side = cfg.sides[1]
-    limits = Limits.of(cfg, side)
-    with writing(out, raster, classes, cfg.channels(side), limits) as put:
+    domain = cfg.domains[1]
+    limits = Limits.of(cfg, domain)
+    with writing(out, raster, classes, cfg.channels(domain), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
             put(strip.max(0).indices.byte().numpy() if classes else values_of(strip, limits), top)
 

@@ -24,20 +24,20 @@ class Limits(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, cfg, side):
-        """The limits of side "A" or "B"; None for pictures of 8 bits, and for label maps."""
-        text = getattr(cfg, f"limits_{side}")
-        if not text or (side == "B" and cfg.classes):
+    def of(cls, cfg, domain):
+        """The limits of domain "A" or "B"; None for pictures of 8 bits, and for label maps."""
+        text = getattr(cfg, f"limits_{domain}")
+        if not text or (domain == "B" and cfg.classes):
             return None
         numbers, _, dtype = text.partition(" ")
         try:
             pairs = np.array(numbers.split(","), float).reshape(-1, 2)
-            low, high = np.broadcast_to(pairs, (cfg.channels(side), 2)).T
+            low, high = np.broadcast_to(pairs, (cfg.channels(domain), 2)).T
             if not (np.isfinite(pairs).all() and (low < high).all()):
                 raise ValueError
         except ValueError:
             how = "write LOW,HIGH, for all bands or for each, LOW below HIGH"
-            raise UserError(f"--limits-{side} {numbers}: {how}") from None
+            raise UserError(f"--limits-{domain} {numbers}: {how}") from None
         return cls(tuple(low.tolist()), tuple(high.tolist()), dtype or "float32")
 
     @property
@@ -106,27 +106,27 @@ def with_limits(cfg, split):
     98th percentile of every band. Where all pictures have 8 bits there are none.
     """
     dtypes = {}
-    for side in "A" if split.classes else "AB":
-        first, *others = getattr(split, side)
-        dtypes[side], count = _kind(first, cfg.bands(side))
-        few = count < 3 and not cfg.bands(side)
+    for domain in "A" if split.classes else "AB":
+        first, *others = getattr(split, domain)
+        dtypes[domain], count = _kind(first, cfg.bands(domain))
+        few = count < 3 and not cfg.bands(domain)
         if few and all(_kind(path)[1] == count for path in some_of(others, 1000)):
             bands = "1" if count == 1 else "1,2"
-            cfg = dataclasses.replace(cfg, **{f"bands_{side}": bands})
+            cfg = dataclasses.replace(cfg, **{f"bands_{domain}": bands})
     if set(dtypes.values()) == {"uint8"} and not (cfg.limits_A or cfg.limits_B):
         return cfg
-    for side, dtype in dtypes.items():
-        name = f"limits_{side}"
+    for domain, dtype in dtypes.items():
+        name = f"limits_{domain}"
         text = getattr(cfg, name).removesuffix(f" {dtype}").replace(" ", "")
         if not text and dtype == "uint8":
             text = "0,255"
         elif not text:
-            part = {"A": (0, 0.5), "B": (0.5, 1)}[side] if split.halves else (0, 1)
-            pairs = _percentiles(getattr(split, side), cfg.bands(side), dtype, part)
+            part = {"A": (0, 0.5), "B": (0.5, 1)}[domain] if split.halves else (0, 1)
+            pairs = _percentiles(getattr(split, domain), cfg.bands(domain), dtype, part)
             text = ",".join(f"{number:.8g}" for number in pairs.ravel())
             print_once(f"{flag(name)}={text}: the 2nd and 98th percentile of its values")
         cfg = dataclasses.replace(cfg, **{name: f"{text} {dtype}"})
-        Limits.of(cfg, side)  # refuses wrong ones
+        Limits.of(cfg, domain)  # refuses wrong ones
     return cfg
 
 

@@ -134,21 +134,21 @@ class Options:
         """The ClassTable that --lc-classes names; None where B has pictures."""
         return ClassTable.load(self.lc_classes)
 
-    def bands(self, side):
-        """The bands to read of side "A" or "B", numbered from 1; (): red, green and blue."""
-        text = self.bands_A if side == "A" else self.bands_B
+    def bands(self, domain):
+        """The bands to read of domain "A" or "B", numbered from 1; (): red, green and blue."""
+        text = self.bands_A if domain == "A" else self.bands_B
         numbers = text.split(",") if text else []
         if len(numbers) > 32 or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
-            raise UserError(f"--bands-{side} {text}: write 1 to 32 numbers from 1, such as 8,4,3")
+            raise UserError(f"--bands-{domain} {text}: write 1 to 32 numbers from 1, such as 8,4,3")
         return tuple(int(number) for number in numbers)
 
-    def channels(self, side):
-        """The number of channels of pictures of a side."""
-        return len(self.bands(side)) or 3
+    def channels(self, domain):
+        """The number of channels of pictures of a domain."""
+        return len(self.bands(domain)) or 3
 
     @property
-    def sides(self):
-        """The side of a translation's input, and that of its output: "AB" or "BA"."""
+    def domains(self):
+        """The domain of a translation's input, and that of its output: "AB" or "BA"."""
         return "BA" if getattr(self, "direction", "") == "BtoA" else "AB"
 
     @property

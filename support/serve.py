@@ -24,7 +24,7 @@ ENDED = threading.Event()
 
 def translations(cfg, predict, net, from_labels, to_labels):
     """--serve of a script that translates; the arguments are translate_files'."""
-    limits = Limits.of(cfg, cfg.sides[1])
+    limits = Limits.of(cfg, cfg.domains[1])
     predict = until_the_end(predict)
 
     def show(strip):

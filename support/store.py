@@ -71,7 +71,7 @@ class ImageStore:
     rows     {"A", "B"}: arrays to load, from which `images` makes A, or B
     records  both of these if paired: A and B one after the other; else None
 
-    If some picture may have pixels without data, a plane for each side of pictures follows: 255
+    If some picture may have pixels without data, a plane for each domain of pictures follows: 255
     where it has data. Labels are IGNORED where their photograph has none.
     """
 
@@ -88,7 +88,7 @@ class ImageStore:
         self.stride = cfg.stride if split == "train" and cfg.stride else cfg.patch
         self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
         self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
-        self.limits = {side: Limits.of(cfg, side) for side in "AB"}
+        self.limits = {domain: Limits.of(cfg, domain) for domain in "AB"}
         if self.paired:
             self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
             self.rows = {"A": self.records, "B": self.records}
@@ -99,27 +99,27 @@ class ImageStore:
             b = self._open([(None, path) for path in self.split.B], "B")
             self.rows = {"A": a, "B": b}
             self.slots = {s: (0, n, n) for s, n in zip("AB", self.channels, strict=True)}
-        self.A, self.B = (self.rows[side][:, slice(*self.slots[side][:2])] for side in "AB")
+        self.A, self.B = (self.rows[domain][:, slice(*self.slots[domain][:2])] for domain in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
             self._print_other_units()
 
-    def images(self, side, rows):
-        """Side "A" or "B" of rows: (B, C, S, S) in [-1, 1] or NaN; indices (B, S, S)."""
-        first, last, _ = self.slots[side]
-        if side == "B" and self.classes:
+    def images(self, domain, rows):
+        """Domain "A" or "B" of rows: (B, C, S, S) in [-1, 1] or NaN; indices (B, S, S)."""
+        first, last, _ = self.slots[domain]
+        if domain == "B" and self.classes:
             return rows[:, first]
-        return from_bytes(rows[:, first:last], self.known(side, rows))
+        return from_bytes(rows[:, first:last], self.known(domain, rows))
 
-    def copied(self, images, side, other):
-        """Images of one side as a guess of the other: the same values, where both have one type."""
-        limits, others = self.limits[side], self.limits[other]
+    def copied(self, images, domain, other):
+        """Images of a domain as a guess of the other: the same values, where both have one type."""
+        limits, others = self.limits[domain], self.limits[other]
         alike = limits and others and limits.dtype == others.dtype
         return limits.between(others, images) if alike else images
 
-    def known(self, side, rows):
-        """The plane of a side that is 0 without data, (B, 1, S, S); None: data everywhere."""
-        plane = self.slots[side][2]
+    def known(self, domain, rows):
+        """The plane of a domain that is 0 without data, (B, 1, S, S); None: data everywhere."""
+        plane = self.slots[domain][2]
         return rows[:, plane : plane + 1] if rows.shape[1] > plane else None
 
     def _about(self):
@@ -133,33 +133,35 @@ class ImageStore:
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
         shares = []
-        for side in "AB":
-            rows = self.rows[side]
-            shares.append(self._ignored(side, rows[spread(100, len(rows))]))
-            if shares[-1] == 1 and all(self._ignored(side, row[None]) == 1 for row in rows):
-                what = "a class of the table" if side == "B" and self.classes else "data"
-                raise UserError(f"{split.root}, split {split.name}: no pixel of {side} has {what}")
+        for domain in "AB":
+            rows = self.rows[domain]
+            shares.append(self._ignored(domain, rows[spread(100, len(rows))]))
+            if shares[-1] == 1 and all(self._ignored(domain, row[None]) == 1 for row in rows):
+                what = "a class of the table" if domain == "B" and self.classes else "data"
+                raise UserError(
+                    f"{split.root}, split {split.name}: no pixel of {domain} has {what}"
+                )
         ignored = np.mean(shares[1:] if self.classes and self.paired else shares)
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
 
-    def _ignored(self, side, rows):
+    def _ignored(self, domain, rows):
         """The share of the pixels of some rows that have no class, or no data."""
-        if side == "B" and self.classes:
+        if domain == "B" and self.classes:
             return np.mean(self.images("B", rows) == IGNORED)
-        known = self.known(side, rows)
+        known = self.known(domain, rows)
         return 0 if known is None else np.mean(known == 0)
 
     def _print_other_units(self):
         """Prints a line if pictures of more than 8 bits are nearly flat between their limits."""
-        for side, limits in self.limits.items():
+        for domain, limits in self.limits.items():
             if limits and limits.dtype != "uint8":
-                rows = self.rows[side][spread(100, len(self.rows[side]))][..., ::8, ::8]
-                first, last, _ = self.slots[side]
-                known = self.known(side, rows)
+                rows = self.rows[domain][spread(100, len(self.rows[domain]))][..., ::8, ::8]
+                first, last, _ = self.slots[domain]
+                known = self.known(domain, rows)
                 known = np.ones(rows[:, 0].shape, bool) if known is None else known[:, 0] > 0
                 if nearly_flat(np.moveaxis(rows[:, first:last], 1, -1)[known]):
-                    about = f"fill less than 1% of --limits-{side}: other units?"
-                    print_once(f"{self.split.root}, split {self.split.name}: {side}: {about}")
+                    about = f"fill less than 1% of --limits-{domain}: other units?"
+                    print_once(f"{self.split.root}, split {self.split.name}: {domain}: {about}")
 
     def histograms(self, most=1000):
         """Counts of each level, or class: {"A": (C, 256), "B": (C or 1, 256)} int64.
@@ -227,7 +229,7 @@ class ImageStore:
         """Decodes pairs of files, with `counts` of records each, into a new file."""
         has_a, has_b = (path is not None for path in pairs[0])
         channels = has_a * self.channels[0] + has_b * self.channels[1]
-        if masked:  # a plane for each side of pictures
+        if masked:  # a plane for each domain of pictures
             channels += has_a + (has_b and not self.classes)
         shape = sum(counts), channels, self.side, self.side
         dtype = np.int16 if any(self.limits.values()) else np.uint8
@@ -251,7 +253,7 @@ class ImageStore:
     @contextlib.contextmanager
     def _opened(self, pair):
         """The Rasters of a pair of files, or the Halves of one file."""
-        halves, sides = self.split.halves, []
+        halves, rasters = self.split.halves, []
         opened = functools.cache(Raster)  # two halves that are read alike have one
         with contextlib.ExitStack() as stack:
             for k, (path, limits) in enumerate(zip(pair, self.limits.values(), strict=True)):
@@ -261,15 +263,15 @@ class ImageStore:
                     raster = stack.enter_context(opened(path, None if halves else table, **how))
                     if halves:
                         raster = Half(raster, k * raster.height, table, strict=not self.patch)
-                    sides.append(raster)
-            yield sides
+                    rasters.append(raster)
+            yield rasters
 
     def _count(self, pair):
-        """(records in a file, whether some may lack data); refuses sides that do not match."""
-        with self._opened(pair) as sides:
-            check_pair(sides[0], sides[-1])
-            masked = any(side.masked for side in sides if not side.table)
-            height, width = sides[0].height, sides[0].width
+        """(records in a file, whether some may lack data); refuses rasters that do not match."""
+        with self._opened(pair) as rasters:
+            check_pair(rasters[0], rasters[-1])
+            masked = any(raster.masked for raster in rasters if not raster.table)
+            height, width = rasters[0].height, rasters[0].width
         return len(self._starts(height)) * len(self._starts(width)), masked
 
     def _starts(self, length):
@@ -279,12 +281,12 @@ class ImageStore:
 
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
-        with self._opened(pair) as sides:
-            pictures = [side for side in sides if masked and not side.table]
-            width = sides[0].width
-            step = self.patch or sides[0].height
-            for top in self._starts(sides[0].height):
-                strips = [side.read(top, 0, step, width) for side in sides]
+        with self._opened(pair) as rasters:
+            pictures = [raster for raster in rasters if masked and not raster.table]
+            width = rasters[0].width
+            step = self.patch or rasters[0].height
+            for top in self._starts(rasters[0].height):
+                strips = [raster.read(top, 0, step, width) for raster in rasters]
                 strips += [picture.valid(top, 0, step, width) for picture in pictures]
                 for left in self._starts(width):
                     right = left + (self.patch or width)
@@ -311,8 +313,8 @@ class ImageStore:
         """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
         for pair in some_of(pairs, 1000):
-            with self._opened(pair) as (side, *_):
-                sizes.append((side.height, side.width))
+            with self._opened(pair) as (raster, *_):
+                sizes.append((raster.height, raster.width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
         if max(height, width) > 1.1 * min(height, width) and not rank():
             print_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")

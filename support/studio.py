@@ -47,7 +47,7 @@ class Studio:
         self.lock = threading.Lock()  # of canvases
         self.worker = concurrent.futures.ThreadPoolExecutor(1)  # one predicting at a time
         self.shape = sides_of(cfg)
-        self.input_side, self.other_side = "BA" if edits else cfg.sides
+        self.input_domain, self.other_domain = "BA" if edits else cfg.domains
         self.examples = self._examples()
 
     def _examples(self):
@@ -55,7 +55,7 @@ class Studio:
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size)
         except (UserError, OSError):
-            name = "example.jpg" if self.input_side == "A" else "example_map.png"
+            name = "example.jpg" if self.input_domain == "A" else "example_map.png"
             path = Path(__file__).parents[1] / "docs" / name
             if self.edits or self.classes or not path.is_file():
                 return []
@@ -63,29 +63,29 @@ class Studio:
         if self.edits and not store.paired:
             return []
         found = []
-        for k in spread(EXAMPLES, len(getattr(store, self.input_side))):
-            given = self._stored(store, self.input_side, k)
-            other = self._stored(store, self.other_side, k)
+        for k in spread(EXAMPLES, len(getattr(store, self.input_domain))):
+            given = self._stored(store, self.input_domain, k)
+            other = self._stored(store, self.other_domain, k)
             found.append((given, other if store.paired and not other.table else None))
         return found
 
-    def _stored(self, store, side, k):
+    def _stored(self, store, domain, k):
         """Image k of a store with the shape of a window, no larger than it is stored."""
         height, width = self.shape
         scale = min(1, self.cfg.size / min(height, width))
         size = round(width * scale), round(height * scale)
-        images = getattr(store, side)
+        images = getattr(store, domain)
         image = np.moveaxis(images[k % len(images)], 0, -1)
-        if side == "B" and store.classes:
+        if domain == "B" and store.classes:
             labels = image[..., 0].astype(np.uint8)
             return MemoryRaster(resize(labels, size, labels=True), store.classes)
-        resized, limits = resize(np.ascontiguousarray(image), size), store.limits[side]
+        resized, limits = resize(np.ascontiguousarray(image), size), store.limits[domain]
         return MemoryRaster(values_of(as_tensor(resized)[0], limits), limits=limits)
 
     def page(self):
         """The page, with a description of the model in it."""
         table = self.classes or ClassTable.load("maps")
-        photographs = self.input_side == "A" and not self.classes  # a map's colours are of no use
+        photographs = self.input_domain == "A" and not self.classes  # a map's colours are of no use
         shown = [photo if self.edits else given for given, photo in self.examples]
         pictures = [x.table.palette[x.start] if x.table else x.start for x in shown]
         about = {
@@ -109,9 +109,9 @@ class Studio:
             given, photo = self.examples[whole(wanted, "example", 0, len(self.examples) - 1)]
         elif "files" in wanted:
             files = wanted["files"]
-            given, photo = self._read(self.input_side, *files["input"]), None
+            given, photo = self._read(self.input_domain, *files["input"]), None
             if self.edits:
-                photo = self._read(self.other_side, *files["photo"])
+                photo = self._read(self.other_domain, *files["photo"])
                 check_pair(photo, given)
         elif self.edits:
             raise UserError("open a photograph and its land cover")
@@ -143,14 +143,14 @@ class Studio:
 
     def _picture(self, colours):
         """Colours (H, W, 3) uint8 as a MemoryRaster of the model's bands and depth."""
-        bands, limits = self.cfg.channels(self.input_side), Limits.of(self.cfg, self.input_side)
+        bands, limits = self.cfg.channels(self.input_domain), Limits.of(self.cfg, self.input_domain)
         return MemoryRaster(values_of_colours(colours, bands, limits), limits=limits)
 
-    def _read(self, side, name, content):
+    def _read(self, domain, name, content):
         """A file in base64 as a MemoryRaster; the file is removed at once."""
         name, content = Path(name).name, base64.b64decode(content, validate=True)
-        table = self.classes if side == self.input_side else None
-        bands, limits = self.cfg.bands(side), Limits.of(self.cfg, side)
+        table = self.classes if domain == self.input_domain else None
+        bands, limits = self.cfg.bands(domain), Limits.of(self.cfg, domain)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)

@@ -21,19 +21,19 @@ def test_sides_and_direction(pairs, cache):
     train = open_data("pix2pix", pairs, cache)
     assert [len(part) for part in train.in_order(np.arange(18) % 6)] == [8, 8, 2]
     records = next(train.in_order(np.arange(2)))
-    x, y = train.sides(records)
+    x, y = train.pair(records)
     assert x.shape == y.shape == (2, 3, 72, 72) and x.min() >= -1 and x.max() <= 1
     assert torch.allclose(x, -y, atol=0.05)  # BtoA: the input is B, the negative of A
     assert torch.equal(y, common.from_bytes(records[:, :3]))
     train.cfg = dataclasses.replace(train.cfg, direction="AtoB")
-    assert torch.equal(train.sides(records)[0], y)
+    assert torch.equal(train.pair(records)[0], y)
 
 
 def test_a_sample_grid_has_input_fake_and_target(pairs, cache):
     val, state = open_data("pix2pix", pairs, cache, "val"), build(TINY, CPU)
     cfg = dataclasses.replace(TINY, eval_norm="running")  # without noise
     columns = pix2pix.sample(state, val, cfg, np.arange(2))
-    x, y = val.sides(next(val.in_order(np.arange(2))))
+    x, y = val.pair(next(val.in_order(np.arange(2))))
     wanted = {"input": x, "fake": pix2pix.translate(state, x, cfg), "target": y}
     assert list(columns) == list(wanted)
     assert all(torch.equal(columns[name], wanted[name]) for name in wanted)
@@ -47,7 +47,7 @@ def test_label_maps_are_drawn_in_their_class_colours(landcover, cache):
     val = open_data("pix2pix", landcover, cache, "val", direction="AtoB")
     (records,) = val.in_order(np.arange(2))
     ignored = val.store.images("B", records) == common.IGNORED  # no data in a target
-    assert ignored.any() and torch.equal(val.sides(records)[1].isnan().all(1), ignored)
+    assert ignored.any() and torch.equal(val.pair(records)[1].isnan().all(1), ignored)
     assert val.store.histograms()["B"].sum() == (~ignored).sum()
     cfg = dataclasses.replace(val.cfg, lc_classes=val.store.classes.text)
     rows = pix2pix.evaluate(build(cfg, CPU), val, cfg, np.arange(2)).table()
@@ -84,7 +84,7 @@ def test_dropout_of_the_measures_follows_the_seed(pairs, cache, monkeypatch):
     first, second = (pix2pix.evaluate(state, val, cfg, [0, 1]).table() for _ in range(2))
     other = dataclasses.replace(cfg, seed=1)
     assert first == second != pix2pix.evaluate(state, val, other, [0, 1]).table()
-    assert torch.equal(compared[0][3], val.sides(next(val.in_order(np.arange(2))))[1])
+    assert torch.equal(compared[0][3], val.pair(next(val.in_order(np.arange(2))))[1])
 
 
 @pytest.mark.cuda

@@ -565,7 +565,7 @@ def test_pixels_without_data_are_ignored(tmp_path, capsys, how, labels):
     val = module.Pairs(cfg, "val", CPU)
     assert f"{50 if labels else 25}% of the pixels ignored" in capsys.readouterr().err
     (records,) = val.in_order(np.arange(1))
-    x, y = val.sides(records)
+    x, y = val.pair(records)
     assert y[:, :, :, 32:].isnan().all() and not x.isnan().any()
     assert (to_bytes(y)[0, :, 0, 0].tolist()) == [200, 60, 20] and not y[:, :, :, :32].isnan().any()
     histograms = val.store.histograms()
@@ -598,7 +598,7 @@ def test_places_without_data_in_the_input_do_not_count(tmp_path, script, side):
         rows = module.evaluate(module.build(cfg, CPU), val, cfg, np.arange(1)).table()
         if script == "pix2pix":
             (records,) = val.in_order(np.arange(1))
-            x, y = val.sides(records)
+            x, y = val.pair(records)
             assert torch.equal(x.isnan().any(1), y.isnan().all(1)) and x.isnan().any()
         found.append(rows["model" if script == "pix2pix" else f"{side} to {partner}: model"])
     assert found[0] == found[1]

@@ -59,7 +59,7 @@ def measured(run, norm):
     state, val, cfg, _ = report.call_args.args
     scores, likeness = common.Scores(), []
     for records in val.in_order(common.spread(IMAGES, len(val))):
-        x, y = val.sides(records)
+        x, y = val.pair(records)
         fake = script.translate(state, x, cfg)
         scores.add_images("model", fake, y)
         likeness.append(torch.stack([alike(fake), alike(y)], 1))
