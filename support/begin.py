@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -43,8 +44,9 @@ def command(main):
         handlers = {} if in_thread else {number: signal.getsignal(number) for number in SIGNALS}
         if not in_thread:  # where no signal arrives
             signal.signal(signal.SIGTERM, _terminated)
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which alone prints
         with (
-            contextlib.redirect_stdout(SafeStream(sys.stdout)),
+            contextlib.redirect_stdout(SafeStream(sys.stdout if first else None)),
             contextlib.redirect_stderr(SafeStream(sys.stderr)),
         ):
             try:
@@ -58,9 +60,10 @@ def command(main):
                 message = _explain(error)
                 if not message:
                     raise
-                # every process meets the user's mistakes
-                if first_on_machine() or not isinstance(error, UserError):
-                    print("error: " + " ".join(message.split()), file=sys.stderr)
+                if not first_on_machine():  # torchrun ends it once the first has said the same
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                    time.sleep(5)
+                print("error: " + " ".join(message.split()), file=sys.stderr)
                 sys.exit(2)
             finally:
                 unlock()
@@ -144,6 +147,9 @@ def _check_modes(cfg, given):
         raise UserError("--generate, --evaluate and --serve need --checkpoint FILE")
     if sum(map(bool, (cfg.evaluate, cfg.generate, cfg.serve))) > 1:
         raise UserError("--evaluate, --generate and --serve: one at a time")
+    alone = cfg.generate or cfg.serve or getattr(cfg, "show_samples", 0)
+    if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--generate, --serve and --show-samples: start it without torchrun")
     if cfg.judge and cfg.train_judge:
         raise UserError("--judge names a trained judge: leave --train-judge out")
     for group, field in grouped_fields(type(cfg)):

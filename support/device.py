@@ -24,7 +24,7 @@ def start(cfg):
         raise UserError("--device cuda: no CUDA device is visible here: pass --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda and local_rank >= torch.cuda.device_count():
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
         raise UserError(f"--nproc-per-node: only {torch.cuda.device_count()} GPUs are visible here")
     if cuda:
         torch.cuda.set_device(device)

@@ -30,6 +30,8 @@ class Distances:
             raise UserError("--fid needs torchmetrics: pip install torchmetrics[image]") from None
         except OSError as error:
             raise UserError(f"--fid: its networks cannot be fetched: {error}") from None
+        for metric in filter(None, (self.fid, self.kid, self.lpips)):
+            metric.sync_on_compute = False  # each process of torchrun has all pictures
         self.count = 0
 
     def add(self, guess, real):

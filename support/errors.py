@@ -70,7 +70,8 @@ def print_once(text):
 
 @functools.cache
 def _print(text):
-    print(text, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+        print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ def lock(folder):
         path = Path(folder).absolute() / ".lock"
         LOCKS.append(FileLock(path).acquire(timeout=0).lock)
     except Timeout:
-        raise UserError(f"--out {folder}: another process is training in it") from None
+        remedy = f"if none is, remove {path}"  # of a file system without locks
+        raise UserError(f"--out {folder}: another process is training in it: {remedy}") from None
 
 
 def unlock():

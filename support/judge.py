@@ -14,7 +14,7 @@ from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
 from support.errors import UserError, print_once, refusing
 from support.pictures import filled
-from support.processes import average_gradients, rank
+from support.processes import rank
 from support.store import ImageStore
 
 
@@ -62,7 +62,7 @@ def find_judge(cfg, device, of_use=True):
     of_use  whether photographs are generated from land cover that is known, and can be judged
     """
     if not of_use:
-        if (cfg.judge or cfg.train_judge) and rank() == 0:
+        if cfg.judge or cfg.train_judge:
             print_once("no judge is used: it measures photographs of given land cover")
         return None
     path = Path(cfg.judge or Path(cfg.out) / "judge.pt")
@@ -80,9 +80,8 @@ def find_judge(cfg, device, of_use=True):
             save_checkpoint(path, {"state": state} | _photographs_of(cfg))
     weights = b"".join(x.half().cpu().numpy().tobytes() for x in judge.state_dict().values())
     judge.name = f"{path.name} {hashlib.sha256(weights).hexdigest()[:8]}"
-    if rank() == 0:
-        anew = ": remove it to train another" if cfg.train_judge else ""
-        print(f"the judge is {path}" + f", which was trained before{anew}" * trained)
+    anew = ": remove it to train another" if cfg.train_judge else ""
+    print(f"the judge is {path}" + f", which was trained before{anew}" * trained)
     return judge
 
 
@@ -123,5 +122,4 @@ def train_judge(judge, cfg, device):
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
             adam.zero_grad()
             loss.backward()
-            average_gradients(judge)
             adam.step()

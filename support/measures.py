@@ -246,8 +246,8 @@ def write_evaluation(cfg, rows, **about):
     path = Path(cfg.out) / "evaluation.json"
     data = cfg.data or "demo world"
     about = {"size": cfg.size, "data": data, "checkpoint": cfg.checkpoint} | about
+    print_table(finite)  # first: the folder may be another user's, or full
     write_text(path, json.dumps(about | {"rows": finite}, indent=2))
-    print_table(finite)
     for title, row in finite.items():
         varieties = [value for name, value in row.items() if name.endswith("variety")]
         if title.endswith("model") and min(varieties, default=1) < 0.15:

@@ -200,7 +200,7 @@ def flag(name):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
 
 
 def grouped_fields(config):

@@ -83,6 +83,9 @@ class Run:
         if changed:  # the epoch starts again
             saved = {name: saved.get(name) for name in ("epoch", "step", "id")}
         self.epoch, self.batch, self.step = (saved.get(k, 0) for k in ("epoch", "batch", "step"))
+        seen = cfg.out, self.step, self.fingerprint
+        if of_rank_0(seen) != seen:  # --resume without --out, or file systems that differ
+            raise UserError(f"--out {cfg.out}: another run, save or --data than in process 0")
         self.of_row, self.of_epoch = Means(saved.get("of_row")), Means(saved.get("of_epoch"))
         self.id = saved.get("id") or uuid.uuid4().hex[:8]
         self.histograms = saved.get("histograms") or data.store.histograms()
@@ -107,7 +110,7 @@ class Run:
             recommend_precision(self.cfg)
         elif self.epoch and not saved.get("batch"):  # a kill may have prevented the copy
             self._keep()
-        self.tracker = tracker(self.cfg, self.id) if self.cfg.track else None
+        self.tracker = tracker(self.cfg, self.id, self.step) if self.cfg.track else None
         done = ": all epochs are done" if self.epoch >= self.cfg.epochs else ""
         self.print(f"run folder {self.out}{done}")
 
@@ -115,7 +118,9 @@ class Run:
         """A progress bar of all images. Its estimate of the time left starts now."""
         done = self.epoch * self.steps_per_epoch + self.batch
         about = {"unit": "image", "dynamic_ncols": True, "disable": rank() > 0}
-        about |= {"smoothing": 0, "miniters": 1}  # the mean rate, with validation in it
+        seconds = 0.1 if sys.stderr.isatty() else 10  # a log would grow by 100 MB a day
+        about |= {"miniters": 1, "mininterval": seconds}
+        about["smoothing"] = 0  # the mean rate, with validation in it
         about["total"] = self.cfg.epochs * self.steps_per_epoch * self.images_per_step
         return tqdm(initial=done * self.images_per_step, **about)
 
@@ -126,19 +131,21 @@ class Run:
 
     def _interrupt(self, number, frame):
         self.interrupted = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:  # SIGTERM may come twice: from SLURM and from torchrun
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         if rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
     def must_save(self):
         """(the number of a signal to stop, or 0; whether the last save is long ago).
 
-        Several processes agree every ten steps: each gets the largest of their values.
+        Several processes agree, on GPUs every ten steps and before a validation: each gets the
+        largest of their values. torchrun kills them 30 seconds after a signal.
         """
         overdue = time.monotonic() - self.saved_at > 5 * self.seconds
         if world_size() == 1:
             return self.interrupted, overdue
-        if self.step % 10:
+        if self.cfg.device == "cuda" and self.step % 10 and self.batch < self.steps_per_epoch:
             return 0, False
         return reduced(torch.tensor([self.interrupted, overdue]), dist.ReduceOp.MAX).tolist()
 
@@ -326,8 +333,11 @@ def write_config(cfg):
     write_text(Path(cfg.out) / "config.json", json.dumps(about, indent=2))
 
 
-def tracker(cfg, run_id):
-    """A TensorBoard writer; with --track wandb Weights & Biases copies what it writes."""
+def tracker(cfg, run_id, step=0):
+    """A TensorBoard writer, which drops what a killed process wrote after `step`.
+
+    With --track wandb Weights & Biases copies what it writes.
+    """
     if cfg.track == "wandb":
         import wandb
 
@@ -335,4 +345,4 @@ def tracker(cfg, run_id):
         wandb.init(**about, config=dataclasses.asdict(cfg), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(Path(cfg.out) / "tensorboard"))
+    return SummaryWriter(str(Path(cfg.out) / "tensorboard"), purge_step=step + 1)

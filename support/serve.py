@@ -15,7 +15,6 @@ from urllib.parse import parse_qsl, urlsplit
 from support.canvases import EditCanvas, TranslationCanvas, colours_of
 from support.errors import UserError
 from support.limits import Limits, values_of
-from support.processes import world_size
 from support.studio import Studio
 
 MOST_BYTES = 2**26  # of a request
@@ -57,8 +56,6 @@ def until_the_end(predict):
 
 def serve(studio):
     """Answers requests until Ctrl-C or SIGTERM."""
-    if world_size() > 1:
-        raise UserError("--serve: start it without torchrun, in one process")
     with listening(studio) as server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     ENDED.set()

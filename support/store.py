@@ -316,6 +316,6 @@ class ImageStore:
             with self._opened(pair) as (raster, *_):
                 sizes.append((raster.height, raster.width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
-        if max(height, width) > 1.1 * min(height, width) and not rank():
+        if max(height, width) > 1.1 * min(height, width):
             print_once(f"images such as {width}x{height} are squeezed: --patch N cuts squares")
         return tuple(np.max(sizes, 0).tolist())

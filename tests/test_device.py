@@ -82,7 +82,7 @@ def test_the_first_process_of_each_machine_writes_files(monkeypatch):
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
 def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
     calls = []
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     for module, name, replaced in (
         (torch.cuda, "is_available", lambda: True),
@@ -104,6 +104,7 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
     assert destroy is torch.distributed.destroy_process_group
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # all refuse, as one alone would let the others wait
     with refused("--nproc-per-node: only 1 GPUs"):
         start(tiny("pix2pix", device="cuda")[1])
 

@@ -64,8 +64,8 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "b" / "judge.pt").exists()
     assert same(dict(one.state_dict()), dict(two.state_dict()))
     said = capsys.readouterr().out.splitlines()
-    ends = ["a/judge.pt", "which was trained before", "remove it to train another"]
-    assert all(map(str.endswith, said, ends)) and len(said) == 3
+    ends = ["a/judge.pt", "which was trained before", "remove it to train another", "b/judge.pt"]
+    assert all(map(str.endswith, said, ends)) and len(said) == 4
     given = {"train_judge": False, "judge": str(tmp_path / "a" / "judge.pt")}
     assert found("c", **given).name == kept.name == one.name
     assert found("c", **given, bands_A="1,2,3").name == one.name
@@ -90,9 +90,8 @@ def test_a_judge_learns_repeats_and_is_kept(data, tmp_path, capsys, monkeypatch)
 
 
 def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
-    """And its processes average their gradients."""
     judge, seen = Judge(3, width=2), set()
-    averaged = calls_of(monkeypatch, support.judge, "average_gradients")
+    steps = calls_of(monkeypatch, support.judge.F, "cross_entropy")
 
     def look(module, inputs):
         seen.update(image.numpy().tobytes() for image in inputs[0])
@@ -104,7 +103,7 @@ def test_a_judge_sees_images_turned_in_all_ways(data, tmp_path, monkeypatch):
     assert 20 < len(seen) <= 5 * 8  # two flips alone give 5 * 4
     all_images = dataclasses.replace(CFG, judge_epochs=1, **paths)
     train_judge(Judge(3, width=2), all_images, CPU)
-    assert len(averaged) == 40 + 1  # a step an epoch, of 5 images, and of 16 of 24
+    assert len(steps) == 40 + 1  # a step an epoch, of 5 images, and of 16 of 24
 
 
 def test_without_land_cover_or_wish_there_is_no_judge(tmp_path, capsys):

@@ -37,7 +37,7 @@ from support.limits import Limits
 from support.pictures import as_array
 from support.rasters import Raster
 from support.studio import Studio
-from tensors import as_rank, calls_of, tiny
+from tensors import calls_of, tiny
 
 PLAYWRIGHT = importlib.util.find_spec("playwright")
 
@@ -666,9 +666,6 @@ def test_addresses(tmp_path, capsys):
         return capsys.readouterr().err, socket.gethostname().lower() in server.names
 
     assert listening() == ("", False)
-    with pytest.MonkeyPatch.context() as patch, refused("start it without torchrun"):
-        as_rank(patch, 0)
-        serve.serve(None)
     said, named = listening(address="0.0.0.0")
     assert "warning: --address 0.0.0.0" in said and named
     every = configured("pix2pix", tmp_path, data="none", address="0.0.0.0")

@@ -32,7 +32,7 @@ from pix2pix import Config, main
 from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
 from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
-from support.errors import refusing
+from support.errors import print_once, refusing
 from support.options import parse
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
@@ -121,16 +121,18 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
 
 
 def test_processes_agree_when_to_save_and_when_to_stop(monkeypatch):
-    """Every ten steps: what one of them wants, all do."""
+    """What one of them wants, all do: on GPUs every ten steps, and before a validation."""
     as_rank(monkeypatch, 0)
     other = torch.tensor(15)  # has had SIGTERM, and its clock is ahead
     largest = {torch.distributed.ReduceOp.MAX: torch.maximum}
     monkeypatch.setattr(support.run, "reduced", lambda tensor, how: largest[how](tensor, other))
     run = object.__new__(common.Run)
-    run.step, run.interrupted, run.saved_at = 19, 2, time.monotonic()
+    run.interrupted, run.saved_at, run.steps_per_epoch = 2, time.monotonic(), 6
+    for device, step, batch in (("cuda", 20, 2), ("cuda", 24, 6), ("cpu", 19, 1)):
+        run.cfg, run.step, run.batch = types.SimpleNamespace(device=device), step, batch
+        assert run.must_save() == [15, 15]
+    run.cfg, run.step, run.batch = types.SimpleNamespace(device="cuda"), 19, 1
     assert run.must_save() == (0, False)
-    run.step = 20
-    assert run.must_save() == [15, 15]
 
 
 def test_a_signal_during_the_last_validation_stops_before_the_report(
@@ -190,7 +192,8 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     made = calls_of(monkeypatch, support.run, "tracker")
     train(pairs, tmp_path / "run", "--track tensorboard --epochs 1")
     assert made[0][1] == last(tmp_path / "run")["id"] and len(made[0][1]) == 8
-    tensorboard.SummaryWriter.assert_called_once_with(str(tmp_path / "run" / "tensorboard"))
+    folder = str(tmp_path / "run" / "tensorboard")
+    tensorboard.SummaryWriter.assert_called_once_with(folder, purge_step=1)
     writer, any_value = tensorboard.SummaryWriter.return_value, mock.ANY
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
     scalars.append(mock.call("lr", 1e-4, 3))
@@ -239,6 +242,7 @@ def test_the_bar_counts_images_and_is_drawn_by_the_first_process(monkeypatch):
     run.cfg = types.SimpleNamespace(epochs=4)
     bar = common.Run._new_bar(run)
     assert (bar.n, bar.total, bar.smoothing, bar.miniters) == (33, 60, 0, 1)  # the mean rate
+    assert bar.mininterval == 10  # in a log; in a terminal it moves
     monkeypatch.setattr(support.run, "rank", lambda: 1)
     assert common.Run._new_bar(run).disable and not bar.disable
     bar.close()
@@ -473,7 +477,7 @@ def test_a_checkpoint_of_several_processes_has_the_buffers_of_all(tmp_path, monk
 
 
 def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsys):
-    """Each that cannot go on has a message, but for a user's mistake, which all of them meet."""
+    """Each that cannot go on has a message, unless the first one's ends it before."""
 
     def ending(error):
         def main(argv):
@@ -482,15 +486,46 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
         return common.command(main)
 
     as_rank(monkeypatch, 1)
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit):
-        ending(common.UserError("a mistake"))()
+    waited = []
+    clock = types.SimpleNamespace(sleep=lambda _: waited.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(support.begin, "time", clock)
     common.write_evaluation(tiny("pix2pix", out=str(tmp_path))[1], {"model": {"rmse": 1.0}})
+    common.command(lambda argv: print("a line"))()
+    print_once("a remark")
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert line_of(ending(common.UserError("a mistake")), None, capsys) == "error: a mistake"
+    assert waited == [signal.SIG_DFL]
     text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
     assert text == "error: x.png: a loop: replace or remove it"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
     assert "another process of this run has ended" in text
+
+
+def test_processes_with_another_run_or_other_images_are_refused(
+    pairs, tmp_path, monkeypatch, capsys
+):
+    """As where each machine has its own file system."""
+    monkeypatch.setattr(support.run, "of_rank_0", lambda seen: (*seen[:2], "other images"))
+    line = line_of(main, tiny_run("pix2pix", pairs, tmp_path / "run"), capsys)
+    assert "another run, save or --data than in process 0" in line
+
+
+@pytest.mark.parametrize("words", ["--generate x.png --checkpoint", "--serve --checkpoint"])
+def test_torchrun_is_not_for_use(words, done, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = line_of(main, [*words.split(), str(done / LAST)], capsys)
+    assert "start it without torchrun" in line
+
+
+def test_measures_are_printed_before_they_are_written(tmp_path, capsys):
+    """They may have taken hours, and the folder may be another user's."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        cfg = tiny("pix2pix", out=str(tmp_path / "file"))[1]
+        common.write_evaluation(cfg, {"model": {"rmse": 1.0}})
+    assert "1.0000" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------ trained models used
