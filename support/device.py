@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import signal
 import sys
 
 import numpy as np
@@ -34,7 +35,10 @@ def start(cfg):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         hours = datetime.timedelta(hours=6)  # the others wait while one decodes the images
         where = device if cuda else None
+        before = [(n, signal.signal(n, signal.SIG_DFL)) for n in (signal.SIGINT, signal.SIGTERM)]
         dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, device_id=where)
+        for number, handler in before:  # Python's would wait until all processes are there
+            signal.signal(number, handler)
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
     torch.manual_seed(cfg.seed)
     return device

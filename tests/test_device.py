@@ -4,10 +4,12 @@ import atexit
 import contextlib
 import copy
 import datetime
+import functools
 import itertools
 import platform
 import resource
 import shutil
+import signal
 import types
 from pathlib import Path
 
@@ -81,7 +83,8 @@ def test_the_first_process_of_each_machine_writes_files(monkeypatch):
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
 def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
-    calls = []
+    calls, now = [], functools.partial(signal.getsignal, signal.SIGTERM)
+    signal.signal(signal.SIGTERM, ours := lambda *_: None)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     for module, name, replaced in (
@@ -89,7 +92,7 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
         (torch.cuda, "device_count", lambda: 2),
         (torch.cuda, "set_device", lambda device: calls.append(("set", device))),
         (torch.distributed, "is_initialized", lambda: False),
-        (torch.distributed, "init_process_group", lambda *a, **how: calls.append((*a, how))),
+        (torch.distributed, "init_process_group", lambda *a, **how: calls.append((*a, how, now()))),
         (atexit, "register", lambda f: calls.append(("exit", f))),
         (torch.backends.cudnn, "benchmark", False),
         (torch.backends.cudnn, "allow_tf32", True),
@@ -98,7 +101,8 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, asked):
     device = start(tiny("pix2pix", device=asked)[1])
     assert device == torch.device("cuda", 1)
     assert common.fast_step(start, tiny("pix2pix", graph=False)[1], device) is start
-    (_, first), (backend, about), (_, destroy) = calls
+    (_, first), (backend, about, waiting), (_, destroy) = calls
+    assert waiting is signal.SIG_DFL and now() is ours  # a wait for processes that never come ends
     assert first == device and backend == "nccl" and about["device_id"] == device
     assert about["timeout"] >= datetime.timedelta(hours=1)  # one builds the store, others wait
     assert destroy is torch.distributed.destroy_process_group
