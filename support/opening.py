@@ -35,6 +35,8 @@ _VRT_PARTS = """VRTDataset SRS GeoTransform GCPList GCP Metadata MDI BlockXSize 
     Entry MaskBand NoDataValue NODATA HideNoDataValue SimpleSource ComplexSource SourceFilename
     SourceBand SourceProperties SrcRect DstRect UseMaskBand"""
 
+_VRT_REMARKS = "Histograms", "GDALRasterAttributeTable", "OverviewList", "Overview"
+
 
 @contextlib.contextmanager
 def decoding(path):
@@ -69,9 +71,10 @@ def gdal():
     """rasterio, with a bounded cache, and without warnings of TIFFs without a place on earth."""
     os.environ.setdefault("GDAL_CACHEMAX", str(CACHED_MB))
     os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
-    import rasterio
+    import rasterio.warp
 
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    for kind in ("NotGeoreferencedWarning", "NodataShadowWarning"):
+        warnings.filterwarnings("ignore", category=getattr(rasterio.errors, kind))
     version = rasterio.__gdal_version__
     if tuple(map(int, version.split(".")[:2])) < (3, 10):
         about = "reads colours of some palettes wrongly, and loses colour profiles"
@@ -108,6 +111,18 @@ def open_tiff(path, driver):
     return gdal().open(path.absolute(), driver=driver)
 
 
+def is_lossy(tiff):
+    """Whether the compression of a dataset, or of a TIFF that a VRT joins, changes colours."""
+    if tiff.driver == "VRT":
+        joined = [Path(file) for file in tiff.files if file.lower().endswith((".tif", ".tiff"))]
+        return any(is_lossy(open_tiff(path, "GTiff")) for path in joined)
+    about = tiff.tags(ns="IMAGE_STRUCTURE")
+    lossy = about.get("COMPRESSION", "").endswith(("JPEG", "WEBP"))
+    tiles = tiff.driver == "GPKG" and tiff.count > 2  # by default JPEG inside, PNG at the edges
+    guess = "LOSSY" if lossy or tiles else ""
+    return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
+
+
 def _check_files(path, *parts):
     """Refuses parts, and masks and overviews beside path, that are no TIFFs: GDAL opens them."""
     beside = [f"{path}{ending}" for ending in (".msk", ".MSK", ".ovr", ".OVR")]
@@ -121,6 +136,8 @@ def _check_files(path, *parts):
 def _joined_tiffs(path):
     """The XML of a VRT file, with absolute names; refuses all but TIFFs joined without scaling."""
     root = ElementTree.fromstring(path.read_bytes())
+    for owner in (root, *root.findall("VRTRasterBand")):  # without what says nothing about pixels
+        owner[:] = [part for part in owner if part.tag not in _VRT_REMARKS]
     for part in root.iter():
         if part.tag not in _VRT_PARTS.split() or "subclass" in str(part.attrib).lower():
             raise UserError(f"{path}: has {part.tag} {part.attrib}: a VRT may only join TIFFs")

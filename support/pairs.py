@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from support.errors import UserError
+from support.errors import UserError, refusing
 from support.labels import Reading, looked_at
+from support.opening import gdal
 
 
 class Half:
@@ -60,13 +61,13 @@ def check_pair(a, b):
         raise UserError(f"{a.path}, {b.path}: {sizes}: sizes must agree")
     if not (a.place and b.place):
         return
-    crs, other_crs = a.place[0], b.place[0]
-    same = not (crs and other_crs) or crs == other_crs
-    if not same:  # one CRS, written in two ways
-        code = crs.to_epsg()
-        same = code is not None and code == other_crs.to_epsg()
-    to_a, to_b = (np.reshape(raster.place[1], (3, 3)) for raster in (a, b))
+    (crs, to_a), (other_crs, to_b) = a.place, b.place
     corners = np.array([[0, a.width, 0, a.width], [0, 0, a.height, a.height], [1, 1, 1, 1]])
-    apart = np.abs(np.linalg.inv(to_a) @ to_b @ corners - corners).max()  # in pixels
-    if not same or apart > 0.1:
-        raise UserError(f"{b.path} lies elsewhere than {a.path}: another CRS or transform")
+    places = np.reshape(to_b, (3, 3)) @ corners
+    elsewhere = f"{b.path} lies elsewhere than {a.path}: another CRS or transform"
+    if crs and other_crs and crs != other_crs:  # it may be one CRS, written in two ways
+        with refusing(elsewhere):
+            places[:2] = gdal().warp.transform(other_crs, crs, *places[:2])
+    apart = np.abs(np.linalg.inv(np.reshape(to_a, (3, 3))) @ places - corners).max()  # in pixels
+    if not apart <= 0.1:
+        raise UserError(elsewhere)

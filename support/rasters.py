@@ -36,9 +36,9 @@ class Raster:
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        self._palette, self._clear, self._levels, self._alpha = None, [], None, None
+        self.palette, self._clear, self._levels, self._alpha = None, [], None, None
         self.bands, self.limits, self.dtype, self.colours = list(bands), limits, "uint8", None
-        self.masked = self.lossy = False
+        self.masked = False
         with opening.decoding(path):
             opening.check_ending(self.path, endings)
             driver = opening.driver_of(self.path)
@@ -174,25 +174,22 @@ class Raster:
             raise UserError(f"{self.path}: has {self.dtype} values, not 8 bits: {remedy}")
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
-            self._palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
+            self.palette = np.array([colors.get(k, (0, 0, 0))[:3] for k in range(256)], np.uint8)
             if self.tiff.nodata is None:  # of a PNG with several transparent colours
                 self._clear = [k for k, color in colors.items() if color[3] == 0]
-        about = self.tiff.tags(ns="IMAGE_STRUCTURE")
-        guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
-        self.lossy = about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
         self._choose_bands()
         if not self.table:
             self._scale_grey(deep)
             return
         black_white = [[0] * 3, [255] * 3]
-        colors = black_white if self._palette is None else self._palette[:2].tolist()
+        colors = black_white if self.palette is None else self.palette[:2].tolist()
         one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
         if one_bit and sorted(colors) == black_white:
             one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
             self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
-            self._palette = None
+            self.palette = None
         sample = self._sample()
-        self._reading = Reading(self.table, self.path, sample, self._palette, self.lossy)
+        self._reading = Reading(self.table, self.path, sample, self.palette, self.lossy)
         if self._reading.by_colour or self._reading.soft:  # a photograph is refused here
             self._reading.indices(sample, strict=True)
 
@@ -209,7 +206,7 @@ class Raster:
         """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""
         white_first = self.tiff.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         most = 2 ** int(self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
-        if self._palette is None and not deep and (white_first or most < 255):
+        if self.palette is None and not deep and (white_first or most < 255):
             levels = (np.arange(256).clip(0, most) * 255 / most).round().astype(np.uint8)
             self._levels = 255 - levels if white_first else levels
 
@@ -222,24 +219,25 @@ class Raster:
         # GDAL counts alpha as the second band or the fourth only, and other masks instead of it
         alphas = [] if self._has_mask else range(1, len(names) + 1)
         self._alphas = [band for band in alphas if band not in there]
-        self._count_bands([1, 2, 3] if self._palette is not None else there)
+        self._count_bands([1, 2, 3] if self.palette is not None else there)
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
             self.chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
-        if self.bands and self._palette is None:
+        if self.bands and self.palette is None:
             self.chosen = self.bands
         elif len(there) > len(self.chosen) and not self.table:
             about = f"these are read: {self.chosen} (--bands-A, --bands-B)"
             print_once(f"images have {len(there)} bands; {about}")
 
     def _cut(self, window):
-        pixels = self.tiff.read(self.chosen, window=window)
+        bands = [self.tiff.read(band, window=window) for band in self.chosen]  # of several types
+        pixels = np.stack(bands, dtype=self.dtype)
         return pixels if self._levels is None else self._levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
         pixels = np.moveaxis(self._cut(((top, bottom), (left, right))), 0, -1)  # (H, W, C)
-        if not self.table and self._palette is not None:
-            return self._picked(self._palette[pixels[..., 0]])
+        if not self.table and self.palette is not None:
+            return self._picked(self.palette[pixels[..., 0]])
         if not self.table:
             grey = pixels.shape[-1] == 1 and not self.bands
             return np.repeat(pixels, 3, 2) if grey else np.ascontiguousarray(pixels)
@@ -247,6 +245,10 @@ class Raster:
         if self._reading.by_codes and nothing is not None and nothing not in self.table.values:
             pixels = np.where(pixels == nothing, np.int64(self.table.unused), pixels)
         return self._reading.indices(pixels, self.valid(top, left, *pixels.shape[:2]))
+
+    @functools.cached_property
+    def lossy(self):
+        return bool(self.tiff) and opening.is_lossy(self.tiff)
 
     @functools.cached_property
     def place(self):
@@ -286,8 +288,9 @@ class Raster:
         window = (top, top + height), (left, left + width)
         with opening.decoding(self.path):
             masks = self.tiff.read_masks(self.chosen, window=window) > 0
-            one_is_enough = self.tiff.nodata and self.dtype != "uint8" and not self.table
-            valid = masks.all(0) if one_is_enough else masks.any(0)
+            deep = self.dtype != "uint8" and not self.table
+            alone = [deep and bool(self.tiff.nodatavals[k - 1]) for k in self.chosen]
+            valid = masks.any(0) & masks[alone].all(0)
             for band in self._alphas:
                 valid &= self.tiff.read(band, window=window) > 0
             if self._clear:

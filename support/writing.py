@@ -72,7 +72,8 @@ def _profile(source, classes, bands, limits):
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     kinds = itertools.chain(*source.tiff.mask_flag_enums) if source.tiff else ()
     by_value = source.masked and gdal().enums.MaskFlags.nodata in kinds  # and not by a mask
-    nothing = source.tiff.nodata if by_value else None
+    alike = by_value and source.palette is None and len(set(map(str, source.tiff.nodatavals))) == 1
+    nothing = source.tiff.nodata if alike else None
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
     if inside and limits != source.limits:  # in other units a value like others: a mask instead
@@ -133,6 +134,7 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
     nothing, tags = profile["nodata"], source.tiff.tags() if source.tiff else {}
     if not edited:  # other tags may describe values that are translated
         tags = {name: tags[name] for name in tags if name == "AREA_OR_POINT"}
+    tags.pop("NODATA_VALUES", None)  # GDAL would believe it, and not the mask
     if "gcps" in profile:  # GDAL would move them by a pixel where they lie in pixels' middles
         tags.pop("AREA_OR_POINT", None)
 
