@@ -51,16 +51,24 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
-def geotiff(path, pixels, valid=None, **profile):
-    """Writes (H, W, bands) or (H, W) as a GeoTIFF in PLACE, with an internal mask if given."""
+def geotiff(path, pixels, valid=None, beside=False, about=(), **profile):
+    """Writes (H, W, bands) or (H, W) as a GeoTIFF in PLACE; returns the path.
+
+    valid   its mask, within it or beside it
+    about   attributes of rasterio's dataset that are set at the end, such as {"scales": (0.5,)}
+    """
     rasterio = pytest.importorskip("rasterio")  # a test without GeoTIFFs runs without it
     path.parent.mkdir(parents=True, exist_ok=True)
     bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    about = {"driver": "GTiff", "dtype": bands.dtype, "count": len(bands), **PLACE, **profile}
-    with rasterio.open(path, "w", height=bands.shape[1], width=bands.shape[2], **about) as target:
+    kind = {"driver": "GTiff", "dtype": bands.dtype, "count": len(bands), **PLACE, **profile}
+    with rasterio.open(path, "w", height=bands.shape[1], width=bands.shape[2], **kind) as target:
         target.write(bands)
-    if valid is not None:
-        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as target:
+    if valid is None and not about:
+        return path
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=not beside), rasterio.open(path, "r+") as target:
+        for name, value in dict(about).items():
+            setattr(target, name, value)
+        if valid is not None:
             target.write_mask(valid)
     return path
 
@@ -70,6 +78,13 @@ def bands_of(path, bands=None):
     rasterio = pytest.importorskip("rasterio")
     with rasterio.open(path) as file:
         return np.moveaxis(file.read(bands), 0, -1)
+
+
+def has_data(path):
+    """Where a TIFF has data, by its mask, (H, W)."""
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(path) as file:
+        return file.dataset_mask() > 0
 
 
 def noise(height, width, channels=3):

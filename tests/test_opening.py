@@ -15,15 +15,15 @@ from PIL import Image
 from rasterio.rpc import RPC
 
 import common
-from files import PLACE, geotiff, pixels_of, save, written
+from files import PLACE, bands_of, geotiff, has_data, pixels_of, save, written
 from runs import refused
 from support import opening
 from support.classes import ClassTable
 from support.generate import results_of
 from support.opening import UPLOADS
-from support.pictures import to_bytes
+from support.pictures import as_array
 from support.rasters import Raster
-from tensors import tiny
+from tensors import calls_of, tiny
 
 GREY = np.full((30, 40, 3), 9, np.uint8)
 BAND = '<VRTRasterBand dataType="Byte" band="{band}">{sources}</VRTRasterBand>'
@@ -81,9 +81,8 @@ RECIPES = [
 def test_an_old_gdal_that_misreads_palettes_is_reported(monkeypatch, capsys, version, old):
     monkeypatch.setattr(rasterio, "__gdal_version__", version)
     opening.gdal.__wrapped__()
-    assert (
-        f"GDAL {version} reads colours of some palettes wrongly" in capsys.readouterr().err
-    ) == old
+    about = f"GDAL {version} reads colours of some palettes wrongly"
+    assert (about in capsys.readouterr().err) == old
 
 
 @pytest.mark.parametrize(("name", "content", "text"), RECIPES)
@@ -110,15 +109,6 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         return
     with refused(f"x.tif{ending}: cannot be decoded: it is not a TIFF"):
         Raster(tmp_path / "x.tif")
-
-
-def test_gdal_is_told_the_driver_of_a_vrt(tmp_path):
-    """It would recognise the text by its content."""
-    geotiff(tmp_path / "x.tif", GREY)
-    (tmp_path / "x.vrt").write_text(joined("x.tif"))
-    with mock.patch.object(rasterio, "open", wraps=rasterio.open) as spy:
-        Raster(tmp_path / "x.vrt")
-    assert spy.call_args.kwargs == {"driver": "VRT"}
 
 
 def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
@@ -162,8 +152,9 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
     geotiff(tmp_path / "a.tif", GREY, bigtiff="YES")
     geotiff(tmp_path / "b.tif", GREY + 200)
     (tmp_path / "both.vrt").write_text(joined("a.tif", "b.tif"))
-    with Raster(tmp_path / "both.vrt") as raster:
-        assert (raster.read() == np.hstack([GREY, GREY + 200])).all()
+    with mock.patch.object(rasterio, "open", wraps=rasterio.open) as spy:
+        assert (Raster(tmp_path / "both.vrt").read() == np.hstack([GREY, GREY + 200])).all()
+    assert spy.call_args.kwargs == {"driver": "VRT"}  # or GDAL would go by its content
     text = joined("a.tif", "b.tif", source=NODATA)  # as gdalbuildvrt writes it
     text = re.sub("(<VRTRasterBand .*?>)", r"\1<NoDataValue>9</NoDataValue>", text)
     (tmp_path / "vrt").mkdir()
@@ -272,30 +263,29 @@ def random_geotiff(rng, path):
     return np.repeat(pixels, 3, 2) if bands == 1 else pixels[..., :3]
 
 
-def mask_of(file):
+def mask_of(path):
     """Where GDAL has data in one of the bands that are read."""
-    return (file.read_masks([1, 2, 3][: file.count]) > 0).any(0)
+    with rasterio.open(path) as file:
+        return (file.read_masks([1, 2, 3][: file.count]) > 0).any(0)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_rasters_come_back(tmp_path, seed):
     """What is generated from them has their size, place and holes, and the generator's pixels."""
-    rng = np.random.default_rng([25, seed])
-    pixels = random_geotiff(rng, tmp_path / "x.tif")
-    with rasterio.open(tmp_path / "x.tif") as given:
-        valid, place = mask_of(given), (given.crs, given.transform, given.shape)
-        nothing = given.nodata
-    with Raster(tmp_path / "x.tif") as raster:
-        assert np.array_equal(raster.read()[valid], pixels[valid])
-    paths = {"generate": (str(tmp_path / "x.tif"),), "out": str(tmp_path / "out")}
+    path, result = tmp_path / "x.tif", tmp_path / "out" / "x.tif"
+    pixels = random_geotiff(np.random.default_rng([25, seed]), path)
+    valid = mask_of(path)
+    assert np.array_equal(Raster(path).read()[valid], pixels[valid])
+    paths = {"generate": (str(path),), "out": str(tmp_path / "out")}
     _, cfg = tiny("pix2pix", window=64, **paths)
     common.translate_files(cfg, lambda windows, whole: -common.from_bytes(windows))
-    with rasterio.open(tmp_path / "out" / "x.tif") as out:
-        assert (out.crs, out.transform, out.shape) == place and out.nodata == nothing
+    with rasterio.open(path) as given, rasterio.open(result) as out:
+        for name in ("crs", "transform", "shape", "nodata"):
+            assert getattr(out, name) == getattr(given, name)
         assert out.profile["tiled"] and out.profile["compress"] == "deflate"
-        assert np.array_equal(out.dataset_mask() > 0, valid)
-        same = (np.moveaxis(out.read(), 0, -1) == 255 - pixels).all(-1)
-        assert same[valid & ((255 - pixels) != nothing).any(-1)].all()
+    assert np.array_equal(has_data(result), valid)
+    known = valid & (255 - pixels != out.nodata).any(-1)
+    assert np.array_equal(bands_of(result)[known], 255 - pixels[known])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -304,69 +294,55 @@ def test_random_rasters_are_trained_on(tmp_path, seed, monkeypatch):
 
     No more than a row of patches is in memory.
     """
-    pixels, heights, honest = {}, [], Raster.read
+    pixels, read = {}, calls_of(monkeypatch, Raster, "read")
     for side in "AB":
-        (tmp_path / "data" / "train" / side).mkdir(parents=True)
         path = tmp_path / "data" / "train" / side / "x.tif"
-        pixels[side] = random_geotiff(np.random.default_rng([25, seed]), path)
-    with rasterio.open(path) as file:
-        valid = mask_of(file)[:64, :64]
-
-    def read(raster, *window, **more):
-        found = honest(raster, *window, **more)
-        heights.append(len(found))
-        return found
-
-    monkeypatch.setattr(Raster, "read", read)
+        pixels[side] = random_geotiff(np.random.default_rng([25, seed]), path)[:64, :64]
+    valid = mask_of(path)[:64, :64]
     options = {"data": str(tmp_path / "data"), "patch": 64, "cache": str(tmp_path / "cache")}
     store = common.ImageStore(tiny("pix2pix", **options)[1], "train", 64)
-    assert set(heights) == {64}
+    assert {height for *_, height, _ in read} == {64}
     for side in "AB":
         (image,) = store.images(side, torch.from_numpy(store.records[:1]))
         assert np.array_equal(~image.isnan().all(0).numpy(), valid)
-        levels = to_bytes(image[None].nan_to_num())[0].permute(1, 2, 0).numpy()
-        assert np.array_equal(levels[valid], pixels[side][:64, :64][valid])
+        assert np.array_equal(as_array(image)[valid], pixels[side][valid])
 
 
 WORLD_COVER = {"tree": 10, "shrub": 20, "grass": 30, "water": 80, "moss": 255}
 
 
-@pytest.mark.parametrize("name", ["x.tif", "x.png"])
-def test_a_mask_with_holes_is_read_again(tmp_path, name):
-    """By `binary`, whose 254 is no class; its colour in the palette is black."""
-    classes, index = ClassTable.load("binary"), np.array([[0, 1, 255]], np.uint8).repeat(9, 1)
-    save(tmp_path / name, np.zeros((1, 27, 3), np.uint8))
-    with Raster(tmp_path / name) as source:
-        out = written(tmp_path / "out" / name, source, index, classes)
-    assert np.array_equal(Raster(out, classes).read(), index)
-    if name == "x.tif":  # a no-data value that is a class
-        with rasterio.open(out, "r+") as target:
-            target.nodata = 0
-        assert np.array_equal(Raster(out, classes).read(), index)
+def world_cover(more):
+    """A class table whose values are those of WorldCover and some more."""
+    rows = WORLD_COVER.items()
+    table = [{"name": n, "value": k + more, "color": f"#{k:02x}0009"} for n, k in rows]
+    return json.dumps(table)
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1])  # 16 bits where values need them
-def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, more):
-    table = [
-        {"name": name, "value": code + more, "color": f"#{code:02x}0009"}
-        for name, code in WORLD_COVER.items()
-    ]
-    classes = ClassTable.load(json.dumps(table))
-    index = np.array([[0, 1, 2], [3, 4, 255]], np.uint8).repeat(9, 0).repeat(9, 1)
-    want = np.array([*[row["value"] for row in table], classes.unused])
-    nothing = np.zeros((*index.shape, 3), np.uint8)
+# 16 bits where values need them; of `binary`, 254 is no class
+@pytest.mark.parametrize("table", [*map(world_cover, (-1, 0, 1)), "binary"])
+def test_land_cover_is_written_with_the_values_of_its_table(tmp_path, table):
+    """And read again, holes as well; also where the no-data value is a class."""
+    classes = ClassTable.load(table)
+    index = np.uint8([[0, 1, 2], [3, 4, 255]]).repeat(9, 0).repeat(9, 1)
+    index[index < 255] %= len(classes)
+    values = [value for value, _, _ in classes.entries]
+    want = np.array([*values, classes.unused])[np.minimum(index, len(classes))]
     for name, write in (("x.tif", geotiff), ("x.png", save)):
-        write(tmp_path / name, nothing)
+        write(tmp_path / name, np.zeros((*index.shape, 3), np.uint8))
         with Raster(tmp_path / name) as source:
             out = written(tmp_path / "out" / name, source, index, classes)
         assert np.array_equal(Raster(out, classes).read(), index)
-        codes = rasterio.open(out).read(1) if name == "x.tif" else pixels_of(out)
-        assert np.array_equal(codes, want[np.where(index == 255, 5, index)])
-    with rasterio.open(tmp_path / "out" / "x.tif") as file:
+        codes = bands_of(out)[..., 0] if name == "x.tif" else pixels_of(out)
+        assert np.array_equal(codes, want)
+    with rasterio.open(tmp_path / "out" / "x.tif", "r+") as file:
         assert file.transform == PLACE["transform"] and file.nodata == classes.unused
-        names = {f"class_{row['value']}": row["name"] for row in table}
+        names = {f"class_{v}": name for v, name in zip(values, classes.names, strict=True)}
         assert names.items() <= file.tags(1).items()
-        assert more == 1 or file.colormap(1)[10 + more][:3] == (10, 0, 9)
+        if codes.dtype == np.uint8:
+            colours = [file.colormap(1)[value][:3] for value in values]
+            assert colours == [*classes.colors]
+        file.nodata = values[0]
+    assert np.array_equal(Raster(tmp_path / "out" / "x.tif", classes).read(), index)
 
 
 def test_threads_read_arrays_one_after_the_other(tmp_path):
