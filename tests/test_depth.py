@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import common
-import mixlc
 import pix2pix
 import support.limits
-from files import PLACE, TABLE, bands_of, geotiff, noise, save
+import support.serve
+from files import PLACE, TABLE, bands_of, geotiff, has_data, noise, save
 from pages import in_colours, opened, page_shows, studio_of
 from runs import last, line_of, refused, rows_of, stop_after, tiny_run, use
 from support import errors
@@ -23,10 +23,11 @@ from support.demo import landscape
 from support.device import in_bf16
 from support.generate import needs_tiff
 from support.limits import Limits, print_other_units
+from support.options import flag
 from support.pictures import eight_bits
 from support.rasters import Raster
 from support.windows import read_filled
-from tensors import CPU, calls_of, open_data
+from tensors import CPU, calls_of, open_data, tiny
 
 REFLECTANCE = {"dtype": "uint16", "nodata": 0}
 
@@ -60,17 +61,15 @@ def started(root, tmp_path, **options):
     if not (root / "val").exists():
         shutil.copytree(root / "train", root / "val")
     line = f"--data {root} --out {tmp_path}/run --cache {tmp_path} --size 64 --direction AtoB"
+    words = line.split()
     for name, value in options.items():
-        line += f" --{name.replace('_', '-')} {value}"
-    return common.begin(pix2pix.Config, pix2pix.__doc__, {}, line.split())[0]
+        words += [flag(name), value]
+    return common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)[0]
 
 
 def test_limits_are_percentiles_of_the_training_images_for_each_band(deep, tmp_path):
     cfg = started(deep, tmp_path, bands_A="4,1")
-    pixels = [
-        Raster(path, bands=(4, 1), limits=Limits((0,), (1,), "")).values()
-        for path in sorted((deep / "train" / "A").iterdir())
-    ]
+    pixels = [bands_of(path, (4, 1)) for path in (deep / "train" / "A").iterdir()]
     known = np.concatenate([image[image[..., 0] > 0] for image in pixels])
     limits = Limits.of(cfg, "A")
     assert limits.dtype == "uint16"
@@ -98,11 +97,11 @@ def test_limits(tmp_path, values, near):
     assert np.allclose(found, np.percentile(values, [2, 98]), rtol=0, atol=near)
 
 
-def halves(root, dtype="uint16"):
+def halves(root):
     """Pairs of a dark left and a bright right half, which is the left one and 9000."""
     for split in ("train", "val"):
         for k in range(2):
-            left = noise(64, 64).astype(dtype) * 4 + 100
+            left = noise(64, 64).astype(np.uint16) * 4 + 100
             geotiff(root / split / f"{k}.tif", np.concatenate([left, left + 9000], 1))
     return root
 
@@ -139,13 +138,11 @@ def test_copies_of_another_type_are_as_they_are_seen():
     ("typed", "found"), [("0, 5000 uint16", "0,5000 uint16"), (" 0,5", "0,5 uint16")]
 )
 def test_limits_can_be_typed_as_a_run_shows_them(tmp_path, typed, found):
-    root, more = halves(tmp_path / "data"), ["--limits-A", typed, "--limits-B", "1,2"]
-    words = ["--data", str(root), "--out", str(tmp_path / "run"), "--cache", str(tmp_path), *more]
-    cfg, _, _ = common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)
+    root = halves(tmp_path / "data")
+    cfg = started(root, tmp_path, limits_A=typed, limits_B="1,2")
     assert (cfg.limits_A, cfg.limits_B) == (found, "1,2 uint16")
-    words[-3], words[3] = "0,5000 nonsense", str(tmp_path / "other")
     with refused("--limits-A 0,5000nonsense: write LOW,HIGH"):
-        common.begin(pix2pix.Config, pix2pix.__doc__, {}, words)
+        started(root, tmp_path / "other", limits_A="0,5000 nonsense")
 
 
 def test_files_of_one_side_have_one_type(tmp_path):
@@ -267,16 +264,15 @@ def test_a_run_resumes_and_is_used_with_its_limits(deep, tmp_path, monkeypatch, 
     pix2pix.main(use(out, f"--generate {deep}/val/A", f"--out {tmp_path}/new"))
     assert "other units?" not in capsys.readouterr().err
     for path in (deep / "val" / "A").iterdir():
-        with rasterio.open(tmp_path / "new" / path.name) as result, rasterio.open(path) as source:
-            shares = np.moveaxis(source.read() / 1e4, 0, -1)
-            geotiff(tmp_path / "shares.tif", shares)
-            geotiff(tmp_path / "negative.tif", -shares)
-            assert result.dtypes == ("float32",) and result.transform == PLACE["transform"]
-            holes = source.read(1) == 0
-            assert ((result.dataset_mask() == 0) == holes).all()
-            heights = result.read(1)[~holes]
+        result, source = tmp_path / "new" / path.name, bands_of(path)
+        known = source[..., 0] > 0
+        assert (has_data(result) == known).all()
+        assert rasterio.open(result).transform == PLACE["transform"]
+        heights = bands_of(result)[known]
+        assert heights.dtype == np.float32 and heights.shape[1:] == (1,)
         assert limits.low[0] <= heights.min() < heights.max() <= limits.high[0]
-    for name in ("shares", "negative"):
+    for name, scale in (("shares", 1e-4), ("negative", -1e-4)):
+        geotiff(tmp_path / f"{name}.tif", source * scale)
         pix2pix.main(use(out, f"--generate {tmp_path}/{name}.tif", f"--out {tmp_path}/new"))
         assert f"{name}.tif: its values fill less than 1%" in capsys.readouterr().err
     for wrong in ("0,3000", "0,500"):
@@ -298,9 +294,9 @@ def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, mo
     assert config["limits_A"].endswith("uint16") and config["bands_A"] == "1"
     labels = next((root / "val" / "lc").iterdir())
     pix2pix.main(use(tmp_path / "run", f"--generate {labels}", f"--out {tmp_path}/new"))
-    with rasterio.open(tmp_path / "new" / f"{labels.stem}.tif") as result:
-        assert result.dtypes == ("uint16",) and result.count == 1
-        assert 38_000 < result.read().min() <= result.read().max() < 44_000
+    new = bands_of(tmp_path / "new" / f"{labels.stem}.tif")
+    assert new.dtype == np.uint16 and new.shape[-1] == 1
+    assert 38_000 < new.min() <= new.max() < 44_000
     limits, row = Limits.of(pix2pix.Config(**config), "A"), rows_of(tmp_path / "run")["model"]
     assert np.isclose(row["rmse_units"], row["rmse"] / 255 * limits.ranges[0], rtol=0.02)
     studio = studio_of(pix2pix.main, tmp_path / "run", monkeypatch)
@@ -311,44 +307,40 @@ def test_a_photograph_without_a_place_gives_a_tiff_of_heights(deep, tmp_path, mo
     assert 38_000 < photo.pixels.min() < photo.pixels.max() < 44_000
 
 
-def test_an_edit_of_a_deep_photograph(deep, tmp_path, monkeypatch, capsys):
+def test_an_edit_of_a_deep_photograph(tmp_path, monkeypatch, capsys):
     """By windows; what is painted lies within the limits, in a dark photograph, too."""
-    root, bands, out = tmp_path / "data", (4, 3, 2, 1, 5, 6), tmp_path / "run"
-    for path in deep.glob("*/A/*"):
-        pixels, folder = bands_of(path), root / path.parent.parent.name
-        geotiff(folder / "rgb" / path.name, pixels)
-        geotiff(folder / "lc" / path.name, (pixels[..., 3] // 2000).astype(np.uint8))
-    (root / "classes.json").write_text(json.dumps(TABLE))
-    main = mixlc.main
-    main(tiny_run("mixlc", root, out, "--epochs 1 --bands-A 4,3,2,1,5,6"))
-    photo = root / "val" / "rgb" / "7.tif"
-    labels, dark = root / "val" / "lc" / photo.name, tmp_path / "dark.tif"
-    geotiff(photo, np.tile(bands_of(photo), (3, 3, 1)))
-    geotiff(labels, np.zeros((192, 192), np.uint8))
-    with rasterio.open(photo, "r+") as file:
-        file.scales, file.offsets = [k / 10 for k in range(1, 7)], range(6)
-        file.descriptions, file.units = "ABCDEF", ["m"] * 6
-    geotiff(dark, np.full((192, 192, 6), 9, np.uint16))
-    limits = Limits.of(mixlc.Config(**last(out)["config"]), "A")
+    values, side = np.random.default_rng(0).integers(0, 5000, (128, 128, 6), np.uint16), (128, 128)
+    about = {"scales": [k / 10 for k in range(1, 7)], "offsets": range(6)}
+    about |= {"descriptions": "ABCDEF", "units": ["m"] * 6}
+    photo = geotiff(tmp_path / "photo.tif", values, about=about)
+    dark = geotiff(tmp_path / "dark.tif", np.full((*side, 6), 9, np.uint16))
+    labels = geotiff(tmp_path / "lc.tif", np.zeros(side, np.uint8))
+    options = {"bands_A": "4,3,2,1,5,6", "limits_A": "300,3000 uint16", "data": "removed"}
+    options |= {"lc": str(labels), "paint": ("water:0,0,20,20",), "out": str(tmp_path / "new")}
+
+    def edit(path, **more):
+        cfg = tiny("mixlc", window=64, generate=(str(path),), **options, **more)[1]
+        common.edit_file(cfg, lambda windows, sample: torch.rand(len(windows), 6, 64, 64) * 3 - 1.5)
+
     for path in (photo, dark):
-        edit = f"--generate {path} --lc {labels} --paint water:0,0,20,20"
-        main(use(out, edit, f"--out {tmp_path}/new"))
+        edit(path)
         assert ("dark.tif: its values fill" in capsys.readouterr().err) == (path is dark)
-        new, old = bands_of(tmp_path / "new" / path.name), bands_of(path, bands)
+        new, old = bands_of(tmp_path / "new" / path.name), bands_of(path, (4, 3, 2, 1, 5, 6))
         assert new.dtype == np.uint16 and (new[30:, 30:] == old[30:, 30:]).all()
         inside = new[:10, :10]
-        assert (np.floor(limits.low) <= inside).all() and (inside <= np.ceil(limits.high)).all()
+        assert (inside >= 300).all() and (inside <= 3000).all()
         assert (inside != old[:10, :10]).mean() > 0.9
     with rasterio.open(tmp_path / "new" / photo.name) as file:
         assert file.scales == (0.4, 0.3, 0.2, 0.1, 0.5, 0.6) and file.offsets == (3, 2, 1, 0, 4, 5)
         assert "".join(file.descriptions) == "DCBAEF" and file.units == ("m",) * 6
-    (remark,) = opened(studio_of(main, out, monkeypatch), [labels, dark])["remarks"]
+    served = calls_of(monkeypatch, support.serve, "serve", lambda studio: None)
+    edit(photo, serve=True)
+    (remark,) = opened(served[0][0], [labels, dark])["remarks"]
     assert remark.startswith("dark.tif: its values fill")
     for dtype in (np.uint8, np.int16):  # outside the edit their values would not stay
-        geotiff(dark, np.full((192, 192, 6), 9, dtype))
-        with pytest.raises(SystemExit):
-            main(use(out, edit, f"--out {tmp_path}/new --overwrite"))
-        assert f"has {np.dtype(dtype)} values" in capsys.readouterr().err
+        geotiff(dark, np.full((*side, 6), 9, dtype))
+        with refused(f"has {np.dtype(dtype)} values"):
+            edit(dark, overwrite=True)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
@@ -427,14 +419,10 @@ def test_a_deep_landscape_is_learnt(tmp_path):
         assert rows["model"][measure] < 0.9 * others
     pix2pix.main(use(out, f"--generate {root}/val/A", f"--out {tmp_path}/new"))
     for path in (root / "val" / "A").iterdir():
-        with rasterio.open(tmp_path / "new" / path.name) as result:
-            new = result.read(masked=True)
-            assert result.transform == PLACE["transform"]
-        with rasterio.open(root / "val" / "B" / path.name) as target:
-            real = np.nan_to_num(target.read(list(range(1, len(new) + 1))))
-        known = ~new.mask & (real > 0)
-        assert known.any(0).mean() > 0.9
-        assert abs(new.data[known].mean() / real[known].mean() - 1) < 0.05
+        new, real = bands_of(tmp_path / "new" / path.name), bands_of(root / "val" / "B" / path.name)
+        known = has_data(tmp_path / "new" / path.name)[..., None] & (real > 0)
+        assert known.mean() > 0.9
+        assert abs(new[known].mean() / real[known].mean() - 1) < 0.05
 
 
 def test_one_flat_band_is_no_other_unit():
