@@ -24,7 +24,6 @@ from PIL import Image
 
 import common
 import pix2pix
-import support.begin
 import support.run
 from files import picture, pictures_in, pixels_of, save, vgg_file
 from forks import forked
@@ -33,6 +32,7 @@ from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run
 from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
 from support.errors import print_once, refusing
+from support.files import unlock
 from support.options import parse
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
@@ -41,6 +41,11 @@ LAST = "checkpoints/last.pt"
 
 def train(data, out, more=""):
     main(tiny_run("pix2pix", data, out, more))
+
+
+def begun(words):
+    """The Config of a program that begins with this command line."""
+    return common.begin(Config, "", {}, words.split())[0]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,6 @@ def test_what_is_written_on_the_way_is_written_on_a_clock(
     train(pairs, run, "--epochs 5 --save-every 4 --max-images 2")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == [f"epoch_{k:04}.png" for k in grids] and saved == grids
-    assert Config().save_every == 10  # as docs/use.md has it
     assert {path.stem for path in (run / "checkpoints").iterdir()} == {"last", "epoch_0004"}
     assert state_of(run / "checkpoints" / "epoch_0004.pt")["epoch"] == 4
     rows = metrics_of(run)
@@ -157,18 +161,19 @@ def test_a_signal_during_the_last_validation_stops_before_the_report(
     assert rows_of(run)["model"]
 
 
-def test_default_folders_are_numbered_and_a_resume_finds_the_newest(pairs, tmp_path, monkeypatch):
+def test_default_folders_are_numbered_and_a_resume_finds_the_one_saved_last(
+    done, pairs, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    words = tiny_run("pix2pix", pairs, "runs/x", "--epochs 1 --max-images 2")
-    del words[2:4]  # without --out
-    for _ in range(2):
-        main(words)
+    outs = [begun(f"--data {pairs} --cache c").out for _ in range(2)]
+    assert outs == ["runs/pix2pix", "runs/pix2pix-2"]  # at once, before there is what to save
+    unlock()
     save_checkpoint(Path("runs/pix2pix-mine") / LAST, {})  # newer, but by no name of ours
-    cfg, _, checkpoint = common.begin(Config, "", {}, ["--resume", "--no-graph"])
-    assert cfg.out == "runs/pix2pix-2" and checkpoint["epoch"] == 1 and cfg.width == 4
-    assert not cfg.graph
-    outs = [common.begin(Config, "", {}, words)[0].out for _ in range(2)]
-    assert outs == ["runs/pix2pix-3", "runs/pix2pix-4"]  # at once, before there is what to save
+    for k, name in enumerate(("pix2pix-9", "pix2pix-10", "pix2pix")):
+        shutil.copytree(done, f"runs/{name}")
+        os.utime(f"runs/{name}/{LAST}", (k, k))
+        cfg = begun("--resume --no-graph")
+        assert (cfg.out, cfg.width, cfg.graph) == (f"runs/{name}", 4, False)
 
 
 @pytest.mark.parametrize("missing", ["tensorboard", "wandb"])
@@ -233,19 +238,19 @@ def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch
     means = np.mean([float(row["g_total"]) for row in metrics_of(run)[:2]])  # of the first epoch
     assert f"epoch 1/2: g_total {means:.4g}" in said and "val_rmse" in said.split("epoch 2/2")[0]
     assert closing.bar.n == closing.bar.total == 12 and "| 5/12 [00:00<?, ?image/s]" in said
+    assert (closing.bar.smoothing, closing.bar.miniters) == (0, 1)  # the mean rate
     main(f"--resume --out {run}".split())
     assert f"run folder {run}: all epochs are done" in capsys.readouterr().err
 
 
 def test_the_bar_counts_images_and_is_drawn_by_the_first_process(monkeypatch):
-    run = types.SimpleNamespace(epoch=2, batch=1, steps_per_epoch=5, images_per_step=3)
-    run.cfg = types.SimpleNamespace(epochs=4)
-    bar = common.Run._new_bar(run)
-    assert (bar.n, bar.total, bar.smoothing, bar.miniters) == (33, 60, 0, 1)  # the mean rate
-    assert bar.mininterval == 10  # in a log; in a terminal it moves
-    monkeypatch.setattr(support.run, "rank", lambda: 1)
-    assert common.Run._new_bar(run).disable and not bar.disable
-    bar.close()
+    cfg = types.SimpleNamespace(epochs=4)
+    run = types.SimpleNamespace(cfg=cfg, epoch=2, batch=1, steps_per_epoch=5, images_per_step=3)
+    for rank in (0, 1):
+        monkeypatch.setattr(support.run, "rank", lambda rank=rank: rank)
+        with common.Run._new_bar(run) as bar:
+            assert (bar.n, bar.total, bar.disable) == (33, 60, rank == 1)
+            assert rank or (bar.smoothing, bar.miniters, bar.mininterval) == (0, 1, 10)  # in a log
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -539,11 +544,10 @@ def test_evaluation_needs_validation_images_alone(pairs, done, tmp_path, monkeyp
     main(["--evaluate", "--checkpoint", "mine.pt", "--data", "data"])
     assert rows_of(tmp_path / "runs" / "mine") == rows_of(done)
     (tmp_path / "runs" / "mine" / "config.json").touch()
-    use_it = ["--checkpoint", "mine.pt", "--evaluate"]
     with refused("runs/mine is another run, of the name of mine.pt: pass --out"):
-        common.begin(Config, "", {}, use_it)
-    assert common.begin(Config, "", {}, [*use_it, "--out", "new"])[0].out == "new"
-    assert common.begin(Config, "", {}, [*use_it[:2], "--serve"])[0].serve
+        begun("--checkpoint mine.pt --evaluate")
+    assert begun("--checkpoint mine.pt --evaluate --out new").out == "new"
+    assert begun("--checkpoint mine.pt --serve").serve
 
 
 def test_generate_keeps_names_and_sizes(done, tmp_path):
@@ -562,7 +566,7 @@ def test_options_of_use_are_those_of_the_call(done, tmp_path):
     content = last(done)
     content["config"] |= {"train_judge": True, "split": "test", "device": "cuda", "seed": 7}
     torch.save(content, tmp_path / "x.pt")
-    cfg = common.begin(Config, "", {}, f"--evaluate --checkpoint {tmp_path}/x.pt".split())[0]
+    cfg = begun(f"--evaluate --checkpoint {tmp_path}/x.pt")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     assert (cfg.train_judge, cfg.split, cfg.device) == (False, "val", here)
     assert (cfg.width, cfg.seed) == (4, 7)
@@ -588,11 +592,10 @@ def test_init_from_our_checkpoint_and_from_a_bare_state_dict(done, pairs, tmp_pa
         G = pix2pix.build(cfg, CPU).G
         common.load_network(G, path, cfg, "G")
         assert same(dict(G.state_dict()), weights["G"])
-    use_at_once = f"--generate {pairs}/val/0.png --init {bare} --size 64 --width 4"
-    main(f"{use_at_once} --device cpu --out {tmp_path}/o".split())
+    at_once = f"--generate {pairs}/val/0.png --init {bare} --size 64 --width 4 --device cpu"
+    main(f"{at_once} --out {tmp_path}/o".split())
     assert (tmp_path / "o" / "0.png").is_file()
-    cfg = common.begin(Config, "", {}, f"{use_at_once} --device cpu".split())[0]
-    assert cfg.out == "runs/pix2pix/generated"
+    assert begun(at_once).out == "runs/pix2pix/generated"
     seen = []
     monkeypatch.setattr(pix2pix, "train_step", lambda state, *_: seen.append(state.D) or sys.exit())
     for init in (ours, bare):
@@ -675,19 +678,10 @@ def test_training_on_the_demo_world_lowers_l1(tmp_path):
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
 
 
-def test_the_newest_run_is_that_saved_last(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for k, name in enumerate(("pix2pix-9", "pix2pix-10", "pix2pix")):
-        path = Path("runs") / name / LAST
-        save_checkpoint(path, {})
-        os.utime(path, (k, k))
-        assert support.begin._newest_run(Config()) == Path("runs") / name
-
-
 def test_a_checkpoint_is_used_from_its_own_folder(done, monkeypatch):
     monkeypatch.chdir(done / "checkpoints")
-    cfg = common.begin(Config, "", {}, ["--generate", "last.pt", "--checkpoint", "last.pt"])[0]
-    assert Path(cfg.out).resolve() == done / "generated"
+    out = begun("--generate last.pt --checkpoint last.pt").out
+    assert Path(out).resolve() == done / "generated"
 
 
 def test_the_commit_is_that_of_the_scripts(tmp_path, monkeypatch):
