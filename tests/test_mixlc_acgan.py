@@ -5,13 +5,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import common
 import mixlc_acgan
 from mixlc_acgan import Discriminator, main, style_loss
 from runs import last, tiny_run
-from tensors import maps, pictures, tiny
+from tensors import batch_of, maps, pictures, tiny
 
 TINY = tiny("mixlc_acgan")[1]
 
@@ -52,30 +51,20 @@ def test_class_weights_by_hand():
     assert rare.tolist() == pytest.approx([512 / 1023, 10.0])
 
 
-def test_classifiers_are_scored_inside_the_edit_only(monkeypatch):
-    class Perfect(nn.Module):
-        seen = []  # by either, the model's edits first
+def test_a_judge_and_the_models_own_classifier_see_its_edits(monkeypatch):
+    edit, made, judged = mixlc_acgan.Edit(*batch_of("mixlc_acgan", TINY)), pictures(7), {}
 
-        def classes_of(self, image):
-            self.seen.append(image)
-            return torch.where(self.mask, self.lc, self.lc.flip(1)).argmax(1)
+    def add_judged(scores, judge, edit, mask, fake, by):
+        judged[by] = judge, mask, fake
 
-    net, lc = Perfect(), maps(classes=3)
-    net.lc, net.mask = lc, torch.zeros(2, 1, 64, 64, dtype=torch.bool)
-    net.mask[:, :, 8:28, 8:28] = True
-    box, inside = torch.tensor([[8, 8, 20, 20]] * 2), torch.ones(2, dtype=torch.bool)
-    edit = mixlc_acgan.Edit(pictures(), lc, pictures(), box, inside, lc, pictures(), lc, ~inside)
-    val = types.SimpleNamespace(in_order=lambda images: [edit])
-    state = types.SimpleNamespace(D=net, G=nn.Identity())
-    made = pictures(7)
+    monkeypatch.setattr(mixlc_acgan, "add_judged", add_judged)
     monkeypatch.setattr(mixlc_acgan, "translate", lambda state, inputs, cfg: made)
-    judge = Perfect()
-    judge.lc, judge.mask = lc, ~net.mask  # wrong wherever the other is right
-    scores = mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge=judge)
-    assert sum(image is made for image in net.seen) == 2 and net.seen[0] is made
-    for by in ("judge", "own"):
-        assert scores.confusions["model", by].sum().item() == 2 * 400
-        assert (scores.table()["model"][f"{by}_mean_iou"] == 1.0) == (by == "own")
+    state, val = types.SimpleNamespace(D="D"), types.SimpleNamespace(in_order=lambda images: [edit])
+    mixlc_acgan.evaluate(state, val, TINY, np.arange(2), judge="judge")
+    assert set(judged) == {"own", "judge"}
+    for by, (judge, mask, fake) in judged.items():
+        assert judge == {"own": "D", "judge": "judge"}[by] and fake is made
+        assert torch.equal(mask, mixlc_acgan.edit_mask(edit.box, edit.inside, 64))
 
 
 def test_a_checkpoint_keeps_class_weights_and_no_vgg(trained, landcover, tmp_path):
