@@ -20,6 +20,7 @@ from runs import refused
 from support import opening
 from support.classes import ClassTable
 from support.generate import results_of
+from support.limits import ALL, Limits
 from support.opening import UPLOADS
 from support.pictures import as_array
 from support.rasters import Raster
@@ -150,7 +151,7 @@ def test_a_folder_a_pipe_or_a_name_of_the_network_is_no_picture(tmp_path):
 
 def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
     geotiff(tmp_path / "a.tif", GREY, bigtiff="YES")
-    geotiff(tmp_path / "b.tif", GREY + 200)
+    geotiff(tmp_path / "b.tif", GREY + 200, compress="JPEG")
     (tmp_path / "both.vrt").write_text(joined("a.tif", "b.tif"))
     with mock.patch.object(rasterio, "open", wraps=rasterio.open) as spy:
         assert (Raster(tmp_path / "both.vrt").read() == np.hstack([GREY, GREY + 200])).all()
@@ -164,7 +165,38 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
         assert raster.valid(0, 0, 30, 80).any(0).tolist() == [False] * 40 + [True] * 40
     with refused("endings are"):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
+    assert Raster("both.vrt").lossy
     assert not UPLOADS & {".bmp", ".gif", ".gpkg", ".img", ".jp2", ".vrt"}
+
+
+def test_remarks_in_a_vrt_are_not_read(tmp_path):
+    """Nor what they name: GDAL would open overviews by their content."""
+    overview = f"<Overview><SourceFilename>{SECRET}</SourceFilename></Overview>"
+    remarks = "<Histograms><HistItem/></Histograms><GDALRasterAttributeTable/>" + overview
+    text = joined("a.tif").replace("</VRTRasterBand>", f"{remarks}</VRTRasterBand>")
+    text = text.replace("</VRTD", "<OverviewList>2 4</OverviewList></VRTD")
+    geotiff(tmp_path / "a.tif", GREY)
+    (tmp_path / "x.vrt").write_text(text)
+    raster = Raster(tmp_path / "x.vrt")
+    assert (raster.read() == GREY).all() and not raster.tiff.overviews(1)
+
+
+def test_bands_have_types_and_no_data_values_of_their_own(tmp_path):
+    pixels = GREY + np.arange(3, dtype=np.uint8)
+    pixels[:9, :, 1] = 200
+    geotiff(tmp_path / "a.tif", pixels)
+    text = joined("a.tif").replace(
+        '"Byte" band="2">', '"Int16" band="2"><NoDataValue>200</NoDataValue>'
+    )
+    (tmp_path / "x.vrt").write_text(text.replace('"Byte" band="3"', '"Float32" band="3"'))
+    with Raster(tmp_path / "x.vrt", limits=ALL) as raster:
+        values, limits = raster.values(), Limits((0,) * 3, (255,) * 3, "float32")
+        assert values.dtype == raster.dtype == "float32" and (values == pixels).all()
+        valid = raster.valid(0, 0, 30, 40)
+        assert not valid[:9].any() and valid[9:].all()
+    with Raster(tmp_path / "x.vrt", limits=limits) as raster:
+        written(tmp_path / "out.tif", raster, values, limits=limits, edited=True)
+    assert (has_data(tmp_path / "out.tif") == valid).all()
 
 
 EIGHT, TWENTY = [float(k) for k in range(1, 9)], [1.0] * 20

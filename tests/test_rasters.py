@@ -195,6 +195,29 @@ def test_an_edited_file_keeps_its_holes(tmp_path, profile):
     assert not known.all()
 
 
+def test_an_edited_palette_has_its_colours_and_holes(tmp_path):
+    """Black among its colours is no hole, though the index without data is 0."""
+    index = noise(20, 30, 1) % 4
+    colours = {0: (255, 255, 255), 1: (0, 0, 0), 2: (200, 0, 0), 3: (0, 0, 9)}
+    source = geotiff(tmp_path / "x.tif", index, nodata=0, photometric="PALETTE")
+    with rasterio.open(source, "r+") as target:
+        target.write_colormap(1, colours)
+    out, known = rewritten_edit(source)
+    want = np.array(list(colours.values()), np.uint8)[index[..., 0]]
+    assert (bands_of(out)[known] == want[known]).all() and (known == (index[..., 0] > 0)).all()
+
+
+@pytest.mark.parametrize("values", ["7 7 7", "7 0 7"])
+def test_an_edited_file_keeps_holes_that_a_tag_marks(tmp_path, values):
+    pixels = noise(20, 30)
+    pixels[:5] = [int(value) for value in values.split()]
+    source = geotiff(tmp_path / "x.tif", pixels)
+    with rasterio.open(source, "r+") as target:
+        target.update_tags(NODATA_VALUES=values)
+    _, known = rewritten_edit(source)
+    assert not known[:5].any() and known[5:].all()
+
+
 def test_codes_of_16_bits_with_a_palette(tmp_path):
     forest = {"name": "forest", "color": "#0000ff", "value": 300}
     path = geotiff(tmp_path / "x.tif", np.array([[0, 1, 300]], np.uint16))
@@ -263,10 +286,15 @@ def test_coloured_labels_may_be_empty_in_the_middle(tmp_path):
 def test_colours_of_lossy_tiffs_are_nearest(tmp_path):
     labels = np.repeat(np.arange(3, dtype=np.uint8), 16)[:, None].repeat(64, 1)
     path = tmp_path / "x.tif"
-    for how in ({"compress": "WEBP"}, {"compress": "JPEG"}, {"driver": "JP2OpenJPEG"}):
-        path = path.with_suffix(".jp2" if "driver" in how else ".tif")
-        geotiff(path, CLASSES.palette[labels], **how)
-        assert (Raster(path, CLASSES).read() == labels).mean() > 0.9
+    for ending, how in (
+        (".tif", {"compress": "WEBP"}),
+        (".tif", {"compress": "JPEG"}),
+        (".jp2", {"driver": "JP2OpenJPEG"}),
+        (".gpkg", {"driver": "GPKG"}),
+    ):
+        path = geotiff(path.with_suffix(ending), CLASSES.palette[labels], **how)
+        raster = Raster(path, CLASSES)
+        assert raster.lossy and (raster.read() == labels).mean() > 0.9
 
 
 def test_palettes_of_photographs(tmp_path):
@@ -450,6 +478,7 @@ PLACES = {
     "south-up": ({"transform": Affine(0.5, 0, 5e5, 0, 0.5, 58e5 - 15)}, False),
     "another CRS": ({"crs": "EPSG:32632"}, False),
     "the same CRS in other words": ({"crs": ESRI}, True),
+    "the same CRS with heights": ({"crs": "EPSG:32633+5773"}, True),
     "no CRS": ({"crs": None}, True),
     "no CRS, away": (away(4.5, 0) | {"crs": None}, False),
     "no place": ({"crs": None, "transform": Affine.identity()}, True),
