@@ -65,6 +65,7 @@ class ImageStore:
 
     split  "train", "val" or "test"
     side   every image, or patch, is resized to side x side (bicubic; labels nearest)
+    most   files of A, and of B, evenly spread; 0: all. In training --max-images counts
 
     A        (N, C, side, side) uint8, or int16 levels of Limits if A or B has more than 8 bits
     B        (M, C, side, side), the same, or (M, 1, side, side) class indices; M = N if paired
@@ -75,12 +76,12 @@ class ImageStore:
     where it has data. Labels are IGNORED where their photograph has none.
     """
 
-    def __init__(self, cfg, split, side):
+    def __init__(self, cfg, split, side, most=0):
         self.cache = cache_folder(cfg)
         self.split = find_images(source(cfg), split, cfg.lc_classes)
-        if split == "train":
-            a, b = (some_of(files, cfg.max_images) for files in (self.split.A, self.split.B))
-            self.split = dataclasses.replace(self.split, A=a, B=b)
+        most = cfg.max_images if split == "train" else most
+        a, b = (some_of(files, most) for files in (self.split.A, self.split.B))
+        self.split = dataclasses.replace(self.split, A=a, B=b)
         self.classes, self.paired = self.split.classes, self.split.paired
         if cfg.stride and not cfg.patch:
             raise UserError("--stride is for pieces: pass --patch as well")

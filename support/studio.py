@@ -53,7 +53,7 @@ class Studio:
     def _examples(self):
         """[(given, photo)] of validation images; without training's data, of a picture of docs/."""
         try:
-            store = ImageStore(self.cfg, "val", self.cfg.size)
+            store = ImageStore(self.cfg, "val", self.cfg.size, most=EXAMPLES)
         except (UserError, OSError):
             name = "example.jpg" if self.input_domain == "A" else "example_map.png"
             path = Path(__file__).parents[1] / "docs" / name

@@ -25,7 +25,18 @@ import torch
 from PIL import Image
 
 import common
-from files import CLASSES, LABELS, TABLE, geotiff, land_cover, picture, pictures_in, pixels_of, save
+from files import (
+    CLASSES,
+    LABELS,
+    TABLE,
+    geotiff,
+    land_cover,
+    picture,
+    pictures_in,
+    pixels_of,
+    save,
+    side_by_side,
+)
 from forks import forked, until
 from pages import BROWSER
 from runs import refused, tiny_run, use
@@ -328,6 +339,14 @@ def test_examples_are_as_wide_and_high_as_windows(tmp_path, pairs, window, shape
     assert all(image.start.shape == (*shape, 3) for image in studio.examples[0])
     height, width = np.broadcast_to(window or 64, 2)
     assert f'"blank": {{"height": {height}, "width": {width}}}' in studio.page()
+
+
+def test_no_more_images_are_decoded_than_the_page_shows(tmp_path):
+    side_by_side(tmp_path / "data", train=1, val=15, side=16)
+    cfg = configured("pix2pix", tmp_path, data=str(tmp_path / "data"), lc_classes="pictures")
+    assert len(Studio(cfg, None, None).examples) == 12
+    (store,) = Path(cfg.cache).glob("val-*.npy")
+    assert len(np.load(store, mmap_mode="r")) == 12
 
 
 def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_path):
