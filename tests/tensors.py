@@ -68,12 +68,6 @@ def inputs_of(net):
     return inputs
 
 
-def parameters(kind, *arguments, **options):
-    """How many weights a module of that kind has; made without values, which takes no time."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in kind(*arguments, **options).parameters())
-
-
 def same(a, b):
     """Whether nested dicts and lists of tensors and numbers are equal to the bit."""
     if isinstance(a, dict):

@@ -7,7 +7,7 @@ import torch
 from test_steps import CASES
 from torch import nn
 
-from tensors import CPU, maps, parameters, pictures, tiny
+from tensors import CPU, maps, pictures, tiny
 
 NAMES = (
     "pix2pix,pix2pix instance,pix2pix resnet,pix2pix resnet instance,pix2pix resize,"
@@ -63,10 +63,12 @@ def convolutions(net):
 
 @pytest.mark.parametrize(("script", "network", "arguments", "count"), PARAMETERS)
 def test_parameters(script, network, arguments, count):
-    assert parameters(getattr(importlib.import_module(script), network), *arguments) == count
+    with torch.device("meta"):  # without values, which takes no time
+        net = getattr(importlib.import_module(script), network)(*arguments)
+    assert sum(p.numel() for p in net.parameters()) == count
 
 
-@pytest.mark.parametrize("size", [64, 128, 256, 512])
+@pytest.mark.parametrize("size", [64, 512])
 @pytest.mark.parametrize("case", GENERATORS)
 def test_shapes_and_ranges(case, size):
     script = case.split()[0]
