@@ -26,10 +26,11 @@ import mixlc_acgan
 import pix2pix
 import support.begin
 import support.device
+import support.run
 from files import vgg_file
 from forks import forked
 from graphs import record_graphs
-from runs import line_of, refused, state_of, stop_after, tiny_run, use
+from runs import line_of, refused, state_of, stop_after, tiny_run
 from support.begin import begin
 from support.channels_last import InstanceNorm, stay_channels_last
 from support.device import GraphedStep, start
@@ -125,14 +126,6 @@ def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     assert seen[0][0].device == torch.device("meta")
 
 
-def test_what_is_reduced_stays_as_it_was(monkeypatch):
-    as_rank(monkeypatch, 0)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: tensor.mul_(2))
-    sums = torch.ones(3)
-    assert (reduced(sums) == 2).all() and (sums == 1).all()
-
-
 def test_images_stay_on_the_host_where_the_gpu_has_little_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 10**12))  # free, in all
     assert not common.Loader(np.zeros((9, 3, 8, 8), np.uint8), torch.device("cuda")).resident
@@ -156,7 +149,9 @@ def test_gradients_and_logged_losses_are_averaged(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     losses = Means()
     losses.add(["g"], torch.tensor([3.0]))
-    assert losses.read() == {"g": 5} and losses.saved()[1].tolist() == [5]
+    assert losses.read() == {"g": 5}
+    for _ in range(2):  # what is reduced is a copy
+        assert losses.saved()[1].tolist() == [5]
     layer = torch.nn.Linear(2, 1)
     (layer.weight.sum() * 3 + layer.bias.sum()).backward()
     common.average_gradients(layer)
@@ -286,9 +281,9 @@ def test_avx512_is_found():
 
 @pytest.mark.parametrize("avx512", [True, False])
 def test_bf16_of_training_is_used_where_the_cpu_is_fast_at_it(
-    trained, tmp_path, avx512, monkeypatch, capsys
+    trained, tmp_path, avx512, monkeypatch
 ):
-    """Without AVX-512 a new run warns, and a use of its checkpoint computes in float32."""
+    """Without AVX-512 a use of a checkpoint computes in float32, unless told otherwise."""
     checkpoint = state_of(trained("pix2pix") / "checkpoints" / "last.pt")
     checkpoint["config"]["precision"] = "bf16"
     torch.save(checkpoint, tmp_path / "bf16.pt")
@@ -299,36 +294,38 @@ def test_bf16_of_training_is_used_where_the_cpu_is_fast_at_it(
         cfg, device, _ = begin(pix2pix.Config, "", {}, argv + typed)
         with common.autocast(cfg, device):
             assert torch.is_autocast_enabled("cpu") == (avx512 or bool(typed))
-    monkeypatch.setattr(support.device, "print_once", print)
-    support.device.recommend_precision(cfg)
-    assert ("--precision fp32" in capsys.readouterr().out) == (not avx512)
 
 
-def test_a_new_run_on_a_cpu_hears_of_a_faster_precision(
-    pairs, trained, tmp_path, monkeypatch, capsys
-):
-    """But not one that chose a precision, or is quick, resumed, refused, or none."""
-    evaluation = use(trained("pix2pix"), "--evaluate")
-    monkeypatch.setattr(support.device, "print_once", print)
+FASTER = [  # whether there is AMX, and AVX-512; options; what a new run is told
+    (True, True, {}, "--precision bf16"),
+    (False, True, {}, ""),
+    (True, True, {"quick": True}, ""),
+    (True, True, {"precision": "fp32"}, ""),
+    (True, True, {"precision": "bf16"}, ""),
+    (True, False, {"precision": "bf16"}, "--precision fp32"),
+    (True, False, {"precision": "bf16", "device": "cuda"}, ""),
+]
+
+
+@pytest.mark.parametrize(("amx", "avx512", "options", "remark"), FASTER)
+def test_a_faster_precision_is_recommended(amx, avx512, options, remark, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(support.device, "has_avx512", lambda: avx512)
+    support.device.recommend_precision(pix2pix.Config(**{"device": "cpu"} | options))
+    said = capsys.readouterr().err
+    assert remark in said and bool(said) == bool(remark)
+
+
+def test_a_new_run_alone_hears_of_a_faster_precision(pairs, tmp_path, monkeypatch):
+    """Not one that is resumed, or refused."""
+    told, run = calls_of(monkeypatch, support.run, "recommend_precision"), tmp_path / "run"
+    stop_after(1, pix2pix.main, tiny_run("pix2pix", pairs, run, "--epochs 1"), monkeypatch)
+    pix2pix.main(["--resume", "--out", str(run)])
     shutil.copytree(pairs, tmp_path / "broken")
     (tmp_path / "broken" / "train" / "1.png").write_bytes(b"rubbish")
-    for has, typed, remarks in (
-        (True, "", 1),
-        (True, "--quick", 0),
-        (True, "--precision fp32", 0),
-        (False, "", 0),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has})
-        words = tiny_run("pix2pix", pairs, tmp_path / f"{has}{typed[2:5]}", f"--epochs 1 {typed}")
-        stop_after(1, pix2pix.main, words, monkeypatch)
-        assert capsys.readouterr().out.count("--precision bf16") == remarks, typed
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    pix2pix.main(["--resume", "--out", str(tmp_path / "True")])
-    begin(pix2pix.Config, "", {}, evaluation)
     with pytest.raises(SystemExit):
-        pix2pix.main(tiny_run("pix2pix", tmp_path / "broken", tmp_path / "run"))
-    said = capsys.readouterr()  # a mistake is one line
-    assert "1.png: cannot be decoded" in said.err and "bf16" not in said.out
+        pix2pix.main(tiny_run("pix2pix", tmp_path / "broken", tmp_path / "other"))
+    assert len(told) == 1
 
 
 def test_benchmarks_compute_as_training_does(monkeypatch):
