@@ -27,7 +27,7 @@ def pytest_collection_finish(session):
 @pytest.fixture(autouse=True)
 def fresh():
     """Every test starts from the same random numbers and signals, and sees every remark."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also asks for each backend
     errors._print.cache_clear()
     handlers = [(number, signal.getsignal(number)) for number in support.run.SIGNALS]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
