@@ -14,7 +14,7 @@ from support.edits import PhotoEdit, centred
 from support.errors import UserError, print_once, refusing
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, remove_unfinished, write_image
 from support.layouts import contents, image_files
-from support.limits import Limits, print_other_units, values_of
+from support.limits import Limits, print_doubts, values_of
 from support.opening import CACHED_MB, driver_of
 from support.pairs import check_pair
 from support.pictures import as_tensor, eight_bits, save_grid
@@ -121,7 +121,7 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     """Translates one Raster into a file: a picture, or a label map."""
     window, size = window_of(cfg, raster), (raster.height, raster.width)
     print_windows(cfg, raster)
-    print_other_units(raster)
+    print_doubts(raster)
     cut = functools.partial(network_input, raster, cfg.size)
     predict = functools.partial(predict, whole=not window)
     windows = Windows(cut, predict, size, window, shared_statistics(cfg, net), raster.valid)
@@ -143,10 +143,11 @@ def edit_of_files(cfg):
     if photo.limits and photo.dtype != photo.limits.dtype:
         remedy = f"convert it to {photo.limits.dtype}, that of training"
         raise UserError(f"{photo.path}: has {photo.dtype} values: {remedy}")
-    print_other_units(photo)
+    print_doubts(photo)
     maps = [Raster(file, cfg.classes) for file in (cfg.lc, cfg.lc_before) if file]
     for labels in maps:
         check_pair(photo, labels)
+        print_doubts(labels)
     if cfg.erase and not (cfg.lc_before or cfg.paint):
         raise UserError("--generate needs --lc-before FILE or --paint (or train with --no-erase)")
     strokes = [_stroke(text, cfg.classes, photo.height, photo.width) for text in cfg.paint]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.batches import some_of
+from support.classes import IGNORED
 from support.errors import UserError, print_once
 from support.options import flag
 from support.pictures import as_array
@@ -85,15 +86,19 @@ def values_of(image, limits):
     return limits.to_values(image) if limits else as_array(image)
 
 
-def print_other_units(raster):
-    """Prints a line if a network would see the middle of a deep Raster as a single colour."""
-    if not raster.limits:
+def print_doubts(raster):
+    """Prints a line if a network sees one colour in the middle of a Raster, or hardly any class."""
+    if not (raster.limits or raster.table):
         return
     corner = max(0, raster.height // 2 - 256), max(0, raster.width // 2 - 256)
-    levels = raster.read(*corner, 512, 512)
-    if nearly_flat(levels[raster.valid(*corner, *levels.shape[:2])]):
+    pixels = raster.read(*corner, 512, 512)
+    pixels = pixels[raster.valid(*corner, *pixels.shape[:2])]
+    if raster.limits and nearly_flat(pixels):
         about = "its values fill less than 1% of the limits of training"
         print_once(f"{raster.path.name}: {about}: other units?")
+    if raster.table and 2 * np.sum(pixels == IGNORED) > len(pixels):
+        about = "most of its pixels have no class of the model"
+        print_once(f"{raster.path.name}: {about}: another class table?")
 
 
 ALL = Limits((0.0,), (1.0,), "")  # opens a file of any depth

@@ -18,7 +18,7 @@ from support.batches import spread
 from support.canvases import MemoryRaster, values_of_colours
 from support.classes import IGNORED, ClassTable
 from support.errors import UserError, remarks
-from support.limits import Limits, print_other_units, values_of
+from support.limits import Limits, print_doubts, values_of
 from support.opening import UPLOADS
 from support.pairs import check_pair
 from support.pictures import as_tensor, resize
@@ -158,7 +158,7 @@ class Studio:
                 with Raster(path, table, UPLOADS, MOST_PIXELS, bands, limits) as raster:
                     if raster.height * raster.width > MOST_PIXELS:
                         raise UserError(f"{path}: more than {MOST_PIXELS} pixels: cut it")
-                    print_other_units(raster)
+                    print_doubts(raster)
                     remarks()[:] = [text.replace(path.name, name) for text in remarks()]
                     pixels = raster.values()
                     valid = raster.valid(0, 0, *pixels.shape[:2])

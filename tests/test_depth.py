@@ -15,14 +15,14 @@ import common
 import pix2pix
 import support.limits
 import support.serve
-from files import PLACE, TABLE, bands_of, geotiff, has_data, noise, save
+from files import CLASSES, PLACE, TABLE, bands_of, geotiff, has_data, noise, save
 from pages import in_colours, opened, page_shows, studio_of
 from runs import last, line_of, refused, rows_of, stop_after, tiny_run, use
 from support import errors
 from support.demo import landscape
 from support.device import in_bf16
 from support.generate import needs_tiff
-from support.limits import Limits, print_other_units
+from support.limits import Limits, print_doubts
 from support.options import flag
 from support.pictures import eight_bits
 from support.rasters import Raster
@@ -203,8 +203,18 @@ def test_the_middle_of_a_raster_shows_its_units(tmp_path, capsys, flat, high):
     values[:50] = 0  # no data
     geotiff(tmp_path / "x.tif", values.T if high else values, nodata=0)
     with Raster(tmp_path / "x.tif", bands=(1,), limits=Limits((0,), (9999,), "uint16")) as raster:
-        print_other_units(raster)
+        print_doubts(raster)
     assert ("other units?" in capsys.readouterr().err) == (flat == "the middle")
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_label_maps_of_other_classes_are_reported_where_they_have_data(tmp_path, capsys, share):
+    index = np.ones((100, 20), np.uint8)
+    index[: int(share * 50)], index[50:] = 3, 9  # an ignored class, and no data
+    with Raster(geotiff(tmp_path / "x.tif", index, nodata=9), CLASSES) as raster:
+        print_doubts(raster)
+    said = capsys.readouterr().err
+    assert ("x.tif: most of its pixels have no class of the model" in said) == (share > 0.5)
 
 
 def test_the_store_keeps_sixteen_bits_and_holes(deep, tmp_path):
