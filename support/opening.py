@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from support.batches import some_of
 from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
@@ -112,14 +113,15 @@ def open_tiff(path, driver):
 
 
 def is_lossy(tiff):
-    """Whether the compression of a dataset, or of a TIFF that a VRT joins, changes colours."""
+    """Whether the compression of a dataset, or of TIFFs that a VRT joins, changes colours."""
     if tiff.driver == "VRT":
-        joined = [Path(file) for file in tiff.files if file.lower().endswith((".tif", ".tiff"))]
-        return any(is_lossy(open_tiff(path, "GTiff")) for path in joined)
+        joined = [file for file in tiff.files if file.lower().endswith((".tif", ".tiff"))]
+        for file in some_of(joined, 100):
+            with open_tiff(Path(file), "GTiff") as part:
+                if is_lossy(part):
+                    return True
     about = tiff.tags(ns="IMAGE_STRUCTURE")
-    lossy = about.get("COMPRESSION", "").endswith(("JPEG", "WEBP"))
-    tiles = tiff.driver == "GPKG" and tiff.count > 2  # by default JPEG inside, PNG at the edges
-    guess = "LOSSY" if lossy or tiles else ""
+    guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
     return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"
 
 

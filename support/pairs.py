@@ -65,7 +65,8 @@ def check_pair(a, b):
     corners = np.array([[0, a.width, 0, a.width], [0, 0, a.height, a.height], [1, 1, 1, 1]])
     places = np.reshape(to_b, (3, 3)) @ corners
     elsewhere = f"{b.path} lies elsewhere than {a.path}: another CRS or transform"
-    if crs and other_crs and crs != other_crs:  # it may be one CRS, written in two ways
+    same = not (crs and other_crs) or crs == other_crs
+    if not (same or (crs.to_epsg() or 0) == other_crs.to_epsg()):  # may be one in other words
         with refusing(elsewhere):
             places[:2] = gdal().warp.transform(other_crs, crs, *places[:2])
     apart = np.abs(np.linalg.inv(np.reshape(to_a, (3, 3))) @ places - corners).max()  # in pixels

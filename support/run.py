@@ -130,10 +130,10 @@ class Run:
             self.bar.write(text, file=sys.stderr)
 
     def _interrupt(self, number, frame):
-        self.interrupted = number
+        first, self.interrupted = not self.interrupted, number
         if number == signal.SIGINT:  # SIGTERM may come twice: from SLURM and from torchrun
             signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-        if rank() == 0:
+        if first and rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
     def must_save(self):

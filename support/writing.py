@@ -72,8 +72,9 @@ def _profile(source, classes, bands, limits):
     dtype = classes.codes.dtype if classes else np.dtype(limits.dtype if limits else "uint8")
     kinds = itertools.chain(*source.tiff.mask_flag_enums) if source.tiff else ()
     by_value = source.masked and gdal().enums.MaskFlags.nodata in kinds  # and not by a mask
-    alike = by_value and source.palette is None and len(set(map(str, source.tiff.nodatavals))) == 1
-    nothing = source.tiff.nodata if alike else None
+    values = [source.tiff.nodatavals[band - 1] for band in source.chosen] if by_value else [None]
+    alike = len(set(map(str, values))) == 1  # NaN, too
+    nothing = values[0] if alike and source.palette is None else None  # of a palette it is an index
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
     if inside and limits != source.limits:  # in other units a value like others: a mask instead

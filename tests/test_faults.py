@@ -57,7 +57,7 @@ CASES = {
     f"{EDIT} --lc lc.png": "or train with --no-erase",
     f"{EDIT} --lc small.png --paint water:1,1,5,5": "10x10: sizes must agree",
     f"{EDIT} --paint water:1,1,5,5": "needs --lc",
-    "pix2pix --batch 2": "unrecognized arguments: --batch 2",
+    "pix2pix --batch 2": "unrecognized arguments: --batch 2 (see --help)",
     "pix2pix --data=": "--data is empty: pass a value",
     "pix2pix --resume --out renamed": "this version has no option adv_lambda, alpha",
     "pix2pix --evaluate --checkpoint model.pt --out stranger": "written by another program",
@@ -368,7 +368,8 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys, monkeypatch
     ):
         lock(tmp_path / name)
         first = LOCKS.pop()
-        assert "another process is training in it" in line_of(pix2pix.main, words, capsys)
+        line = line_of(pix2pix.main, words, capsys)
+        assert "another process is training in it" in line and line.endswith(".lock")
         first.release()  # as the system does when a process ends
         pix2pix.main(words)
     monkeypatch.setenv("RANK", "1")

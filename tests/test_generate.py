@@ -33,6 +33,7 @@ from files import (
     save,
 )
 from runs import last, refused, stop_after, tiny_run, use
+from support.edits import PhotoEdit
 from support.generate import _view, edit_of_files, inputs_of, print_windows, results_of
 from support.pictures import paste, resize
 from support.rasters import Raster
@@ -728,6 +729,23 @@ def test_regions_hold_every_change_and_do_not_touch(tmp_path, seed):
         left[y : y + height, x : x + width] = False
         assert not any(overlap(regions[k], other) for other in regions[:k])
     assert not left.any()
+
+
+# boxes of changes, and the regions around them by windows of 64 x 64
+JOINED = [
+    ([(10, 10, 4, 4), (10, 300, 4, 4), (40, 10, 4, 4)], [(0, 270, 64, 64), (0, 0, 64, 64)]),
+    ([(10, 10, 4, 4), (10, 128, 4, 4), (12, 50, 4, 30)], [(0, 0, 64, 154)]),  # one after the other
+]
+
+
+@pytest.mark.parametrize(("boxes", "regions"), JOINED)
+def test_changes_join_the_regions_that_they_touch(boxes, regions):
+    edit = object.__new__(PhotoEdit)
+    edit.size, edit.window, edit.whole = (400, 400), (64, 64), False
+    edit._changes = lambda block: iter(boxes)
+    assert edit.regions() == regions
+    side_by_side = [(0, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 4)]
+    assert not any(map(overlap, side_by_side, side_by_side[1:]))
 
 
 @pytest.mark.parametrize("window", [64, 400])

@@ -194,6 +194,9 @@ def test_bands_have_types_and_no_data_values_of_their_own(tmp_path):
         assert values.dtype == raster.dtype == "float32" and (values == pixels).all()
         valid = raster.valid(0, 0, 30, 40)
         assert not valid[:9].any() and valid[9:].all()
+    for bands, holes in (((2, 3), True), ((1, 3), False)):
+        raster = Raster(tmp_path / "x.vrt", bands=bands, limits=ALL)
+        assert (raster.valid(0, 0, 30, 40) == valid).all() == holes
     with Raster(tmp_path / "x.vrt", limits=limits) as raster:
         written(tmp_path / "out.tif", raster, values, limits=limits, edited=True)
     assert (has_data(tmp_path / "out.tif") == valid).all()

@@ -290,7 +290,6 @@ def test_colours_of_lossy_tiffs_are_nearest(tmp_path):
         (".tif", {"compress": "WEBP"}),
         (".tif", {"compress": "JPEG"}),
         (".jp2", {"driver": "JP2OpenJPEG"}),
-        (".gpkg", {"driver": "GPKG"}),
     ):
         path = geotiff(path.with_suffix(ending), CLASSES.palette[labels], **how)
         raster = Raster(path, CLASSES)
@@ -479,6 +478,8 @@ PLACES = {
     "another CRS": ({"crs": "EPSG:32632"}, False),
     "the same CRS in other words": ({"crs": ESRI}, True),
     "the same CRS with heights": ({"crs": "EPSG:32633+5773"}, True),
+    "the zone before the easting": (away(33e6, 0) | {"crs": "EPSG:5653"}, True),
+    "no place on earth": ({"crs": CRS.from_wkt('LOCAL_CS["a hall",UNIT["metre",1]]')}, False),
     "no CRS": ({"crs": None}, True),
     "no CRS, away": (away(4.5, 0) | {"crs": None}, False),
     "no place": ({"crs": None, "transform": Affine.identity()}, True),

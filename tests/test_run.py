@@ -191,6 +191,16 @@ def test_tracking_is_optional(missing, pairs, done, tmp_path, capsys, monkeypatc
     assert f"--track wandb: pip install {missing}" in text
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once_but_no_second_sigterm(capsys):
+    run = object.__new__(common.Run)
+    run.interrupted = 0
+    for number, then in ((signal.SIGTERM, run._interrupt), (signal.SIGINT, signal.SIG_DFL)):
+        signal.signal(number, run._interrupt)
+        run._interrupt(number, None)
+        assert run.interrupted == number and signal.getsignal(number) == then
+    assert capsys.readouterr().err.count("stopping: ") == 1
+
+
 def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", types.SimpleNamespace(__spec__=True))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard := mock.MagicMock())
@@ -251,6 +261,10 @@ def test_the_bar_counts_images_and_is_drawn_by_the_first_process(monkeypatch):
         with common.Run._new_bar(run) as bar:
             assert (bar.n, bar.total, bar.disable) == (33, 60, rank == 1)
             assert rank or (bar.smoothing, bar.miniters, bar.mininterval) == (0, 1, 10)  # in a log
+    monkeypatch.setattr(support.run, "rank", lambda: 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with common.Run._new_bar(run) as bar:
+        assert bar.mininterval == 0.1
 
 
 # ------------------------------------------------------------------------------------- exact resume
@@ -512,9 +526,14 @@ def test_processes_with_another_run_or_other_images_are_refused(
     pairs, tmp_path, monkeypatch, capsys
 ):
     """As where each machine has its own file system."""
-    monkeypatch.setattr(support.run, "of_rank_0", lambda seen: (*seen[:2], "other images"))
-    line = line_of(main, tiny_run("pix2pix", pairs, tmp_path / "run"), capsys)
-    assert "another run, save or --data than in process 0" in line
+    for part in range(3):  # the folder, the step, the images
+
+        def of_rank_0(seen, part=part):
+            return (*seen[:part], None, *seen[part + 1 :])
+
+        monkeypatch.setattr(support.run, "of_rank_0", of_rank_0)
+        line = line_of(main, tiny_run("pix2pix", pairs, tmp_path / "run"), capsys)
+        assert "another run, save or --data than in process 0" in line
 
 
 @pytest.mark.parametrize("words", ["--generate x.png --checkpoint", "--serve --checkpoint"])
