@@ -38,7 +38,7 @@ def start(cfg):
         before = [(n, signal.signal(n, signal.SIG_DFL)) for n in (signal.SIGINT, signal.SIGTERM)]
         dist.init_process_group("nccl" if cuda else "gloo", timeout=hours, device_id=where)
         for number, handler in before:  # Python's would wait until all processes are there
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         atexit.register(dist.destroy_process_group)  # after main, and the graph that it captured
     torch.manual_seed(cfg.seed)
     return device
