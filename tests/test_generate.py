@@ -744,8 +744,7 @@ def test_changes_join_the_regions_that_they_touch(boxes, regions):
     edit.size, edit.window, edit.whole = (400, 400), (64, 64), False
     edit._changes = lambda block: iter(boxes)
     assert edit.regions() == regions
-    side_by_side = [(0, 0, 4, 4), (4, 0, 4, 4), (0, 4, 4, 4)]
-    assert not any(map(overlap, side_by_side, side_by_side[1:]))
+    assert not (overlap((0, 0, 4, 4), (4, 0, 4, 4)) or overlap((0, 0, 4, 4), (0, 4, 4, 4)))
 
 
 @pytest.mark.parametrize("window", [64, 400])
