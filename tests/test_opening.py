@@ -151,12 +151,12 @@ def test_a_folder_a_pipe_or_a_name_of_the_network_is_no_picture(tmp_path):
 
 def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
     geotiff(tmp_path / "a.tif", GREY, bigtiff="YES")
-    geotiff(tmp_path / "b.tif", GREY + 200, compress="JPEG")
-    (tmp_path / "both.vrt").write_text(joined("a.tif", "b.tif"))
+    geotiff(tmp_path / "b.TIFF", GREY + 200, compress="JPEG")
+    (tmp_path / "both.vrt").write_text(joined("a.tif", "b.TIFF"))
     with mock.patch.object(rasterio, "open", wraps=rasterio.open) as spy:
         assert (Raster(tmp_path / "both.vrt").read() == np.hstack([GREY, GREY + 200])).all()
     assert spy.call_args.kwargs == {"driver": "VRT"}  # or GDAL would go by its content
-    text = joined("a.tif", "b.tif", source=NODATA)  # as gdalbuildvrt writes it
+    text = joined("a.tif", "b.TIFF", source=NODATA)  # as gdalbuildvrt writes it
     text = re.sub("(<VRTRasterBand .*?>)", r"\1<NoDataValue>9</NoDataValue>", text)
     (tmp_path / "vrt").mkdir()
     (tmp_path / "vrt" / "nodata.vrt").write_text(text.replace('VRT="1"', 'VRT="0"'))
@@ -200,6 +200,12 @@ def test_bands_have_types_and_no_data_values_of_their_own(tmp_path):
     with Raster(tmp_path / "x.vrt", limits=limits) as raster:
         written(tmp_path / "out.tif", raster, values, limits=limits, edited=True)
     assert (has_data(tmp_path / "out.tif") == valid).all()
+    one = Limits((0,), (255,), "float32")
+    with Raster(tmp_path / "x.vrt", bands=(2,), limits=one) as raster:
+        how = {"limits": one, "bands": 1, "edited": True}
+        second = written(tmp_path / "second.tif", raster, raster.values(), **how)
+    with rasterio.open(second) as file:
+        assert file.nodata == 200
 
 
 EIGHT, TWENTY = [float(k) for k in range(1, 9)], [1.0] * 20

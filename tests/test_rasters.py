@@ -195,6 +195,15 @@ def test_an_edited_file_keeps_its_holes(tmp_path, profile):
     assert not known.all()
 
 
+def test_an_edited_file_keeps_nan_as_its_no_data_value(tmp_path):
+    pixels = noise(20, 30).astype(np.float32)
+    pixels[:5] = np.nan
+    source = geotiff(tmp_path / "x.tif", pixels, nodata=np.nan)
+    out, known = rewritten_edit(source, Limits((0,) * 3, (255,) * 3, "float32"))
+    with rasterio.open(out) as file:
+        assert np.isnan(file.nodatavals).all() and not known[:5].any()
+
+
 def test_an_edited_palette_has_its_colours_and_holes(tmp_path):
     """Black among its colours is no hole, though the index without data is 0."""
     index = noise(20, 30, 1) % 4
