@@ -44,7 +44,7 @@ def command(main):
         handlers = {} if in_thread else {number: signal.getsignal(number) for number in SIGNALS}
         if not in_thread:  # where no signal arrives
             signal.signal(signal.SIGTERM, _terminated)
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which alone prints
+        first = os.environ.get("RANK", "0") == "0"  # the one process of torchrun that prints
         with (
             contextlib.redirect_stdout(SafeStream(sys.stdout if first else None)),
             contextlib.redirect_stderr(SafeStream(sys.stderr)),
@@ -60,7 +60,7 @@ def command(main):
                 message = _explain(error)
                 if not message:
                     raise
-                if not first_on_machine():  # torchrun ends it once the first has said the same
+                if not first_on_machine():  # which prints the same, and torchrun ends this one
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     time.sleep(5)
                 print("error: " + " ".join(message.split()), file=sys.stderr)
@@ -149,7 +149,8 @@ def _check_modes(cfg, given):
         raise UserError("--evaluate, --generate and --serve: one at a time")
     alone = cfg.generate or cfg.serve or getattr(cfg, "show_samples", 0)
     if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--generate, --serve and --show-samples: start it without torchrun")
+        name = "--show-samples" if not cfg.using else "--serve" if cfg.serve else "--generate"
+        raise UserError(f"{name}: start it without torchrun, in one process")
     if cfg.judge and cfg.train_judge:
         raise UserError("--judge names a trained judge: leave --train-judge out")
     for group, field in grouped_fields(type(cfg)):

@@ -69,7 +69,7 @@ def open_image(path):
 
 @functools.cache
 def gdal():
-    """rasterio, with a bounded cache, and without warnings of TIFFs without a place on earth."""
+    """rasterio, with a bounded cache, and without warnings of files of no place or of two masks."""
     os.environ.setdefault("GDAL_CACHEMAX", str(CACHED_MB))
     os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio.warp

@@ -31,6 +31,7 @@ class Raster:
     colours        the ICC profile of an RGB picture that is no TIFF: bytes, or None
     tiff           rasterio's dataset of a TIFF or VRT, else None; chosen: its bands that are read
     masked         whether some pixels of a TIFF, or of a transparent picture, may have no data
+    palette        (256, 3) uint8, the colours of an 8-bit TIFF of indices; else None
     lossy          whether the file's compression changes colours, as that of JPEG does
     """
 
