@@ -1,4 +1,4 @@
-"""The only module that the scripts import: names gathered from support/.
+"""All that the scripts import, gathered from support/.
 
 Nothing here teaches anything about GANs. support/ has one idea per file.
 """

@@ -1,4 +1,4 @@
-"""Images that are edited on the page: a label map, a picture, or a photograph."""
+"""Label maps, pictures and photographs that are edited on the page."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""One edit of a photograph: which parts are generated, and how they are blended into it."""
+"""One edit of a photograph: what is generated, and how it is blended in."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""UserError, remarks that are printed once, and printing that never fails."""
+"""UserError, remarks printed once, printing that never fails."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Translating a raster window by window, with shared statistics and smooth blending."""
+"""A raster translated by windows: shared statistics, smooth blending."""
 
 import contextlib
 import math

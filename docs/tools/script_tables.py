@@ -4,6 +4,7 @@ import ast
 import difflib
 import itertools
 import re
+import sys
 
 from paths import ROOT
 from tables import table
@@ -28,7 +29,16 @@ SECTIONS = {
     "main": "which scores close an epoch, a schedule or none",
     "use": "one direction or two, noise, what is measured and written",
 }
-# What the tree shows beside Python files.
+# The files of support/ by topic, in the order in which the tree shows them.
+TOPICS = {
+    "a run": "errors files options begin processes device channels_last run checkpoints plots",
+    "data": "layouts classes demo pairs store batches",
+    "image files": "opening rasters labels limits pictures writing",
+    "measures": "measures distances judge vgg16",
+    "generation": "windows generate edits",
+    "the page": "serve studio canvases",
+}
+# What the tree shows beside these files.
 FOLDERS = {
     "support/*.html": "Pages: to paint on, and of a run",
     "tests/plain.py": "Every training step once more, as a textbook writes it",
@@ -91,14 +101,20 @@ def reading():
 
 def tree():
     """A line a file beside the scripts: the first line of its docstring."""
-    files = [ROOT / "common.py", *sorted((ROOT / "support").glob("*.py"))]
-    lines = []
-    for path in files:
-        name = path.relative_to(ROOT).as_posix()
-        text = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0].rstrip(".")
-        lines.append(f"{name:<26}{text}")
-    lines += [f"{name:<26}{text}" for name, text in FOLDERS.items()]
-    return "\n".join(["```", *lines, "```"])
+    shown = {"": ["common.py"]}
+    for topic, names in TOPICS.items():
+        shown[f"# {topic}"] = [f"support/{name}.py" for name in names.split()]
+    there = {f"support/{path.name}" for path in (ROOT / "support").glob("*.py")}
+    if lost := there.symmetric_difference(sum(shown.values(), [])[1:]):
+        sys.exit(f"TOPICS and support/ differ: {lost}")
+    lines = ["```"]
+    for topic, names in shown.items():
+        lines += [topic] if topic else []
+        for name in names:
+            text = ast.get_docstring(ast.parse((ROOT / name).read_text())).split("\n")[0]
+            lines.append(f"{name:<26}{text.rstrip('.')}")
+    lines += ["# more", *(f"{name:<26}{text}" for name, text in FOLDERS.items())]
+    return "\n".join([*lines, "```"])
 
 
 TABLES = {"scripts": scripts, "reading": reading, "tree": tree}
