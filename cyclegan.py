@@ -251,9 +251,9 @@ def straight_through(logits):
 
 
 class ImagePool(nn.Module):
-    """`size` earlier fakes of a domain (Shrivastava et al. 2017, arXiv:1612.07828, section 2.3).
+    """`size` earlier fakes of a domain (after Shrivastava et al. 2017, arXiv:1612.07828, 2.3).
 
-    For each fake (C, S, S) of a batch, in plain Python:
+    For each fake (C, S, S) of a batch, as in the authors' code, in plain Python:
 
         if len(images) < size:  # there is room: keep it
             images.append(fake)
@@ -427,8 +427,7 @@ def learning_rate(cfg, epoch):
 
     As in the authors' code, the epoch after the last would have the rate zero.
     """
-    half = cfg.epochs - cfg.epochs // 2
-    decay = half if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
+    decay = cfg.epochs // 2 if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 

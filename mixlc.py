@@ -134,7 +134,7 @@ class Edits:
         shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
         side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
         room = size - side[:, None]
-        corner = (rng.random((count, 2)) * (room + 1)).astype(np.int64)
+        corner = rng.integers(0, room + 1, (count, 2))
         if box == "center":
             corner[:] = room // 2
         return partner, np.column_stack([corner, side, side])
@@ -197,7 +197,7 @@ def edit_mask(box, inside, size):
     y = (along >= top) & (along < top + height)  # (B, size)
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
-    return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
+    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
 
 
 def visible(edit, cfg):
@@ -389,8 +389,8 @@ class LabelDiscriminator(nn.Module):
 def augment(images):
     """Images (B, C, S, S) of other contrast and brightness, with a grey square of up to S/4.
 
-    All that D sees, in G's step as well, is changed so, or D overfits on few photographs. G learns
-    through it, as it is differentiable (Zhao et al. 2020, arXiv:2006.10738).
+    All that LabelDiscriminator sees, in G's step as well, is changed so, or it overfits on few
+    photographs; labels count under the square, too. G learns through it (arXiv:2006.10738).
     """
     batch, side = images.shape[0], images.shape[-1]
     contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
@@ -598,9 +598,10 @@ def translate(state, inputs, cfg):
     BatchNorm uses the image's own statistics or running averages: see --eval-norm.
     """
     rgb, lc = inputs  # without holes: see visible
-    size = 1 if common.own_statistics(cfg) else len(rgb)
+    at_once = 1 if common.own_statistics(cfg) else len(rgb)
     with common.generating(state.G, cfg), common.autocast(cfg, rgb.device):
-        fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]
+        pairs = zip(rgb.split(at_once), lc.split(at_once), strict=True)
+        fakes = [state.G(*pair) for pair in pairs]
     return torch.cat(fakes).float()
 
 
@@ -647,8 +648,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The lowest score to expect is the copy of rgb_a's; the highest is that of photograph b, whose
-    land cover was asked for.
+    The lowest score to expect is the copy of rgb_a's. Photograph b, whose land cover was asked for,
+    has that of real photographs, which a fake can exceed: classes may be easy to see in it.
     """
     judged = {
         "model": (fake, edit.lc_ab),

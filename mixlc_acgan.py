@@ -19,7 +19,8 @@ Differences from the original system, which has no paper (options in brackets: n
 - In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
-  (--own 0 --lambda-id 0.1), and boxes have any size (--box center).
+  (--own 0 --lambda-id 0.1), and boxes have any size (--box center). The others are compared with
+  a collage, as in the original, also by L1, although it is one of many right answers.
 - The original classifier was given its own target as input. Here only the adversarial head gets
   land cover; in Odena et al. that head does not get it, either.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
@@ -124,7 +125,7 @@ class Edits:
         shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
         side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
         room = size - side[:, None]
-        corner = (rng.random((count, 2)) * (room + 1)).astype(np.int64)
+        corner = rng.integers(0, room + 1, (count, 2))
         if box == "center":
             corner[:] = room // 2
         return partner, np.column_stack([corner, side, side])
@@ -187,7 +188,7 @@ def edit_mask(box, inside, size):
     y = (along >= top) & (along < top + height)  # (B, size)
     x = (along >= left) & (along < left + width)
     within = y[:, None, :, None] & x[:, None, None, :]
-    return within == inside.view(-1, 1, 1, 1)  # all but the box where inside is False
+    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
 
 
 def visible(edit, cfg):
@@ -362,9 +363,9 @@ def gan_loss(logits, is_real, near):
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(is_real))
-    counts = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
-    total = F.binary_cross_entropy_with_logits(logits, target, counts, reduction="sum")
-    return total / counts.sum().clamp_min(1)
+    touched = F.adaptive_max_pool2d(near.float(), logits.shape[-2:]).to(logits)  # 1 or 0
+    total = F.binary_cross_entropy_with_logits(logits, target, touched, reduction="sum")
+    return total / touched.sum().clamp_min(1)
 
 
 def grown(mask):
@@ -560,9 +561,10 @@ def translate(state, inputs, cfg):
     statistics or running averages: see --eval-norm.
     """
     rgb, lc = inputs  # without holes: see visible
-    size = 1 if common.own_statistics(cfg) else len(rgb)
+    at_once = 1 if common.own_statistics(cfg) else len(rgb)
     with common.generating(state.G, cfg, dropout=True), common.autocast(cfg, rgb.device):
-        fakes = [state.G(*pair) for pair in zip(rgb.split(size), lc.split(size), strict=True)]
+        pairs = zip(rgb.split(at_once), lc.split(at_once), strict=True)
+        fakes = [state.G(*pair) for pair in pairs]
     return torch.cat(fakes).float()
 
 
@@ -611,8 +613,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The lowest score to expect is the copy of rgb_a's; the highest is that of photograph b, whose
-    land cover was asked for.
+    The lowest score to expect is the copy of rgb_a's. Photograph b, whose land cover was asked for,
+    has that of real photographs, which a fake can exceed: classes may be easy to see in it.
     """
     judged = {
         "model": (fake, edit.lc_ab),

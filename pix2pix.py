@@ -196,7 +196,7 @@ class UNetGenerator(nn.Module):
     def __init__(self, channels_in, channels_out, size, width, norm, dropout, upsample):
         super().__init__()
         depth = size.bit_length() - 1
-        bias = norm == "instance"  # as published; BatchNorm has a shift of its own
+        bias = norm == "instance"  # as published, though InstanceNorm takes it away again
         widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
         first = nn.Conv2d(channels_in, width, 4, 2, 1, bias=bias)
         self.downs = nn.ModuleList([nn.Sequential(first)])
@@ -280,15 +280,14 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels_in, width, norm, patch_gan):
         super().__init__()
-        bias = norm == "instance"  # as published; BatchNorm has a shift of its own
+        bias = norm == "instance"  # as published, though InstanceNorm takes it away again
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
-        # layers between the first and the last: normalised, and all but the last of them strided
-        depth = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]
+        inner = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]  # layers with a norm; the last: stride 1
         layers = [nn.Conv2d(channels_in, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
         channels = width
-        for level in range(1, depth + 1):  # at 70: 128 at S/4, 256 at S/8, 512 at S/8 - 1
+        for level in range(1, inner + 1):  # at 70: 128 at S/4, 256 at S/8, 512 at S/8 - 1
             out = width * min(2**level, 8)
-            step = stride if level < depth else 1
+            step = stride if level < inner else 1
             layers += [nn.Conv2d(channels, out, kernel, step, pad, bias=bias)]
             layers += [norm_layer(norm, out), nn.LeakyReLU(0.2)]
             channels = out
@@ -399,7 +398,7 @@ def train_step(state, batch, cfg):
     with common.autocast(cfg, x.device):
         fake = common.holes_of(y, state.G(x))
         logits_fake = state.D(x, fake.detach())  # the D step must not reach G
-        logits_real = state.D(x, real)
+        logits_real = state.D(x, real)  # apart: BatchNorm then has the statistics of each
     d_real = gan_loss(logits_real, True, cfg.gan)
     d_fake = gan_loss(logits_fake, False, cfg.gan)
     loss_d = cfg.d_weight * (d_real + d_fake)
@@ -432,8 +431,7 @@ def learning_rate(state, cfg, epoch):
     """
     if cfg.schedule != "linear":
         return cfg.lr * state.lr_scale
-    half = cfg.epochs - cfg.epochs // 2
-    decay = half if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
+    decay = cfg.epochs // 2 if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
 
 
@@ -496,12 +494,12 @@ def translate(state, inputs, cfg, noise=True):
     uses the statistics of the image itself. running: no dropout, running statistics.
     """
     own_statistics = common.own_statistics(cfg)
-    size = 1 if own_statistics else len(inputs)
+    at_once = 1 if own_statistics else len(inputs)
     with (
         common.generating(state.G, cfg, dropout=own_statistics and noise),
         common.autocast(cfg, inputs.device),
     ):
-        fakes = [state.G(x) for x in common.filled(inputs).split(size)]
+        fakes = [state.G(x) for x in common.filled(inputs).split(at_once)]
     return torch.cat(fakes).float()
 
 

@@ -128,7 +128,7 @@ class Scores:
         if limits and not self.brief:
             ranges = torch.tensor(limits.ranges, device=target.device).view(1, -1, 1, 1)
             error = ((guess.double() - target) / 2 * ranges).square()  # NaN without data
-            self._add(row, "mse_units", error, known.expand_as(error).double())
+            self._add(row, "mse_units", error.nanmean((1, 2, 3)))
         guess, target = to_bytes(guess), to_bytes(target)
         for name, values in measure_images(guess, target, self.brief, known).items():
             self._add(row, name, values)

@@ -31,8 +31,8 @@ def filled(images):
 
 
 def holes_of(real, fake):
-    """Generated images with the filled holes of real ones, which D then sees in both."""
-    return torch.where(real.isnan(), filled(real).to(fake.dtype), fake)
+    """Generated images with the holes of real ones, filled as those are: with their own colour."""
+    return filled(torch.where(real.isnan(), torch.nan, fake))
 
 
 def one_hot(index, classes):

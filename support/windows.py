@@ -38,7 +38,8 @@ class SharedStatistics:
     its own. A first pass notes every layer's mean and variance in some windows. Each window then
     gets those of all noted pixels together, with Gaussian weights whose standard deviation is
     `reach` windows (kernelized instance normalization, Ho et al. 2022, arXiv:2208.10730, who
-    average standard deviations instead; an infinite reach: the same in all windows).
+    average standard deviations instead; an infinite reach: the same in all windows). The first pass
+    normalises each window by itself, so that the statistics of deeper layers are approximate.
     """
 
     most = 24  # windows noted along a side, for 2000 x 2000 windows of a large raster, too
