@@ -958,6 +958,11 @@ def test_pixels_without_data_in_a_guess_have_its_mean_colour_and_count():
     scores.add_images("a band", guess, target, Limits((0,) * 3, (10, 100, 1000), "float32"))
     units = scores.table()["a band"]["rmse_units"]
     assert units == pytest.approx(200 / 3**0.5, rel=0.02)
+    target, guess = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    guess[0], target[0, :, 2:] = 20 / 127.5, torch.nan  # images with data weigh the same
+    scores.add_images("holes", guess, target, Limits((0,) * 3, (255,) * 3, "int16"))
+    row = scores.table()["holes"]
+    assert row["rmse_units"] == pytest.approx(row["rmse"], rel=0.01)
 
 
 def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):

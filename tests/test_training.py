@@ -203,7 +203,7 @@ def test_rate_is_constant_then_falls_to_zero(script):
     assert half[100] == pytest.approx(100 / 101) and half[199] == pytest.approx(1 / 101)
     late = rates(epochs=10, epochs_decay=2)
     assert late == pytest.approx([1.0] * 8 + [2 / 3, 1 / 3])
-    assert rates(epochs=10, epochs_decay=0) == [1.0] * 10
+    assert rates(epochs=10, epochs_decay=0) == [1.0] * 10 and rates(epochs=1) == [1.0]
     assert rates(epochs=10, epochs_decay=99) == rates(epochs=10, epochs_decay=10)
 
 
