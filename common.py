@@ -27,7 +27,8 @@ from support.run import Run
 
 # pictures and label maps as tensors
 from support.classes import IGNORED
-from support.pictures import class_index, draw, filled, holes_of, one_hot, from_bytes
+from support.pictures import class_index, draw, from_bytes, one_hot
+from support.pictures import filled, filled_alike, holes_of
 
 # measures, and the baselines beside them
 from support.measures import Scores, constant_colors, constant_guesses, copy_verdict

@@ -400,7 +400,7 @@ def style_loss(vgg, fake, target):
     bf16 has too few digits.
     """
     loss = 0.0
-    fake, target = common.holes_of(target, fake), common.filled(target)
+    fake, target = common.filled_alike(fake, target)
     with torch.autocast(fake.device.type, enabled=False):
         layers_fake = vgg(common.full_precision(fake))
         layers_target = vgg(common.full_precision(target))

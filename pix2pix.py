@@ -337,6 +337,7 @@ def l1_loss(fake, target):
 
 def vgg_loss(vgg, fake, target):
     """Mean squared difference of relu3_3 (scaled: VGG16Features), arXiv:1603.08155, eq. 2."""
+    fake, target = common.filled_alike(fake, target)
     with torch.autocast(fake.device.type, enabled=False):
         (features_fake,) = vgg(common.full_precision(fake))
         (features_target,) = vgg(common.full_precision(target))
@@ -413,7 +414,7 @@ def train_step(state, batch, cfg):
     g_l1 = l1_loss(fake, y)
     losses = {"g_adv": g_adv, "g_l1": g_l1}
     if cfg.content == "vgg":
-        losses["g_content"] = vgg_loss(state.vgg, fake, real)
+        losses["g_content"] = vgg_loss(state.vgg, fake, y)
         loss_g = g_adv + cfg.lambda_vgg * losses["g_content"]
     else:
         loss_g = g_adv + cfg.lambda_l1 * g_l1

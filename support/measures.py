@@ -13,7 +13,7 @@ from support.classes import IGNORED
 from support.distances import Distances
 from support.errors import drawing
 from support.files import write_text
-from support.pictures import filled, holes_of, to_bytes
+from support.pictures import filled, filled_alike, to_bytes
 from support.plots import write_page
 from support.processes import rank
 
@@ -141,7 +141,7 @@ class Scores:
             return
         if row not in self.distances:
             self.distances[row] = Distances(guess.device, paired)
-        self.distances[row].add(holes_of(real, guess), filled(real))
+        self.distances[row].add(*filled_alike(guess, real))
 
     def add_edit(self, row, guess, target, source, mask):
         """Adds measures of edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S): the edit.

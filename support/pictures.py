@@ -35,6 +35,12 @@ def holes_of(real, fake):
     return filled(torch.where(real.isnan(), torch.nan, fake))
 
 
+def filled_alike(fake, target):
+    """(fake, target), equal where the target has no data, so that no loss counts there."""
+    whole = filled(target)
+    return torch.where(target.isnan(), whole.to(fake.dtype), fake), whole
+
+
 def one_hot(index, classes):
     """Class indices (B, H, W) uint8 -> (B, classes, H, W) float32, all zeros where ignored."""
     each = torch.arange(classes, dtype=torch.uint8, device=index.device).view(1, -1, 1, 1)

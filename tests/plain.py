@@ -128,6 +128,11 @@ def with_holes(fake, real):
     return torch.where(known, fake, mean)
 
 
+def without_holes(fake, target):
+    """Both, with the mean colour of the target where it has no data."""
+    return torch.where(target.isnan(), full(target), fake), full(target)
+
+
 def l1(a, b):
     """The mean error where b has no holes."""
     known = ~b.isnan()
@@ -219,7 +224,8 @@ class Pix2pix:
         self.adam_D.minimise(d_total)
         g = {"g_adv": gan(self.D(x, image), True), "g_l1": l1(image, y)}
         if self.cfg.content == "vgg":
-            (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in (image, full(y)))
+            pictures = without_holes(image, y)
+            (a,), (b,) = (vgg16(self.vgg, picture, [6]) for picture in pictures)
             g["g_content"] = ((a - b) ** 2).mean()
             g_total = g["g_adv"] + self.cfg.lambda_vgg * g["g_content"]
         else:
@@ -564,7 +570,7 @@ class MixlcACGAN:
 
     def style(self, fake, target):
         loss = 0.0
-        pictures = with_holes(fake, target), full(target)
+        pictures = without_holes(fake, target)
         pairs = zip(*(vgg16(self.vgg, x, self.layers) for x in pictures), strict=True)
         for a, b in pairs:
             size = a[0].numel()
