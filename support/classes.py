@@ -176,7 +176,8 @@ class ClassTable:
         if wrong:
             there = [f"{v} {self.names[i]}" for v, i in self.values.items() if i != IGNORED]
             what = f"label values {wrong[:8]} are not in the class table"
-            raise UserError(f"{path}: {what}: {', '.join(there)}")
+            remedy = 'add them, with "ignore": true if they mean no class'
+            raise UserError(f"{path}: {what} ({', '.join(there)}): {remedy}")
         indices = np.array([index[code] for code in present.tolist()], np.uint8)
         return indices[np.searchsorted(present, codes)]
 
@@ -191,8 +192,8 @@ class ClassTable:
         distance, row = self.nearest_row((present[:, None] >> (16, 8, 0)) & 255)
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
-            wrong = f"{path}: not the colours of the class table"
-            raise UserError(f"{wrong}: a photograph, another --lc-classes, or nothing labelled?")
+            causes = 'a photograph, another table, or few labels: add the rest, with "ignore": true'
+            raise UserError(f"{path}: not the colours of the class table: {causes}?")
         index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:
             index[~known] = IGNORED

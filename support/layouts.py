@@ -1,5 +1,6 @@
 """Layouts of dataset directories, recognised by folders and file names."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -73,7 +74,7 @@ def find_images(data, split, lc_classes=""):
     if not root.is_dir():
         raise UserError(f"--data {root}: no such directory: pass --data with its path")
     table = _class_table(root, lc_classes)
-    names = ["val", "validation", "test"] if split == "val" else [split]
+    names = ["val", "validation", "valid", "test"] if split == "val" else [split]
     borrowed = ["train"] if split == "val" and _is_inria(root) else []
     for name in names + borrowed:
         found = _two_folders(root, name, split, table)
@@ -90,8 +91,9 @@ def find_images(data, split, lc_classes=""):
         sides = "{0}A/ and {0}B/" if (root / "trainA").is_dir() else "{0}/"
         where = f"put some into {' or '.join(map(sides.format, names))}, as in training"
         raise UserError(f"{root}: no images of split {split}: {where}")
-    has = f" ({folder} has {contents(folder)})" if folder.is_dir() else ""
-    raise UserError(f"{root}: no layout with images of split {split}{has}; layouts are: {LAYOUTS}")
+    folder = folder if folder.is_dir() else root
+    has = f"{folder} has {contents(folder)}"
+    raise UserError(f"{root}: no layout with images of split {split}: {has}; layouts: {LAYOUTS}")
 
 
 def _class_table(root, lc_classes):
@@ -100,10 +102,12 @@ def _class_table(root, lc_classes):
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
     table = ClassTable.load(lc_classes or own)
-    there = ClassTable.load(own)
+    there = None
+    with contextlib.suppress(UserError):  # it may be another program's
+        there = ClassTable.load(own)
     if own and not table:
         print_once(f"{own}: not used, as B is pictures")
-    elif own and (there.entries, there.names) != (table.entries, table.names):
+    elif there and (there.entries, there.names) != (table.entries, table.names):
         names = ", ".join(table.names)
         print_once(f"{own}: differs from the class table in use ({names})")
     return table
@@ -142,7 +146,8 @@ def _one_folder(root, name, table):
         b = [path for path in files if path.stem.endswith(endings[1])]
         others = [path for path in files if not path.stem.endswith(endings)]
         if endings[0] == "_sat" and a and not (b or others):  # as in DeepGlobe's test split
-            raise UserError(f"{root / name}: no {endings[1]} beside {a[0].name}")
+            lacks = f"no {endings[1]} beside {a[0].name}"
+            raise UserError(f"{root / name}: {lacks}: put some pairs into val/")
         pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()
         if not (a and b) or (others and not pairs):
             continue
@@ -182,4 +187,4 @@ def _inria_splits(root):
 def _is_inria(root):
     """Whether images 1-5 of each city validate, as Inria's data has no validation split."""
     splits = _inria_splits(root)
-    return "train" in splits and not {"val", "validation"} & {*splits}
+    return "train" in splits and not {"val", "validation", "valid"} & {*splits}

@@ -19,7 +19,8 @@ class Half:
     def __init__(self, raster, left, table, strict):
         if raster.width != 2 * raster.height:
             size = f"{raster.width}x{raster.height}"
-            raise UserError(f"{raster.path}: {size} is no pair: it is not twice as wide as high")
+            what = "is no pair side by side, as it is not twice as wide as high"
+            raise UserError(f"{raster.path}: {size} {what}")
         self.raster, self.left, self.table, self.strict = raster, left, table, strict
         self.path, self.masked = raster.path, raster.masked
         self.height = self.width = raster.height

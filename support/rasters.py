@@ -168,8 +168,6 @@ class Raster:
         if np.dtype(self.dtype).kind not in "iuf":
             raise UserError(f"{self.path}: has {self.dtype} values, which are not supported")
         deep = self.dtype != "uint8"
-        if self.table and self.tiff.count > 1 and deep:
-            raise UserError(f"{self.path}: a label map has one band of codes, or 8-bit colours")
         if deep and not (self.table or self.limits):
             remedy = "use gdal_translate -ot Byte -scale LOW HIGH 0 255"
             raise UserError(f"{self.path}: has {self.dtype} values, not 8 bits: {remedy}")
@@ -221,6 +219,10 @@ class Raster:
         alphas = [] if self._has_mask else range(1, len(names) + 1)
         self._alphas = [band for band in alphas if band not in there]
         self._count_bands([1, 2, 3] if self.palette is not None else there)
+        if self.table and len(there) != 1 and (len(there) != 3 or self.dtype != "uint8"):
+            what = "a label map has one band of codes, or three of 8-bit colours"
+            remedy = "gdal_translate -b 1 x.tif y.tif writes the first"
+            raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):
             self.chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]

@@ -1,4 +1,4 @@
-"""A split's images, decoded just once, in a memory-mapped file."""
+"""A split's images, decoded once, in a memory-mapped file."""
 
 import contextlib
 import dataclasses
@@ -133,6 +133,9 @@ class ImageStore:
             text += f", every {self.stride} pixels" if self.stride != self.patch else ""
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
+            used = np.unique(self.B[spread(100, len(self.B))])
+            if len(used := used[used != IGNORED]) == 1:
+                text += f", of which only {self.classes.names[used[0]]} occurs"
         shares = []
         for domain in "AB":
             rows = self.rows[domain]

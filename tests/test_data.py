@@ -87,6 +87,7 @@ LAYOUTS = {
                         "\u00e9", "e\u0301"),
     "val before test": ("val/1.png test/2.png", "side by side, val", "1"),
     "val, validation": ("validation/1.png test/2.png", "side by side, validation", "1"),
+    "val, valid": ("valid/1.png test/2.png", "side by side, valid", "1"),
     "val, test": ("train/1.png test/2.png", "side by side, test", "2"),
     "in capitals": ("train/1.JPG train/2.Tif", "side by side, train", "1 2"),
     "read where they are named": ("train/1.jp2 train/2.vrt train/3.gpkg train/4.gif",
@@ -120,6 +121,10 @@ def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path):
     touch(*(tmp_path / "train" / side / "x6.tif" for side in ("images", "gt")))
     (tmp_path / "classes.json").write_text(json.dumps(TABLE))
     assert find_images(tmp_path, "train").classes == CLASSES  # and not binary
+    (tmp_path / "classes.json").write_text('{"classes": [], "tags": []}')  # another program's
+    assert find_images(tmp_path, "train", "binary").classes.names[1] == "foreground"
+    with refused("unknown key tags"):
+        find_images(tmp_path, "train")
     split = find_images(pairs, "train", "maps")
     assert split.classes.names[4] == "water" and split.halves
     assert find_images(landcover, "train", "pictures").classes is None
@@ -135,20 +140,20 @@ NOT_LAYOUTS = {
                        "the same name but for"),
     "another ending": ("train/1_A.png train/1_B.png train/x.png", "x.png: ends neither in _A nor"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "2_A.png has no par"),
-    "no masks": ("train/1_sat.jpg train/2_sat.jpg", "train: no _mask beside 1_sat.jpg"),
+    "no masks": ("train/1_sat.jpg train/2_sat.jpg", "train: no _mask beside 1_sat.jpg: put"),
     "masks without a table": ("train/images/x.png train/masks/x.png", "s2glc, maps or b"),
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
-    "nothing": ("x/notes.txt", f"no layout with images of split train.*{KNOWN}"),
-    "val": ("train/1.png", "split val: put some into val/ or validation/ or test/, as in"),
+    "nothing": ("x/notes.txt", f"images of split train: .*data has x .*{KNOWN}"),
+    "val": ("train/1.png", "put some into val/ or validation/ or valid/ or test/, as in"),
     "val of domains": ("trainA/1.png trainB/1.png", "some into valA/ and valB/ or valid"),
     "val of another city": ("train/images/berlin1.tif train/gt/berlin1.tif train/overview.png",
-                            "split val: put some into val/ or validation/ or test/, as"),
+                            "split val: put some into val/ or validation/ or valid/ or test/, as"),
     "val of half a city": ("train/images/vienna1.tif train/gt/vienna6.tif",
                            "train/gt: no images in split val: it has vienna6.tif"),
     "val without images": ("train/images/vienna1.tif train/gt/vienna1.tif val/images/x val/gt/x",
                            "val/images: no images in split val: it has x "),
     "test": ("train/1.png val/1.png", "split test: put some into test/, as in training"),
-    "val of nothing": ("val/x.txt", f"no layout with images of split val .*val has x.txt.*{KNOWN}"),
+    "val of nothing": ("val/x.txt", f"images of split val: .*val has x.txt.*{KNOWN}"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
                     "2 images and 1: .*y.png has no partner"),
     "a lone file of B": ("train/A/x.png train/B/x.png train/B/y.png", "y.png has no partner"),
@@ -185,9 +190,9 @@ RGB = [{"name": c, "color": c} for c in ("#000000", "#ff0000", "#00ff00")]
 INKS = [{"name": "no", "color": "#101010", "value": 7}, {"name": "yes", "color": "#ffffff"}]
 GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)]
 BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
-S2GLC = "values [1] are not in the class table: 0 Clouds, 62 Artificial"
+S2GLC = "values [1] are not in the class table (0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
-NOTHING = "a photograph, another --lc-classes, or nothing labelled?"
+NOTHING = "a photograph, another table, or few labels"
 
 
 def partly(known):
@@ -245,7 +250,7 @@ LABELS = {
     "one-hot of 255": (TABLE, "x.npz", ONE_HOT * 255, INDEX),
     "several classes at once": (TABLE, "x.npy", np.ones((4, 4, 3)), "is not one-hot"),
     "no numbers": (TABLE, "x.npy", np.full((4, 4, 3), np.nan), "is not one-hot"),
-    "a fraction": (TABLE, "x.npy", [0.7], "[0.7] are not in the class table: "),
+    "a fraction": (TABLE, "x.npy", [0.7], "[0.7] are not in the class table ("),
     "s2glc": ("s2glc", "x.png", [0, 62, 162, 255], [0, 1, 13, 255]),
     "positions in s2glc": ("s2glc", "x.png", [0, 1], S2GLC),
     "a position": (VALUED, "x.png", [0, 1, 2], "[0] are not in"),
@@ -732,7 +737,7 @@ def test_store_is_reused_and_invalidated(tmp_path, monkeypatch):
 
 
 MISFITS = {  # dataset and file: (its size, its type, a part of the line)
-    "pairs/train/2.png": ((80, 100, 3), np.uint8, "2.png: 100x80 is no pair: it is not"),
+    "pairs/train/2.png": ((80, 100, 3), np.uint8, "2.png: 100x80 is no pair side by side"),
     "pairs/train/3.png": ((80, 160), np.uint16, "3.png: has uint16 values"),
     "landcover/train/lc/1.png": ((80, 79), np.uint8, "1.png: 80x80 and 79x80: sizes"),
     "landcover/train/rgb/3.jpg": (1200, bytes, "3.jpg: cannot be decoded .*truncated"),
@@ -763,7 +768,9 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
         mask[10:] = 0
     (tmp_path / "classes.json").write_text(json.dumps(EXACT), encoding="utf-8-sig")
     store_of(tmp_path, tmp_path / "cache", 40)
-    assert "2 classes, 25% of the pixels ignored" in capsys.readouterr().err
+    assert (
+        "2 classes, of which only no occurs, 25% of the pixels ignored" in capsys.readouterr().err
+    )
     with refused("split val: no pixel of B has a class"):
         store_of(tmp_path, tmp_path / "cache", 40, "val")
 
