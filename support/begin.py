@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
 from support.processes import first_on_machine, of_rank_0, rank, world_size
-from support.run import SIGNALS
+from support.run import handled_signals
 from support.store import cache_folder, source
 
 
@@ -40,9 +39,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
-        in_thread = threading.current_thread() is not threading.main_thread()
-        handlers = {} if in_thread else {number: signal.getsignal(number) for number in SIGNALS}
-        if not in_thread:  # where no signal arrives
+        handlers = {number: signal.getsignal(number) for number in handled_signals()}
+        if signal.SIGTERM in handlers:
             signal.signal(signal.SIGTERM, _terminated)
         first = os.environ.get("RANK", "0") == "0"  # the one process of torchrun that prints
         with (
@@ -54,7 +52,7 @@ def command(main):
             except KeyboardInterrupt as stop:
                 _close_bars()
                 print("stopped", file=sys.stderr)
-                sys.exit(128 + (*stop.args, signal.SIGINT)[0])
+                raise SystemExit(128 + (*stop.args, signal.SIGINT)[0]) from None
             except Exception as error:
                 _close_bars()
                 message = _explain(error)
@@ -64,12 +62,11 @@ def command(main):
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     time.sleep(5)
                 print("error: " + " ".join(message.split()), file=sys.stderr)
-                sys.exit(2)
+                raise SystemExit(2) from None  # older IPython would show a traceback
             finally:
                 unlock()
                 for number, handler in handlers.items():
-                    if handler is not None:  # None: it is not Python's
-                        signal.signal(number, handler)
+                    signal.signal(number, handler)
 
     return wrapper
 

@@ -99,9 +99,11 @@ def in_bf16(cfg, device):
     """Whether networks compute in bf16: auto is bf16 on CUDA, for pictures of 8 bits.
 
     Its 8 bits of significand give outputs near -1 and 1 steps of 1/256: too coarse for 16 bits.
+    GPUs before Ampere, such as the T4, only emulate it: there auto is float32.
     """
     if cfg.precision == "auto":
-        return device.type == "cuda" and not (cfg.limits_A or cfg.limits_B)
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return fast and not (cfg.limits_A or cfg.limits_B)
     return cfg.precision == "bf16"
 
 

@@ -54,7 +54,7 @@ class SafeStream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-_OF_THREAD = threading.local()
+_OF_THREAD, _ONE_PRINTS = threading.local(), threading.Lock()
 
 
 def remarks():
@@ -65,7 +65,8 @@ def remarks():
 def print_once(text):
     """Prints a remark on stderr, once in a process; a page may show it each time."""
     remarks().append(text)
-    _print(text)
+    with _ONE_PRINTS:
+        _print(text)
 
 
 @functools.cache

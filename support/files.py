@@ -37,8 +37,8 @@ def unlock():
         reserved.release()
         path = Path(reserved.lock_file)
         with contextlib.suppress(OSError):  # the folder may be gone
-            if list(path.parent.iterdir()) == [path]:
-                path.unlink()
+            if {*path.parent.iterdir()} <= {path}:  # on Windows its release removes it
+                path.unlink(missing_ok=True)
                 path.parent.rmdir()
 
 
@@ -60,7 +60,8 @@ def whole_or_absent(path):
             error.filename = str(path)
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on Windows an error may still map it
+            aside.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder, age=86400):

@@ -234,7 +234,7 @@ def parse(config, doc, quick, argv=None):
             title = "use a trained model" if group == "use" else group
             groups[group] = parser.add_argument_group(title)
         groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv and [*map(str, argv)]))
     for name, value in given.items():
         _check_value(flag(name), value, config.__dataclass_fields__[name].metadata)
         given[name] = tuple(value) if isinstance(value, list) else value

@@ -53,7 +53,7 @@ def write_page(folder):
     evaluation = folder / "evaluation.json"
     about |= {
         "name": folder.resolve().name,
-        "out": shlex.quote(about["options"]["out"]),  # in commands to copy into a shell
+        "out": shlex.quote(Path(about["options"]["out"]).as_posix()),  # in commands to copy
         "epoch": columns.pop("epoch", [0])[-1],
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "samples": sorted(path.name for path in (folder / "samples").glob("epoch_*.png")),

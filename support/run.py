@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -36,6 +37,12 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.S
     SIGNALS.append(signal.SIGHUP)  # nohup ignores it
 SAVED = ("epoch", "batch", "step", "histograms", "window", "window_B", "fingerprint", "id")
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
+
+
+def handled_signals():
+    """The SIGNALS that a run may handle: in the main thread those whose handler is Python's."""
+    in_thread = threading.current_thread() is not threading.main_thread()
+    return [] if in_thread else [n for n in SIGNALS if signal.getsignal(n) is not None]
 
 
 class Means:
@@ -92,7 +99,7 @@ class Run:
         windows = saved.get("window"), saved.get("window_B")
         self.window, self.window_B = windows if any(windows) else data.store.windows()
         self.saved_at, self.drawn_at, self.interrupted = time.monotonic(), -math.inf, 0
-        self.handlers = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
+        self.handlers = {n: signal.signal(n, self._interrupt) for n in handled_signals()}
         self.bar, self.warm = self._new_bar(), self.step + 5
         self.metrics, self.last = self.out / "metrics.csv", self.out / "checkpoints" / "last.pt"
         if not rank():
@@ -132,7 +139,7 @@ class Run:
     def _interrupt(self, number, frame):
         first, self.interrupted = not self.interrupted, number
         if number == signal.SIGINT:  # SIGTERM may come twice: from SLURM and from torchrun
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+            signal.signal(number, self.handlers[number])  # a second Ctrl-C ends main at once
         if first and rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 
@@ -277,8 +284,8 @@ class Run:
             if columns and self.tracker:
                 self.tracker.add_image("samples", grid(columns), self.step, dataformats="HWC")
                 self.tracker.flush()
-            plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
             write_page(self.out)
+            plot_metrics(read_metrics(self.metrics), self.out / "losses.png")
 
     def close(self):
         """Ends the run, and the handling of signals; an evaluation may follow.

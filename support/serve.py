@@ -56,6 +56,7 @@ def until_the_end(predict):
 
 def serve(studio):
     """Answers requests until Ctrl-C or SIGTERM."""
+    ENDED.clear()  # of an earlier page of this process, as in a notebook
     with listening(studio) as server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     ENDED.set()

@@ -629,12 +629,14 @@ def test_the_end_waits_for_what_is_being_answered(ask, monkeypatch):
         return ""
 
     def ends():
+        assert not serve.ENDED.is_set()
         threading.Thread(target=ask, args=("GET", "")).start()
         begun.wait(10)
 
     monkeypatch.setattr(ask.studio, "page", page)
     monkeypatch.setattr(ask.server, "serve_forever", ends)
     monkeypatch.setattr(serve, "ENDED", threading.Event())
+    serve.ENDED.set()  # by an earlier server
     monkeypatch.setattr(serve, "listening", lambda _: contextlib.nullcontext(ask.server))
     slow = socket.create_connection(("127.0.0.1", ask.port))
     lines = f"POST /{ask.server.token}/stroke HTTP/1.0", "Host: localhost", "Content-Length: 9"

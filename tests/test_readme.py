@@ -139,11 +139,15 @@ def test_no_page_with_commands_is_left_out():
     assert found <= {*itertools.chain(*PAGES)}
 
 
-def test_the_python_in_the_pages_runs(capsys):
+def test_the_python_in_the_pages_runs(capsys, tmp_path, monkeypatch):
     text = (ROOT / "docs/use.md").read_text()
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
     found = {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(code, found)  # noqa: S102
     assert found["fake"].shape == (2, 3, 64, 64) and "g_l1" in capsys.readouterr().out
+    assert Image.open(tmp_path / "new.png").size == (2 * 256 + 3 * 4, 256 + 16 + 4)
     made, kept = found["state"].G.state_dict(), found["checkpoint"]["state"]["G"]
     assert all(torch.equal(made[name], weights.float()) for name, weights in kept.items())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +35,7 @@ from support.demo import demo_world
 from support.errors import print_once, refusing
 from support.files import unlock
 from support.options import parse
+from support.run import handled_signals
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
 LAST = "checkpoints/last.pt"
@@ -193,8 +195,9 @@ def test_tracking_is_optional(missing, pairs, done, tmp_path, capsys, monkeypatc
 
 def test_a_second_ctrl_c_ends_a_run_at_once_but_no_second_sigterm(capsys):
     run = object.__new__(common.Run)
-    run.interrupted = 0
-    for number, then in ((signal.SIGTERM, run._interrupt), (signal.SIGINT, signal.SIG_DFL)):
+    before = signal.getsignal(signal.SIGINT)  # KeyboardInterrupt, which a notebook survives
+    run.interrupted, run.handlers = 0, {signal.SIGINT: before}
+    for number, then in ((signal.SIGTERM, run._interrupt), (signal.SIGINT, before)):
         signal.signal(number, run._interrupt)
         run._interrupt(number, None)
         assert run.interrupted == number and signal.getsignal(number) == then
@@ -211,7 +214,7 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
     tensorboard.SummaryWriter.assert_called_once_with(folder, purge_step=1)
     writer, any_value = tensorboard.SummaryWriter.return_value, mock.ANY
     scalars = [mock.call("g_l1", any_value, 2), mock.call("val_psnr", any_value, 3)]
-    scalars.append(mock.call("lr", 1e-4, 3))
+    scalars.append(mock.call("lr", 2e-4, 3))
     writer.add_scalar.assert_has_calls(scalars, any_order=True)
     writer.add_image.assert_called_once_with("samples", any_value, 3, dataformats="HWC")
     monkeypatch.setitem(sys.modules, "wandb", wandb := mock.MagicMock())
@@ -231,6 +234,16 @@ def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
         assert saves == (handler is signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(pairs, tmp_path):
+    """Nor does it touch a handler that is not Python's, as in a program that embeds Python."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, pairs, tmp_path / "run", "--epochs 1").result()
+    assert (tmp_path / "run" / LAST).is_file()
+    with mock.patch.object(signal, "getsignal", lambda number: None):
+        assert handled_signals() == []
+    assert handled_signals() == support.run.SIGNALS
 
 
 def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch, capsys):

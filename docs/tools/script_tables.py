@@ -104,7 +104,7 @@ def tree():
     shown = {"": ["common.py"]}
     for topic, names in TOPICS.items():
         shown[f"# {topic}"] = [f"support/{name}.py" for name in names.split()]
-    there = {f"support/{path.name}" for path in (ROOT / "support").glob("*.py")}
+    there = {f"support/{path.name}" for path in (ROOT / "support").glob("[!_]*.py")}
     if lost := there.symmetric_difference(sum(shown.values(), [])[1:]):
         sys.exit(f"TOPICS and support/ differ: {lost}")
     lines = ["```"]
