@@ -31,8 +31,13 @@ def filled(images):
 
 
 def holes_of(real, fake):
-    """Generated images with the holes of real ones, filled as those are: with their own colour."""
-    return filled(torch.where(real.isnan(), torch.nan, fake))
+    """Generated images with the holes of real ones, filled as those are: with their own colour.
+
+    NaN of a broken generator stays.
+    """
+    known = ~real.isnan()
+    total = torch.where(known, fake, 0.0).sum((2, 3), keepdim=True)
+    return torch.where(known, fake, total / known.sum((2, 3), keepdim=True).clamp_min(1))
 
 
 def filled_alike(fake, target):

@@ -972,6 +972,16 @@ def test_pixels_without_data_in_a_guess_have_its_mean_colour_and_count():
     assert row["rmse_units"] == pytest.approx(row["rmse"], rel=0.01)
 
 
+def test_holes_have_the_mean_colour_of_their_own_image():
+    real, fake = torch.zeros(2, 1, 1, 2, 2)
+    real[..., 0, 0] = torch.nan
+    fake[0, 0] = torch.tensor([[9.0, 1], [2, 6]])
+    assert common.holes_of(real, fake).flatten().tolist() == [3, 1, 2, 6]
+    assert common.filled_alike(fake, real)[0].flatten().tolist() == [0, 1, 2, 6]
+    fake[..., 1, 1] = torch.nan  # of a broken generator, which must be noticed
+    assert common.holes_of(real, fake)[..., 1, 1].isnan()
+
+
 def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):
     """Bicubic, to the nearest level."""
     image = pixels_of(pairs / "train" / "0.png")[:, :80]
