@@ -176,7 +176,7 @@ class ClassTable:
         if wrong:
             there = [f"{v} {self.names[i]}" for v, i in self.values.items() if i != IGNORED]
             what = f"label values {wrong[:8]} are not in the class table"
-            remedy = 'add them, with "ignore": true if they mean no class'
+            remedy = "write a classes.json that has them"
             raise UserError(f"{path}: {what} ({', '.join(there)}): {remedy}")
         indices = np.array([index[code] for code in present.tolist()], np.uint8)
         return indices[np.searchsorted(present, codes)]

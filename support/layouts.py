@@ -146,8 +146,8 @@ def _one_folder(root, name, table):
         b = [path for path in files if path.stem.endswith(endings[1])]
         others = [path for path in files if not path.stem.endswith(endings)]
         if endings[0] == "_sat" and a and not (b or others):  # as in DeepGlobe's test split
-            lacks = f"no {endings[1]} beside {a[0].name}"
-            raise UserError(f"{root / name}: {lacks}: put some pairs into val/")
+            remedy = ": put some pairs into val/" if name != "train" else ""
+            raise UserError(f"{root / name}: no {endings[1]} beside {a[0].name}{remedy}")
         pairs = _by_stem(a, endings[0]).keys() & _by_stem(b, endings[1]).keys()
         if not (a and b) or (others and not pairs):
             continue

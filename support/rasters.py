@@ -221,7 +221,7 @@ class Raster:
         self._count_bands([1, 2, 3] if self.palette is not None else there)
         if self.table and len(there) != 1 and (len(there) != 3 or self.dtype != "uint8"):
             what = "a label map has one band of codes, or three of 8-bit colours"
-            remedy = "gdal_translate -b 1 x.tif y.tif writes the first"
+            remedy = "rio stack x.tif --bidx 1 -o y.tif (or 1..3) writes them"
             raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if {"red", "green", "blue"} <= set(names):

@@ -133,9 +133,9 @@ class ImageStore:
             text += f", every {self.stride} pixels" if self.stride != self.patch else ""
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
-            used = np.unique(self.B[spread(100, len(self.B))])
-            if len(used := used[used != IGNORED]) == 1:
-                text += f", of which only {self.classes.names[used[0]]} occurs"
+            some = {*np.unique(self.B[spread(100, len(self.B))]).tolist()} - {IGNORED}
+            if len(some) == 1 and all(np.isin(image, [*some, IGNORED]).all() for image in self.B):
+                text += f", of which only {self.classes.names[some.pop()]} occurs"
         shares = []
         for domain in "AB":
             rows = self.rows[domain]

@@ -140,7 +140,9 @@ NOT_LAYOUTS = {
                        "the same name but for"),
     "another ending": ("train/1_A.png train/1_B.png train/x.png", "x.png: ends neither in _A nor"),
     "a lone ending": ("train/1_A.png train/1_B.png train/2_A.png", "2_A.png has no par"),
-    "no masks": ("train/1_sat.jpg train/2_sat.jpg", "train: no _mask beside 1_sat.jpg: put"),
+    "no masks": ("train/1_sat.jpg train/2_sat.jpg", "train: no _mask beside 1_sat.jpg$"),
+    "val without masks": ("train/1_sat.jpg train/1_mask.png test/2_sat.jpg",
+                          "test: no _mask beside 2_sat.jpg: put some pairs into val/$"),
     "masks without a table": ("train/images/x.png train/masks/x.png", "s2glc, maps or b"),
     "a mask without a table": ("train/x_sat.png train/x_mask.png", "s2glc, maps or bin"),
     "nothing": ("x/notes.txt", f"images of split train: .*data has x .*{KNOWN}"),
@@ -773,6 +775,17 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
     )
     with refused("split val: no pixel of B has a class"):
         store_of(tmp_path, tmp_path / "cache", 40, "val")
+
+
+def test_a_class_that_occurs_alone_is_named(tmp_path, monkeypatch, capsys):
+    """Also where no more than a sample of the images is looked at first."""
+    (tmp_path / "classes.json").write_text(json.dumps(EXACT))
+    monkeypatch.setattr(support.store, "spread", lambda count, total: np.arange(1))
+    for number, alone in ((0, True), (1, False)):
+        save(tmp_path / "train" / "rgb" / f"{number}.png", np.zeros((9, 9, 3), np.uint8))
+        save(tmp_path / "train" / "lc" / f"{number}.png", np.full((9, 9), number, np.uint8))
+        store_of(tmp_path, tmp_path / "cache")
+        assert ("of which only no occurs" in capsys.readouterr().err) == alone
 
 
 def test_a_damaged_store_is_built_again(tmp_path):

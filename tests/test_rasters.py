@@ -637,7 +637,7 @@ def test_systems_without_codes_are_compared(tmp_path):
     [
         (np.ones((8, 8), np.complex64), None, "has complex64 values, which are not supported"),
         (np.ones((8, 8, 3), np.uint16), CLASSES, "has 3 bands: a label map has one band of codes"),
-        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*gdal_translate -b 1"),
+        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*--bidx 1"),
         (np.ones((8, 8)), None, "an array can only be a label map"),
     ],
 )
