@@ -192,7 +192,7 @@ class ClassTable:
         distance, row = self.nearest_row((present[:, None] >> (16, 8, 0)) & 255)
         known = distance <= (FAR**2 if nearest else 0)
         if strict and counts[known].sum() < (0.5 if nearest else 0.01) * counts.sum():
-            causes = 'a photograph, another table, or few labels: add the rest, with "ignore": true'
+            causes = "a photograph, another --lc-classes, or mostly colours that it lacks"
             raise UserError(f"{path}: not the colours of the class table: {causes}?")
         index = np.array([index for _, _, index in self.entries], np.uint8)[row]
         if not nearest:

@@ -102,14 +102,16 @@ def _class_table(root, lc_classes):
     if (root / "classes.json").is_file():
         own = str(root / "classes.json")
     table = ClassTable.load(lc_classes or own)
-    there = None
-    with contextlib.suppress(UserError):  # it may be another program's
-        there = ClassTable.load(own)
     if own and not table:
         print_once(f"{own}: not used, as B is pictures")
-    elif there and (there.entries, there.names) != (table.entries, table.names):
-        names = ", ".join(table.names)
-        print_once(f"{own}: differs from the class table in use ({names})")
+    elif own:
+        same = False
+        with contextlib.suppress(UserError):  # of another program's file
+            there = ClassTable.load(own)
+            same = (there.entries, there.names) == (table.entries, table.names)
+        if not same:
+            names = ", ".join(table.names)
+            print_once(f"{own}: differs from the class table in use ({names})")
     return table
 
 

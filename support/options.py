@@ -99,7 +99,9 @@ class Options:
         "auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"), may_change=True
     )
     precision: str = option(
-        "auto", "auto: bf16 on CUDA for 8-bit pictures, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 for 8-bit pictures on CUDA (Ampere or newer), else fp32",
+        choices=("auto", "fp32", "bf16"),
     )
     graph: bool = option(True, "capture the training step in a CUDA graph", may_change=True)
     checkpoint: str = option("", "the trained model, a .pt file", group="use")

@@ -219,12 +219,14 @@ class Raster:
         alphas = [] if self._has_mask else range(1, len(names) + 1)
         self._alphas = [band for band in alphas if band not in there]
         self._count_bands([1, 2, 3] if self.palette is not None else there)
-        if self.table and len(there) != 1 and (len(there) != 3 or self.dtype != "uint8"):
+        named = {"red", "green", "blue"} <= set(names)
+        colours = self.dtype == "uint8" and (named or len(there) == 3)
+        if self.table and len(there) > 1 and not colours:
             what = "a label map has one band of codes, or three of 8-bit colours"
             remedy = "rio stack x.tif --bidx 1 -o y.tif (or 1..3) writes them"
             raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
-        if {"red", "green", "blue"} <= set(names):
+        if named:
             self.chosen = [names.index(name) + 1 for name in ("red", "green", "blue")]
         if self.bands and self.palette is None:
             self.chosen = self.bands

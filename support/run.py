@@ -139,7 +139,7 @@ class Run:
     def _interrupt(self, number, frame):
         first, self.interrupted = not self.interrupted, number
         if number == signal.SIGINT:  # SIGTERM may come twice: from SLURM and from torchrun
-            signal.signal(number, self.handlers[number])  # a second Ctrl-C ends main at once
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends main
         if first and rank() == 0:
             print("\nstopping: this step is finished and saved first", file=sys.stderr)
 

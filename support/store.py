@@ -135,7 +135,7 @@ class ImageStore:
             text += f", B labels of {len(self.classes)} classes"
             some = {*np.unique(self.B[spread(100, len(self.B))]).tolist()} - {IGNORED}
             if len(some) == 1 and all(np.isin(image, [*some, IGNORED]).all() for image in self.B):
-                text += f", of which only {self.classes.names[some.pop()]} occurs"
+                text += f", of which only {self.classes.names[some.pop()]!r} occurs"
         shares = []
         for domain in "AB":
             rows = self.rows[domain]

@@ -72,6 +72,8 @@ LAYOUTS = {
     "Inria": (INRIA, "Inria, train", KEPT),
     "val of Inria": (INRIA, "Inria, train, images 1-5 of each city", HELD_OUT),
     "Inria with val": (INRIA + " val/images/x.tif val/gt/x.tif", "Inria, train", " ".join(ALL)),
+    "Inria with valid": (INRIA + " valid/images/x.tif valid/gt/x.tif", "Inria, train",
+                         " ".join(ALL)),
     "test of Inria": (INRIA + " test/images/x.tif test/gt/x.tif", "Inria, test", "x"),
     "Inria with a trial": (INRIA + " tiny/images/x.tif tiny/gt/x.tif", "Inria, train", KEPT),
     "a folder gt alone": ("train/1.png train/gt/1.png", "side by side, train", "1"),
@@ -117,12 +119,15 @@ def test_training_images_validate_in_no_other_layout(tmp_path):
         common.begin(Config, "", {}, ["--data", str(tmp_path), "--out", str(tmp_path / "run")])
 
 
-def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path):
+def test_classes_turn_any_layout_into_label_maps(pairs, landcover, tmp_path, capsys):
     touch(*(tmp_path / "train" / side / "x6.tif" for side in ("images", "gt")))
     (tmp_path / "classes.json").write_text(json.dumps(TABLE))
     assert find_images(tmp_path, "train").classes == CLASSES  # and not binary
     (tmp_path / "classes.json").write_text('{"classes": [], "tags": []}')  # another program's
     assert find_images(tmp_path, "train", "binary").classes.names[1] == "foreground"
+    assert (
+        "classes.json: differs from the class table in use (background" in capsys.readouterr().err
+    )
     with refused("unknown key tags"):
         find_images(tmp_path, "train")
     split = find_images(pairs, "train", "maps")
@@ -194,7 +199,7 @@ GREY = [{"name": f"n{k}", "color": f"{k},{k},{k}", "value": k} for k in (0, 128)
 BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
 S2GLC = "values [1] are not in the class table (0 Clouds, 62 Artificial"
 GREYS = [0, 90, 200, 255]
-NOTHING = "a photograph, another table, or few labels"
+NOTHING = "a photograph, another --lc-classes, or mostly"
 
 
 def partly(known):
@@ -771,7 +776,7 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
     (tmp_path / "classes.json").write_text(json.dumps(EXACT), encoding="utf-8-sig")
     store_of(tmp_path, tmp_path / "cache", 40)
     assert (
-        "2 classes, of which only no occurs, 25% of the pixels ignored" in capsys.readouterr().err
+        "2 classes, of which only 'no' occurs, 25% of the pixels ignored" in capsys.readouterr().err
     )
     with refused("split val: no pixel of B has a class"):
         store_of(tmp_path, tmp_path / "cache", 40, "val")
@@ -785,7 +790,7 @@ def test_a_class_that_occurs_alone_is_named(tmp_path, monkeypatch, capsys):
         save(tmp_path / "train" / "rgb" / f"{number}.png", np.zeros((9, 9, 3), np.uint8))
         save(tmp_path / "train" / "lc" / f"{number}.png", np.full((9, 9), number, np.uint8))
         store_of(tmp_path, tmp_path / "cache")
-        assert ("of which only no occurs" in capsys.readouterr().err) == alone
+        assert ("of which only 'no' occurs" in capsys.readouterr().err) == alone
 
 
 def test_a_damaged_store_is_built_again(tmp_path):

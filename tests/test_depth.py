@@ -406,7 +406,9 @@ def test_pictures_of_one_or_three_bands_of_eight_bits_need_no_tiff():
 def test_only_pictures_of_eight_bits_are_computed_in_bf16_by_default(monkeypatch):
     cuda = torch.device("cuda")
     assert not in_bf16(pix2pix.Config(), cuda)  # which emulates it, or is not there
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation
+    )
     for limits, precision, wanted in (("", "auto", 1), ("0,9 int16", "auto", 0), ("", "fp32", 0)):
         cfg = pix2pix.Config(limits_A=limits, precision=precision)
         assert in_bf16(cfg, cuda) == wanted and not in_bf16(cfg, torch.device("cpu"))

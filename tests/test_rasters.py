@@ -378,6 +378,18 @@ def test_bands_are_read_by_the_colours_that_a_file_names(tmp_path, colors, asked
         assert raster.read()[3, 4].tolist() == [band + 9 for band in read]
 
 
+def test_label_maps_have_one_band_or_colours_and_perhaps_alpha(tmp_path):
+    """Alpha is the second band, or a fourth; a fourth that is not marked as alpha is left out."""
+    index = np.arange(9, dtype=np.uint16).reshape(3, 3) % 3
+    codes = np.dstack([index, np.where(index == 1, 0, 65535).astype(np.uint16)])
+    geotiff(tmp_path / "codes.tif", codes, alpha="yes")
+    colours = np.dstack([CLASSES.palette[index], index.astype(np.uint8)])
+    geotiff(tmp_path / "colours.tif", colours, photometric="RGB", alpha="no")
+    for name, want in (("codes", np.where(index == 1, IGNORED, index)), ("colours", index)):
+        with Raster(tmp_path / f"{name}.tif", CLASSES) as raster:
+            assert (raster.read() == want).all()
+
+
 @pytest.mark.parametrize(("name", "bands"), [("x.tif", (5,)), ("x.tif", (4,)), ("x.png", (1, 4))])
 def test_bands_that_a_file_lacks_are_refused(tmp_path, name, bands):
     """Alpha is no band."""
@@ -638,6 +650,7 @@ def test_systems_without_codes_are_compared(tmp_path):
         (np.ones((8, 8), np.complex64), None, "has complex64 values, which are not supported"),
         (np.ones((8, 8, 3), np.uint16), CLASSES, "has 3 bands: a label map has one band of codes"),
         (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*--bidx 1"),
+        (np.ones((8, 8, 2), np.uint8), CLASSES, "has 2 bands"),
         (np.ones((8, 8)), None, "an array can only be a label map"),
     ],
 )

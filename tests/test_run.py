@@ -195,9 +195,9 @@ def test_tracking_is_optional(missing, pairs, done, tmp_path, capsys, monkeypatc
 
 def test_a_second_ctrl_c_ends_a_run_at_once_but_no_second_sigterm(capsys):
     run = object.__new__(common.Run)
-    before = signal.getsignal(signal.SIGINT)  # KeyboardInterrupt, which a notebook survives
-    run.interrupted, run.handlers = 0, {signal.SIGINT: before}
-    for number, then in ((signal.SIGTERM, run._interrupt), (signal.SIGINT, before)):
+    run.interrupted = 0
+    raises = signal.default_int_handler  # KeyboardInterrupt, which a notebook survives
+    for number, then in ((signal.SIGTERM, run._interrupt), (signal.SIGINT, raises)):
         signal.signal(number, run._interrupt)
         run._interrupt(number, None)
         assert run.interrupted == number and signal.getsignal(number) == then
@@ -691,7 +691,7 @@ def test_help_shows_every_option_with_its_default(capsys):
 
 
 def test_quick_changes_defaults_but_not_what_is_typed():
-    cfg, given = parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", "5", "--no-graph"])
+    cfg, given = parse(Config, "x", pix2pix.QUICK, ["--quick", "--width", 5, "--no-graph"])
     assert (cfg.size, cfg.width, cfg.epochs) == (64, 5, pix2pix.QUICK["epochs"])
     assert given == {"quick": True, "width": 5, "graph": False}
     cfg, _ = parse(Config, "x", {}, ["--generate", "a", "--generate", "b", "c"])

@@ -203,7 +203,8 @@ def test_copies_do_not_drift():
 
 
 def test_imports_in_support_point_down():
-    """And none hides in a function."""
+    """And none hides in a function. Without an __init__.py another package could be imported."""
+    assert (ROOT / "support" / "__init__.py").is_file()
     assert {path.stem for path in (ROOT / "support").glob("[!_]*.py")} == set(
         " ".join(FLOORS).split()
     )
