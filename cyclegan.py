@@ -42,7 +42,7 @@ from common import UserError, option
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
     """
 
     script = "cyclegan"
@@ -325,7 +325,7 @@ def label_loss(logits, target):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint keeps."""
+    """Networks, optimisers, tensors and numbers that training changes and a checkpoint keeps."""
 
     G_AB: nn.Module
     G_BA: nn.Module

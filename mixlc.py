@@ -52,7 +52,7 @@ from common import UserError, option
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
     """
 
     script = "mixlc"
@@ -471,7 +471,7 @@ def label_loss(logits, target):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint keeps."""
+    """Networks, optimisers, tensors and numbers that training changes and a checkpoint keeps."""
 
     G: nn.Module
     D: nn.Module | None = None

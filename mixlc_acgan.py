@@ -48,7 +48,7 @@ from common import UserError, option
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
     """
 
     script = "mixlc_acgan"
@@ -425,7 +425,7 @@ def inverse_frequency(counts):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint keeps; vgg is frozen and not kept."""
+    """Networks, optimisers, tensors and numbers that a checkpoint keeps; vgg is not kept."""
 
     G: nn.Module
     D: nn.Module

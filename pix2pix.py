@@ -40,7 +40,7 @@ from common import UserError, option
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    An option belongs to the last group named. A checkpoint fixes the group "model" and fixed ones.
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
     """
 
     script = "pix2pix"
@@ -349,7 +349,7 @@ def vgg_loss(vgg, fake, target):
 
 @dataclasses.dataclass
 class State:
-    """Everything that training changes and a checkpoint keeps; vgg is frozen and not kept."""
+    """Networks, optimisers, tensors and numbers that a checkpoint keeps; vgg is not kept."""
 
     G: nn.Module
     D: nn.Module | None = None
@@ -521,7 +521,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
     """
     torch.manual_seed(cfg.seed)
     scores = common.Scores(brief=colors is None, fid=cfg.fid)
-    limits = val.store.limits["B" if cfg.direction == "AtoB" else "A"]
+    limits = val.store.limits[cfg.domains[1]]
     for records in val.in_order(images):
         x, y = val.pair(records)
         labels = val.store.images("B", records) if cfg.classes else None
@@ -570,7 +570,7 @@ def nearest_class(images, classes):
 
 def report(state, val, cfg, histograms):
     """The whole validation split beside baselines: printed, and written to evaluation.json."""
-    histogram = histograms["B" if cfg.direction == "AtoB" else "A"]
+    histogram = histograms[cfg.domains[1]]
     by_class = histograms.get("A of classes") if cfg.direction == "BtoA" else None
     classes = cfg.classes if cfg.direction == "AtoB" else None
     colors = common.constant_colors(histogram, classes, by_class)

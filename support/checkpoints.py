@@ -66,18 +66,25 @@ def buffers_of_ranks(state):
 
 
 def state_dict(state):
-    """A State's tensors, numbers, and state_dicts of optimizers and of modules with weights."""
+    """A State's tensors, numbers, and state_dicts of optimizers and of modules with weights.
+
+    TypeError for other values, which a resumed run would lack.
+    """
     kept = {}
     for name, value in vars(state).items():
         if hasattr(value, "state_dict"):
             content = value.state_dict()
             if content:
                 kept[name] = content
-        elif isinstance(value, (torch.Tensor, int, float)):
+        elif isinstance(value, torch.Tensor) or type(value) in (bool, int, float):
             kept[name] = value
+        elif value is not None:
+            kinds = "modules, optimizers, tensors and plain numbers"
+            raise TypeError(f"State.{name} is {type(value)}: a checkpoint keeps {kinds}")
     return kept
 
 
+@torch.no_grad()
 def restore(state, checkpoint, path):
     """Loads a checkpoint's state into a State, in place. Each process gets its own buffers.
 
@@ -87,7 +94,7 @@ def restore(state, checkpoint, path):
     saved = checkpoint["state"]
     for name in state_dict(state):
         value = getattr(state, name)
-        with refusing(f"{path}: its {name} does not fit this version of the script"):
+        with refusing(f"{path}: its {name} is missing, or does not fit this version of the script"):
             if isinstance(value, torch.optim.Optimizer):
                 _load_optimizer(value, saved[name])
             elif hasattr(value, "state_dict"):
@@ -104,7 +111,7 @@ def restore(state, checkpoint, path):
 
 
 def _load_optimizer(optimizer, saved):
-    """Loads an optimizer's moments, but not its memory format, options and rate (Run.set_lr)."""
+    """Loads an optimizer's moments, but not its memory format, options and rate: see Run.set_lr."""
     groups = optimizer.param_groups
     optimizer.load_state_dict(saved)
     optimizer.param_groups = groups

@@ -194,16 +194,25 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(self.side)
             return detached(losses)
         if self.graph is None:
-            self.batch = tuple(tensor.clone() for tensor in batch)
+            self.batch, before = tuple(tensor.clone() for tensor in batch), numbers_of(state)
             graph = torch.cuda.CUDAGraph()
             # thread_local: another thread may pin memory meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.losses = detached(self.step(state, self.batch, cfg))
+            if numbers_of(state) != before:  # such as a count of steps, on which it branches
+                raise UserError(
+                    "train_step changes a number, which a CUDA graph cannot: --no-graph"
+                )
             self.graph = graph
         for static, tensor in zip(self.batch, batch, strict=True):
             static.copy_(tensor)
         self.graph.replay()
         return self.losses
+
+
+def numbers_of(state):
+    """The Python numbers of a State."""
+    return {name: x for name, x in vars(state).items() if isinstance(x, (int, float))}
 
 
 def detached(losses):
@@ -212,5 +221,5 @@ def detached(losses):
 
 
 def fast_step(step, cfg, device):
-    """train_step in a CUDA graph; unchanged on the CPU and with --no-graph."""
+    """train_step in a CUDA graph, which repeats one call; unchanged on the CPU, or --no-graph."""
     return GraphedStep(step) if device.type == "cuda" and cfg.graph else step

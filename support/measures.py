@@ -262,7 +262,7 @@ def write_evaluation(cfg, rows, **about):
 def print_table(rows):
     """Prints {row: {measure: value}} as text, a column a measure."""
     heads = {name: f"  {name:>7}" for row in rows.values() for name in row}
-    titles = max(map(len, rows)) + 2
+    titles = max(map(len, rows), default=0) + 2
     print(" " * titles + "".join(heads.values()))
     for title, row in rows.items():
         line = title.ljust(titles)

@@ -13,6 +13,7 @@ from support.errors import UserError
 def option(default, help, *, group=None, choices=None, low=-math.inf, high=2**31 - 1, **meaning):
     """A field of an Options class that is also a command-line option.
 
+    default     a bool, int, float or str, or a tuple of str
     group       a heading of --help, for this field and those that follow; a checkpoint fixes the
                 group "model"
     low, high   bounds of a number, both included
@@ -145,7 +146,7 @@ class Options:
         return tuple(int(number) for number in numbers)
 
     def channels(self, domain):
-        """The number of channels of pictures of a domain."""
+        """The number of channels of pictures of a domain; 3, colours, if they are label maps."""
         return len(self.bands(domain)) or 3
 
     @property

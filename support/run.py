@@ -53,6 +53,8 @@ class Means:
 
     def add(self, names, values):
         """Adds a step's losses: their names, and their values as one tensor."""
+        if self.count and names != self.names:
+            raise ValueError(f"losses {names}, and {self.names} in steps before: return the same")
         self.names, self.count = names, self.count + 1
         self.sums = values + torch.as_tensor(self.sums, device=values.device)
 
@@ -163,8 +165,9 @@ class Run:
             set_lr(optimizer, lr)
 
     def end_step(self, state, losses):
-        """Ends a step with losses {name: 0-d tensor}; their means are read every --log-every steps.
+        """Ends a step with losses {name: 0-d tensor}, the same names in every step.
 
+        Their means are read every --log-every steps.
         Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """
         values = torch.stack([loss.detach().double() for loss in losses.values()])

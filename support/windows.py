@@ -39,7 +39,8 @@ class SharedStatistics:
     gets those of all noted pixels together, with Gaussian weights whose standard deviation is
     `reach` windows (kernelized instance normalization, Ho et al. 2022, arXiv:2208.10730, who
     average standard deviations instead; an infinite reach: the same in all windows). The first pass
-    normalises each window by itself, so that the statistics of deeper layers are approximate.
+    normalises each window by itself, so that the statistics of deeper layers are approximate. Each
+    layer must be used once in a pass.
     """
 
     most = 24  # windows noted along a side, for 2000 x 2000 windows of a large raster, too

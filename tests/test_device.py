@@ -38,6 +38,22 @@ from support.processes import first_on_machine, reduced
 from support.run import Means
 from tensors import as_rank, calls_of, pictures, tiny
 
+STATE = types.SimpleNamespace()
+
+
+def test_a_step_that_counts_in_python_is_refused(monkeypatch, capsys):
+    """A graph would repeat the branch that it was captured with."""
+    record_graphs(monkeypatch)
+    state = types.SimpleNamespace(steps=0)
+
+    def train_step(state, batch, cfg):
+        state.steps += 1
+        return {"loss": batch[0].sum()}
+
+    step = GraphedStep(train_step)
+    main = common.command(lambda argv: [step(state, (torch.zeros(1),), None) for _ in range(9)])
+    assert "cannot: --no-graph" in line_of(main, None, capsys) and state.steps == 4
+
 
 def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(monkeypatch):
     """The batch that it was captured with stays the loader's; warm-ups share one side stream."""
@@ -46,7 +62,7 @@ def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(monkeypatch):
     step = GraphedStep(lambda state, batch, cfg: {"loss": (weight * batch[0]).sum()})
     batches = [(torch.full((2,), float(k)),) for k in range(6)]
     for batch in batches:
-        assert not step(None, batch, None)["loss"].requires_grad
+        assert not step(STATE, batch, None)["loss"].requires_grad
     assert step.graph.replays == 3 and torch.cuda.Stream.call_count == 1
     assert torch.equal(step.batch[0], torch.full((2,), 5.0))
     assert [batch[0][0].item() for batch in batches] == [0, 1, 2, 3, 4, 5]
@@ -70,7 +86,7 @@ def test_out_of_memory_while_capturing_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "graph", capture)
     step = GraphedStep(train_step)
-    main = common.command(lambda argv: [step(None, (torch.zeros(1),), None) for _ in range(9)])
+    main = common.command(lambda argv: [step(STATE, (torch.zeros(1),), None) for _ in range(9)])
     assert "out of memory: lower --batch-size" in line_of(main, None, capsys)
     assert step.graph is None
 
@@ -152,6 +168,8 @@ def test_gradients_and_logged_losses_are_averaged(monkeypatch):
     assert losses.read() == {"g": 5}
     for _ in range(2):  # what is reduced is a copy
         assert losses.saved()[1].tolist() == [5]
+    with pytest.raises(ValueError, match="in steps before"):  # another loss
+        losses.add(["d"], torch.tensor([3.0]))
     layer = torch.nn.Linear(2, 1)
     (layer.weight.sum() * 3 + layer.bias.sum()).backward()
     common.average_gradients(layer)

@@ -447,6 +447,21 @@ def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch,
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["2", "3"]
 
 
+def test_a_checkpoint_keeps_all_of_a_state_or_none():
+    """Also of a changed script, whose resumed run would otherwise lack a part silently."""
+    part = torch.nn.Parameter(torch.ones(1))
+    state = types.SimpleNamespace(part=part, none=None, steps=3, best=0.5)
+    saved = state_dict(state)
+    assert set(saved) == {"part", "steps", "best"}
+    saved = copy.deepcopy(saved)
+    part.data += 1
+    common.restore(state, {"state": saved}, "x.pt")
+    assert part.item() == 1
+    for value in ({"G": part}, [part], "text", np.float64(1)):  # torch.load refuses NumPy's
+        with pytest.raises(TypeError, match="State.best is .*: a checkpoint keeps modules"):
+            state_dict(types.SimpleNamespace(best=value))
+
+
 def test_moments_are_laid_out_like_their_parameters():
     """Fused Adam pairs elements by their place in memory: a checkpoint of other strides, as
     channels_last networks write it, must train on as if it had been restored without them.

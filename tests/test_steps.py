@@ -153,8 +153,10 @@ def test_step_equals_its_plain_twin(case, monkeypatch):
 def sides(state):
     """The generators and the discriminators of a state."""
     nets = {name: getattr(state, name) for name in NETS if hasattr(state, name)}
-    G = nn.ModuleList(net for name, net in nets.items() if name.startswith("G"))
-    return {"G": G, "D": nn.ModuleList(net for name, net in nets.items() if name.startswith("D"))}
+    found = {}
+    for side in {name[0] for name in nets}:
+        found[side] = nn.ModuleList(net for name, net in nets.items() if name[0] == side)
+    return found
 
 
 @every
@@ -163,6 +165,8 @@ def test_each_update_leaves_the_other_networks_gradients_untouched(case, monkeyp
     module, cfg, state, batch = prepared(case)
     averaged = calls_of(monkeypatch, common, "average_gradients")
     nets, seen = sides(state), {}
+    if len(nets) == 1:
+        pytest.skip("there is no discriminator")
 
     def watch(name):
         def step():

@@ -237,7 +237,7 @@ SCORED = {  # where evaluation.json has the scores of cyclegan's metrics.csv
 }
 
 
-@each_script
+@pytest.mark.parametrize("script", COLUMNS)
 def test_run_folder(script, trained):
     """The last row has the measures of all validation images, whatever the sample grid shows."""
     out = trained(script)
@@ -374,7 +374,7 @@ MANY = {  # options, the type of the files, the number of bands of a result
 }
 
 
-@each_script
+@pytest.mark.parametrize("script", MANY)
 def test_networks_of_other_bands_and_depths(script, tmp_path, monkeypatch):
     """Trained, measured, used, on the page too; results have the bands of B, or the photograph."""
     root, edits, (options, dtype, count) = tmp_path / "data", is_edit(script), MANY[script]
