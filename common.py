@@ -1,6 +1,6 @@
-"""All that the scripts import, gathered from support/.
+"""What the scripts import from support/.
 
-Nothing here teaches anything about GANs. support/ has one idea per file.
+Nothing here is specific to GANs. support/ has one idea per file.
 """
 
 # a user's mistake: one line on stderr and exit status 2

@@ -1,8 +1,8 @@
 """CycleGAN: translate between two domains without pairs, such as maps and photographs.
 
-Two generators translate in opposite directions. One discriminator for each domain learns to tell
-translated images from real ones. Translation there and back must give the same image (the cycle
-loss): this ties a translation to its input, since there are no pairs to do so.
+Two generators, G_AB and G_BA, translate in opposite directions. Discriminators D_A and D_B learn
+to tell translated images from real ones. Translation there and back must give the same image (the
+cycle loss): this ties a translation to its input, since there are no pairs to do so.
 
     python cyclegan.py --data maps/                             both directions, 200 epochs
     python cyclegan.py --data horse2zebra/                      trainA/ and trainB/, no pairs at all
@@ -15,8 +15,8 @@ Paper: Zhu, Park, Isola, Efros 2017, Unpaired Image-to-Image Translation using C
 Adversarial Networks, arXiv:1703.10593.
 
 Differences from the paper:
-- Four layers of the discriminator have stride 2, as in the paper's appendix, and not three, as in
-  the authors' code: 16x16 logits at 256, each with a receptive field of 94 pixels, and not 70.
+- Four layers of the discriminator have stride 2, as in the paper's appendix; in the authors' code
+  three have. The 16x16 logits at 256 have receptive fields of 94 pixels, not 70.
 - The identity loss, which the paper uses for paintings (section 5.2), is on for all pictures
   where A and B have equally many bands.
 - Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
@@ -138,7 +138,7 @@ class Domains:
         return common.one_hot(images, len(self.classes)) if self.classes else images
 
     def picture(self, images):
-        """Images of domain B as pictures (B, 3, S, S) in [-1, 1]."""
+        """Images of domain B as pictures (B, C, S, S) in [-1, 1]."""
         return common.draw(common.class_index(images), self.classes) if self.classes else images
 
 
@@ -492,7 +492,7 @@ def both_ways(state, real_A, real_B, cfg):
 
 
 def sample(state, val, cfg, images):
-    """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
+    """The columns of a sample grid, {title: (B, C, S, S) in [-1, 1]}, of these images."""
     batches_A, batches_B = zip(*val.in_order(images), strict=True)
     real_A, real_B = torch.cat(batches_A), torch.cat(batches_B)
     fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
@@ -519,7 +519,7 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     for real_A, real_B in val.in_order(images):
         labels = common.class_index(real_B) if cfg.classes else None
         fake_B, cycled_A, fake_A, cycled_B = both_ways(state, real_A, real_B, cfg)
-        if val.paired and not cfg.classes:  # a place counts where both have data
+        if val.paired and not cfg.classes:  # a pixel counts if both have data
             missing = (real_A.sum(1, keepdim=True) + real_B.sum(1, keepdim=True)).isnan()
             real_A, real_B = (x.masked_fill(missing, torch.nan) for x in (real_A, real_B))
         guesses_A, guesses_B = {}, {}
@@ -568,7 +568,7 @@ def baselines_of_B(val, real_A, real_B, constants):
 
 
 def add_judged(scores, judge, photographs, labels, classes):
-    """Measures whether the judge finds these labels in photographs {row: (B, 3, S, S)}."""
+    """Measures whether the judge finds these labels in photographs {row: (B, C, S, S)}."""
     for row, photograph in photographs.items():
         scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
 

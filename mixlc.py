@@ -1,9 +1,9 @@
-"""mixlc: edit a photograph through its land cover: change a part of it, generate what fits.
+"""mixlc: edit a photograph: change a part of its land cover, generate what fits.
 
-A box of land cover b is pasted into land cover a. The generator gets photograph a, erased inside
-the box, and the pasted land cover, and generates the missing part. A discriminator gets the whole
-and labels every pixel, with a class of land cover or as generated. The generator learns to get the
-labels that were asked for.
+A box of tile b's land cover is pasted into tile a's. The generator G gets photograph a, erased
+inside the box, and the pasted land cover, and generates the missing part. The discriminator D gets
+the result and labels every pixel, with a class of land cover or as generated. G learns to make
+pixels that D labels as asked.
 
     python mixlc.py --data denmark/ --lc-classes s2glc          rgb/ and lc/ folders, 14 classes
     python mixlc.py --data maps/ --lc-classes maps              the map half becomes land cover
@@ -20,7 +20,7 @@ Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
 Differences from the original system, which has no paper (nearest to it: --box center --fusion late
 --no-erase --own 0 --no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
 - The original generator copies its input. Here noise replaces the part to edit, so that it cannot;
-  evaluation.json measures this.
+  evaluation.json checks this.
 - The original's target is a collage, photograph b in the box of a. It has a seam, and is one of
   many right answers, so that an L1 loss teaches a blur. Here half of the edits ask for the land
   cover that is there, and their target is the photograph (SESAME, Ntavelis et al. 2020,
@@ -71,7 +71,7 @@ class Config(common.EditOptions):
         "whole photograph: real or fake)",
         choices=("label", "global"),
     )
-    local_d: bool = option(False, "second trunk of --d global for the surroundings of the box")
+    local_d: bool = option(False, "--d global: a second network for the surroundings of the box")
     collage: bool = option(False, "L1 losses also inside edits that are collages", group="training")
     lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
@@ -93,13 +93,13 @@ class Edit(NamedTuple):
     Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
     """
 
-    rgb_a: torch.Tensor  # (B, 3, S, S) in [-1, 1], the input
+    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
     lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
-    rgb_ab: torch.Tensor  # (B, 3, S, S) in [-1, 1], the target
+    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
     box: torch.Tensor  # (B, 4) top, left, height, width
     inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
     lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
-    rgb_b: torch.Tensor  # (B, 3, S, S) an untouched photograph, for the discriminator
+    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
     lc_b: torch.Tensor  # (B, classes, S, S) its land cover
     own: torch.Tensor  # (B,) bool: own edits
 
@@ -204,7 +204,7 @@ def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
     With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover texture grows from noise alone.
+    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -593,7 +593,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def translate(state, inputs, cfg):
-    """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
+    """inputs = (rgb (B, C, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, C, S, S), float32.
 
     BatchNorm uses the image's own statistics or running averages: see --eval-norm.
     """
@@ -606,7 +606,7 @@ def translate(state, inputs, cfg):
 
 
 def sample(state, val, cfg, images):
-    """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
+    """The columns of a sample grid, {title: (B, C, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
     rgb = visible(edit, cfg)
     return {

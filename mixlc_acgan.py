@@ -1,4 +1,4 @@
-"""mixlc_acgan: the edit of mixlc, with a discriminator that also classifies, and a style loss.
+"""mixlc_acgan: the edit of mixlc, with a two-headed discriminator and a style loss.
 
 A second head of the discriminator learns to classify every pixel of real photographs. Its loss
 teaches the generator to show the classes that were asked for. A style loss compares textures
@@ -19,8 +19,8 @@ Differences from the original system, which has no paper (options in brackets: n
 - In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
-  (--own 0 --lambda-id 0.1), and boxes have any size (--box center). The others are compared with
-  a collage, as in the original, also by L1, although it is one of many right answers.
+  (--own 0 --lambda-id 0.1), and boxes have any size (--box center). Other edits are compared
+  with a collage, as in the original, also by L1, although it is one of many right answers.
 - The original classifier was given its own target as input. Here only the adversarial head gets
   land cover; in Odena et al. that head does not get it, either.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
@@ -65,7 +65,7 @@ class Config(common.EditOptions):
         "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option("", "file of VGG16's weights; none: from torch.hub", file=True)
+    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(16, "edits in a step of one process", low=1, fixed=True)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
@@ -84,13 +84,13 @@ class Edit(NamedTuple):
     Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
     """
 
-    rgb_a: torch.Tensor  # (B, 3, S, S) in [-1, 1], the input
+    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
     lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
-    rgb_ab: torch.Tensor  # (B, 3, S, S) in [-1, 1], the target
+    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
     box: torch.Tensor  # (B, 4) top, left, height, width
     inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
     lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
-    rgb_b: torch.Tensor  # (B, 3, S, S) an untouched photograph, for the discriminator
+    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
     lc_b: torch.Tensor  # (B, classes, S, S) its land cover
     own: torch.Tensor  # (B,) bool: own edits
 
@@ -195,7 +195,7 @@ def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
     With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover texture grows from noise alone.
+    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -555,7 +555,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def translate(state, inputs, cfg):
-    """inputs = (rgb (B, 3, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, 3, S, S), float32.
+    """inputs = (rgb (B, C, S, S) in [-1, 1], lc (B, classes, S, S)) -> (B, C, S, S), float32.
 
     Dropout stays on: it is the noise, and two calls differ. BatchNorm uses the image's own
     statistics or running averages: see --eval-norm.
@@ -569,7 +569,7 @@ def translate(state, inputs, cfg):
 
 
 def sample(state, val, cfg, images):
-    """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
+    """The columns of a sample grid, {title: (B, C, S, S) in [-1, 1]}, of these images."""
     edit = joined(val.in_order(images))
     rgb = visible(edit, cfg)
     return {

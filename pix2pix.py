@@ -45,7 +45,7 @@ class Config(common.Options):
 
     script = "pix2pix"
 
-    direction: str = option("BtoA", "direction", group="model", choices=("AtoB", "BtoA"))
+    direction: str = option("BtoA", "A to B, or B to A", group="model", choices=("AtoB", "BtoA"))
     generator: str = option(
         "unet", "unet (with skips), resnet (residual blocks)", choices=("unet", "resnet")
     )
@@ -68,7 +68,7 @@ class Config(common.Options):
     content: str = option("l1", "content loss: l1, vgg (of features)", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
-    vgg16: str = option("", "file of VGG16's weights; none: from torch.hub", file=True)
+    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images in a step of one process", low=1, fixed=True)
@@ -399,7 +399,7 @@ def train_step(state, batch, cfg):
     with common.autocast(cfg, x.device):
         fake = common.holes_of(y, state.G(x))
         logits_fake = state.D(x, fake.detach())  # the D step must not reach G
-        logits_real = state.D(x, real)  # apart: BatchNorm then has the statistics of each
+        logits_real = state.D(x, real)  # apart: BatchNorm treats each by itself
     d_real = gan_loss(logits_real, True, cfg.gan)
     d_fake = gan_loss(logits_fake, False, cfg.gan)
     loss_d = cfg.d_weight * (d_real + d_fake)
@@ -505,7 +505,7 @@ def translate(state, inputs, cfg, noise=True):
 
 
 def sample(state, val, cfg, images):
-    """The columns of a sample grid, {title: (B, 3, S, S) in [-1, 1]}, of these images."""
+    """The columns of a sample grid, {title: (B, C, S, S) in [-1, 1]}, of these images."""
     x, y = val.pair(torch.cat(list(val.in_order(images))))
     return {"input": x, "fake": translate(state, x, cfg), "target": y}
 
@@ -545,7 +545,7 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 
 
 def add_judged(scores, judge, photographs, labels, classes):
-    """Measures whether the judge finds these labels in photographs {row: (B, 3, S, S)}."""
+    """Measures whether the judge finds these labels in photographs {row: (B, C, S, S)}."""
     for row, photograph in photographs.items():
         scores.add_labels(row, judge.classes_of(photograph), labels, classes, by="judge")
 

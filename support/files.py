@@ -31,7 +31,7 @@ def lock(folder):
 
 
 def unlock():
-    """Releases the run folders of this process, and removes those that hold nothing."""
+    """Releases the run folders of this process, and removes empty ones."""
     while LOCKS:
         reserved = LOCKS.pop()
         reserved.release()

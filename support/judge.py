@@ -19,7 +19,7 @@ from support.store import ImageStore
 
 
 class Judge(nn.Module):
-    """A small U-Net that segments photographs: (B, 3, S, S) in [-1, 1] -> (B, classes, S, S).
+    """A small U-Net that segments photographs: (B, C, S, S) in [-1, 1] -> (B, classes, S, S).
 
     It is trained on real photographs and their land cover, and measures whether generated ones
     show the land cover of their input: the FCN score of Isola et al. 2017, section 4.1, and Zhu et
@@ -52,7 +52,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def classes_of(self, image):
-        """Photographs (B, 3, S, S) -> class indices (B, S, S)."""
+        """Photographs (B, C, S, S) -> class indices (B, S, S)."""
         return self.eval()(filled(image)).argmax(1)
 
 

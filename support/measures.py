@@ -136,7 +136,7 @@ class Scores:
             self._add_variety(row, "variety", guess, target, known)
 
     def add_distances(self, row, guess, real, paired=True):
-        """With fid: adds Distances of pictures (B, 3, S, S) in [-1, 1] from real ones."""
+        """With fid: adds Distances of pictures (B, C, S, S) in [-1, 1] from real ones."""
         if not self.fid:
             return
         if row not in self.distances:
@@ -144,7 +144,7 @@ class Scores:
         self.distances[row].add(*filled_alike(guess, real))
 
     def add_edit(self, row, guess, target, source, mask):
-        """Adds measures of edited pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S): the edit.
+        """Adds measures of edited pictures (B, C, S, S) in [-1, 1]; mask (B, 1, S, S): the edit.
 
         L1 in levels 0-255, inside and outside the edit; inside, also L1 to the source.
         """

@@ -1,4 +1,4 @@
-"""Opening image files with the driver of their ending.
+"""Opening image files; their ending chooses the driver.
 
 GDAL and Pillow choose a driver by content. Some drivers open further files, reach the network,
 write, or run programs, so a text file named scene.tif could do all of that.
@@ -68,7 +68,7 @@ def open_image(path):
 
 @functools.cache
 def gdal():
-    """rasterio, with a bounded cache, and without warnings of files of no place or of two masks."""
+    """rasterio, with a bounded cache, and without warnings of no georeference or of two masks."""
     os.environ.setdefault("GDAL_CACHEMAX", str(CACHED_MB))
     os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # files beside a TIFF: see _check_files
     import rasterio.warp

@@ -38,8 +38,13 @@ class Options:
     script = ""
     demo = "maps"
 
-    data: str = option("", "folder of images; none: a demo world", group="data", may_change=True)
-    patch: int = option(0, "cut images into N x N patches first; 0: keep them whole", low=0)
+    data: str = option(
+        "",
+        "folder of images, A and B (docs/data.md); unset: a demo world",
+        group="data",
+        may_change=True,
+    )
+    patch: int = option(0, "cut images into squares of N pixels first; 0: keep them whole", low=0)
     stride: int = option(
         0, "cut training images every N pixels, so that pieces overlap; 0: every --patch", low=0
     )
@@ -50,7 +55,7 @@ class Options:
         "auto (horizontal; both for edits and for unpaired land cover)",
         choices=("auto", "none", "horizontal", "both"),
     )
-    cache: str = option("", "folder of decoded images; none: beside the run", may_change=True)
+    cache: str = option("", "folder of decoded images; unset: beside the run", may_change=True)
     val_images: int = option(100, "validation images to measure after an epoch; 0: all", low=0)
     size: int = option(
         256, "side of the networks' images, in pixels", group="model", choices=(64, 128, 256, 512)
@@ -58,17 +63,17 @@ class Options:
     width: int = option(64, "channels of the first layer", low=1, high=1024)
     lc_classes: str = option(
         "",
-        "class table of B: s2glc, maps, binary, a JSON file, or pictures (no classes); none: "
+        "class table of B: s2glc, maps, binary, a JSON file, or pictures (no classes); unset: "
         "classes.json in --data",
     )
     bands_A: str = option(
-        "", "bands of A, 1 to 32, such as 8,4,3; none: red, green, blue, or all if there are 1 or 2"
+        "", "bands of A, 1 to 32, such as 8,4,3; unset: red, green, blue, or all of 1 or 2"
     )
     bands_B: str = option("", "the same for B, if B is pictures")
     limits_A: str = option(
         "",
-        "LOW,HIGH: values of A that become -1 and 1, one pair for all bands or one for each; none: "
-        "0,255 for 8 bits, else the 2nd and 98th percentile of the training images",
+        "LOW,HIGH: values of A that become -1 and 1, one pair for all bands or one for each; "
+        "unset: 0,255 for 8 bits, else the 2nd and 98th percentile of the training images",
     )
     limits_B: str = option("", "the same for B, if B is pictures")
     beta1: float = option(0.5, "Adam's first beta", group="training", low=0.0, high=0.999)
@@ -78,7 +83,7 @@ class Options:
     quick: bool = option(False, "small networks and images, few epochs: a minute", group="run")
     out: str = option(
         "",
-        "folder of the run or results; none: runs/<script>; to evaluate, the checkpoint's run; to "
+        "folder of the run or results; unset: runs/<script>; to evaluate, the checkpoint's run; to "
         "generate, generated/ in that",
         may_change=True,
     )
@@ -110,7 +115,7 @@ class Options:
     split: str = option("val", "the split to measure", choices=("val", "test"))
     judge: str = option(
         "",
-        "measure with this judge, a file of --train-judge; none: the run's own",
+        "measure with this judge, a file of --train-judge; unset: the run's own",
         may_change=True,
         file=True,
     )
@@ -248,7 +253,7 @@ def parse(config, doc, quick, argv=None):
 def _argument(field):
     """The arguments of argparse's add_argument for a field."""
     default, choices = field.default, field.metadata["choices"]
-    shown = "none" if default in ("", ()) else default
+    shown = "unset" if default in ("", ()) else default
     kwargs = {"default": argparse.SUPPRESS}
     if isinstance(default, bool):
         shown = "on" if default else "off"

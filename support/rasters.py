@@ -202,7 +202,7 @@ class Raster:
         return np.concatenate(sample)[None]
 
     def _scale_grey(self, deep):
-        """Makes greys of fewer than 8 bits, or from white to black, levels from 0 to 255."""
+        """Scales greys of fewer bits, or with white first, to levels from 0 to 255."""
         white_first = self.tiff.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         most = 2 ** int(self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
         if self.palette is None and not deep and (white_first or most < 255):

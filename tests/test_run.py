@@ -699,7 +699,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for field in dataclasses.fields(Config):
-        shown = "none" if field.default in ("", ()) else field.default
+        shown = "unset" if field.default in ("", ()) else field.default
         shown = {"True": "on", "False": "off"}.get(str(shown), shown)
         option = rf"{common.flag(field.name)}\b[^\[]*{re.escape(f'[{shown}]')}"
         assert re.search(option, text), field.name

@@ -16,7 +16,7 @@ NEW = {
     "pix2pix": "a learnt loss on pairs: D sees input and output together",
     "cyclegan": "no pairs: translating there and back must give the same picture",
     "mixlc": "G gets noise in place of the edit; D labels each pixel: its land cover, or generated",
-    "mixlc_acgan": "D also classifies each pixel, and so teaches G to show the classes asked for",
+    "mixlc_acgan": "D has two heads: real or fake, and the class of each pixel",
 }
 # The sections of a script, and what makes them differ.
 SECTIONS = {
@@ -41,7 +41,7 @@ TOPICS = {
 # What the tree shows beside these files.
 FOLDERS = {
     "support/*.html": "Pages: to paint on, and of a run",
-    "tests/plain.py": "Every training step once more, as a textbook writes it",
+    "tests/plain.py": "A second, textbook version of every training step",
     "tests/": "Tests of the code and of these pages",
     "bench/": "Benchmarks, and their results",
     "docs/": "More pages, and results; docs/tools/ makes their tables and pictures",
