@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from support.errors import UserError
+from support.batches import some_of
+from support.errors import UserError, print_once
 from support.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 
 NAMED = {".gif", ".vrt", ".gpkg"}  # read where a user names them, not as part of a folder
@@ -75,6 +76,10 @@ def gdal():
 
     for kind in ("NotGeoreferencedWarning", "NodataShadowWarning"):
         warnings.filterwarnings("ignore", category=getattr(rasterio.errors, kind))
+    version = rasterio.__gdal_version__
+    if tuple(map(int, version.split(".")[:2])) < (3, 10):
+        about = "reads colours of some palettes wrongly, and loses colour profiles"
+        print_once(f"GDAL {version} {about}: pip install 'rasterio>=1.4.4'")
     return rasterio
 
 
@@ -108,7 +113,13 @@ def open_tiff(path, driver):
 
 
 def is_lossy(tiff):
-    """Whether the compression of a dataset changes colours; of a VRT's parts nothing is known."""
+    """Whether the compression of a dataset, or of TIFFs that a VRT joins, changes colours."""
+    if tiff.driver == "VRT":
+        joined = [file for file in tiff.files if file.lower().endswith((".tif", ".tiff"))]
+        for file in some_of(joined, 100):
+            with open_tiff(Path(file), "GTiff") as part:
+                if is_lossy(part):
+                    return True
     about = tiff.tags(ns="IMAGE_STRUCTURE")
     guess = "LOSSY" if about.get("COMPRESSION", "").endswith(("JPEG", "WEBP")) else ""
     return about.get("COMPRESSION_REVERSIBILITY", guess) == "LOSSY"

@@ -78,6 +78,14 @@ RECIPES = [
 ]
 
 
+@pytest.mark.parametrize(("version", "old"), [("3.9.3", True), ("3.10.0", False), ("4.0.1", False)])
+def test_an_old_gdal_that_misreads_palettes_is_reported(monkeypatch, capsys, version, old):
+    monkeypatch.setattr(rasterio, "__gdal_version__", version)
+    opening.gdal.__wrapped__()
+    about = f"GDAL {version} reads colours of some palettes wrongly"
+    assert (about in capsys.readouterr().err) == old
+
+
 @pytest.mark.parametrize(("name", "content", "text"), RECIPES)
 def test_no_file_is_opened_by_its_content(tmp_path, name, content, text):
     """Also where a world file beside it names its place."""
@@ -157,6 +165,7 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
         assert raster.valid(0, 0, 30, 80).any(0).tolist() == [False] * 40 + [True] * 40
     with refused("endings are"):
         Raster(tmp_path / "both.vrt", endings=UPLOADS)
+    assert Raster("both.vrt").lossy
     assert not UPLOADS & {".bmp", ".gif", ".gpkg", ".img", ".jp2", ".vrt"}
 
 
