@@ -194,15 +194,13 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(self.side)
             return detached(losses)
         if self.graph is None:
-            self.batch, before = tuple(tensor.clone() for tensor in batch), numbers_of(state)
+            self.batch, before = tuple(tensor.clone() for tensor in batch), set_by_python(state)
             graph = torch.cuda.CUDAGraph()
             # thread_local: another thread may pin memory meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.losses = detached(self.step(state, self.batch, cfg))
-            if numbers_of(state) != before:  # such as a count of steps, on which it branches
-                raise UserError(
-                    "train_step changes a number, which a CUDA graph cannot: --no-graph"
-                )
+            if set_by_python(state) != before:  # such as a count of steps, on which it branches
+                raise UserError("train_step sets parts of State, which a graph cannot: --no-graph")
             self.graph = graph
         for static, tensor in zip(self.batch, batch, strict=True):
             static.copy_(tensor)
@@ -210,9 +208,11 @@ class GraphedStep:
         return self.losses
 
 
-def numbers_of(state):
-    """The Python numbers of a State."""
-    return {name: x for name, x in vars(state).items() if isinstance(x, (int, float))}
+def set_by_python(state):
+    """The numbers of a State, and which tensors it has."""
+    numbers = {name: x for name, x in vars(state).items() if isinstance(x, (int, float))}
+    tensors = {name: id(x) for name, x in vars(state).items() if isinstance(x, torch.Tensor)}
+    return numbers | tensors
 
 
 def detached(losses):

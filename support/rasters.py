@@ -223,7 +223,7 @@ class Raster:
         colours = self.dtype == "uint8" and (named or len(there) == 3)
         if self.table and len(there) > 1 and not colours:
             what = "a label map has one band of codes, or three of 8-bit colours"
-            remedy = "rio stack x.tif --bidx 1 -o y.tif (or 1..3) writes them"
+            remedy = "gdal_translate -b 1 x.tif y.tif (or -b 1 -b 2 -b 3) writes them"
             raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if named:

@@ -170,6 +170,8 @@ class Run:
         Their means are read every --log-every steps.
         Saves every quarter of an hour, and after a signal, which ends the program (128 + number).
         """
+        if self.step == self.warm - 5:  # the first one: refuses now what no checkpoint could keep
+            state_dict(state)
         values = torch.stack([loss.detach().double() for loss in losses.values()])
         self.of_row.add(list(losses), values)
         self.of_epoch.add(list(losses), values)
@@ -233,7 +235,7 @@ class Run:
         Checkpoint, grid, plot and page are written every few minutes, as an epoch may take a
         second, after the first and the last epoch, and every --save-every epochs.
 
-        columns  {title: (B, 3, H, W) in [-1, 1]}, the sample grid from left to right
+        columns  {title: (B, C, H, W) in [-1, 1]}, the sample grid from left to right
         """
         scores = {name: value for name, value in scores.items() if math.isfinite(value)}
         self._write_row(scores)

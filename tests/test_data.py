@@ -1000,6 +1000,8 @@ def test_holes_have_the_mean_colour_of_their_own_image():
     assert common.filled_alike(fake, real)[0].flatten().tolist() == [0, 1, 2, 6]
     fake[..., 1, 1] = torch.nan  # of a broken generator, which must be noticed
     assert common.holes_of(real, fake)[..., 1, 1].isnan()
+    nothing = torch.full_like(real, torch.nan)
+    assert not common.holes_of(nothing, fake).any() and not common.filled(nothing).any()
 
 
 def test_sixteen_bits_are_resized_as_eight_bits_are(pairs):

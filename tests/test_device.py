@@ -53,6 +53,14 @@ def test_a_step_that_counts_in_python_is_refused(monkeypatch, capsys):
     step = GraphedStep(train_step)
     main = common.command(lambda argv: [step(state, (torch.zeros(1),), None) for _ in range(9)])
     assert "cannot: --no-graph" in line_of(main, None, capsys) and state.steps == 4
+    state.mean = torch.zeros(())
+
+    def averaging(state, batch, cfg):
+        state.mean = (state.mean + batch[0].sum()) / 2  # and not in place
+        return {"loss": state.mean}
+
+    step = GraphedStep(averaging)
+    assert "cannot: --no-graph" in line_of(main, None, capsys)
 
 
 def test_a_graph_has_tensors_of_its_own_and_no_autograd_graph(monkeypatch):

@@ -388,6 +388,16 @@ def test_label_maps_have_one_band_or_colours_and_perhaps_alpha(tmp_path):
     for name, want in (("codes", np.where(index == 1, IGNORED, index)), ("colours", index)):
         with Raster(tmp_path / f"{name}.tif", CLASSES) as raster:
             assert (raster.read() == want).all()
+    kinds = [COLOURS[name] for name in ("undefined", "blue", "green", "red")]
+    about = {"about": {"colorinterp": kinds}, "photometric": "MINISBLACK"}
+    mirrored = np.dstack([index.astype(np.uint8), CLASSES.palette[index][..., ::-1]])
+    geotiff(tmp_path / "named.tif", mirrored, **about)
+    assert (Raster(tmp_path / "named.tif", CLASSES).read() == index).all()
+    geotiff(tmp_path / "deep.tif", mirrored.astype(np.uint16), **about)
+    geotiff(tmp_path / "unnamed.tif", mirrored, photometric="MINISBLACK")
+    for name in ("deep", "unnamed"):
+        with refused("has 4 bands: a label map has"):
+            Raster(tmp_path / f"{name}.tif", CLASSES, limits=ALL)
 
 
 @pytest.mark.parametrize(("name", "bands"), [("x.tif", (5,)), ("x.tif", (4,)), ("x.png", (1, 4))])
@@ -649,7 +659,7 @@ def test_systems_without_codes_are_compared(tmp_path):
     [
         (np.ones((8, 8), np.complex64), None, "has complex64 values, which are not supported"),
         (np.ones((8, 8, 3), np.uint16), CLASSES, "has 3 bands: a label map has one band of codes"),
-        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*--bidx 1"),
+        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*-b 1"),
         (np.ones((8, 8, 2), np.uint8), CLASSES, "has 2 bands"),
         (np.ones((8, 8)), None, "an array can only be a label map"),
     ],

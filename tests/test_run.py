@@ -462,6 +462,20 @@ def test_a_checkpoint_keeps_all_of_a_state_or_none():
             state_dict(types.SimpleNamespace(best=value))
 
 
+def test_what_no_checkpoint_keeps_is_refused_at_the_first_step(pairs, tmp_path, monkeypatch):
+    build, steps = pix2pix.build, calls_of(monkeypatch, pix2pix, "train_step")
+
+    def with_a_list(*given):
+        state = build(*given)
+        state.history = [1]
+        return state
+
+    monkeypatch.setattr(pix2pix, "build", with_a_list)
+    with pytest.raises(TypeError, match="State.history"):
+        train(pairs, tmp_path / "run")
+    assert len(steps) == 1
+
+
 def test_moments_are_laid_out_like_their_parameters():
     """Fused Adam pairs elements by their place in memory: a checkpoint of other strides, as
     channels_last networks write it, must train on as if it had been restored without them.
