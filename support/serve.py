@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self):
         length = int(self.headers.get("Content-Length", -1))
         if not 0 <= length <= MOST_BYTES:
-            raise Refused(413, f"a request has 0 to {MOST_BYTES} bytes, and states how many")
+            raise Refused(413, "too large: files may have 45 MB together")
         return self.rfile.read(length)
 
     def _check(self, token):

@@ -30,7 +30,7 @@ from support.writing import label_image
 
 MOST_PIXELS = 2**24  # of a picture: 4096 x 4096
 MOST_SAMPLES = 4
-KEPT = 2**25  # values of all canvases, three for a pixel of a picture; those used last stay
+KEPT = 2**26  # values of all canvases, three for a pixel of a picture; those used last stay
 EXAMPLES = 12
 
 
@@ -168,7 +168,8 @@ class Studio:
                     memory.path, memory.place = Path(name), raster.place
                     return memory
             except UserError as error:
-                raise UserError(str(error).replace(str(path), name)) from None
+                text = str(error).replace(str(path), name).replace("make it a TIFF, or cut", "cut")
+                raise UserError(text) from None
 
     def _canvas(self, key):
         with self.lock:
