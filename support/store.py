@@ -198,7 +198,7 @@ class ImageStore:
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
         about = self.side, self.bands, self.limits, self.patch, self.stride
         about += self.split.halves, table
-        text = [f"{what} planar, holes of halves, upright, greys of all {about}"]
+        text = [f"{what} planar, holes of zeros, upright, greys of all {about}"]
         files = list(filter(None, itertools.chain(*pairs)))
         real = functools.cache(os.path.realpath)
         for path in (*files, *files_beside(files)):
@@ -286,16 +286,21 @@ class ImageStore:
     def _records(self, pair, masked):
         """One file, or pair of files, cut row by row: yields records (channels, side, side)."""
         with self._opened(pair) as rasters:
-            pictures = [raster for raster in rasters if masked and not raster.table]
             width = rasters[0].width
             step = self.patch or rasters[0].height
             for top in self._starts(rasters[0].height):
-                strips = [raster.read(top, 0, step, width) for raster in rasters]
-                strips += [picture.valid(top, 0, step, width) for picture in pictures]
+                strips, planes = [], []
+                for raster in rasters:
+                    strip = raster.read(top, 0, step, width)
+                    if masked and not raster.table:  # resizing must not mix in what is hidden
+                        planes.append(raster.valid(top, 0, step, width))
+                        strip = np.where(planes[-1][..., None], strip, strip.dtype.type(0))
+                    strips.append(strip)
+                strips += planes
                 for left in self._starts(width):
                     right = left + (self.patch or width)
                     record = np.concatenate([self._resized(x[:, left:right]) for x in strips])
-                    if pictures and self.classes and self.paired:
+                    if planes and self.classes and self.paired:
                         labels, known = record[-2:]
                         labels[known == 0] = IGNORED
                     yield record

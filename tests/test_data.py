@@ -782,6 +782,19 @@ def test_says_how_much_has_no_class_and_refuses_maps_without_any(tmp_path, capsy
         store_of(tmp_path, tmp_path / "cache", 40, "val")
 
 
+def test_values_in_holes_have_no_influence(tmp_path):
+    """Bicubic resizing would mix them in where the weights of several holes add up to nothing."""
+    rng = np.random.default_rng(0)
+    pixels, hidden = noise(100, 200, 4), rng.random((100, 200)) < 0.05
+    found = []
+    for name, value in (("black", 0), ("white", 255)):
+        pixels[hidden] = value
+        pixels[..., 3] = np.where(hidden, 0, 255)
+        save(tmp_path / name / "train" / "1.png", pixels)
+        found.append(np.array(store_of(tmp_path / name, tmp_path / "cache", 64).records))
+    assert (found[0] == found[1]).all() and 0 < (found[0][:, 6:] > 0).mean() < 1
+
+
 def test_a_class_that_occurs_alone_is_named(tmp_path, monkeypatch, capsys):
     """Also where no more than a sample of the images is looked at first."""
     (tmp_path / "classes.json").write_text(json.dumps(EXACT))
