@@ -25,8 +25,7 @@ from support.judge import load_judge
 from support.layouts import find_images
 from support.limits import with_limits
 from support.options import flag, grouped_fields, parse, weight_options
-from support.processes import first_on_machine, of_rank_0, rank, world_size
-from support.run import handled_signals
+from support.processes import first_on_machine, handled_signals, of_rank_0, rank, world_size
 from support.store import cache_folder, source
 
 

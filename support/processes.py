@@ -1,9 +1,21 @@
-"""The processes of torchrun: rank, world size, averages."""
+"""The processes of torchrun: rank, world size, averages; signals."""
 
 import os
+import signal
+import threading
 
 import torch
 import torch.distributed as dist
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS.append(signal.SIGHUP)  # nohup ignores it
+
+
+def handled_signals():
+    """The SIGNALS that a run may handle: in the main thread those whose handler is Python's."""
+    in_thread = threading.current_thread() is not threading.main_thread()
+    return [] if in_thread else [n for n in SIGNALS if signal.getsignal(n) is not None]
 
 
 def rank():

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -30,19 +29,10 @@ from support.files import remove_unfinished, whole_or_absent, write_text
 from support.layouts import find_images
 from support.pictures import grid, save_grid
 from support.plots import plot_metrics, read_metrics, write_page
-from support.processes import of_rank_0, rank, reduced, world_size
+from support.processes import handled_signals, of_rank_0, rank, reduced, world_size
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-    SIGNALS.append(signal.SIGHUP)  # nohup ignores it
 SAVED = ("epoch", "batch", "step", "histograms", "window", "window_B", "fingerprint", "id")
 REMEDY = "try a lower --lr, --precision fp32, or look for odd images in the data"
-
-
-def handled_signals():
-    """The SIGNALS that a run may handle: in the main thread those whose handler is Python's."""
-    in_thread = threading.current_thread() is not threading.main_thread()
-    return [] if in_thread else [n for n in SIGNALS if signal.getsignal(n) is not None]
 
 
 class Means:

@@ -12,7 +12,7 @@ import support.run
 from files import PLACE, land_cover, side_by_side
 from harness import SCRIPTS, is_edit
 from runs import RUNS, tiny_run
-from support import errors
+from support import errors, processes
 
 if not PLACE:  # without rasterio; the other files have tests that need no GeoTIFF
     collect_ignore = ["test_depth.py", "test_generate.py", "test_opening.py", "test_rasters.py"]
@@ -29,7 +29,7 @@ def fresh():
     """Every test starts from the same random numbers and signals, and sees every remark."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed also asks for each backend
     errors._print.cache_clear()
-    handlers = [(number, signal.getsignal(number)) for number in support.run.SIGNALS]
+    handlers = [(number, signal.getsignal(number)) for number in processes.SIGNALS]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield
     for number, handler in handlers:  # a Run that was not closed keeps its own

@@ -30,12 +30,12 @@ from files import picture, pictures_in, pixels_of, save, vgg_file
 from forks import forked
 from pix2pix import Config, main
 from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run, use
+from support import processes
 from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
 from support.errors import print_once, refusing
 from support.files import unlock
 from support.options import parse
-from support.run import handled_signals
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
 LAST = "checkpoints/last.pt"
@@ -230,7 +230,7 @@ def test_tracking_logs_scalars_and_samples(pairs, tmp_path, monkeypatch):
 def test_a_closed_terminal_saves_but_nohup_is_obeyed(handler):
     before = signal.signal(signal.SIGHUP, handler)
     try:
-        saves = signal.SIGHUP in runpy.run_path(support.run.__file__)["SIGNALS"]
+        saves = signal.SIGHUP in runpy.run_path(processes.__file__)["SIGNALS"]
         assert saves == (handler is signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -242,8 +242,8 @@ def test_a_run_in_a_thread_leaves_signals_alone(pairs, tmp_path):
         pool.submit(train, pairs, tmp_path / "run", "--epochs 1").result()
     assert (tmp_path / "run" / LAST).is_file()
     with mock.patch.object(signal, "getsignal", lambda number: None):
-        assert handled_signals() == []
-    assert handled_signals() == support.run.SIGNALS
+        assert processes.handled_signals() == []
+    assert processes.handled_signals() == processes.SIGNALS
 
 
 def test_what_a_run_of_several_rows_an_epoch_prints(pairs, tmp_path, monkeypatch, capsys):
