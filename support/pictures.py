@@ -35,9 +35,8 @@ def holes_of(real, fake):
 
     NaN of a broken generator stays.
     """
-    known = ~real.isnan()
-    total = torch.where(known, fake, 0.0).sum((2, 3), keepdim=True)
-    return torch.where(known, fake, total / known.sum((2, 3), keepdim=True).clamp_min(1))
+    holes = real.isnan()
+    return torch.where(holes, filled(torch.where(holes, torch.nan, fake)), fake)
 
 
 def filled_alike(fake, target):

@@ -873,6 +873,7 @@ class TestBrowser:
             painted = np.reshape(second.page.evaluate("Array.from(pixels)"), (-1, 3))
         saved = Image.open(second.downloaded("#labels", tmp_path / "input.png")).convert("RGB")
         assert (np.reshape(saved, (-1, 3)) == painted).all()
+        assert "saved in the colours that are shown: no answer" in second.page.inner_text("#status")
 
     def test_samples_slider_and_files_to_take_away(self, tab, tmp_path):
         figures = tab.page.locator("main figure")
