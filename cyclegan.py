@@ -297,7 +297,8 @@ class ImagePool(nn.Module):
 def gan_loss(logits, is_real):
     """Squared distance of logits from 1 (real) or 0 (fake), the mean over patches: a scalar.
 
-    LSGAN, equation 9 of Mao et al. 2017 (arXiv:1611.04076), as in section 4 of Zhu et al. 2017.
+    LSGAN, equation 9 of Mao et al. 2017 (arXiv:1611.04076) without its 1/2, as in section 4 of Zhu
+    et al. 2017.
     """
     logits = common.full_precision(logits)
     return F.mse_loss(logits, torch.full_like(logits, float(is_real)))
@@ -425,7 +426,7 @@ def train_step(state, batch, cfg):
 def learning_rate(cfg, epoch):
     """The rate of an epoch: constant, then falling in equal steps for --epochs-decay.
 
-    As in the authors' code, the epoch after the last would have the rate zero.
+    As in the authors' first PyTorch code, the epoch after the last would have the rate zero.
     """
     decay = cfg.epochs // 2 if cfg.epochs_decay < 0 else min(cfg.epochs_decay, cfg.epochs)
     return cfg.lr * min(1.0, (cfg.epochs - epoch) / (decay + 1))
@@ -631,8 +632,8 @@ def generate(state, cfg, device):
         else:
             x = common.from_bytes(windows)
         with common.autocast(cfg, device):
-            fakes = net(x)
-        return fakes.float().softmax(1) if to_labels else fakes.float()
+            fakes = net(x).float()
+        return fakes.softmax(1) if to_labels else fakes
 
     common.translate_files(cfg, predict, net, from_labels, to_labels)
 

@@ -21,8 +21,8 @@ Differences from the original system, which has no paper (options in brackets: n
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
   (--own 0 --lambda-id 0.1), and boxes have any size (--box center). Other edits are compared
   with a collage, as in the original, also by L1, although it is one of many right answers.
-- The original classifier was given its own target as input. Here only the adversarial head gets
-  land cover; in Odena et al. that head does not get it, either.
+- The original classifier was given its own target as input. Here it gets the photograph alone, and
+  only the adversarial head gets land cover, too. In Odena et al. neither head gets the class.
 - The classifier's loss on fakes teaches the generator, as in Odena et al. The classifier itself
   learns from real photographs alone. In the paper (equation 3) it learns from fakes as well, but a
   fake does not yet show the classes that were asked for.

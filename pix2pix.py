@@ -212,7 +212,7 @@ class UNetGenerator(nn.Module):
             out = widths[level - 1]
             conv = doubling(nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=bias), upsample)
             layers = [nn.ReLU(), conv, norm_layer(norm, out)]
-            if 4 <= level < depth - 1:  # 512 channels in and out, but not the innermost
+            if 4 <= level < depth - 1:  # 512 channels out, but not the innermost
                 layers.append(nn.Dropout(dropout))
             self.ups.append(nn.Sequential(*layers))
             channels = 2 * out  # with the skip
@@ -225,9 +225,9 @@ class UNetGenerator(nn.Module):
             x = down(x)  # (B, 64..512, S/2 .. 1, S/2 .. 1)
             skips.append(x)
         x = self.ups[0](skips.pop())  # (B, 512, 2, 2)
-        for up in self.ups[1:]:
-            x = up(torch.cat([skips.pop(), x], 1))  # (B, 512..64, 4 .. S/2, 4 .. S/2)
-        return x  # (B, C', S, S)
+        for up in self.ups[1:]:  # (B, 512..64, 4 .. S/2, 4 .. S/2), and at last (B, C', S, S)
+            x = up(torch.cat([skips.pop(), x], 1))
+        return x
 
 
 class ResidualBlock(nn.Module):
@@ -319,7 +319,7 @@ def gan_loss(logits, is_real, gan):
 
     bce    cross-entropy, equation 1 of Isola et al. 2017 with the generator's -log D(G(x)) of
            Goodfellow et al. 2014 (arXiv:1406.2661)
-    lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076)
+    lsgan  squared distance, equation 9 of Mao et al. 2017 (arXiv:1611.04076) without its 1/2
     """
     logits = common.full_precision(logits)
     target = torch.full_like(logits, float(is_real))
@@ -428,7 +428,7 @@ def train_step(state, batch, cfg):
 def learning_rate(state, cfg, epoch):
     """The rate of an epoch. linear: constant, then falling in equal steps for --epochs-decay.
 
-    As in the authors' code, the epoch after the last would have the rate zero.
+    As in the authors' first PyTorch code, the epoch after the last would have the rate zero.
     """
     if cfg.schedule != "linear":
         return cfg.lr * state.lr_scale

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.device import has_avx512, start
-from support.errors import SafeStream, UserError, out_of_memory
+from support.errors import SafeStream, UserError, out_of_memory, print_once, speaks
 from support.files import lock, unlock
 from support.judge import load_judge
 from support.layouts import find_images
@@ -41,9 +41,8 @@ def command(main):
         handlers = {number: signal.getsignal(number) for number in handled_signals()}
         if signal.SIGTERM in handlers:
             signal.signal(signal.SIGTERM, _terminated)
-        first = os.environ.get("RANK", "0") == "0"  # the one process of torchrun that prints
         with (
-            contextlib.redirect_stdout(SafeStream(sys.stdout if first else None)),
+            contextlib.redirect_stdout(SafeStream(sys.stdout if speaks() else None)),
             contextlib.redirect_stderr(SafeStream(sys.stderr)),
         ):
             try:
@@ -88,6 +87,8 @@ def _explain(error):
     if isinstance(error, OSError) and error.errno is not None:
         lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         remedy = "replace or remove it" if lacks else "choose another --out or --cache"
+        if isinstance(error, PermissionError):
+            remedy = "ask for permission, or choose another path"
         return f"{error.filename or 'writing'}: {error.strerror}: {remedy}"
     if out_of_memory(error):
         return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
@@ -255,7 +256,10 @@ def _newest_run(cfg):
     saved = [path for folder in folders for path in folder.glob("checkpoints/last.pt")]
     if not saved:
         raise UserError(f"--resume: no checkpoints/last.pt in {cfg.out or 'runs'} to continue from")
-    return max(saved, key=lambda path: path.stat().st_mtime).parent.parent
+    newest = max(saved, key=lambda path: path.stat().st_mtime).parent.parent
+    if len(saved) > 1:
+        print_once(f"{newest} is the newest of {len(saved)} runs: --out names another")
+    return newest
 
 
 def _new_run(cfg):

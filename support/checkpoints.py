@@ -30,6 +30,7 @@ def load_weights(path):
     """A file of tensors, read with weights_only=True onto the CPU."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file (in a run folder: checkpoints/last.pt)")
+    open(path, "rb").close()  # an OSError, such as of a file that may not be read
     with refusing(f"{path}: not a checkpoint, or a damaged one"):
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         if damaged:  # torch.load verifies no checksums

@@ -1,5 +1,6 @@
 """The demo world: procedural landscapes, written as a small dataset."""
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -72,23 +73,27 @@ def demo_world(cache, kind, train=96, val=12, side=256):
     root = Path(cache) / f"demo-{kind}"
     if first_on_machine() and not root.exists():
         aside = root.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")  # whole or absent
-        for split, count, first in (("train", train, 0), ("val", val, 100_000)):
-            about = {"unit": "image", "leave": False, "disable": None}
-            for k in tqdm(range(count), f"demo world, {split}", **about):
-                satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
-                if kind == "landcover":
-                    write_image(aside / split / "rgb" / f"{k:03}.png", satellite)
-                    write_image(aside / split / "lc" / f"{k:03}.png", ground)
-                else:
-                    both = np.concatenate([satellite, drawn], 1)
-                    write_image(aside / split / f"{k:03}.png", both)
-        if kind == "landcover":
-            rows = zip(DEMO_CLASSES, _DEMO_COLORS.split(), strict=True)
-            table = [{"name": name, "color": color} for name, color in rows]
-            (aside / "classes.json").write_text(json.dumps(table))
         try:
-            aside.rename(root)
-        except OSError:  # another process was faster, with the same world
-            shutil.rmtree(aside)
+            _write_world(aside, kind, {"train": train, "val": val}, side)
+            with contextlib.suppress(OSError):  # another process was faster, with the same world
+                aside.rename(root)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     wait_for_others()
     return str(root)
+
+
+def _write_world(root, kind, counts, side):
+    for (split, count), first in zip(counts.items(), (0, 100_000), strict=True):
+        about = {"unit": "image", "leave": False, "disable": None}
+        for k in tqdm(range(count), f"demo world, {split}", **about):
+            satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
+            if kind == "landcover":
+                write_image(root / split / "rgb" / f"{k:03}.png", satellite)
+                write_image(root / split / "lc" / f"{k:03}.png", ground)
+            else:
+                write_image(root / split / f"{k:03}.png", np.concatenate([satellite, drawn], 1))
+    if kind == "landcover":
+        rows = zip(DEMO_CLASSES, _DEMO_COLORS.split(), strict=True)
+        table = [{"name": name, "color": color} for name, color in rows]
+        (root / "classes.json").write_text(json.dumps(table))

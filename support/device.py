@@ -216,7 +216,10 @@ def set_by_python(state):
 
 
 def detached(losses):
-    """Losses without their autograd graphs, which keep a step's memory."""
+    """Losses {name: 0-d tensor} without their autograd graphs, which keep a step's memory."""
+    for name, loss in losses.items():
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            raise TypeError(f"loss {name}: train_step must return 0-d tensors")
     return {name: loss.detach() for name, loss in losses.items()}
 
 

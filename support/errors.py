@@ -54,6 +54,11 @@ class SafeStream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+def speaks():
+    """Whether this is the one process of torchrun that prints and writes, before they meet, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 _OF_THREAD, _ONE_PRINTS = threading.local(), threading.Lock()
 
 
@@ -71,7 +76,7 @@ def print_once(text):
 
 @functools.cache
 def _print(text):
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process speaks for all
+    if speaks():
         print(text, file=sys.stderr)
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from support.errors import UserError
+from support.errors import UserError, speaks
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".img"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
@@ -20,14 +21,14 @@ LOCKS = []  # of the run folders that this process has reserved
 
 def lock(folder):
     """Reserves a run folder for this process until it ends; refuses one that is reserved."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's first process reserves it for all
+    if not speaks():
         return
     try:
         path = Path(folder).absolute() / ".lock"
         LOCKS.append(FileLock(path).acquire(timeout=0).lock)
     except Timeout:
-        remedy = f"if none is, remove {path}"  # of a file system without locks
-        raise UserError(f"--out {folder}: another process is training in it: {remedy}") from None
+        who = f"another process, here or on another machine, has locked {path}"
+        raise UserError(f"--out {folder}: is in use: {who}") from None
 
 
 def unlock():
@@ -69,7 +70,7 @@ def remove_unfinished(folder, age=86400):
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):  # a folder, or removed by another process
             if time.time() - path.lstat().st_mtime >= age:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path, text):

@@ -38,6 +38,17 @@ class Options:
     script = ""
     demo = "maps"
 
+    def __post_init__(self):
+        """Refuses a number out of bounds, and a misspelt choice, which could mean another one."""
+        for _, field in grouped_fields(type(self)):
+            name, about, value = flag(field.name), field.metadata, getattr(self, field.name)
+            low, high, choices = about["low"], about["high"], about["choices"]
+            if type(value) in (int, float) and not low <= value <= high:  # NaN, too
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise UserError(f"{name} {str(value)[:20]}: must be {bound}")
+            if choices and type(value) is str and value not in (field.default, *choices):
+                raise UserError(f"{name} {value}: choose from {', '.join(choices)}")
+
     data: str = option(
         "",
         "folder of images, A and B (docs/data.md); unset: a demo world",
@@ -215,6 +226,8 @@ def grouped_fields(config):
     """Yields (group, field) of an options class, each field with the last group named."""
     group = "options"
     for field in dataclasses.fields(config):
+        if "group" not in field.metadata:
+            raise TypeError(f"{config.__name__}.{field.name} = ...: write option(..., help)")
         group = field.metadata["group"] or group
         yield group, field
 
@@ -267,12 +280,8 @@ def _argument(field):
 
 
 def _check_value(name, value, about):
-    """Refuses a value that was typed but is empty, out of bounds, or no file."""
+    """Refuses a value that was typed but is empty, or no file."""
     if "" in (value if isinstance(value, list) else [value]):
         raise UserError(f"{name} is empty: pass a value, or leave it out")
     if about.get("file") and not Path(value).is_file():
         raise UserError(f"{name} {value}: no such file")
-    low, high = about["low"], about["high"]
-    if type(value) in (int, float) and not low <= value <= high:  # NaN, too
-        bound = f"at most {high}" if value > high else f"at least {low}"
-        raise UserError(f"{name} {str(value)[:20]}: must be {bound}")

@@ -27,7 +27,7 @@ def plot_metrics(rows, path):
     names = [name for name in rows[0] if name not in ("epoch", "step")]
     height = -(-len(names) // 3)
     figure = Figure(figsize=(13, 2.6 * height))
-    axes = figure.subplots(height, 3, squeeze=False)
+    axes = figure.subplots(height, 3)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):

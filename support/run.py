@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
-from support.device import recommend_precision, set_lr
+from support.device import detached, recommend_precision, set_lr
 from support.errors import UserError, drawing
 from support.files import remove_unfinished, whole_or_absent, write_text
 from support.layouts import find_images
@@ -162,7 +162,7 @@ class Run:
         """
         if self.step == self.warm - 5:  # the first one: refuses now what no checkpoint could keep
             state_dict(state)
-        values = torch.stack([loss.detach().double() for loss in losses.values()])
+        values = torch.stack([loss.double() for loss in detached(losses).values()])
         self.of_row.add(list(losses), values)
         self.of_epoch.add(list(losses), values)
         self.step, self.batch = self.step + 1, self.batch + 1

@@ -215,7 +215,8 @@ class ImageStore:
 
     def _build(self, pairs, path):
         remove_unfinished(path.parent)
-        pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
+        threads = torch.get_num_threads()  # of OMP_NUM_THREADS, or of the cores that are allowed
+        pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
         try:
             counts, masked = zip(*pool.map(self._count, pairs), strict=True)
             if sum(counts) == 0:

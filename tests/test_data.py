@@ -816,14 +816,13 @@ def test_a_damaged_store_is_built_again(tmp_path):
         assert (store_of(root, cache).records == whole).all() and file.read_bytes() == content
 
 
-def test_unfinished_stores_are_removed_after_a_day(pairs, tmp_path):
+def test_what_is_unfinished_is_removed_after_a_day(pairs, tmp_path):
     old, new, folder = (tmp_path / f".unfinished-{k}.npy" for k in range(3))
-    touch(old, new)
-    folder.mkdir()  # of a demo world
+    touch(old, new, folder / "train/000.png")  # of a demo world
     for path in (old, folder):
         os.utime(path, (0, time.time() - 90000))
     store_of(pairs, tmp_path, 64)
-    assert not old.exists() and new.exists() and folder.exists()  # another process may be writing
+    assert not old.exists() and not folder.exists() and new.exists()  # another may be writing it
 
 
 def test_long_measurements_show_a_bar(monkeypatch):
@@ -884,7 +883,10 @@ def test_demo_world(tmp_path):
     for k in range(2):
         satellite, _, ground = landscape(np.random.default_rng([7, k]), 64)
         assert (store.A[k].transpose(1, 2, 0) == satellite).all() and (store.B[k] == ground).all()
-    assert store_files(tmp_path) == ["cache", "demo-landcover", "demo-maps"]  # nothing left aside
+    with pytest.raises(TypeError):  # as Ctrl-C in the middle of it
+        demo_world(tmp_path / "new", "maps", train=1, val="", side=64)
+    assert not store_files(tmp_path / "new")
+    assert store_files(tmp_path) == ["cache", "demo-landcover", "demo-maps", "new"]
     satellite, drawn, ground = landscape(np.random.default_rng(0), 96)
     colors = {tuple(color) for color in drawn.reshape(-1, 3).tolist()}
     assert colors <= set(ClassTable.load("maps").colors)

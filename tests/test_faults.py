@@ -369,7 +369,7 @@ def test_a_run_folder_has_one_run_at_a_time(world, tmp_path, capsys, monkeypatch
         lock(tmp_path / name)
         first = LOCKS.pop()
         line = line_of(pix2pix.main, words, capsys)
-        assert "another process is training in it" in line and line.endswith(".lock")
+        assert "is in use: another process" in line and line.endswith(".lock")
         first.release()  # as the system does when a process ends
         pix2pix.main(words)
     monkeypatch.setenv("RANK", "1")

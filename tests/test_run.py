@@ -33,7 +33,8 @@ from runs import last, line_of, metrics_of, refused, rows_of, state_of, tiny_run
 from support import processes
 from support.checkpoints import RANKS, buffers_of_ranks, load_weights, save_checkpoint, state_dict
 from support.demo import demo_world
-from support.errors import print_once, refusing
+from support.device import detached
+from support.errors import UserError, print_once, refusing
 from support.files import unlock
 from support.options import parse
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
@@ -164,18 +165,21 @@ def test_a_signal_during_the_last_validation_stops_before_the_report(
 
 
 def test_default_folders_are_numbered_and_a_resume_finds_the_one_saved_last(
-    done, pairs, tmp_path, monkeypatch
+    done, pairs, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     outs = [begun(f"--data {pairs} --cache c").out for _ in range(2)]
     assert outs == ["runs/pix2pix", "runs/pix2pix-2"]  # at once, before there is what to save
     unlock()
     save_checkpoint(Path("runs/pix2pix-mine") / LAST, {})  # newer, but by no name of ours
+    capsys.readouterr()
     for k, name in enumerate(("pix2pix-9", "pix2pix-10", "pix2pix")):
         shutil.copytree(done, f"runs/{name}")
         os.utime(f"runs/{name}/{LAST}", (k, k))
         cfg = begun("--resume --no-graph")
         assert (cfg.out, cfg.width, cfg.graph) == (f"runs/{name}", 4, False)
+        remark = f"runs/{name} is the newest of {k + 1} runs: --out names another\n"
+        assert (remark in capsys.readouterr().err) == (k > 0)
 
 
 @pytest.mark.parametrize("missing", ["tensorboard", "wandb"])
@@ -462,6 +466,33 @@ def test_a_checkpoint_keeps_all_of_a_state_or_none():
             state_dict(types.SimpleNamespace(best=value))
 
 
+@pytest.mark.parametrize("loss", [0.5, torch.ones(1), None])
+def test_a_loss_is_a_0d_tensor(loss):
+    with pytest.raises(TypeError, match="loss mine: train_step must return 0-d tensors"):
+        detached({"g": torch.tensor(1.0), "mine": loss})
+
+
+def test_options_from_python_are_checked():
+    """A misspelt choice would silently mean the other one."""
+    for wrong, message in (
+        ({"norm": "batchnorm"}, "--norm batchnorm: choose from batch, instance"),
+        ({"lambda_l1": -1.0}, "--lambda-l1 -1.0: must be at least 0.0"),
+        ({"dropout": float("nan")}, "--dropout nan: must be at least 0.0"),
+        ({"batch_size": 2**31}, "--batch-size 2147483648: must be at most 2147483647"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pix2pix.Config(**wrong)
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(pix2pix.Config(), **wrong)
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(pix2pix.Config):
+        lambda_mine: float = 1.0
+
+    with pytest.raises(TypeError, match="Config.lambda_mine = ...: write option"):
+        Config()
+
+
 def test_what_no_checkpoint_keeps_is_refused_at_the_first_step(pairs, tmp_path, monkeypatch):
     build, steps = pix2pix.build, calls_of(monkeypatch, pix2pix, "train_step")
 
@@ -558,6 +589,8 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
     assert line_of(ending(common.UserError("a mistake")), None, capsys) == "error: a mistake"
     assert waited == [signal.SIG_DFL]
+    text = line_of(ending(PermissionError(errno.EACCES, "no entry", "data")), None, capsys)
+    assert text == "error: data: no entry: ask for permission, or choose another path"
     text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
     assert text == "error: x.png: a loop: replace or remove it"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
