@@ -1,6 +1,7 @@
 """The order of images in an epoch, and batches of them on the device."""
 
 import collections
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,7 +33,8 @@ class Loader:
     """
 
     def __init__(self, array, device, share=0.4):
-        self.device, self.images = device, torch.from_numpy(array)
+        with warnings.catch_warnings(action="ignore"):  # of an array that cannot be written to
+            self.device, self.images = device, torch.from_numpy(array)
         on_cpu = device.type == "cpu"
         self.resident = on_cpu or array.nbytes < share * torch.cuda.mem_get_info(device)[0]
         if self.resident:

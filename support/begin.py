@@ -84,7 +84,7 @@ def _explain(error):
     """The message for the user, or "" for a bug of ours, whose traceback is shown."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and not out_of_memory(error):
         lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         remedy = "replace or remove it" if lacks else "choose another --out or --cache"
         if isinstance(error, PermissionError):

@@ -130,7 +130,9 @@ def _translate(cfg, raster, predict, net, out, to_labels):
     limits = Limits.of(cfg, domain)
     with writing(out, raster, classes, cfg.channels(domain), limits) as put:
         for top, strip in windows.blended(about=raster.path.name):
-            put(strip.max(0).indices.byte().numpy() if classes else values_of(strip, limits), top)
+            for rows in strip.split(256, 1):  # values take several times the memory
+                put(rows.max(0).indices.byte().numpy() if classes else values_of(rows, limits), top)
+                top += rows.shape[1]
 
 
 def edit_of_files(cfg):

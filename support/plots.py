@@ -6,16 +6,17 @@ import shlex
 import time
 from pathlib import Path
 
-from support.batches import spread
+from support.batches import some_of, spread
 from support.files import whole_or_absent, write_text
 
 
 def read_metrics(path):
     """Rows of a metrics.csv as dicts of text, of a long run some; [] where there is no file."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = list(csv.DictReader(text.splitlines()))  # read at once: a run may be writing it
-    epochs = {row["epoch"]: k for k, row in enumerate(rows)}  # last rows, which have the scores
-    return [rows[k] for k in sorted({*spread(2000, len(rows)).tolist(), *epochs.values()})]
+    header, *rows = text.splitlines() or [""]  # read at once: a run may be writing it
+    ends = {row.partition(",")[0]: k for k, row in enumerate(rows)}  # of epochs: with the scores
+    chosen = {*spread(2000, len(rows)).tolist(), *some_of([*ends.values()], 2000)}
+    return list(csv.DictReader([header, *(rows[k] for k in sorted(chosen))]))
 
 
 def plot_metrics(rows, path):

@@ -32,10 +32,10 @@ BESIDE = (".msk", ".aux.xml", "w", ".wld")  # endings, such as x.png.msk and x.p
 
 def files_beside(files):
     """Yields the files beside images that give them a mask or a place, by a list of each folder."""
-    own = {path.parent / name for path in files for name in (path.name, path.stem)}
+    own = {name for path in files for name in (path.name, path.stem)}
     for folder in sorted({path.parent for path in files}):
         for name in sorted(os.listdir(folder)):
-            image = folder / os.path.splitext(name)[0].removesuffix(".aux")
+            image = os.path.splitext(name)[0].removesuffix(".aux")
             if name.lower().endswith(BESIDE) and image in own and (folder / name).is_file():
                 yield folder / name
 
@@ -134,8 +134,10 @@ class ImageStore:
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
             some = {*np.unique(self.B[spread(100, len(self.B))]).tolist()} - {IGNORED}
-            if len(some) == 1 and all(np.isin(image, [*some, IGNORED]).all() for image in self.B):
-                text += f", of which only {self.classes.names[some.pop()]!r} occurs"
+            more = spread(1000, len(self.B)) if len(some) == 1 else ()
+            if len(some) == 1 and all(np.isin(self.B[k], [*some, IGNORED]).all() for k in more):
+                where = f" in {len(more)} images" if len(more) < len(self.B) else ""
+                text += f", of which only {self.classes.names[some.pop()]!r} occurs{where}"
         shares = []
         for domain in "AB":
             rows = self.rows[domain]
@@ -210,8 +212,10 @@ class ImageStore:
         if first_on_machine() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
-        # "c": nobody writes, but torch requires a writable array
-        return np.lib.format.open_memmap(path, "c")
+        try:  # "c": nobody writes, but a script may by mistake
+            return np.lib.format.open_memmap(path, "c")
+        except OSError:  # Linux maps nothing larger than the memory so
+            return np.lib.format.open_memmap(path, "r")
 
     def _build(self, pairs, path):
         remove_unfinished(path.parent)
@@ -224,6 +228,8 @@ class ImageStore:
                 raise UserError(f"--patch {self.patch}: {where} is smaller")
             if small := counts.count(0):
                 print_once(f"smaller than --patch {self.patch} and left out: {small} image(s)")
+            if len(pairs) > 1000:
+                print(f"decoding {len(pairs)} files into {path}", file=sys.stderr)
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -798,12 +799,32 @@ def test_values_in_holes_have_no_influence(tmp_path):
 def test_a_class_that_occurs_alone_is_named(tmp_path, monkeypatch, capsys):
     """Also where no more than a sample of the images is looked at first."""
     (tmp_path / "classes.json").write_text(json.dumps(EXACT))
-    monkeypatch.setattr(support.store, "spread", lambda count, total: np.arange(1))
-    for number, alone in ((0, True), (1, False)):
+    looked_at = {100: 1, 1000: 2}  # instead of 100 and 1000
+    spread = lambda count, total: np.arange(min(looked_at[count], total))  # noqa: E731
+    monkeypatch.setattr(support.store, "spread", spread)
+    for number, text in ((0, "of which only 'no' occurs\n"), (1, "2 classes\n")):
         save(tmp_path / "train" / "rgb" / f"{number}.png", np.zeros((9, 9, 3), np.uint8))
         save(tmp_path / "train" / "lc" / f"{number}.png", np.full((9, 9), number, np.uint8))
         store_of(tmp_path, tmp_path / "cache")
-        assert ("of which only 'no' occurs" in capsys.readouterr().err) == alone
+        assert capsys.readouterr().err.endswith(text)
+    looked_at[1000] = 1
+    store_of(tmp_path, tmp_path / "cache")
+    assert capsys.readouterr().err.endswith("of which only 'no' occurs in 1 images\n")
+
+
+def test_a_store_larger_than_the_memory_is_read_only(pairs, tmp_path, monkeypatch, recwarn):
+    whole, opened = store_of(pairs, tmp_path, 64).records, np.lib.format.open_memmap
+
+    def like_linux(path, mode, *how):
+        if mode == "c":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return opened(path, mode, *how)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", like_linux)
+    records = store_of(pairs, tmp_path, 64).records
+    assert records.mode == "r" and (records == whole).all()
+    (batch,) = common.Loader(records, CPU).batches(np.array([[1, 0]]))
+    assert (batch[0].numpy() == whole[1]).all() and not recwarn.list
 
 
 def test_a_damaged_store_is_built_again(tmp_path):

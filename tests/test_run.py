@@ -37,6 +37,7 @@ from support.device import detached
 from support.errors import UserError, print_once, refusing
 from support.files import unlock
 from support.options import parse
+from support.plots import read_metrics
 from tensors import CPU, as_rank, batch_of, calls_of, open_data, same, tiny
 
 LAST = "checkpoints/last.pt"
@@ -493,6 +494,20 @@ def test_options_from_python_are_checked():
         Config()
 
 
+@pytest.mark.parametrize("epochs", [3, 9000])
+def test_curves_of_a_long_run_have_some_of_its_rows(epochs, tmp_path):
+    rows = [f"{1 + k * epochs // 9000},{k},{k % 7}" for k in range(9000)]
+    path = tmp_path / "metrics.csv"
+    begun = "9001,9000"  # a row that is being written
+    path.write_text("\n".join(["epoch,step,g", *rows, begun]))
+    found = read_metrics(path)
+    steps = [int(row["step"]) for row in found]
+    assert 2000 <= len(found) <= 4001 and steps == sorted(set(steps)) and steps[0] == 0
+    assert all(int(row["g"]) == int(row["step"]) % 7 for row in found[:-1])
+    if epochs == 3:
+        assert {2999, 5999, 8999} <= {*steps}
+
+
 def test_what_no_checkpoint_keeps_is_refused_at_the_first_step(pairs, tmp_path, monkeypatch):
     build, steps = pix2pix.build, calls_of(monkeypatch, pix2pix, "train_step")
 
@@ -722,6 +737,7 @@ OUT_OF_MEMORY = [
     RuntimeError("could not create a primitive"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 BUGS = "shape mismatch", "CUDA error: an illegal memory access", "connection timed out"
 
