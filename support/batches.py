@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import UserError, progress
 from support.processes import rank, world_size
 
 
@@ -96,9 +95,7 @@ def some_of(items, count):
 def chunks(index):
     """Yields an array of indices in pieces of at most 8, with a progress bar if they are many."""
     pieces = np.split(index, range(8, len(index), 8))
-    hidden = True if rank() or len(pieces) < 4 else None  # None: without a terminal
-    about = {"unit": "image", "leave": False, "disable": hidden}
-    with tqdm(desc="measuring", total=len(index), **about) as bar:
+    with progress(None, "measuring", total=len(index), unit="image", delay=1) as bar:
         for piece in pieces:
             yield piece
             bar.update(len(piece))

@@ -172,11 +172,16 @@ def _check_results(cfg):
         return
     if results.is_file() and b'"rows": {' not in results.read_bytes():
         raise UserError(f"{results}: written by another program: choose another --out")
+    if _script_of(folder) not in ("", cfg.script):
+        raise UserError(f"--out {folder}: a run of {_script_of(folder)}.py: choose another --out")
+
+
+def _script_of(folder):
+    """The script whose run folder this is; "" of another folder."""
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
     script = re.search(r'"script": "(\w+)"', text)
-    if script and script[1] != cfg.script:
-        raise UserError(f"--out {folder}: a run of {script[1]}.py: choose another --out")
+    return script[1] if script else ""
 
 
 def _resume(cfg, given):
@@ -284,10 +289,8 @@ def _check_folder(folder, script):
     """Refuses a folder that has any files but those of a run that saved no checkpoint."""
     if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} has a run: --resume continues it; or choose another --out")
-    about = folder / "config.json"
-    text = about.read_text(errors="replace") if about.is_file() else ""
     files = {path.name for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
-    if files - {"samples.png"} and f'"script": "{script}"' not in text:
+    if files - {"samples.png"} and _script_of(folder) != script:
         raise UserError(f"--out {folder} has other files: choose an empty or a new folder")
 
 

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from support.classes import ClassTable
+from support.errors import progress
 from support.files import UNFINISHED, write_image
 from support.processes import first_on_machine, wait_for_others
 
@@ -85,8 +85,7 @@ def demo_world(cache, kind, train=96, val=12, side=256):
 
 def _write_world(root, kind, counts, side):
     for (split, count), first in zip(counts.items(), (0, 100_000), strict=True):
-        about = {"unit": "image", "leave": False, "disable": None}
-        for k in tqdm(range(count), f"demo world, {split}", **about):
+        for k in progress(range(count), f"demo world, {split}", unit="image"):
             satellite, drawn, ground = landscape(np.random.default_rng([7, first + k]), side)
             if kind == "landcover":
                 write_image(root / split / "rgb" / f"{k:03}.png", satellite)

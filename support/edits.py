@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from support.classes import IGNORED
+from support.errors import progress
 from support.limits import values_of
 from support.pictures import mirrored, resize
 from support.windows import Windows, hull, network_input, overlap, shared_statistics, window_of
@@ -77,8 +77,7 @@ class PhotoEdit:
     def _changes(self, block):
         """Yields boxes (top, left, height, width) that cover all changes, on a grid of blocks."""
         height, width = self.size
-        about = {"leave": False, "disable": None, "delay": 2}
-        for top in tqdm(range(0, height, block), "comparing", **about):
+        for top in progress(range(0, height, block), "comparing", delay=2):
             changed = self.changed(top, 0, min(block, height - top), width).any(0)
             blocks = np.logical_or.reduceat(changed, np.arange(0, width, block))
             edges = np.flatnonzero(np.diff(blocks, prepend=False, append=False)) * block

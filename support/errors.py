@@ -1,4 +1,4 @@
-"""UserError, remarks printed once, printing that never fails."""
+"""UserError, remarks printed once, progress bars, printing that never fails."""
 
 import contextlib
 import functools
@@ -6,6 +6,8 @@ import os
 import re
 import sys
 import threading
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -78,6 +80,12 @@ def print_once(text):
 def _print(text):
     if speaks():
         print(text, file=sys.stderr)
+
+
+def progress(steps, about, **more):
+    """A progress bar, which is removed at the end; in a log only of what takes over 10 seconds."""
+    in_log = {} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
+    return tqdm(steps, about, leave=False, disable=not speaks(), **(more | in_log))
 
 
 @contextlib.contextmanager

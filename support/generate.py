@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from support.edits import PhotoEdit, centred
-from support.errors import UserError, print_once, refusing
+from support.errors import UserError, print_once, progress, refusing
 from support.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, remove_unfinished, write_image
 from support.layouts import contents, image_files
 from support.limits import Limits, print_doubts, values_of
@@ -217,7 +216,7 @@ def _write_edit(path, edit, regions, predict, net):
     """Writes the photograph, and over it the generated regions."""
     photo, bands = edit.photo, edit.cfg.channels("A")
     with writing(path, photo, bands=bands, limits=photo.limits, edited=True) as put:
-        for top in tqdm(range(0, edit.size[0], 256), "copying", leave=False, disable=None):
+        for top in progress(range(0, edit.size[0], 256), "copying"):
             put(photo.values(top, 0, 256), top)
         for region in regions:
             for pixels, top, left in edit.generated(region, predict, net):

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from support.batches import Loader
 from support.checkpoints import load_weights, save_checkpoint
 from support.classes import IGNORED
-from support.errors import UserError, print_once, refusing
+from support.errors import UserError, print_once, progress, refusing
 from support.pictures import filled
 from support.processes import rank
 from support.store import ImageStore
@@ -110,7 +109,7 @@ def train_judge(judge, cfg, device):
     loader = Loader(store.records, device)
     adam = torch.optim.Adam(judge.parameters(), 2e-3)
     rng, batch = np.random.default_rng(cfg.seed), min(16, len(loader))
-    for _ in tqdm(range(cfg.judge_epochs), "training the judge", leave=False, disable=None):
+    for _ in progress(range(cfg.judge_epochs), "training the judge", unit="epoch"):
         order = rng.permutation(len(loader))[: len(loader) // batch * batch].reshape(-1, batch)
         for images in loader.batches(order):
             turned = torch.stack(images)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from support.batches import some_of, spread
 from support.classes import IGNORED
 from support.demo import demo_world
-from support.errors import UserError, print_once
+from support.errors import UserError, print_once, progress
 from support.files import remove_unfinished, whole_or_absent
 from support.layouts import find_images
 from support.limits import Limits, nearly_flat
@@ -222,14 +221,14 @@ class ImageStore:
         threads = torch.get_num_threads()  # of OMP_NUM_THREADS, or of the cores that are allowed
         pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
         try:
-            counts, masked = zip(*pool.map(self._count, pairs), strict=True)
+            opened = pool.map(self._count, pairs)
+            opened = progress(opened, "opening", total=len(pairs), unit="file", delay=1)
+            counts, masked = zip(*opened, strict=True)
             if sum(counts) == 0:
                 where = f"every image of split {self.split.name}"
                 raise UserError(f"--patch {self.patch}: {where} is smaller")
             if small := counts.count(0):
                 print_once(f"smaller than --patch {self.patch} and left out: {small} image(s)")
-            if len(pairs) > 1000:
-                print(f"decoding {len(pairs)} files into {path}", file=sys.stderr)
             with whole_or_absent(path) as aside:
                 self._fill(pairs, counts, any(masked), aside, pool)
                 pool.shutdown()  # nobody maps the file any more: Windows can rename it
@@ -249,8 +248,8 @@ class ImageStore:
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-        about = {"unit": "image", "leave": False, "disable": None}
-        with tqdm(desc=f"decoding {self.split.name}", total=sum(counts), **about) as bar:
+        about = f"decoding {self.split.name}"
+        with progress(None, about, total=sum(counts), unit="image") as bar:
 
             def work(pair, count, first):
                 records = self._records(pair, masked) if count else ()

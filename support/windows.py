@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from support.batches import some_of
+from support.errors import progress
 from support.pictures import mirrored, resize
 
 
@@ -118,7 +118,7 @@ class Windows:
         alone = len(self.rows) == len(self.columns) == 1
         self.statistics = None if alone else statistics
         if self.statistics:
-            for corner in tqdm(self._noted(), "statistics", leave=False, disable=None):
+            for corner in progress(self._noted(), "statistics"):
                 tile = torch.from_numpy(cut(*corner, *self.sides))
                 self.statistics.note(self._positions([corner])[0], predict, tile)
 
@@ -139,8 +139,7 @@ class Windows:
         rows = rows or self.rows
         height, width = self.sides
         band = None  # of the raster, from `top` on: sums of weighted windows
-        bar = tqdm(rows, about, unit="row of windows", leave=False, disable=None)
-        for k, (top, weights_y) in enumerate(bar):
+        for k, (top, weights_y) in enumerate(progress(rows, about, unit="row of windows")):
             for left, weights_x, fake in self._row(top):
                 if band is None:
                     band = torch.zeros(len(fake), height, self.columns[-1][0] + width)

@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import io
+import itertools
 import json
 import os
 import re
 import shutil
 import struct
+import sys
 import time
 import types
 import zlib
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -846,16 +848,21 @@ def test_what_is_unfinished_is_removed_after_a_day(pairs, tmp_path):
     assert not old.exists() and not folder.exists() and new.exists()  # another may be writing it
 
 
-def test_long_measurements_show_a_bar(monkeypatch):
-    monkeypatch.setattr(support.batches, "tqdm", bar := mock.MagicMock())
-    for count in (24, 25):
-        pieces = [piece.tolist() for piece in common.chunks(np.arange(count))]
-        assert sum(pieces, []) == list(range(count)) and max(map(len, pieces)) == 8
-    monkeypatch.setattr(support.batches, "rank", lambda: 1)
-    list(common.chunks(np.arange(25)))
-    assert [call.kwargs["disable"] for call in bar.call_args_list] == [True, None, True]
-    done = bar().__enter__().update.call_args_list
-    assert sum(call.args[0] for call in done) == 24 + 25 + 25
+@pytest.mark.parametrize(
+    "terminal, seconds, rank, shown",
+    [(True, 2, 0, True), (True, 0.01, 0, False), (False, 2, 0, False)]
+    + [(False, 20, 0, True), (True, 20, 1, False)],
+)
+def test_what_takes_long_shows_a_bar(terminal, seconds, rank, shown, monkeypatch):
+    """On a terminal after a second, in a log after ten."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("tqdm.std.time", itertools.count(0, seconds).__next__)
+    pieces = [piece.tolist() for piece in common.chunks(np.arange(25))]
+    assert sum(pieces, []) == list(range(25)) and max(map(len, pieces)) == 8
+    assert bool(re.search(r"measuring: +96%.* 24/25", stream.getvalue())) == shown
 
 
 def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
