@@ -166,6 +166,7 @@ NOT_LAYOUTS = {
     "val of nothing": ("val/x.txt", f"images of split val: .*val has x.txt.*{KNOWN}"),
     "a lone file": ("train/A/x.png train/A/y.png train/B/x.png",
                     "2 images and 1: .*y.png has no partner"),
+    "two endings": ("train/1_A.png train/2_B.png", "1 images and 1: .*1_A.png has no partner"),
     "a lone file of B": ("train/A/x.png train/B/x.png train/B/y.png", "y.png has no partner"),
     "twins": ("train/A/x.png train/A/x.jpg train/B/x.png", "but for the ending"),
     "no class table": ("train/rgb/x.png train/lc/x.png", "pass --lc-classes s2glc"),
@@ -790,12 +791,15 @@ def test_values_in_holes_have_no_influence(tmp_path):
     rng = np.random.default_rng(0)
     pixels, hidden = noise(100, 200, 4), rng.random((100, 200)) < 0.05
     found = []
-    for name, value in (("black", 0), ("white", 255)):
-        pixels[hidden] = value
-        pixels[..., 3] = np.where(hidden, 0, 255)
-        save(tmp_path / name / "train" / "1.png", pixels)
+    even = np.full_like(pixels, 200)
+    for name, image, value in (("a", pixels, 0), ("b", pixels, 255), ("even", even, 0)):
+        image[hidden] = value
+        image[..., 3] = np.where(hidden, 0, 255)
+        save(tmp_path / name / "train" / "1.png", image)
         found.append(np.array(store_of(tmp_path / name, tmp_path / "cache", 64).records))
     assert (found[0] == found[1]).all() and 0 < (found[0][:, 6:] > 0).mean() < 1
+    seen = np.moveaxis(found[2][:, :3], 1, -1)[found[2][:, 6] > 0]  # beside holes, too
+    assert abs(seen - 200.0).max() <= 1
 
 
 def test_a_class_that_occurs_alone_is_named(tmp_path, monkeypatch, capsys):

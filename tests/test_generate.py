@@ -660,8 +660,8 @@ def test_samples_that_are_there_are_kept(tmp_path, capsys):
 
 
 def painted(boxes):
-    """--paint of boxes (x, y, width, height)."""
-    return [f"water:{x},{y},{width},{height}" for x, y, width, height in boxes]
+    """--paint of boxes (x, y, width, height); a name's beginning is enough, in any case."""
+    return [f"Wat:{x},{y},{width},{height}" for x, y, width, height in boxes]
 
 
 def random_boxes(seed, count=6):
