@@ -32,9 +32,11 @@ def load_weights(path):
         raise UserError(f"{path}: no such file (in a run folder: checkpoints/last.pt)")
     open(path, "rb").close()  # an OSError, such as of a file that may not be read
     with refusing(f"{path}: not a checkpoint, or a damaged one"):
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        if damaged:  # torch.load verifies no checksums
-            raise ValueError(damaged)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:  # of which none is compressed
+                whole = sum(part.file_size for part in parts.infolist()) <= os.path.getsize(path)
+                if not whole or parts.testzip():  # torch.load verifies no checksums
+                    raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -44,7 +46,8 @@ def load_checkpoint(path, script):
     content = content if isinstance(content, dict) else {}
     if content.get("script", script) != script:
         raise UserError(f"{path}: written by {content['script']}.py: use that script")
-    if not all(map(content.get, ("script", "config", "state"))):
+    dicts = (content.get("config"), content.get("state"))
+    if "script" not in content or not all(isinstance(part, dict) and part for part in dicts):
         raise UserError(f"{path}: not a checkpoint of {script}.py: is it for --init or --judge?")
     return content
 

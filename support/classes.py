@@ -77,6 +77,8 @@ class ClassTable:
             return ClassTable._build(entries, source == "maps")
         is_json = source.lstrip().startswith(("[", "{"))
         try:
+            if not (is_json or Path(source).is_file()):  # nor a device, which may have no end
+                raise FileNotFoundError
             table = json.loads(source if is_json else Path(source).read_text("utf-8-sig"))
             if isinstance(table, list):
                 table = {"classes": table}

@@ -33,6 +33,10 @@ def refusing(message):
         raise UserError(message) from None
 
 
+# Control characters, as in a file's name, but for those of progress bars
+_CONTROLS = re.compile(r"(?!\x1b\[A)[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
 class SafeStream:
     """Replaces sys.stdout or sys.stderr, and drops text that cannot be written there.
 
@@ -47,6 +51,7 @@ class SafeStream:
 
     def write(self, text):
         encoding = self.stream.encoding or "utf-8"
+        text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
         try:
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
@@ -84,7 +89,8 @@ def _print(text):
 
 def progress(steps, about, **more):
     """A progress bar, which is removed at the end; in a log only of what takes over 10 seconds."""
-    in_log = {} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
+    terminal = getattr(sys.stderr, "isatty", bool)()
+    in_log = {} if terminal else {"delay": 10, "mininterval": 10}
     return tqdm(steps, about, leave=False, disable=not speaks(), **(more | in_log))
 
 

@@ -66,11 +66,11 @@ def whole_or_absent(path):
 
 
 def remove_unfinished(folder, age=86400):
-    """Removes what a killed process left unfinished, files at least `age` seconds old."""
+    """Removes what a killed process left unfinished, at least `age` seconds old."""
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):  # a folder, or removed by another process
             if time.time() - path.lstat().st_mtime >= age:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and age > 0 else path.unlink()
 
 
 def write_text(path, text):

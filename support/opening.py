@@ -126,13 +126,25 @@ def is_lossy(tiff):
 
 
 def _check_files(path, *parts):
-    """Refuses parts, and masks and overviews beside path, that are no TIFFs: GDAL opens them."""
+    """Refuses parts, and masks and overviews beside path, that are no TIFFs: GDAL opens them.
+
+    It also opens files such as path.aux, by content if they are not really of ERDAS Imagine.
+    """
     beside = [f"{path}{ending}" for ending in (".msk", ".MSK", ".ovr", ".OVR")]
-    for file in [*parts, *filter(os.path.isfile, beside)]:  # False, too, for too long a name
-        with open(file, "rb") as opened:
-            start = opened.read(4)
-        if start not in _TIFF_STARTS:
+    beside = [*filter(os.path.isfile, beside)]  # False, too, for too long a name
+    for file in [*parts, *beside]:
+        if _start(file, 4) not in _TIFF_STARTS:
             raise UserError(f"{file}: cannot be decoded: it is not a TIFF")
+    names = [str(path), *beside]
+    names += [os.path.splitext(name)[0] for name in names]
+    for file in (f"{name}{ending}" for name in names for ending in (".aux", ".AUX")):
+        if os.path.isfile(file) and _start(file, 16) != b"EHFA_HEADER_TAG\0":
+            raise UserError(f"{file}: is not of ERDAS Imagine: remove it")
+
+
+def _start(file, count):
+    with open(file, "rb") as opened:
+        return opened.read(count)
 
 
 def _joined_tiffs(path):
@@ -166,7 +178,7 @@ def open_array(path, most):
         if isinstance(array, np.ndarray):
             return array
         with array:
-            if array.zip.infolist()[0].file_size > most:
+            if max(part.file_size for part in array.zip.infolist()) > most:
                 raise MemoryError
             return array[array.files[0]]
 

@@ -43,11 +43,14 @@ class Options:
         for _, field in grouped_fields(type(self)):
             name, about, value = flag(field.name), field.metadata, getattr(self, field.name)
             low, high, choices = about["low"], about["high"], about["choices"]
-            if type(value) in (int, float) and not low <= value <= high:  # NaN, too
+            kind = type(field.default)
+            if not isinstance(value, (kind, int) if kind is float else kind) and name != "--window":
+                raise UserError(f"{name} {str(value)[:20]}: must be {kind.__name__}")
+            if isinstance(value, (int, float)) and not low <= value <= high:  # NaN, too
                 bound = f"at most {high}" if value > high else f"at least {low}"
                 raise UserError(f"{name} {str(value)[:20]}: must be {bound}")
-            if choices and type(value) is str and value not in (field.default, *choices):
-                raise UserError(f"{name} {value}: choose from {', '.join(choices)}")
+            if choices and value not in (field.default, *choices):
+                raise UserError(f"{name} {value}: choose from {', '.join(map(str, choices))}")
 
     data: str = option(
         "",

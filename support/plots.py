@@ -16,6 +16,7 @@ def read_metrics(path):
     header, *rows = text.splitlines() or [""]  # read at once: a run may be writing it
     ends = {row.partition(",")[0]: k for k, row in enumerate(rows)}  # of epochs: with the scores
     chosen = {*spread(2000, len(rows)).tolist(), *some_of([*ends.values()], 2000)}
+    chosen |= {*range(len(rows))[-1:]}
     return list(csv.DictReader([header, *(rows[k] for k in sorted(chosen))]))
 
 

@@ -46,12 +46,14 @@ class Raster:
             if not (driver or table) and opening.png_depth(self.path) == 16:
                 driver = "PNG"
             if driver:
-                self._open_tiff(driver)
+                self._open_tiff(driver, 8 * most)
                 self.masked = self._lacks_data()
             elif self.path.suffix.lower() in ARRAY_SUFFIXES:
                 self._open_array(8 * most)
             else:
                 self._open_image()
+            if not self.height * self.width:
+                raise UserError(f"{path}: has no pixels")
             if not self.tiff and self.height * self.width > most:
                 sides = f"{self.width}x{self.height}"
                 raise UserError(f"{path}: {sides} is too large: make it a TIFF, or cut it")
@@ -156,7 +158,7 @@ class Raster:
         reading = Reading(table, path, pixels[known][None], palette, self.lossy)
         return reading.indices(pixels, known, strict=True)
 
-    def _open_tiff(self, driver):
+    def _open_tiff(self, driver, most):
         self.tiff = opening.open_tiff(self.path, driver)
         pages = len(self.tiff.subdatasets)
         if not self.tiff.count:
@@ -165,6 +167,11 @@ class Raster:
             print_once(f"images have {pages} pages: the first is read")
         self.height, self.width, kinds = self.tiff.height, self.tiff.width, self.tiff.dtypes
         self.dtype = str(np.result_type(*kinds))
+        together = self.tiff.count if self.tiff.profile.get("interleave") == "pixel" else 1
+        block = np.prod(self.tiff.block_shapes[0]) * together * np.dtype(self.dtype).itemsize
+        if block > most:
+            how = "gdal_translate -co TILED=YES x.tif y.tif makes smaller ones"
+            raise UserError(f"{self.path}: has blocks of {block:,} bytes: {how}")
         if np.dtype(self.dtype).kind not in "iuf":
             raise UserError(f"{self.path}: has {self.dtype} values, which are not supported")
         deep = self.dtype != "uint8"

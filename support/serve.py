@@ -98,6 +98,11 @@ class Server(ThreadingHTTPServer):
         self.names = {address.lower(), "localhost"}
         super().__init__((address, studio.cfg.port), Handler)
 
+    def handle_error(self, *about):
+        """Prints the traceback of a bug of ours; a client that goes away is none."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*about)
+
 
 class Handler(BaseHTTPRequestHandler):
     """One request. Its errors are plain text, which the page shows."""

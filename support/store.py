@@ -211,15 +211,14 @@ class ImageStore:
         if first_on_machine() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
-        try:  # "c": nobody writes, but a script may by mistake
-            return np.lib.format.open_memmap(path, "c")
-        except OSError:  # Linux maps nothing larger than the memory so
-            return np.lib.format.open_memmap(path, "r")
+        with contextlib.suppress(OSError):  # Linux maps nothing larger than the memory so
+            return np.lib.format.open_memmap(path, "c")  # a script may write, by mistake
+        return np.lib.format.open_memmap(path, "r")
 
     def _build(self, pairs, path):
         remove_unfinished(path.parent)
-        threads = torch.get_num_threads()  # of OMP_NUM_THREADS, or of the cores that are allowed
-        pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # allowed ones
+        pool = ThreadPoolExecutor(len(cores))  # Pillow decodes outside the interpreter lock
         try:
             opened = pool.map(self._count, pairs)
             opened = progress(opened, "opening", total=len(pairs), unit="file", delay=1)

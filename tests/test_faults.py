@@ -123,6 +123,9 @@ CASES = {
     "pix2pix --patch 99": "--patch 99: every image of split train is smaller",
     "pix2pix --evaluate --checkpoint corrupt.pt": "a damaged one",
     "pix2pix --evaluate --checkpoint flipped.pt": "a damaged one",
+    "pix2pix --evaluate --checkpoint text.pt": "not a checkpoint of pix2pix.py",
+    "pix2pix --evaluate --checkpoint size.pt": "--size [64]: must be int",
+    "mixlc --lc-classes /dev/zero": "class table /dev/zero: no such file",
     "pix2pix --evaluate --checkpoint other.pt": "written by cyclegan.py",
     "pix2pix --evaluate --checkpoint odd.pt": "not a checkpoint of pix2pix.py",
     "pix2pix --evaluate --checkpoint run": "no such file (in a run folder: checkpoints/last.pt)",
@@ -245,6 +248,8 @@ def wrong_checkpoints(root):
         "no_G/checkpoints/last.pt": with_state(G=None),
         "other.pt": {"script": "cyclegan", "config": {}, "state": {}},
         "odd.pt": {"script": "pix2pix", "config": {}, "state": 3},
+        "text.pt": content | {"config": "size 64"},
+        "size.pt": content | {"config": config | {"size": [64]}},
         "bare.pt": {"conv.weight": torch.zeros(1)},
         "nested.pt": {"networks": {"a": torch.zeros(1), "b": torch.zeros(1)}, "epoch": 3},
         "kept/checkpoints/epoch_0010.pt": content,
@@ -475,6 +480,8 @@ def test_text_that_a_stream_cannot_encode_is_escaped():
     ascii_alone = io.TextIOWrapper(written, encoding="ascii")
     SafeStream(ascii_alone).write("z\xfcrich \udcff")
     assert written.getvalue() == b"z\\xfcrich \\udcff"
+    SafeStream(ascii_alone).write("\n\r\t\x1b[A\x1b]0;title\x07")  # a bar's, and of a file's name
+    assert written.getvalue()[16:] == b"\n\r\t\x1b[A\\x1b]0;title\\x07"
 
 
 # ------------------------------------------------------------------------------- what costs nothing

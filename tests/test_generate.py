@@ -215,6 +215,15 @@ def use_net(kind, cfg, net):
         common.translate_files(cfg, lambda x, whole: net(x.float()) / 9, net)
 
 
+def test_rows_of_a_tall_picture_stay_in_order(tmp_path):
+    rows = np.linspace(0, 255, 900)[:, None, None].astype(np.uint8)
+    save(tmp_path / "x.png", np.tile(rows, (1, 64, 3)))
+    paths = {"generate": (str(tmp_path / "x.png"),), "out": str(tmp_path / "out")}
+    cfg = tiny("pix2pix", size=64, window=1000, **paths)[1]
+    common.translate_files(cfg, lambda windows, whole: common.from_bytes(windows))
+    assert abs(pixels_of(tmp_path / "out" / "x.png") - rows.astype(float)).max() < 6
+
+
 def test_classes_are_blended_as_scores_and_then_decided(tmp_path):
     """One window is not sure of a class, the next one of another: it wins where they overlap."""
 

@@ -1,8 +1,12 @@
 """Files are opened by the driver of their ending alone; land cover is written with its values."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -15,7 +19,7 @@ from PIL import Image
 from rasterio.rpc import RPC
 
 import common
-from files import PLACE, bands_of, geotiff, has_data, pixels_of, save, written
+from files import CLASSES, PLACE, bands_of, geotiff, has_data, pixels_of, save, written
 from runs import refused
 from support import opening
 from support.classes import ClassTable
@@ -110,6 +114,57 @@ def test_what_lies_beside_a_tiff_is_not_opened_by_its_content(tmp_path, ending, 
         return
     with refused(f"x.tif{ending}: cannot be decoded: it is not a TIFF"):
         Raster(tmp_path / "x.tif")
+
+
+# GDAL takes it for a file of ERDAS Imagine, and opens it as what comes first in it
+WARPED = (
+    'EHFA_HEADER_TAG<VRTDataset rasterXSize="40" rasterYSize="30" subClass="VRTWarpedDataset"/>'
+)
+
+
+@pytest.mark.parametrize("name", ["x.aux", "x.AUX", "x.tif.aux", "x.tif.msk.aux", "x.tif.aux own"])
+def test_an_aux_file_is_not_opened_by_its_content(tmp_path, name):
+    name, _, own = name.partition(" ")
+    geotiff(tmp_path / "x.tif", GREY)
+    if ".msk" in name:
+        geotiff(tmp_path / "x.tif.msk", GREY[..., 0])
+    if own:
+        with rasterio.open(
+            tmp_path / name, "w", driver="HFA", width=40, height=30, count=1, dtype="uint8"
+        ):
+            pass
+        assert (Raster(tmp_path / "x.tif").read() == GREY).all()
+        return
+    (tmp_path / name).write_text(WARPED)
+    with refused(f"{name}: is not of ERDAS Imagine"):
+        Raster(tmp_path / "x.tif")
+
+
+def test_an_array_is_as_large_as_the_last_part_of_its_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        for size in (1, 1000):
+            content = io.BytesIO()
+            np.save(content, np.zeros(size, np.uint8))
+            with warnings.catch_warnings(action="ignore"):  # of two parts of one name
+                file.writestr("x.npy", content.getvalue())
+    assert opening.open_array(tmp_path / "x.npz", 2000).shape == (1000,)
+    with pytest.raises(MemoryError):
+        opening.open_array(tmp_path / "x.npz", 1000)
+    np.save(tmp_path / "x.npy", np.zeros((0, 5), np.uint8))
+    with refused("x.npy: has no pixels"):
+        Raster(tmp_path / "x.npy", CLASSES)
+
+
+def test_a_tiff_of_large_blocks_is_refused_before_it_is_decoded(tmp_path):
+    how = {"width": 256, "height": 256, "dtype": "uint8", "compress": "deflate"}
+    for count, interleave, large in ((9, "pixel", True), (9, "band", False), (2, "pixel", False)):
+        path = tmp_path / f"{count}{interleave}.tif"
+        with rasterio.open(
+            path, "w", "GTiff", count=count, interleave=interleave, blockysize=256, **how
+        ) as t:
+            t.write(np.zeros((count, 256, 256), np.uint8))
+        with refused("has blocks of 589,824 bytes") if large else contextlib.nullcontext():
+            Raster(path, bands=(1,), most=2**13 * 5)
 
 
 def test_a_vrt_that_scales_could_open_overviews_that_a_tiff_names(tmp_path):
