@@ -128,7 +128,7 @@ def is_lossy(tiff):
 def _check_files(path, *parts):
     """Refuses parts, and masks and overviews beside path, that are no TIFFs: GDAL opens them.
 
-    It also opens files such as path.aux, by content if they are not really of ERDAS Imagine.
+    It also opens files such as path.aux that begin like those of ERDAS Imagine.
     """
     beside = [f"{path}{ending}" for ending in (".msk", ".MSK", ".ovr", ".OVR")]
     beside = [*filter(os.path.isfile, beside)]  # False, too, for too long a name
@@ -138,7 +138,8 @@ def _check_files(path, *parts):
     names = [str(path), *beside]
     names += [os.path.splitext(name)[0] for name in names]
     for file in (f"{name}{ending}" for name in names for ending in (".aux", ".AUX")):
-        if os.path.isfile(file) and _start(file, 16) != b"EHFA_HEADER_TAG\0":
+        start = _start(file, 16) if os.path.isfile(file) else b""
+        if start.upper().startswith(b"EHFA_HEADER_TAG") and start != b"EHFA_HEADER_TAG\0":
             raise UserError(f"{file}: is not of ERDAS Imagine: remove it")
 
 
