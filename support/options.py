@@ -38,20 +38,6 @@ class Options:
     script = ""
     demo = "maps"
 
-    def __post_init__(self):
-        """Refuses a number out of bounds, and a misspelt choice, which could mean another one."""
-        for _, field in grouped_fields(type(self)):
-            name, about, value = flag(field.name), field.metadata, getattr(self, field.name)
-            low, high, choices = about["low"], about["high"], about["choices"]
-            kind = type(field.default)
-            if not isinstance(value, (kind, int) if kind is float else kind) and name != "--window":
-                raise UserError(f"{name} {str(value)[:20]}: must be {kind.__name__}")
-            if isinstance(value, (int, float)) and not low <= value <= high:  # NaN, too
-                bound = f"at most {high}" if value > high else f"at least {low}"
-                raise UserError(f"{name} {str(value)[:20]}: must be {bound}")
-            if choices and value not in (field.default, *choices):
-                raise UserError(f"{name} {value}: choose from {', '.join(map(str, choices))}")
-
     data: str = option(
         "",
         "folder of images, A and B (docs/data.md); unset: a demo world",
@@ -150,6 +136,20 @@ class Options:
         low=0.0,
         high=math.inf,
     )
+
+    def __post_init__(self):
+        """Refuses a number out of bounds, and a misspelt choice, which could mean another one."""
+        for _, field in grouped_fields(type(self)):
+            name, about, value = flag(field.name), field.metadata, getattr(self, field.name)
+            low, high, choices = about["low"], about["high"], about["choices"]
+            kind = type(field.default)
+            if not isinstance(value, (kind, int) if kind is float else kind) and name != "--window":
+                raise UserError(f"{name} {str(value)[:20]}: must be {kind.__name__}")
+            if isinstance(value, (int, float)) and not low <= value <= high:  # NaN, too
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                raise UserError(f"{name} {str(value)[:20]}: must be {bound}")
+            if choices and value not in (field.default, *choices):
+                raise UserError(f"{name} {value}: choose from {', '.join(map(str, choices))}")
 
     @functools.cached_property
     def classes(self):
