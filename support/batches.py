@@ -93,7 +93,7 @@ def some_of(items, count):
 
 
 def chunks(index):
-    """Yields an array of indices in pieces of at most 8, with a progress bar if they are many."""
+    """Yields an array of indices in pieces of at most 8, with a progress bar if it takes long."""
     pieces = np.split(index, range(8, len(index), 8))
     with progress(None, "measuring", total=len(index), unit="image", delay=1) as bar:
         for piece in pieces:

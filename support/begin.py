@@ -84,14 +84,14 @@ def _explain(error):
     """The message for the user, or "" for a bug of ours, whose traceback is shown."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None and not out_of_memory(error):
+    if out_of_memory(error):
+        return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
+    if isinstance(error, OSError) and error.errno is not None:
         lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         remedy = "replace or remove it" if lacks else "choose another --out or --cache"
         if isinstance(error, PermissionError):
             remedy = "ask for permission, or choose another path"
         return f"{error.filename or 'writing'}: {error.strerror}: {remedy}"
-    if out_of_memory(error):
-        return "out of memory: lower --batch-size, --size or --width, or try --precision bf16"
     network = re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)
     if network and world_size() > 1 and isinstance(error, RuntimeError):
         return "another process of this run has ended: see its message, then --resume"

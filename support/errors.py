@@ -62,7 +62,7 @@ class SafeStream:
 
 
 def speaks():
-    """Whether this is the one process of torchrun that prints and writes, before they meet, too."""
+    """Whether this process prints and writes: torchrun's first one, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

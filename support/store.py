@@ -133,7 +133,7 @@ class ImageStore:
         if self.classes:
             text += f", B labels of {len(self.classes)} classes"
             some = {*np.unique(self.B[spread(100, len(self.B))]).tolist()} - {IGNORED}
-            more = spread(1000, len(self.B)) if len(some) == 1 else ()
+            more = spread(1000, len(self.B))
             if len(some) == 1 and all(np.isin(self.B[k], [*some, IGNORED]).all() for k in more):
                 where = f" in {len(more)} images" if len(more) < len(self.B) else ""
                 text += f", of which only {self.classes.names[some.pop()]!r} occurs{where}"
