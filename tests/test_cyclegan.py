@@ -172,6 +172,10 @@ def test_published_weights_are_usable_at_once(pairs, tmp_path, capsys):
     main(f"{line} BtoA".split())
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "--init-AB" in line_of(main, f"{line} AtoB".split(), capsys)
+    cfg = dataclasses.replace(PICTURES, init_BA=f"{tmp_path}/latest_net_G.pth")
+    state = build(cfg, CPU)  # with a discriminator, which the file lacks
+    cyclegan.load_generators(state, cfg)
+    assert all(map(torch.equal, state.G_BA.state_dict().values(), values))
 
 
 @pytest.mark.parametrize(("way", "D"), [("AB", "D_B"), ("BA", "D_A")])
