@@ -260,7 +260,11 @@ def parse(config, doc, quick, argv=None):
         groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
     given = vars(parser.parse_args(argv and [*map(str, argv)]))
     for name, value in given.items():
-        _check_value(flag(name), value, config.__dataclass_fields__[name].metadata)
+        if "" in (value if isinstance(value, list) else [value]):
+            raise UserError(f"{flag(name)} is empty: pass a value, or leave it out")
+        names_file = config.__dataclass_fields__[name].metadata.get("file")
+        if names_file and not Path(value).is_file():
+            raise UserError(f"{flag(name)} {value}: no such file")
         given[name] = tuple(value) if isinstance(value, list) else value
     defaults = quick if given.get("quick") else {}
     return config(**defaults | given), given
@@ -280,11 +284,3 @@ def _argument(field):
         metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[type(default)]
         kwargs |= {"type": type(default), "choices": choices, "metavar": metavar}
     return kwargs | {"help": f"{field.metadata['help']} [{shown}]"}
-
-
-def _check_value(name, value, about):
-    """Refuses a value that was typed but is empty, or no file."""
-    if "" in (value if isinstance(value, list) else [value]):
-        raise UserError(f"{name} is empty: pass a value, or leave it out")
-    if about.get("file") and not Path(value).is_file():
-        raise UserError(f"{name} {value}: no such file")
