@@ -112,9 +112,7 @@ def train_judge(judge, cfg, device):
     for _ in progress(range(cfg.judge_epochs), "training the judge", unit="epoch"):
         order = rng.permutation(len(loader))[: len(loader) // batch * batch].reshape(-1, batch)
         for images in loader.batches(order):
-            turned = torch.stack(images)
-            for axis in (2, 3):
-                turned = turned.flip(axis) if rng.random() < 0.5 else turned
+            turned = torch.stack(images).flip([axis for axis in (2, 3) if rng.random() < 0.5])
             turned = turned.transpose(2, 3) if rng.random() < 0.5 else turned
             logits = judge(filled(store.images("A", turned)))
             labels = store.images("B", turned).long()
