@@ -29,10 +29,8 @@ def plot_metrics(rows, path):
     names = [name for name in rows[0] if name not in ("epoch", "step")]
     height = -(-len(names) // 3)
     figure = Figure(figsize=(13, 2.6 * height))
-    axes = figure.subplots(height, 3)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
+    for place, name in enumerate(names, 1):
+        axis = figure.add_subplot(height, 3, place)
         measured = [row for row in rows if row[name]]
         steps = [int(row["step"]) for row in measured]
         values = [float(row[name]) for row in measured]
