@@ -66,14 +66,15 @@ class MemoryRaster(Raster):
 class TranslationCanvas(Windows):
     """A label map or a picture, and its translation, window by window, as by --generate.
 
-    pixels  the MemoryRaster's `now`, which strokes change; start: as it was opened
     show    show(strip (C, H, W) of the translation)  -> (H, W, 3) uint8
+    photo   a MemoryRaster to compare with, or None
+    pixels  the MemoryRaster's `now`, which strokes change; start: as it was opened
 
     Shared statistics stay those of the canvas as it was opened.
     """
 
-    def __init__(self, cfg, predict, net, raster, show):
-        self.seed, self.show = cfg.seed, show
+    def __init__(self, cfg, predict, net, show, raster, photo=None):
+        self.seed, self.show, self.photo = cfg.seed, show, photo
         self.pixels, self.start = raster.now, raster.start
         self.kept = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
         window, size = window_of(cfg, raster), (raster.height, raster.width)

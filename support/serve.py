@@ -24,16 +24,13 @@ ENDED = threading.Event()
 def translations(cfg, predict, net, from_labels, to_labels):
     """--serve of a script that translates; the arguments are translate_files'."""
     limits = Limits.of(cfg, cfg.domains[1])
-    predict = until_the_end(predict)
 
     def show(strip):
         if to_labels:
             return cfg.classes.palette[strip.argmax(0)]
         return colours_of(values_of(strip, limits), limits)
 
-    def make(raster, _):
-        return TranslationCanvas(cfg, predict, net, raster, show)
-
+    make = functools.partial(TranslationCanvas, cfg, until_the_end(predict), net, show)
     serve(Studio(cfg, cfg.classes if from_labels else None, make))
 
 

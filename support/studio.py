@@ -123,7 +123,6 @@ class Studio:
                 given = MemoryRaster(blank, self.classes)
         # in the worker, as generating changes how the network normalises
         canvas = self.worker.submit(self.make, copy.deepcopy(given), photo).result()
-        canvas.photo = photo
         key = str(next(self.numbers))
         with self.lock:
             self.canvases[key], opened = canvas, self.canvases.values()

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import http.client
 import importlib.util
 import io
@@ -90,9 +91,9 @@ def generated(tmp_path, cfg, pixels, net=None):
     return pixels_of(Path(cfg.out) / name.name)
 
 
-def translating(cfg, predict, pixels, net=None):
+def translating(cfg, predict, pixels, net=None, photo=None):
     raster = MemoryRaster(pixels, CLASSES)
-    return TranslationCanvas(cfg, predict, net, raster, as_array)
+    return TranslationCanvas(cfg, predict, net, as_array, raster, photo)
 
 
 def random_labels(height, width):
@@ -227,7 +228,11 @@ def serving(cfg, make, edits=False):
 @pytest.fixture
 def ask(tmp_path, landcover):
     cfg = configured("pix2pix", tmp_path, window=64, data=str(landcover))
-    with serving(cfg, lambda given, _: translating(cfg, Painter(), given.pixels)) as asking:
+
+    def make(given, photo):
+        return translating(cfg, Painter(), given.pixels, photo=photo)
+
+    with serving(cfg, make) as asking:
         yield asking
 
 
@@ -361,10 +366,11 @@ def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path, lan
     test = "testA/0.png testA/1.png testA/2.png testB/0.png testB/1.png"
     data = pictures_in(tmp_path / "data", f"trainA/0.png trainB/0.png {test}")
     cfg = configured("cyclegan", tmp_path, data=str(data), lc_classes="pictures")
-    studio = Studio(cfg, None, lambda given, _: given)
+    make = functools.partial(TranslationCanvas, cfg, Painter(), None, as_array)
+    studio = Studio(cfg, None, make)
     assert [photo for _, photo in studio.examples] == [None] * 3
     opened = studio.open({"example": 0})["canvas"]
-    assert studio.canvases[opened] is not studio.examples[0][0]  # which stays unpainted
+    assert studio.canvases[opened].pixels is not studio.examples[0][0].now  # it stays unpainted
     cfg = configured("cyclegan", tmp_path, data=str(landcover), **LABELS, direction="AtoB")
     assert [photo for _, photo in Studio(cfg, None, None).examples] == [None] * 2
     cfg = configured("mixlc", tmp_path, data=str(data), lc_classes="pictures")
