@@ -250,14 +250,13 @@ def parse(config, doc, quick, argv=None):
         usage="%(prog)s [options]",
         description="\n\n".join(doc.strip().split("\n\n")[:3]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that only typed options are there
         allow_abbrev=False,
     )
-    groups = {}
+    group_of = functools.cache(parser.add_argument_group)
     for group, field in grouped_fields(config):
-        if group not in groups:
-            title = "use a trained model" if group == "use" else group
-            groups[group] = parser.add_argument_group(title)
-        groups[group].add_argument(flag(field.name), dest=field.name, **_argument(field))
+        title = "use a trained model" if group == "use" else group
+        group_of(title).add_argument(flag(field.name), **_argument(field))
     given = vars(parser.parse_args(argv and [*map(str, argv)]))
     for name, value in given.items():
         if "" in (value if isinstance(value, list) else [value]):
@@ -274,13 +273,12 @@ def _argument(field):
     """The arguments of argparse's add_argument for a field."""
     default, choices = field.default, field.metadata["choices"]
     shown = "unset" if default in ("", ()) else default
-    kwargs = {"default": argparse.SUPPRESS}
     if isinstance(default, bool):
         shown = "on" if default else "off"
-        kwargs["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        kwargs = {"action": argparse.BooleanOptionalAction if default else "store_true"}
     elif isinstance(default, tuple):
-        kwargs |= {"action": "extend", "nargs": "+", "metavar": "TEXT"}
+        kwargs = {"action": "extend", "nargs": "+", "metavar": "TEXT"}
     else:
         metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[type(default)]
-        kwargs |= {"type": type(default), "choices": choices, "metavar": metavar}
+        kwargs = {"type": type(default), "choices": choices, "metavar": metavar}
     return kwargs | {"help": f"{field.metadata['help']} [{shown}]"}
