@@ -1,7 +1,6 @@
 """Checkpoints: saved whole, loaded with weights_only, restored in place."""
 
 import os
-import re
 import zipfile
 from pathlib import Path
 
@@ -143,8 +142,8 @@ def load_network(module, path, cfg, key, optional=False):
         raise UserError(f"{path}: no network {key} in it, and no state dict")
     own = module.state_dict()
     if not any("running_mean" in name for name in own):
-        buffer = re.compile("(running_mean|running_var|num_batches_tracked)$")
-        content = {name: value for name, value in content.items() if not buffer.search(name)}
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        content = {name: value for name, value in content.items() if not name.endswith(buffers)}
     values = list(content.values())
     if [value.shape for value in values] != [value.shape for value in own.values()]:
         options = "generator norm size width blocks upsample patch_gan lc_classes bands_A bands_B"
