@@ -53,8 +53,7 @@ class VGG16Features(nn.Module):
             position, out = LAYERS[name]
             key = f"features.{position}"
             if given is None:
-                weight = torch.randn(out, channels, 3, 3, generator=seeded)
-                weight *= (2 / (9 * channels)) ** 0.5
+                weight = nn.init.kaiming_normal_(torch.empty(out, channels, 3, 3), generator=seeded)
                 bias = torch.zeros(out)
             else:
                 with refusing(f"--vgg16 {path}: no {key}.weight: pass torchvision's vgg16 weights"):
