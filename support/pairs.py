@@ -1,5 +1,7 @@
 """Pairs: files that match, halves of a file."""
 
+import functools
+
 import numpy as np
 
 from support.errors import UserError, refusing
@@ -24,33 +26,29 @@ class Half:
         self.raster, self.left, self.table, self.strict = raster, left, table, strict
         self.path, self.masked = raster.path, raster.masked
         self.height = self.width = raster.height
-        self._reading = None
 
-    def read(self, *window):
+    def read(self, top, left, *sides):
         """A window: a picture (H, W, C), or class indices (H, W)."""
-        pixels = self.raster.read(*self._moved(*window))
+        pixels = self.raster.read(top, self.left + left, *sides)
         if not self.table:
             return pixels
-        self._reading = self._reading or self._read_sample()
-        return self._reading.indices(pixels, self.valid(*window), self.strict)
+        return self._reading.indices(pixels, self.valid(top, left, *sides), self.strict)
 
-    def valid(self, *window):
+    def valid(self, top, left, *sides):
         """Where a window has data, bool; a no-data value of labels may be a class."""
         if self.table and self.raster.tiff and self.raster.counts_nodata(self.table):
-            return np.ones(window[2:], bool)
-        return self.raster.valid(*self._moved(*window))
+            return np.ones(sides, bool)
+        return self.raster.valid(top, self.left + left, *sides)
 
-    def _moved(self, top, left, *sides):
-        return top, self.left + left, *sides
-
-    def _read_sample(self):
+    @functools.cached_property
+    def _reading(self):
         """The Reading of the half's labels."""
         windows, sample = [(0, 0, self.height, self.width)], []
         if self.raster.tiff:  # other files are decoded whole anyway
             windows = looked_at(self.height, self.width)
-        for window in windows:
-            pixels = self.raster.read(*self._moved(*window))
-            sample.append(pixels[self.valid(*window)])
+        for top, left, *sides in windows:
+            pixels = self.raster.read(top, self.left + left, *sides)
+            sample.append(pixels[self.valid(top, left, *sides)])
         sample = np.concatenate(sample)[None]
         return Reading(self.table, self.path, sample, None, self.raster.lossy)
 
