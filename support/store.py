@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import re
 import sys
@@ -86,19 +85,18 @@ class ImageStore:
             raise UserError("--stride is for pieces: pass --patch as well")
         self.side, self.patch = side, cfg.patch
         self.stride = cfg.stride if split == "train" and cfg.stride else cfg.patch
-        self.records, self.bands = None, (cfg.bands("A"), cfg.bands("B"))
-        self.channels = cfg.channels("A"), 1 if self.classes else cfg.channels("B")
+        self.bands = {domain: cfg.bands(domain) for domain in "AB"}
+        self.channels = {"A": cfg.channels("A"), "B": 1 if self.classes else cfg.channels("B")}
         self.limits = {domain: Limits.of(cfg, domain) for domain in "AB"}
         if self.paired:
-            self.records = self._open(list(zip(self.split.A, self.split.B, strict=True)), "AB")
+            self.records = self._open("AB")
             self.rows = {"A": self.records, "B": self.records}
-            middle, end = self.channels[0], sum(self.channels)
+            middle, end = self.channels["A"], sum(self.channels.values())
             self.slots = {"A": (0, middle, end), "B": (middle, end, end + 1)}  # first, last, known
         else:
-            a = self._open([(path, None) for path in self.split.A], "A")
-            b = self._open([(None, path) for path in self.split.B], "B")
-            self.rows = {"A": a, "B": b}
-            self.slots = {s: (0, n, n) for s, n in zip("AB", self.channels, strict=True)}
+            self.records = None
+            self.rows = {domain: self._open(domain) for domain in "AB"}
+            self.slots = {domain: (0, n, n) for domain, n in self.channels.items()}
         self.A, self.B = (self.rows[domain][:, slice(*self.slots[domain][:2])] for domain in "AB")
         if rank() == 0:
             print(self._about(), file=sys.stderr)
@@ -195,19 +193,22 @@ class ImageStore:
             counts["A of classes"] = by_class[: len(self.classes)]
         return {name: torch.from_numpy(count) for name, count in counts.items()}
 
-    def _open(self, pairs, what):
+    def _open(self, domains):
+        """The array of domain "A", of "B", or of "AB", which is built if it is not there."""
         table = self.classes and (self.classes.entries, self.classes.nearest, self.classes.valued)
-        about = self.side, self.bands, self.limits, self.patch, self.stride
+        about = self.side, tuple(self.bands.values()), self.limits, self.patch, self.stride
         about += self.split.halves, table
-        text = [f"{what} planar, holes of zeros, upright, greys of all {about}"]
-        files = list(filter(None, itertools.chain(*pairs)))
+        text = [f"{domains} planar, holes of zeros, upright, greys of all {about}"]
+        lists = [getattr(self.split, domain) for domain in domains]
+        pairs = [dict(zip(domains, paths, strict=True)) for paths in zip(*lists, strict=True)]
+        files = [path for pair in pairs for path in pair.values()]
         real = functools.cache(os.path.realpath)
         for path in (*files, *files_beside(files)):
             place, stat = real(path if path.is_symlink() else path.parent), path.stat()
             text.append(f"{place} {path.name} {stat.st_size} {stat.st_mtime_ns}")
         digest = hashlib.sha256(os.fsencode("\n".join(text))).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.split.name)
-        path = self.cache / f"{name}-{what}-{self.side}px-{digest}.npy"
+        path = self.cache / f"{name}-{domains}-{self.side}px-{digest}.npy"
         if first_on_machine() and not is_whole(path):
             self._build(pairs, path)
         wait_for_others()
@@ -236,10 +237,9 @@ class ImageStore:
 
     def _fill(self, pairs, counts, masked, path, pool):
         """Decodes pairs of files, with `counts` of records each, into a new file."""
-        has_a, has_b = (path is not None for path in pairs[0])
-        channels = has_a * self.channels[0] + has_b * self.channels[1]
+        channels = sum(self.channels[domain] for domain in pairs[0])
         if masked:  # a plane for each domain of pictures
-            channels += has_a + (has_b and not self.classes)
+            channels += sum(domain == "A" or not self.classes for domain in pairs[0])
         shape = sum(counts), channels, self.side, self.side
         dtype = np.int16 if any(self.limits.values()) else np.uint8
         store = np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -261,18 +261,18 @@ class ImageStore:
 
     @contextlib.contextmanager
     def _opened(self, pair):
-        """The Rasters of a pair of files, or the Halves of one file."""
+        """The Rasters of files {domain: path}, or the Halves of one file."""
         halves, rasters = self.split.halves, []
         opened = functools.cache(Raster)  # two halves that are read alike have one
         with contextlib.ExitStack() as stack:
-            for k, (path, limits) in enumerate(zip(pair, self.limits.values(), strict=True)):
-                if path:
-                    table = self.classes if k else None
-                    how = {"bands": self.bands[k], "limits": limits}
-                    raster = stack.enter_context(opened(path, None if halves else table, **how))
-                    if halves:
-                        raster = Half(raster, k * raster.height, table, strict=not self.patch)
-                    rasters.append(raster)
+            for domain, path in pair.items():
+                table = self.classes if domain == "B" else None
+                how = {"bands": self.bands[domain], "limits": self.limits[domain]}
+                raster = stack.enter_context(opened(path, None if halves else table, **how))
+                if halves:
+                    left = 0 if domain == "A" else raster.height
+                    raster = Half(raster, left, table, strict=not self.patch)
+                rasters.append(raster)
             yield rasters
 
     def _count(self, pair):
@@ -305,7 +305,7 @@ class ImageStore:
                 for left in self._starts(width):
                     right = left + (self.patch or width)
                     record = np.concatenate([self._resized(x[:, left:right]) for x in strips])
-                    if planes and self.classes and self.paired:
+                    if planes and rasters[-1].table:
                         labels, known = record[-2:]
                         labels[known == 0] = IGNORED
                     yield record
@@ -320,14 +320,14 @@ class ImageStore:
         """[(height, width) of A, of B] in source pixels: of --patch, or of the largest image."""
         if self.patch:
             return [(self.patch, self.patch)] * 2
-        a = self._largest([(path, None) for path in self.split.A])
-        return [a, a if self.paired else self._largest([(None, path) for path in self.split.B])]
+        a = self._largest("A")
+        return [a, a if self.paired else self._largest("B")]
 
-    def _largest(self, pairs):
+    def _largest(self, domain):
         """The largest height and width of some images; a remark if a square squeezes them."""
         sizes = []
-        for pair in some_of(pairs, 1000):
-            with self._opened(pair) as (raster, *_):
+        for path in some_of(getattr(self.split, domain), 1000):
+            with self._opened({domain: path}) as (raster,):
                 sizes.append((raster.height, raster.width))
         height, width = max(sizes, key=lambda size: max(size) / min(size))
         if max(height, width) > 1.1 * min(height, width):
