@@ -1,16 +1,13 @@
 """The demo world: procedural landscapes, written as a small dataset."""
 
-import contextlib
 import json
-import secrets
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from support.classes import ClassTable
 from support.errors import progress
-from support.files import UNFINISHED, write_image
+from support.files import whole_or_absent, write_image
 from support.processes import first_on_machine, wait_for_others
 
 DEMO_CLASSES = ("grass", "field", "forest", "water", "building", "road")
@@ -72,13 +69,12 @@ def demo_world(cache, kind, train=96, val=12, side=256):
     """
     root = Path(cache) / f"demo-{kind}"
     if first_on_machine() and not root.exists():
-        aside = root.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")  # whole or absent
         try:
-            _write_world(aside, kind, {"train": train, "val": val}, side)
-            with contextlib.suppress(OSError):  # another process was faster, with the same world
-                aside.rename(root)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            with whole_or_absent(root) as aside:
+                _write_world(aside, kind, {"train": train, "val": val}, side)
+        except OSError:
+            if not root.exists():  # else another process was faster, with the same world
+                raise
     wait_for_others()
     return str(root)
 

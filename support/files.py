@@ -47,8 +47,8 @@ def unlock():
 def whole_or_absent(path):
     """Yields the name of a new file, which replaces path in the end; after an error it is removed.
 
-    The name has path's ending and a random part, which no other process or user chooses. Missing
-    folders are made. An OSError names path.
+    A new folder may be made in the same way. The name has path's ending and a random part, which no
+    other process or user chooses. Missing folders are made. An OSError names path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +63,7 @@ def whole_or_absent(path):
     finally:
         with contextlib.suppress(OSError):  # on Windows an error may still map it
             aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a folder
 
 
 def remove_unfinished(folder, age=86400):
