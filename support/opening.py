@@ -99,8 +99,7 @@ def driver_of(path):
 
 def png_depth(path):
     """The bits of a PNG's samples; 8 for other files. Pillow gives 8 for each PNG."""
-    with open(path, "rb") as file:
-        start = file.read(25)  # the signature, and the header's size and depth
+    start = _start(path, 25)  # the signature, and the header's size and depth
     return start[24] if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) == 25 else 8
 
 
