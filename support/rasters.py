@@ -223,8 +223,7 @@ class Raster:
         all_valid = opening.gdal().enums.MaskFlags.all_valid
         self._has_mask = not all(all_valid in kinds for kinds in self.tiff.mask_flag_enums)
         # GDAL counts alpha as the second band or the fourth only, and other masks instead of it
-        alphas = [] if self._has_mask else range(1, len(names) + 1)
-        self._alphas = [band for band in alphas if band not in there]
+        self._alphas = [] if self._has_mask else [k for k in self.tiff.indexes if k not in there]
         self._count_bands([1, 2, 3] if self.palette is not None else there)
         named = {"red", "green", "blue"} <= set(names)
         colours = self.dtype == "uint8" and (named or len(there) == 3)
