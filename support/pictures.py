@@ -90,7 +90,7 @@ def resize(image, size, labels=False):
     Of (H, W) bool, where there is data: 255, or 0 at and beside holes.
     """
     if image.ndim == 3 and (image.shape[-1] != 3 or image.dtype == np.int16):
-        bands = [resize(np.ascontiguousarray(band), size) for band in np.moveaxis(image, -1, 0)]
+        bands = [resize(band, size) for band in np.moveaxis(image, -1, 0)]
         return np.stack(bands, -1)
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     plane = image if image.dtype == np.uint8 else image.astype(np.float32)

@@ -141,9 +141,8 @@ class ImageStore:
             shares.append(self._ignored(domain, rows[spread(100, len(rows))]))
             if shares[-1] == 1 and all(self._ignored(domain, row[None]) == 1 for row in rows):
                 what = "a class of the table" if domain == "B" and self.classes else "data"
-                raise UserError(
-                    f"{split.root}, split {split.name}: no pixel of {domain} has {what}"
-                )
+                nothing = f"no pixel of {domain} has {what}"
+                raise UserError(f"{split.root}, split {split.name}: {nothing}")
         ignored = np.mean(shares[1:] if self.classes and self.paired else shares)
         return text + (f", {ignored:.0%} of the pixels ignored" if ignored >= 0.005 else "")
 
@@ -313,7 +312,7 @@ class ImageStore:
     def _resized(self, piece):
         """A piece (H, W, C) or (H, W) at the store's size: (C or 1, side, side)."""
         labels = piece.ndim == 2 and piece.dtype != bool
-        small = resize(np.ascontiguousarray(piece), (self.side, self.side), labels)
+        small = resize(piece, (self.side, self.side), labels)
         return np.moveaxis(np.atleast_3d(small), -1, 0)
 
     def windows(self):
