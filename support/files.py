@@ -32,14 +32,16 @@ def lock(folder):
 
 
 def unlock():
-    """Releases the run folders of this process, and removes empty ones."""
+    """Releases the run folders of this process, and removes those of runs that failed at once."""
     while LOCKS:
         reserved = LOCKS.pop()
         reserved.release()
         path = Path(reserved.lock_file)
         with contextlib.suppress(OSError):  # the folder may be gone
-            if {*path.parent.iterdir()} <= {path}:  # on Windows its release removes it
-                path.unlink(missing_ok=True)
+            worthless = {path, path.with_name("config.json")}
+            if worthless.issuperset(path.parent.iterdir()):
+                for file in worthless:  # on Windows its release removes the lock
+                    file.unlink(missing_ok=True)
                 path.parent.rmdir()
 
 

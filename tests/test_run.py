@@ -444,6 +444,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path, monkeypatch, c
     assert last(tmp_path / "run")["step"] == 3
 
 
+def test_a_run_whose_first_step_fails_leaves_no_folder(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pix2pix, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(tiny_run("pix2pix", pairs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch, capsys):
     honest = pix2pix.evaluate
 
