@@ -1,4 +1,4 @@
-"""Tools that answer a question once: forged masks, seams, controls, and the parts for a GPU."""
+"""Tools that answer a question once: masks, seams, texture, controls, the parts for a GPU."""
 
 import itertools
 import os
@@ -17,16 +17,19 @@ import gpu
 import numpy as np
 import pytest
 import seams
+import texture
 import torch
 from paths import ROOT
 
 import common
+import cyclegan
 import harness
 import pix2pix
 from files import land_cover
+from mixlc_acgan import style_loss
 from runs import tiny_run
 from support.windows import tiles
-from tensors import calls_of
+from tensors import calls_of, open_data
 
 
 def test_forged_masks_are_parts_of_two_real_ones():
@@ -105,6 +108,22 @@ def test_seams_of_stripes_and_of_noise():
         stripes[(a + 64 + b) // 2 :] += 20 * (-1) ** k
     assert seams.seams(noise, 64)[1] == pytest.approx(1, abs=0.5)
     assert seams.seams(stripes, 64)[1] > 3
+
+
+@pytest.mark.slow
+def test_texture_is_the_style_loss_of_each_row_and_of_other_places(trained, pairs, cache):
+    vgg = common.VGG16Features(["relu1_1"], "random", "")
+    last = "checkpoints/last.pt"
+    rows = texture.measured(pix2pix, str(trained("pix2pix") / last), str(pairs), vgg)
+    val = open_data("pix2pix", pairs, cache, "val")
+    x, y = val.pair(torch.cat(list(val.in_order(np.arange(3)))))
+    by_hand = {"copy of the input": style_loss(vgg, x, y).item()}
+    by_hand["real, of another place"] = style_loss(vgg, y[1:], y[:-1]).item()
+    for row, value in by_hand.items():
+        assert rows[row]["texture"] == pytest.approx(value, rel=1e-4), row
+    assert {"model", "mean training colour"} <= set(rows)
+    both = texture.measured(cyclegan, str(trained("cyclegan") / last), str(pairs), vgg)
+    assert {"A to B: real, of another place", "B to A: real, of another place"} <= set(both)
 
 
 @pytest.mark.parametrize("missing", ["torch", "filelock"])

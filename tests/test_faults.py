@@ -148,6 +148,7 @@ CASES = {
     f"{FORGE} 2 --seeds 1": "--seeds",
     "seams nothing.pt scene.tif": "nothing.pt",
     "seams bare.pt scene.tif": "no checkpoint",
+    "texture bare.pt pairs": "no checkpoint of pix2pix.py or cyclegan.py",
     "keep_run empty kept 60": "evaluation.json",
 }
 for limits in ["5", "1,2,3", "3,2", "1,x", "nan,1", "0,inf", "1,2,3,4,5,6,7,8"]:

@@ -122,6 +122,16 @@ def edited():
     return of_runs("l1_inside", "l1_to_input", "l1_outside")
 
 
+def texture():
+    """docs/results/texture.json: how far the texture of pictures is from that of their targets."""
+    lines = []
+    for run, rows in kept("texture").items():
+        for row, cells in rows.items():
+            if "copy of the input" not in row:
+                lines.append([run, row, f"{cells['texture']:.2f}"])
+    return table(["run", "row", "texture"], lines)
+
+
 def parts():
     """docs/results/parts.json: what each part of the edits' training brings."""
     measures = ("judge_pixel_accuracy", "judge_class_accuracy", "judge_mean_iou")
@@ -177,6 +187,7 @@ TABLES = {
     "translations": translations,
     "edited": edited,
     "judged": judged,
+    "texture": texture,
     "parts": parts,
     "forged": forged,
     "controls": controls,
