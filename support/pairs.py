@@ -12,18 +12,17 @@ from support.opening import gdal
 class Half:
     """The left or right half of a Raster, a square: a picture, or with a ClassTable a label map.
 
-    left    its first column
-    strict  refuses a photograph in place of labels
+    left  its first column
     """
 
     place = None  # both halves lie in one file
 
-    def __init__(self, raster, left, table, strict):
+    def __init__(self, raster, left, table):
         if raster.width != 2 * raster.height:
             size = f"{raster.width}x{raster.height}"
             what = "is no pair side by side, as it is not twice as wide as high"
             raise UserError(f"{raster.path}: {size} {what}")
-        self.raster, self.left, self.table, self.strict = raster, left, table, strict
+        self.raster, self.left, self.table = raster, left, table
         self.path, self.masked = raster.path, raster.masked
         self.height = self.width = raster.height
 
@@ -32,7 +31,7 @@ class Half:
         pixels = self.raster.read(top, self.left + left, *sides)
         if not self.table:
             return pixels
-        return self._reading.indices(pixels, self.valid(top, left, *sides), self.strict)
+        return self._reading.indices(pixels, self.valid(top, left, *sides))
 
     def valid(self, top, left, *sides):
         """Where a window has data, bool; a no-data value of labels may be a class."""
@@ -42,7 +41,7 @@ class Half:
 
     @functools.cached_property
     def _reading(self):
-        """The Reading of the half's labels."""
+        """The Reading of the half's labels; a photograph in their place is refused."""
         windows, sample = [(0, 0, self.height, self.width)], []
         if self.raster.tiff:  # other files are decoded whole anyway
             windows = looked_at(self.height, self.width)
@@ -50,7 +49,10 @@ class Half:
             pixels = self.raster.read(top, self.left + left, *sides)
             sample.append(pixels[self.valid(top, left, *sides)])
         sample = np.concatenate(sample)[None]
-        return Reading(self.table, self.path, sample, None, self.raster.lossy)
+        reading = Reading(self.table, self.path, sample, None, self.raster.lossy)
+        if reading.by_colour or reading.soft:
+            reading.indices(sample[:, ::7], strict=True)  # of some pixels, as colours take long
+        return reading
 
 
 def check_pair(a, b):

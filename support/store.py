@@ -270,7 +270,7 @@ class ImageStore:
                 raster = stack.enter_context(opened(path, None if halves else table, **how))
                 if halves:
                     left = 0 if domain == "A" else raster.height
-                    raster = Half(raster, left, table, strict=not self.patch)
+                    raster = Half(raster, left, table)
                 rasters.append(raster)
             yield rasters
 

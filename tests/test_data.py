@@ -492,7 +492,7 @@ def test_transparent_codes_have_no_class_with_a_place_either(tmp_path):
         with Raster(tmp_path / "x.png", table) as raster:
             assert bool(raster.tiff) == place and (raster.read() == want).all()
         with Raster(tmp_path / "x.png") as raster:
-            half = Half(raster, 2, table, strict=True)
+            half = Half(raster, 2, table)
             assert (half.read(0, 0, 2, 2) == want[:, 2:]).all()
 
 
@@ -540,6 +540,11 @@ def test_refuses_pictures_as_label_maps(tmp_path, nearest):
         save(tmp_path / name, photo)
         with refused(f"{name}: not the colours of the class table"):
             Raster(tmp_path / name, table).read()
+        pairs = tmp_path / f"pairs {name}"
+        save(pairs / "train" / name, np.hstack([photo, photo]))
+        for patch in (0, 64):
+            with refused(f"{name}: not the colours of the class table"):
+                store_of(pairs, tmp_path, 64, patch=patch, lc_classes=table.text)
     index = np.uint8(classes % 3).repeat(4, 0).repeat(4, 1)
     of_maps = table_of("maps")
     for quality, colours, share in ((30, table, 0.75), (95, table, 0.75), (80, of_maps, 0.95)):
