@@ -35,123 +35,6 @@ from torch import nn
 import common
 from common import UserError, option
 
-# ------------------------------------------------------------------------------------------- Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(common.Options):
-    """The model's own options; common.Options has data, size, width and so on.
-
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
-    """
-
-    script = "cyclegan"
-
-    blocks: int = option(0, "residual blocks; 0: 9, or 6 below 256", group="model", low=0)
-    upsample: str = option(
-        "transposed",
-        "doubling layers of both G: transposed (convolution), resize (and then a convolution)",
-        choices=("transposed", "resize"),
-    )
-    lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)
-    lambda_identity: float = option(
-        0.5, "weight of the identity losses, times --lambda-cycle; pictures only", low=0.0
-    )
-    pool_size: int = option(50, "fakes in the image pool of a domain; 0: none", low=0, high=10**4)
-    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
-    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(1, "images of each domain in a step of one process", low=1, fixed=True)
-    epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
-    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
-    init_AB: str = option(
-        "", "start from these weights of G_AB (a checkpoint: D_B, too)", file=True, weights=True
-    )
-    init_BA: str = option(
-        "", "start from these weights of G_BA (a checkpoint: D_A, too)", file=True, weights=True
-    )
-    direction: str = option(
-        "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
-    )
-    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)")
-
-
-QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}
-
-# --------------------------------------------------------------------------------------------- data
-
-
-class Domains:
-    """Images of domain A and of domain B, drawn independently of each other, in batches.
-
-    Training images are stored at 286/256 of the size, cropped at random and mirrored half of the
-    time (--flip), with land cover also turned upside down. An epoch is as long as the larger
-    domain. Paired data is treated as unpaired: B is shuffled apart from A.
-    """
-
-    def __init__(self, cfg, split, device):
-        self.cfg = cfg
-        side = common.load_size(cfg) if split == "train" else cfg.size
-        self.store = common.ImageStore(cfg, split, side)
-        self.paired, self.classes = self.store.paired, self.store.classes
-        self.loader_A = self.loader_B = common.Loader(self.store.rows["A"], device)
-        if not self.paired:
-            self.loader_B = common.Loader(self.store.rows["B"], device)
-
-    def __len__(self):
-        return max(len(self.loader_A), len(self.loader_B))
-
-    def batches(self, epoch, first=0):
-        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
-        rng_A, rng_B = (np.random.default_rng([self.cfg.seed, epoch, k]) for k in (0, 1))
-        drawn_A = self.drawn(self.loader_A, rng_A, first)
-        drawn_B = self.drawn(self.loader_B, rng_B, first)
-        for a, b in zip(drawn_A, drawn_B, strict=True):
-            yield self.side_A(a), self.side_B(b)
-
-    def drawn(self, loader, rng, first):
-        """One domain's images in random order, jittered, batch by batch."""
-        rounds = math.ceil(len(self) / len(loader))  # of the smaller domain
-        order = np.concatenate([rng.permutation(len(loader)) for _ in range(rounds)])[: len(self)]
-        room = self.store.side - self.cfg.size
-        auto = "both" if self.classes else "horizontal"
-        turns = common.turns(auto if self.cfg.flip == "auto" else self.cfg.flip)
-        bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
-        crops = rng.integers(0, bounds, (len(self), 4))
-        order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
-        for images, crop in zip(loader.batches(order), crops, strict=True):
-            yield jitter(images, crop.tolist(), self.cfg.size)
-
-    def in_order(self, images):
-        """Images by index, without jitter: batches (A, B); the smaller domain repeats."""
-        for index in common.chunks(images):
-            a = next(self.loader_A.batches(index[None] % len(self.loader_A)))
-            b = next(self.loader_B.batches(index[None] % len(self.loader_B)))
-            yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
-
-    def side_A(self, records):
-        """Records -> (B, C, S, S) in [-1, 1], or NaN where there is no data."""
-        return self.store.images("A", records)
-
-    def side_B(self, records):
-        """Records -> pictures, as side_A's, or one-hot maps (B, classes, S, S)."""
-        images = self.store.images("B", records)
-        return common.one_hot(images, len(self.classes)) if self.classes else images
-
-    def picture(self, images):
-        """Images of domain B as pictures (B, C, S, S) in [-1, 1]."""
-        return common.draw(common.class_index(images), self.classes) if self.classes else images
-
-
-def jitter(images, crops, size):
-    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
-    jittered = []
-    for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
-        image = image[:, top : top + size, left : left + size]
-        image = image.flip(2) if flip else image
-        jittered.append(image.flip(1) if upside_down else image)
-    return torch.stack(jittered)
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 
@@ -319,6 +202,123 @@ def label_loss(logits, target):
     """
     total = F.cross_entropy(common.full_precision(logits), target, reduction="sum")
     return total / target.sum().clamp_min(1.0)
+
+
+# ------------------------------------------------------------------------------------------- Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """The model's own options; common.Options has data, size, width and so on.
+
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    """
+
+    script = "cyclegan"
+
+    blocks: int = option(0, "residual blocks; 0: 9, or 6 below 256", group="model", low=0)
+    upsample: str = option(
+        "transposed",
+        "doubling layers of both G: transposed (convolution), resize (and then a convolution)",
+        choices=("transposed", "resize"),
+    )
+    lambda_cycle: float = option(10.0, "weight of the cycle losses", group="training", low=0.0)
+    lambda_identity: float = option(
+        0.5, "weight of the identity losses, times --lambda-cycle; pictures only", low=0.0
+    )
+    pool_size: int = option(50, "fakes in the image pool of a domain; 0: none", low=0, high=10**4)
+    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(1, "images of each domain in a step of one process", low=1, fixed=True)
+    epochs: int = option(200, "passes over the larger domain", low=1, high=10**6)
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
+    init_AB: str = option(
+        "", "start from these weights of G_AB (a checkpoint: D_B, too)", file=True, weights=True
+    )
+    init_BA: str = option(
+        "", "start from these weights of G_BA (a checkpoint: D_A, too)", file=True, weights=True
+    )
+    direction: str = option(
+        "AtoB", "direction of --generate and --serve", group="use", choices=("AtoB", "BtoA")
+    )
+    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)")
+
+
+QUICK = {"size": 64, "width": 16, "blocks": 3, "batch_size": 2, "epochs": 8, "log_every": 12}
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class Domains:
+    """Images of domain A and of domain B, drawn independently of each other, in batches.
+
+    Training images are stored at 286/256 of the size, cropped at random and mirrored half of the
+    time (--flip), with land cover also turned upside down. An epoch is as long as the larger
+    domain. Paired data is treated as unpaired: B is shuffled apart from A.
+    """
+
+    def __init__(self, cfg, split, device):
+        self.cfg = cfg
+        side = common.load_size(cfg) if split == "train" else cfg.size
+        self.store = common.ImageStore(cfg, split, side)
+        self.paired, self.classes = self.store.paired, self.store.classes
+        self.loader_A = self.loader_B = common.Loader(self.store.rows["A"], device)
+        if not self.paired:
+            self.loader_B = common.Loader(self.store.rows["B"], device)
+
+    def __len__(self):
+        return max(len(self.loader_A), len(self.loader_B))
+
+    def batches(self, epoch, first=0):
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
+        rng_A, rng_B = (np.random.default_rng([self.cfg.seed, epoch, k]) for k in (0, 1))
+        drawn_A = self.drawn(self.loader_A, rng_A, first)
+        drawn_B = self.drawn(self.loader_B, rng_B, first)
+        for a, b in zip(drawn_A, drawn_B, strict=True):
+            yield self.side_A(a), self.side_B(b)
+
+    def drawn(self, loader, rng, first):
+        """One domain's images in random order, jittered, batch by batch."""
+        rounds = math.ceil(len(self) / len(loader))  # of the smaller domain
+        order = np.concatenate([rng.permutation(len(loader)) for _ in range(rounds)])[: len(self)]
+        room = self.store.side - self.cfg.size
+        auto = "both" if self.classes else "horizontal"
+        turns = common.turns(auto if self.cfg.flip == "auto" else self.cfg.flip)
+        bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
+        crops = rng.integers(0, bounds, (len(self), 4))
+        order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
+        for images, crop in zip(loader.batches(order), crops, strict=True):
+            yield jitter(images, crop.tolist(), self.cfg.size)
+
+    def in_order(self, images):
+        """Images by index, without jitter: batches (A, B); the smaller domain repeats."""
+        for index in common.chunks(images):
+            a = next(self.loader_A.batches(index[None] % len(self.loader_A)))
+            b = next(self.loader_B.batches(index[None] % len(self.loader_B)))
+            yield self.side_A(torch.stack(a)), self.side_B(torch.stack(b))
+
+    def side_A(self, records):
+        """Records -> (B, C, S, S) in [-1, 1], or NaN where there is no data."""
+        return self.store.images("A", records)
+
+    def side_B(self, records):
+        """Records -> pictures, as side_A's, or one-hot maps (B, classes, S, S)."""
+        images = self.store.images("B", records)
+        return common.one_hot(images, len(self.classes)) if self.classes else images
+
+    def picture(self, images):
+        """Images of domain B as pictures (B, C, S, S) in [-1, 1]."""
+        return common.draw(common.class_index(images), self.classes) if self.classes else images
+
+
+def jitter(images, crops, size):
+    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
+    jittered = []
+    for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
+        image = image[:, top : top + size, left : left + size]
+        image = image.flip(2) if flip else image
+        jittered.append(image.flip(1) if upside_down else image)
+    return torch.stack(jittered)
 
 
 # -------------------------------------------------------------------------------------------- build

@@ -45,172 +45,6 @@ from torch import nn
 import common
 from common import UserError, option
 
-# ------------------------------------------------------------------------------------------- Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has data, size, box, erase and so on.
-
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
-    """
-
-    script = "mixlc"
-
-    fusion: str = option(
-        "middle",
-        "late (a U-Net each for photograph and land cover), early (one for both), middle (two "
-        "encoders, one decoder), dilated (late, with dilated convolutions for the land cover)",
-        group="model",
-        choices=("late", "early", "middle", "dilated"),
-    )
-    skips: str = option("both", "encoders with skips in --fusion middle", choices=("both", "lc"))
-    d: str = option(
-        "label",
-        "discriminator: label (of every pixel: its land cover, or generated), global (of the "
-        "whole photograph: real or fake)",
-        choices=("label", "global"),
-    )
-    local_d: bool = option(False, "--d global: a second network for the surroundings of the box")
-    collage: bool = option(False, "L1 losses also inside edits that are collages", group="training")
-    lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
-    lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
-    lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
-    lr: float = option(5e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(8, "edits in a step of one process", low=1, fixed=True)
-    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
-
-
-QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}
-SCORES = ("l1_inside", "l1_outside")  # of evaluate, after every epoch
-
-# --------------------------------------------------------------------------------------------- data
-
-
-class Edit(NamedTuple):
-    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
-
-    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
-    """
-
-    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
-    lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
-    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
-    box: torch.Tensor  # (B, 4) top, left, height, width
-    inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
-    lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
-    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
-    lc_b: torch.Tensor  # (B, classes, S, S) its land cover
-    own: torch.Tensor  # (B,) bool: own edits
-
-
-class Edits:
-    """Edits made of two tiles a and b: a box of b's photograph and land cover is pasted into a.
-
-    Both tiles are mirrored and turned upside down half of the time, each on its own, photograph
-    and land cover together.
-    """
-
-    def __init__(self, cfg, split, device):
-        self.cfg, self.device = cfg, device
-        self.store = common.ImageStore(cfg, split, cfg.size)
-        self.classes = self.store.classes
-        if not self.store.paired:
-            raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")
-        if not self.classes:
-            remedy = "pass --lc-classes (maps for the maps data)"
-            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
-        if len(self.store.records) < 2:
-            raise UserError(f"--data {cfg.data}: split {split} has one image; an edit needs two")
-        self.loader = common.Loader(self.store.records, device)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def choose(self, rng, order, box):
-        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
-        size, count = self.cfg.size, len(order)
-        partner = (order + rng.integers(1, len(self), count)) % len(self)
-        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
-        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
-        room = size - side[:, None]
-        corner = rng.integers(0, room + 1, (count, 2))
-        if box == "center":
-            corner[:] = room // 2
-        return partner, np.column_stack([corner, side, side])
-
-    def batches(self, epoch, first=0):
-        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
-        rng = np.random.default_rng([self.cfg.seed, epoch])
-        order = rng.permutation(len(self))
-        partner, boxes = self.choose(rng, order, self.cfg.box)
-        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
-        flips = rng.integers(0, (*turns, *turns), (len(self), 4))  # flip, upside_down: of a, of b
-        own = rng.random(len(self)) < self.cfg.own
-        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
-        yield from self.pasted(*plan, self.cfg.use_ba)
-
-    def in_order(self, images):
-        """Images by index, unflipped, with partners and boxes that no option changes."""
-        rng = np.random.default_rng(1)
-        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
-        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
-        for index in common.chunks(images):
-            plan = index, partner[index], boxes[index], flips[index], own[index]
-            yield from self.pasted(*(part[None] for part in plan))
-
-    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
-        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
-        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
-        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip, is_own in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
-            a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, is_own, use_ba)
-
-    def paste(self, a, b, box, own, use_ba):
-        """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""
-        inside = torch.ones_like(own)
-        if use_ba:
-            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
-            box, own = torch.cat([box, box]), torch.cat([own, own])
-        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
-        ab = torch.where(pasted, b, a)
-        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
-        labels = (self.store.images("B", x) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in labels)
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
-
-
-def mirror(images, flips):
-    """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
-    mirrored = []
-    for image, (flip, upside_down) in zip(images, flips, strict=True):
-        image = image.flip(2) if flip else image
-        mirrored.append(image.flip(1) if upside_down else image)
-    return torch.stack(mirrored)
-
-
-def edit_mask(box, inside, size):
-    """Where the edit is: box (B, 4), inside (B,) -> (B, 1, size, size) bool."""
-    along = torch.arange(size, device=box.device)
-    top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
-    y = (along >= top) & (along < top + height)  # (B, size)
-    x = (along >= left) & (along < left + width)
-    within = y[:, None, :, None] & x[:, None, None, :]
-    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
-
-
-def visible(edit, cfg):
-    """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
-
-    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
-    """
-    mask = edit_mask(edit.box, edit.inside, cfg.size)
-    rgb = common.filled(edit.rgb_a)
-    return torch.where(mask, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 
@@ -464,6 +298,172 @@ def label_loss(logits, target):
     weighted = target * (mean / counts.clamp_min(1)).clamp_max(10).view(1, -1, 1, 1)
     log_likelihood = common.full_precision(logits).log_softmax(1)[:, : len(counts)]
     return -(log_likelihood * weighted).sum() / weighted.sum().clamp_min(1)
+
+
+# ------------------------------------------------------------------------------------------- Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.EditOptions):
+    """The model's own options; common.EditOptions has data, size, box, erase and so on.
+
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    """
+
+    script = "mixlc"
+
+    fusion: str = option(
+        "middle",
+        "late (a U-Net each for photograph and land cover), early (one for both), middle (two "
+        "encoders, one decoder), dilated (late, with dilated convolutions for the land cover)",
+        group="model",
+        choices=("late", "early", "middle", "dilated"),
+    )
+    skips: str = option("both", "encoders with skips in --fusion middle", choices=("both", "lc"))
+    d: str = option(
+        "label",
+        "discriminator: label (of every pixel: its land cover, or generated), global (of the "
+        "whole photograph: real or fake)",
+        choices=("label", "global"),
+    )
+    local_d: bool = option(False, "--d global: a second network for the surroundings of the box")
+    collage: bool = option(False, "L1 losses also inside edits that are collages", group="training")
+    lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
+    lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
+    lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
+    lr: float = option(5e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(8, "edits in a step of one process", low=1, fixed=True)
+    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
+
+
+QUICK = {"size": 64, "width": 16, "batch_size": 4, "epochs": 20, "log_every": 12}
+SCORES = ("l1_inside", "l1_outside")  # of evaluate, after every epoch
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class Edit(NamedTuple):
+    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
+
+    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
+    """
+
+    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
+    lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
+    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
+    box: torch.Tensor  # (B, 4) top, left, height, width
+    inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
+    lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
+    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
+    lc_b: torch.Tensor  # (B, classes, S, S) its land cover
+    own: torch.Tensor  # (B,) bool: own edits
+
+
+class Edits:
+    """Edits made of two tiles a and b: a box of b's photograph and land cover is pasted into a.
+
+    Both tiles are mirrored and turned upside down half of the time, each on its own, photograph
+    and land cover together.
+    """
+
+    def __init__(self, cfg, split, device):
+        self.cfg, self.device = cfg, device
+        self.store = common.ImageStore(cfg, split, cfg.size)
+        self.classes = self.store.classes
+        if not self.store.paired:
+            raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")
+        if not self.classes:
+            remedy = "pass --lc-classes (maps for the maps data)"
+            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
+        if len(self.store.records) < 2:
+            raise UserError(f"--data {cfg.data}: split {split} has one image; an edit needs two")
+        self.loader = common.Loader(self.store.records, device)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def choose(self, rng, order, box):
+        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
+        size, count = self.cfg.size, len(order)
+        partner = (order + rng.integers(1, len(self), count)) % len(self)
+        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
+        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
+        room = size - side[:, None]
+        corner = rng.integers(0, room + 1, (count, 2))
+        if box == "center":
+            corner[:] = room // 2
+        return partner, np.column_stack([corner, side, side])
+
+    def batches(self, epoch, first=0):
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
+        rng = np.random.default_rng([self.cfg.seed, epoch])
+        order = rng.permutation(len(self))
+        partner, boxes = self.choose(rng, order, self.cfg.box)
+        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
+        flips = rng.integers(0, (*turns, *turns), (len(self), 4))  # flip, upside_down: of a, of b
+        own = rng.random(len(self)) < self.cfg.own
+        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
+        yield from self.pasted(*plan, self.cfg.use_ba)
+
+    def in_order(self, images):
+        """Images by index, unflipped, with partners and boxes that no option changes."""
+        rng = np.random.default_rng(1)
+        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
+        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
+        for index in common.chunks(images):
+            plan = index, partner[index], boxes[index], flips[index], own[index]
+            yield from self.pasted(*(part[None] for part in plan))
+
+    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
+        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
+        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
+        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
+        for a, b, box, flip, is_own in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
+            a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
+            yield self.paste(a, b, box, is_own, use_ba)
+
+    def paste(self, a, b, box, own, use_ba):
+        """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""
+        inside = torch.ones_like(own)
+        if use_ba:
+            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
+            box, own = torch.cat([box, box]), torch.cat([own, own])
+        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
+        ab = torch.where(pasted, b, a)
+        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
+        labels = (self.store.images("B", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in labels)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
+
+
+def mirror(images, flips):
+    """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
+    mirrored = []
+    for image, (flip, upside_down) in zip(images, flips, strict=True):
+        image = image.flip(2) if flip else image
+        mirrored.append(image.flip(1) if upside_down else image)
+    return torch.stack(mirrored)
+
+
+def edit_mask(box, inside, size):
+    """Where the edit is: box (B, 4), inside (B,) -> (B, 1, size, size) bool."""
+    along = torch.arange(size, device=box.device)
+    top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
+    y = (along >= top) & (along < top + height)  # (B, size)
+    x = (along >= left) & (along < left + width)
+    within = y[:, None, :, None] & x[:, None, None, :]
+    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
+
+
+def visible(edit, cfg):
+    """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
+
+    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
+    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
+    """
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    rgb = common.filled(edit.rgb_a)
+    return torch.where(mask, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
 
 
 # -------------------------------------------------------------------------------------------- build

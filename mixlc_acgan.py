@@ -41,167 +41,6 @@ from torch import nn
 import common
 from common import UserError, option
 
-# ------------------------------------------------------------------------------------------- Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(common.EditOptions):
-    """The model's own options; common.EditOptions has data, size, box, erase and so on.
-
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
-    """
-
-    script = "mixlc_acgan"
-
-    dropout: float = option(0.5, "noise: dropout of G, always on", group="model", low=0.0, high=0.9)
-    d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
-    lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
-    lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)
-    lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
-    lambda_class: float = option(0.05, "weight of the class loss of the fake", low=0.0)
-    lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
-    class_weights: bool = option(True, "weight the class losses by inverse frequency")
-    style_features: str = option(
-        "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
-    )
-    style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
-    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(16, "edits in a step of one process", low=1, fixed=True)
-    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
-
-
-QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
-QUICK |= {"style_features": "random", "style_layers": "relu2_2"}
-SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate, after every epoch
-
-# --------------------------------------------------------------------------------------------- data
-
-
-class Edit(NamedTuple):
-    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
-
-    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
-    """
-
-    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
-    lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
-    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
-    box: torch.Tensor  # (B, 4) top, left, height, width
-    inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
-    lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
-    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
-    lc_b: torch.Tensor  # (B, classes, S, S) its land cover
-    own: torch.Tensor  # (B,) bool: own edits
-
-
-class Edits:
-    """Edits made of two tiles a and b: a box of b's photograph and land cover is pasted into a.
-
-    Both tiles are mirrored and turned upside down half of the time, each on its own, photograph
-    and land cover together.
-    """
-
-    def __init__(self, cfg, split, device):
-        self.cfg, self.device = cfg, device
-        self.store = common.ImageStore(cfg, split, cfg.size)
-        self.classes = self.store.classes
-        if not self.store.paired:
-            raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")
-        if not self.classes:
-            remedy = "pass --lc-classes (maps for the maps data)"
-            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
-        if len(self.store.records) < 2:
-            raise UserError(f"--data {cfg.data}: split {split} has one image; an edit needs two")
-        self.loader = common.Loader(self.store.records, device)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def choose(self, rng, order, box):
-        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
-        size, count = self.cfg.size, len(order)
-        partner = (order + rng.integers(1, len(self), count)) % len(self)
-        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
-        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
-        room = size - side[:, None]
-        corner = rng.integers(0, room + 1, (count, 2))
-        if box == "center":
-            corner[:] = room // 2
-        return partner, np.column_stack([corner, side, side])
-
-    def batches(self, epoch, first=0):
-        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
-        rng = np.random.default_rng([self.cfg.seed, epoch])
-        order = rng.permutation(len(self))
-        partner, boxes = self.choose(rng, order, self.cfg.box)
-        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
-        flips = rng.integers(0, (*turns, *turns), (len(self), 4))  # flip, upside_down: of a, of b
-        own = rng.random(len(self)) < self.cfg.own
-        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
-        yield from self.pasted(*plan, self.cfg.use_ba)
-
-    def in_order(self, images):
-        """Images by index, unflipped, with partners and boxes that no option changes."""
-        rng = np.random.default_rng(1)
-        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
-        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
-        for index in common.chunks(images):
-            plan = index, partner[index], boxes[index], flips[index], own[index]
-            yield from self.pasted(*(part[None] for part in plan))
-
-    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
-        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
-        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
-        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
-        for a, b, box, flip, is_own in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
-            a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
-            yield self.paste(a, b, box, is_own, use_ba)
-
-    def paste(self, a, b, box, own, use_ba):
-        """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""
-        inside = torch.ones_like(own)
-        if use_ba:
-            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
-            box, own = torch.cat([box, box]), torch.cat([own, own])
-        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
-        ab = torch.where(pasted, b, a)
-        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
-        labels = (self.store.images("B", x) for x in (a, b, ab))
-        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in labels)
-        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
-
-
-def mirror(images, flips):
-    """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
-    mirrored = []
-    for image, (flip, upside_down) in zip(images, flips, strict=True):
-        image = image.flip(2) if flip else image
-        mirrored.append(image.flip(1) if upside_down else image)
-    return torch.stack(mirrored)
-
-
-def edit_mask(box, inside, size):
-    """Where the edit is: box (B, 4), inside (B,) -> (B, 1, size, size) bool."""
-    along = torch.arange(size, device=box.device)
-    top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
-    y = (along >= top) & (along < top + height)  # (B, size)
-    x = (along >= left) & (along < left + width)
-    within = y[:, None, :, None] & x[:, None, None, :]
-    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
-
-
-def visible(edit, cfg):
-    """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
-
-    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
-    """
-    mask = edit_mask(edit.box, edit.inside, cfg.size)
-    rgb = common.filled(edit.rgb_a)
-    return torch.where(mask, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 
@@ -418,6 +257,167 @@ def inverse_frequency(counts):
     counts = counts.double()
     mean = counts[counts > 0].mean()
     return torch.where(counts > 0, (mean / counts).clamp_max(10.0), 0.0).float()
+
+
+# ------------------------------------------------------------------------------------------- Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.EditOptions):
+    """The model's own options; common.EditOptions has data, size, box, erase and so on.
+
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    """
+
+    script = "mixlc_acgan"
+
+    dropout: float = option(0.5, "noise: dropout of G, always on", group="model", low=0.0, high=0.9)
+    d_dropout: float = option(0.0, "dropout of D's trunk", low=0.0, high=0.9)
+    lambda_adv: float = option(0.05, "weight of the adversarial loss", group="training", low=0.0)
+    lambda_l1: float = option(0.5, "weight of the L1 loss", low=0.0)
+    lambda_style: float = option(0.45, "weight of the style loss", low=0.0)
+    lambda_class: float = option(0.05, "weight of the class loss of the fake", low=0.0)
+    lambda_id: float = option(0.0, "weight of the identity loss", low=0.0)
+    class_weights: bool = option(True, "weight the class losses by inverse frequency")
+    style_features: str = option(
+        "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
+    )
+    style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
+    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(16, "edits in a step of one process", low=1, fixed=True)
+    epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
+
+
+QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
+QUICK |= {"style_features": "random", "style_layers": "relu2_2"}
+SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate, after every epoch
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class Edit(NamedTuple):
+    """A batch of edits. With --use-ba half of them are complements: b edited outside the box.
+
+    Own edits ask for the land cover that is there: lc_ab is lc_a, and rgb_ab is rgb_a.
+    """
+
+    rgb_a: torch.Tensor  # (B, C, S, S) in [-1, 1], the input
+    lc_ab: torch.Tensor  # (B, classes, S, S) one-hot, zeros where ignored: what is asked for
+    rgb_ab: torch.Tensor  # (B, C, S, S) in [-1, 1], the target
+    box: torch.Tensor  # (B, 4) top, left, height, width
+    inside: torch.Tensor  # (B,) bool: the edit lies inside the box, else outside it
+    lc_a: torch.Tensor  # (B, classes, S, S) the input's own land cover
+    rgb_b: torch.Tensor  # (B, C, S, S) an untouched photograph, for the discriminator
+    lc_b: torch.Tensor  # (B, classes, S, S) its land cover
+    own: torch.Tensor  # (B,) bool: own edits
+
+
+class Edits:
+    """Edits made of two tiles a and b: a box of b's photograph and land cover is pasted into a.
+
+    Both tiles are mirrored and turned upside down half of the time, each on its own, photograph
+    and land cover together.
+    """
+
+    def __init__(self, cfg, split, device):
+        self.cfg, self.device = cfg, device
+        self.store = common.ImageStore(cfg, split, cfg.size)
+        self.classes = self.store.classes
+        if not self.store.paired:
+            raise UserError(f"--data {cfg.data}: edits need pairs, which trainA and trainB are not")
+        if not self.classes:
+            remedy = "pass --lc-classes (maps for the maps data)"
+            raise UserError(f"--data {cfg.data}: edits need land cover: {remedy}")
+        if len(self.store.records) < 2:
+            raise UserError(f"--data {cfg.data}: split {split} has one image; an edit needs two")
+        self.loader = common.Loader(self.store.records, device)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def choose(self, rng, order, box):
+        """For every image a of `order` a partner b, never a itself, and a box: (N,), (N, 4)."""
+        size, count = self.cfg.size, len(order)
+        partner = (order + rng.integers(1, len(self), count)) % len(self)
+        shortest, longest = {"center": (3, 3), "random": (1, 4), "any": (1, 8)}[box]  # eighths
+        side = rng.integers(size * shortest // 8, size * longest // 8 + 1, count)
+        room = size - side[:, None]
+        corner = rng.integers(0, room + 1, (count, 2))
+        if box == "center":
+            corner[:] = room // 2
+        return partner, np.column_stack([corner, side, side])
+
+    def batches(self, epoch, first=0):
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
+        rng = np.random.default_rng([self.cfg.seed, epoch])
+        order = rng.permutation(len(self))
+        partner, boxes = self.choose(rng, order, self.cfg.box)
+        turns = common.turns("both" if self.cfg.flip == "auto" else self.cfg.flip)
+        flips = rng.integers(0, (*turns, *turns), (len(self), 4))  # flip, upside_down: of a, of b
+        own = rng.random(len(self)) < self.cfg.own
+        plan = common.batches_of_rank(self.cfg.batch_size, first, order, partner, boxes, flips, own)
+        yield from self.pasted(*plan, self.cfg.use_ba)
+
+    def in_order(self, images):
+        """Images by index, unflipped, with partners and boxes that no option changes."""
+        rng = np.random.default_rng(1)
+        partner, boxes = self.choose(rng, np.arange(len(self)), "center")
+        flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
+        for index in common.chunks(images):
+            plan = index, partner[index], boxes[index], flips[index], own[index]
+            yield from self.pasted(*(part[None] for part in plan))
+
+    def pasted(self, index_a, index_b, boxes, flips, own, use_ba=False):
+        """Batches of edits: image numbers and own (steps, B), boxes and flips (steps, B, 4)."""
+        boxes, own = (torch.from_numpy(x).to(self.device) for x in (boxes, own))
+        tiles_a, tiles_b = self.loader.batches(index_a), self.loader.batches(index_b)
+        for a, b, box, flip, is_own in zip(tiles_a, tiles_b, boxes, flips, own, strict=True):
+            a, b = mirror(a, flip[:, :2].tolist()), mirror(b, flip[:, 2:].tolist())
+            yield self.paste(a, b, box, is_own, use_ba)
+
+    def paste(self, a, b, box, own, use_ba):
+        """Records a and b (B, C, S, S), box (B, 4) and own (B,) -> an Edit."""
+        inside = torch.ones_like(own)
+        if use_ba:
+            a, b, inside = torch.cat([a, b]), torch.cat([b, a]), torch.cat([inside, ~inside])
+            box, own = torch.cat([box, box]), torch.cat([own, own])
+        pasted = edit_mask(box, inside, self.cfg.size) & ~own.view(-1, 1, 1, 1)
+        ab = torch.where(pasted, b, a)
+        rgb_a, rgb_b, rgb_ab = (self.store.images("A", x) for x in (a, b, ab))
+        labels = (self.store.images("B", x) for x in (a, b, ab))
+        lc_a, lc_b, lc_ab = (common.one_hot(x, len(self.classes)) for x in labels)
+        return Edit(rgb_a, lc_ab, rgb_ab, box, inside, lc_a=lc_a, rgb_b=rgb_b, lc_b=lc_b, own=own)
+
+
+def mirror(images, flips):
+    """B images (C, S, S) and for each (flip, upside_down) -> (B, C, S, S)."""
+    mirrored = []
+    for image, (flip, upside_down) in zip(images, flips, strict=True):
+        image = image.flip(2) if flip else image
+        mirrored.append(image.flip(1) if upside_down else image)
+    return torch.stack(mirrored)
+
+
+def edit_mask(box, inside, size):
+    """Where the edit is: box (B, 4), inside (B,) -> (B, 1, size, size) bool."""
+    along = torch.arange(size, device=box.device)
+    top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
+    y = (along >= top) & (along < top + height)  # (B, size)
+    x = (along >= left) & (along < left + width)
+    within = y[:, None, :, None] & x[:, None, None, :]
+    return torch.where(inside.view(-1, 1, 1, 1), within, ~within)
+
+
+def visible(edit, cfg):
+    """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
+
+    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
+    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
+    """
+    mask = edit_mask(edit.box, edit.inside, cfg.size)
+    rgb = common.filled(edit.rgb_a)
+    return torch.where(mask, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb
 
 
 # -------------------------------------------------------------------------------------------- build

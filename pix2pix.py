@@ -33,139 +33,6 @@ from torch import nn
 import common
 from common import UserError, option
 
-# ------------------------------------------------------------------------------------------- Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(common.Options):
-    """The model's own options; common.Options has data, size, width and so on.
-
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
-    """
-
-    script = "pix2pix"
-
-    direction: str = option("BtoA", "A to B, or B to A", group="model", choices=("AtoB", "BtoA"))
-    generator: str = option(
-        "unet", "unet (with skips), resnet (residual blocks)", choices=("unet", "resnet")
-    )
-    blocks: int = option(0, "residual blocks of resnet; 0: 9, or 6 below 256", low=0)
-    norm: str = option("batch", "normalisation layers of G and D", choices=("batch", "instance"))
-    patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
-    dropout: float = option(0.5, "dropout in the decoder of unet", low=0.0, high=0.9)
-    upsample: str = option(
-        "transposed",
-        "doubling layers of G: transposed (convolution), resize (and then a convolution)",
-        choices=("transposed", "resize"),
-    )
-    gan: str = option(
-        "bce",
-        "adversarial loss: bce (cross-entropy), lsgan (least squares)",
-        group="training",
-        choices=("bce", "lsgan"),
-    )
-    d_weight: float = option(0.5, "weight of D's loss; 0.5 as in the paper", low=0.0)
-    content: str = option("l1", "content loss: l1, vgg (of features)", choices=("l1", "vgg"))
-    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
-    lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
-    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
-    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
-    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
-    batch_size: int = option(1, "images in a step of one process", low=1, fixed=True)
-    epochs: int = option(
-        200,
-        "passes over the training images",
-        low=1,
-        high=10**6,
-        may_change=lambda run: run["schedule"] != "linear",
-    )
-    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
-    schedule: str = option(
-        "linear",
-        "learning rate: linear (falls in the last epochs), constant, plateau (halves when the "
-        "content loss stalls)",
-        choices=("linear", "constant", "plateau"),
-    )
-    init: str = option(
-        "", "start from these weights of G (a checkpoint: D, too)", file=True, weights=True
-    )
-    eval_norm: str = option(
-        "auto",
-        "BatchNorm in generation: batch (the image's own statistics, and dropout), running (those "
-        "of training, no dropout), auto (batch where --batch-size is 1, else running)",
-        choices=("batch", "running", "auto"),
-    )
-    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)", group="use")
-
-
-QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
-SCORES = ("psnr", "rmse")  # of evaluate, after every epoch
-
-# --------------------------------------------------------------------------------------------- data
-
-
-class Pairs:
-    """Pairs (input, target) of a split, in batches on the device.
-
-    Jitter (paper, appendix 6.2): training images are stored at 286/256 of the size, cropped at
-    random and mirrored half of the time (--flip). An image and its target are one record: both
-    get the same crop and flip. Validation images stay as they are.
-    """
-
-    def __init__(self, cfg, split, device):
-        self.cfg = cfg
-        side = common.load_size(cfg) if split == "train" else cfg.size
-        self.store = common.ImageStore(cfg, split, side)
-        if not self.store.paired:
-            what = "trainA and trainB are not pairs: cyclegan.py learns without pairs"
-            raise UserError(f"--data {cfg.data}: {what}")
-        self.loader = common.Loader(self.store.records, device)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def batches(self, epoch, first=0):
-        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
-        rng = np.random.default_rng([self.cfg.seed, epoch])
-        order = rng.permutation(len(self))
-        room = self.store.side - self.cfg.size
-        turns = common.turns("horizontal" if self.cfg.flip == "auto" else self.cfg.flip)
-        bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
-        crops = rng.integers(0, bounds, (len(self), 4))
-        order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
-        for images, crop in zip(self.loader.batches(order), crops, strict=True):
-            yield self.pair(jitter(images, crop.tolist(), self.cfg.size))
-
-    def in_order(self, images):
-        """Images by index, without jitter: batches of the store's records."""
-        for index in common.chunks(images):
-            yield torch.stack(next(self.loader.batches(index[None])))
-
-    def pair(self, records):
-        """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
-
-        Ignored labels are no data in a target. In an input they are black, or have the colour of
-        an ignored class. A target has no data where its input has none.
-        """
-        a, b = self.store.images("A", records), self.store.images("B", records)
-        if self.store.classes:
-            labels, b = b, common.draw(b, self.store.classes)
-            if self.cfg.direction == "AtoB":
-                b = b.masked_fill((labels == common.IGNORED)[:, None], torch.nan)
-        x, y = (a, b) if self.cfg.direction == "AtoB" else (b, a)
-        return x, y.masked_fill(x.isnan().any(1, keepdim=True), torch.nan)
-
-
-def jitter(images, crops, size):
-    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
-    jittered = []
-    for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
-        image = image[:, top : top + size, left : left + size]
-        image = image.flip(2) if flip else image
-        jittered.append(image.flip(1) if upside_down else image)
-    return torch.stack(jittered)
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 
@@ -342,6 +209,139 @@ def vgg_loss(vgg, fake, target):
         (features_fake,) = vgg(common.full_precision(fake))
         (features_target,) = vgg(common.full_precision(target))
     return F.mse_loss(features_fake, features_target)
+
+
+# ------------------------------------------------------------------------------------------- Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """The model's own options; common.Options has data, size, width and so on.
+
+    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    """
+
+    script = "pix2pix"
+
+    direction: str = option("BtoA", "A to B, or B to A", group="model", choices=("AtoB", "BtoA"))
+    generator: str = option(
+        "unet", "unet (with skips), resnet (residual blocks)", choices=("unet", "resnet")
+    )
+    blocks: int = option(0, "residual blocks of resnet; 0: 9, or 6 below 256", low=0)
+    norm: str = option("batch", "normalisation layers of G and D", choices=("batch", "instance"))
+    patch_gan: int = option(70, "receptive field of D, in pixels", choices=(1, 16, 70, 286))
+    dropout: float = option(0.5, "dropout in the decoder of unet", low=0.0, high=0.9)
+    upsample: str = option(
+        "transposed",
+        "doubling layers of G: transposed (convolution), resize (and then a convolution)",
+        choices=("transposed", "resize"),
+    )
+    gan: str = option(
+        "bce",
+        "adversarial loss: bce (cross-entropy), lsgan (least squares)",
+        group="training",
+        choices=("bce", "lsgan"),
+    )
+    d_weight: float = option(0.5, "weight of D's loss; 0.5 as in the paper", low=0.0)
+    content: str = option("l1", "content loss: l1, vgg (of features)", choices=("l1", "vgg"))
+    lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
+    lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
+    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
+    load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
+    lr: float = option(2e-4, "learning rate of Adam", low=0.0)
+    batch_size: int = option(1, "images in a step of one process", low=1, fixed=True)
+    epochs: int = option(
+        200,
+        "passes over the training images",
+        low=1,
+        high=10**6,
+        may_change=lambda run: run["schedule"] != "linear",
+    )
+    epochs_decay: int = option(-1, "last epochs, in which the rate falls; -1: half of all", low=-1)
+    schedule: str = option(
+        "linear",
+        "learning rate: linear (falls in the last epochs), constant, plateau (halves when the "
+        "content loss stalls)",
+        choices=("linear", "constant", "plateau"),
+    )
+    init: str = option(
+        "", "start from these weights of G (a checkpoint: D, too)", file=True, weights=True
+    )
+    eval_norm: str = option(
+        "auto",
+        "BatchNorm in generation: batch (the image's own statistics, and dropout), running (those "
+        "of training, no dropout), auto (batch where --batch-size is 1, else running)",
+        choices=("batch", "running", "auto"),
+    )
+    fid: bool = option(False, "with --evaluate: FID, KID, LPIPS (needs torchmetrics)", group="use")
+
+
+QUICK = {"size": 64, "width": 24, "batch_size": 4, "epochs": 20, "log_every": 12}
+SCORES = ("psnr", "rmse")  # of evaluate, after every epoch
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class Pairs:
+    """Pairs (input, target) of a split, in batches on the device.
+
+    Jitter (paper, appendix 6.2): training images are stored at 286/256 of the size, cropped at
+    random and mirrored half of the time (--flip). An image and its target are one record: both
+    get the same crop and flip. Validation images stay as they are.
+    """
+
+    def __init__(self, cfg, split, device):
+        self.cfg = cfg
+        side = common.load_size(cfg) if split == "train" else cfg.size
+        self.store = common.ImageStore(cfg, split, side)
+        if not self.store.paired:
+            what = "trainA and trainB are not pairs: cyclegan.py learns without pairs"
+            raise UserError(f"--data {cfg.data}: {what}")
+        self.loader = common.Loader(self.store.records, device)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def batches(self, epoch, first=0):
+        """An epoch's batches from batch `first` on: the same for the same seed, epoch and rank."""
+        rng = np.random.default_rng([self.cfg.seed, epoch])
+        order = rng.permutation(len(self))
+        room = self.store.side - self.cfg.size
+        turns = common.turns("horizontal" if self.cfg.flip == "auto" else self.cfg.flip)
+        bounds = room + 1, room + 1, *turns  # of top, left, flip, upside_down
+        crops = rng.integers(0, bounds, (len(self), 4))
+        order, crops = common.batches_of_rank(self.cfg.batch_size, first, order, crops)
+        for images, crop in zip(self.loader.batches(order), crops, strict=True):
+            yield self.pair(jitter(images, crop.tolist(), self.cfg.size))
+
+    def in_order(self, images):
+        """Images by index, without jitter: batches of the store's records."""
+        for index in common.chunks(images):
+            yield torch.stack(next(self.loader.batches(index[None])))
+
+    def pair(self, records):
+        """Records -> (input, target), (B, C, S, S) in [-1, 1], or NaN where there is no data.
+
+        Ignored labels are no data in a target. In an input they are black, or have the colour of
+        an ignored class. A target has no data where its input has none.
+        """
+        a, b = self.store.images("A", records), self.store.images("B", records)
+        if self.store.classes:
+            labels, b = b, common.draw(b, self.store.classes)
+            if self.cfg.direction == "AtoB":
+                b = b.masked_fill((labels == common.IGNORED)[:, None], torch.nan)
+        x, y = (a, b) if self.cfg.direction == "AtoB" else (b, a)
+        return x, y.masked_fill(x.isnan().any(1, keepdim=True), torch.nan)
+
+
+def jitter(images, crops, size):
+    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
+    jittered = []
+    for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
+        image = image[:, top : top + size, left : left + size]
+        image = image.flip(2) if flip else image
+        jittered.append(image.flip(1) if upside_down else image)
+    return torch.stack(jittered)
 
 
 # -------------------------------------------------------------------------------------------- build

@@ -20,10 +20,10 @@ NEW = {
 }
 # The sections of a script, and what makes them differ.
 SECTIONS = {
-    "Config": "each model's own options",
-    "data": "pairs; two domains drawn apart; edits pasted from two tiles (in both edits alike)",
     "networks": "a U-Net; a ResNet and an image pool; two U-Nets joined; two heads on one trunk",
     "losses": "adversarial and L1; cycles and labels; a local window; classes and style",
+    "Config": "each model's own options",
+    "data": "pairs; two domains drawn apart; edits pasted from two tiles (in both edits alike)",
     "build": "which networks there are",
     "train_step": "the model",
     "main": "which scores close an epoch, a schedule or none",
