@@ -89,5 +89,5 @@ def write_image(path, image, colours=None):
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_or_absent(path) as aside:
-        how = {"quality": 95, "subsampling": 0, "lossless": True}  # JPEG; WebP
+        how = {"quality": 95, "subsampling": 0, "lossless": True, "exact": True}  # JPEG; WebP
         picture.save(aside, **how, icc_profile=colours)

@@ -127,8 +127,8 @@ class Raster:
                 about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
             asked = f"band {wrong[0]} is asked for (--bands-A, --bands-B, or as in training)"
             raise UserError(f"{self.path}: {asked}, but {about}")
-        if self.bands == [1] and self.count > 1 and not self.limits:
-            print_once(f"band 1 of {self.count} is read")
+        if 0 < len(self.bands) < min(3, self.count) and not self.limits:
+            print_once(f"images have {self.count} bands; these are read: {self.bands}")
 
     def _picked(self, rgb):
         """The bands to read of a picture (H, W, 3) uint8: (H, W, C)."""

@@ -30,7 +30,7 @@ def writing(path, source, classes=None, bands=3, limits=None, edited=False):
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before anything is generated
     if path.suffix.lower() in TIFF_SUFFIXES:
         return _writing_tiff(path, source, classes, bands, limits, edited)
-    return _writing_whole(path, source, classes, bands, source.colours if edited else None)
+    return _writing_whole(path, source, classes, bands, edited)
 
 
 def label_image(index, classes):
@@ -48,13 +48,14 @@ def _remove_beside(path):
 
 
 @contextlib.contextmanager
-def _writing_whole(path, source, classes, bands, colours):
+def _writing_whole(path, source, classes, bands, edited):
     size = source.height, source.width
     whole = np.zeros(size if classes else (*size, bands), np.uint8)
     yield functools.partial(paste, whole)
     if source.masked:
         alpha = source.alpha()
-        whole[alpha == 0] = IGNORED if classes else 0
+        if not edited:
+            whole[alpha == 0] = IGNORED if classes else 0
     if classes:
         pictures = {path.with_suffix(".png"): label_image(whole, classes)}
         pictures[path.with_name(f"{path.stem}_colours.png")] = classes.palette[whole]
@@ -63,7 +64,7 @@ def _writing_whole(path, source, classes, bands, colours):
             whole = np.dstack([whole, alpha])
         pictures = {path: whole.squeeze(-1) if whole.shape[-1] == 1 else whole}
     for name, picture in pictures.items():
-        write_image(name, picture, colours)
+        write_image(name, picture, source.colours if edited else None)
         _remove_beside(name)
 
 

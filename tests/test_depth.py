@@ -371,12 +371,12 @@ def test_grey_pictures_have_one_channel_unless_some_have_colours(tmp_path, capsy
         save(tmp_path / f"{name}.png", grey)
     main = pix2pix.main
     main(tiny_run("pix2pix", tmp_path, run, "--epochs 1"))
-    assert "is read" not in capsys.readouterr().err
+    assert "are read" not in capsys.readouterr().err
     colours = np.stack([grey, 255 - grey, grey], -1)
     save(tmp_path / "train" / "A" / "1.png", colours)
     assert started(tmp_path, tmp_path / "mixed").bands_A == ""
     main(use(run, f"--generate {tmp_path}/train/A/1.png", f"--out {tmp_path}/new"))
-    assert "band 1 of 3 is read" in capsys.readouterr().err
+    assert "have 3 bands; these are read: [1]" in capsys.readouterr().err
     assert Image.open(tmp_path / "new" / "1.png").mode == "L"
 
 

@@ -633,9 +633,12 @@ def test_opacity_stays(tmp_path, ending):
     path, opacity = tmp_path / f"x{ending}", np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
     save(path, np.dstack([noise(64, 64), opacity]), lossless=True)
     with Raster(path) as raster:
-        new = written(tmp_path / f"y{ending}", raster, np.full((64, 64, 3), 9, np.uint8))
+        nines = np.full((64, 64, 3), 9, np.uint8)
+        new = written(tmp_path / f"y{ending}", raster, nines)
+        edited = written(tmp_path / f"z{ending}", raster, nines, edited=True)
         labels = written(tmp_path / "lc.png", raster, np.ones((64, 64), np.uint8), CLASSES)
     assert (pixels_of(new)[..., 3] == opacity).all() and (pixels_of(new)[:, 1:, :3] == 9).all()
+    assert (pixels_of(new)[:, 0, :3] == 0).all() and (pixels_of(edited)[..., :3] == 9).all()
     assert (Raster(labels, CLASSES).read() == np.where(opacity > 0, 1, IGNORED)).all()
 
 
