@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.device import has_avx512, start
-from support.errors import SafeStream, UserError, out_of_memory, print_once, speaks
+from support.errors import SafeStream, UserError, out_of_memory, print_new, print_once, speaks
 from support.files import lock, unlock
 from support.judge import load_judge
 from support.layouts import find_images
@@ -38,6 +38,7 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        print_new.cache_clear()  # a notebook may run several
         handlers = {number: signal.getsignal(number) for number in handled_signals()}
         if signal.SIGTERM in handlers:
             signal.signal(signal.SIGTERM, _terminated)
@@ -47,10 +48,12 @@ def command(main):
         ):
             try:
                 return main(argv)
+            except SystemExit as stop:
+                status = stop.code
             except KeyboardInterrupt as stop:
                 _close_bars()
                 print("stopped", file=sys.stderr)
-                raise SystemExit(128 + (*stop.args, signal.SIGINT)[0]) from None
+                status = 128 + (*stop.args, signal.SIGINT)[0]
             except Exception as error:
                 _close_bars()
                 message = _explain(error)
@@ -60,11 +63,12 @@ def command(main):
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     time.sleep(5)
                 print("error: " + " ".join(message.split()), file=sys.stderr)
-                raise SystemExit(2) from None  # older IPython would show a traceback
+                status = 2
             finally:
                 unlock()
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
+        raise SystemExit(status)  # of no other error, which in a notebook would keep the networks
 
     return wrapper
 

@@ -50,7 +50,7 @@ class SafeStream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
         try:
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -75,14 +75,14 @@ def remarks():
 
 
 def print_once(text):
-    """Prints a remark on stderr, once in a process; a page may show it each time."""
+    """Prints a remark on stderr, once in a program; a page may show it each time."""
     remarks().append(text)
     with _ONE_PRINTS:
-        _print(text)
+        print_new(text)
 
 
 @functools.cache
-def _print(text):
+def print_new(text):
     if speaks():
         print(text, file=sys.stderr)
 

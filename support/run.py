@@ -117,7 +117,7 @@ class Run:
         """A progress bar of all images. Its estimate of the time left starts now."""
         done = self.epoch * self.steps_per_epoch + self.batch
         about = {"unit": "image", "dynamic_ncols": True, "disable": rank() > 0}
-        seconds = 0.1 if sys.stderr.isatty() else 10  # a log would grow by 100 MB a day
+        seconds = 0.1 if getattr(sys.stderr, "isatty", bool)() else 10  # a log would grow
         about |= {"miniters": 1, "mininterval": seconds}
         about["smoothing"] = 0  # the mean rate, with validation in it
         about["total"] = self.cfg.epochs * self.steps_per_epoch * self.images_per_step

@@ -28,7 +28,7 @@ def pytest_collection_finish(session):
 def fresh():
     """Every test starts from the same random numbers and signals, and sees every remark."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed also asks for each backend
-    errors._print.cache_clear()
+    errors.print_new.cache_clear()
     handlers = [(number, signal.getsignal(number)) for number in processes.SIGNALS]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield

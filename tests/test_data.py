@@ -413,7 +413,7 @@ def test_a_palette_that_contradicts_the_values_is_reported(tmp_path, capsys):
         shades = [(level, 0, 0) for level in levels]
         filled = [BLACK] * 252 + [(40, 0, 0)]  # the last is the colour of 255, which is no class
         paletted([1, 2, 255], BLACK, *shades, *filled).save(tmp_path / "x.png")
-        errors._print.cache_clear()
+        errors.print_new.cache_clear()
         assert Raster(tmp_path / "x.png", table_of(VALUED_REDS)).read().tolist() == [[0, 1, 255]]
         assert ("has the colours of other classes" in capsys.readouterr().err) == said
     Image.fromarray(np.uint8([[1, 2]])).convert("P").save(tmp_path / "x.png")  # in greys

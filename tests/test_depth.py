@@ -166,7 +166,7 @@ def test_training_images_in_other_units_are_reported(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 of 4 images, such as " in said and "A/2.tif, fill less than 1% of the values" in said
     for limits, wrong in (("1e8,1e9", True), ("0,9999", False)):
-        errors._print.cache_clear()
+        errors.print_new.cache_clear()
         shutil.rmtree(tmp_path / "run")
         cfg = started(tmp_path / "data", tmp_path, limits_A=limits)
         common.ImageStore(cfg, "train", 64)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import struct
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -28,7 +29,6 @@ import support.run
 from files import CLASSES, TABLE, geotiff, land_cover, picture, save, side_by_side, touch
 from harness import SCRIPTS
 from runs import last, line_of, metrics_of, state_of, tiny_run, use
-from support import errors
 from support.checkpoints import load_checkpoint
 from support.classes import ClassTable
 from support.errors import SafeStream
@@ -352,7 +352,6 @@ def test_another_class_table_beside_the_data_is_said(trained, landcover, tmp_pat
     names = [row | {"name": other["name"]} for row, other in zip(TABLE, TABLE[::-1], strict=True)]
     for table in (TABLE, TABLE[::-1], names):
         (root / "classes.json").write_text(json.dumps(table))
-        errors._print.cache_clear()
         more = f"--data {root} --out {tmp_path}/out"
         mixlc.main(use(trained("mixlc"), "--evaluate", more))
         remark = "classes.json: differs from the class table in use (land, water, road)"
@@ -446,9 +445,11 @@ def test_a_resume_with_other_images_says_so(split, name, steps, tmp_path, capsys
 
 
 def stream(kind):
-    """A stream to which nothing can be written."""
+    """A stream to which nothing can be written, or one that can do nothing else."""
     if kind == "closed":
         return None
+    if kind == "logger":
+        return types.SimpleNamespace(write=len, flush=list)
     if kind == "full":
         return open("/dev/full", "w")
     reader, writer = os.openpty() if kind == "terminal" else os.pipe()
@@ -456,7 +457,7 @@ def stream(kind):
     return os.fdopen(writer, "w")
 
 
-@pytest.mark.parametrize("kind", ["closed", "full", "terminal", "pipe"])
+@pytest.mark.parametrize("kind", ["closed", "full", "terminal", "pipe", "logger"])
 def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, monkeypatch):
     honest = pix2pix.train_step
 
@@ -472,6 +473,7 @@ def test_a_signal_saves_though_nothing_can_be_printed(kind, world, tmp_path, mon
     with pytest.raises(SystemExit) as stopped:
         pix2pix.main(run_of(world, tmp_path / "run"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
+    assert not stopped.value.__context__  # or a notebook would keep the networks
     assert stopped.value.code == 128 + signal.SIGINT and last(tmp_path / "run")["step"] == 1
 
 
