@@ -283,7 +283,7 @@ class Config(common.EditOptions):
         "vgg16", "VGG16 of the style loss: vgg16 (ImageNet), random", choices=("vgg16", "random")
     )
     style_layers: str = option("relu3_3", "layers of the style loss, such as relu1_2,relu3_3")
-    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
+    vgg16: str = option("", "VGG16's weights; unset: from torch.hub", file=True, may_change=True)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(16, "edits in a step of one process", low=1, fixed=True)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)

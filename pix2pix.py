@@ -246,7 +246,7 @@ class Config(common.Options):
     content: str = option("l1", "content loss: l1, vgg (of features)", choices=("l1", "vgg"))
     lambda_l1: float = option(100.0, "weight of the L1 loss", low=0.0)
     lambda_vgg: float = option(2.0, "weight of the VGG loss", low=0.0)
-    vgg16: str = option("", "file of VGG16's weights; unset: from torch.hub", file=True)
+    vgg16: str = option("", "VGG16's weights; unset: from torch.hub", file=True, may_change=True)
     load_size: int = option(0, "side that crops are taken from; 0: 286/256 of --size", low=0)
     lr: float = option(2e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(1, "images in a step of one process", low=1, fixed=True)

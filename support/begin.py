@@ -232,6 +232,8 @@ def _use(cfg, given):
     window = checkpoint.get("window_B") if new.domains == "BA" else None
     changes = {"device": cfg.device, "out": str(out)}
     changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
+    if cfg.evaluate and not (new.judge or new.train_judge) and (run / "judge.pt").is_file():
+        changes["judge"] = str(run / "judge.pt")
     if not cfg.out:  # the cache of training, also for results in generated/
         changes["cache"] = str(cache_folder(dataclasses.replace(new, out=str(run))))
     return dataclasses.replace(new, **changes), checkpoint
@@ -294,8 +296,9 @@ def _check_folder(folder, script):
     if any(folder.glob("checkpoints/[!.]*.pt")):
         raise UserError(f"--out {folder} has a run: --resume continues it; or choose another --out")
     files = {path.name for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
-    if files - {"samples.png"} and _script_of(folder) != script:
-        raise UserError(f"--out {folder} has other files: choose an empty or a new folder")
+    other = sorted(files - {"samples.png"})
+    if other and _script_of(folder) != script:
+        raise UserError(f"--out {folder} has {other[0]}: choose an empty or a new folder")
 
 
 def _claim_folder(cfg):

@@ -63,7 +63,7 @@ class SafeStream:
 
 def speaks():
     """Whether this process prints and writes: torchrun's first one, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 _OF_THREAD, _ONE_PRINTS = threading.local(), threading.Lock()

@@ -27,7 +27,7 @@ def lock(folder):
         path = Path(folder).absolute() / ".lock"
         LOCKS.append(FileLock(path).acquire(timeout=0).lock)
     except Timeout:
-        who = f"another process, here or on another machine, has locked {path}"
+        who = f"another process has locked {path}; if none runs on any machine, remove it"
         raise UserError(f"--out {folder}: is in use: {who}") from None
 
 

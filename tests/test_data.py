@@ -868,6 +868,7 @@ def test_what_takes_long_shows_a_bar(terminal, seconds, rank, shown, monkeypatch
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("tqdm.std.time", itertools.count(0, seconds).__next__)
     pieces = [piece.tolist() for piece in common.chunks(np.arange(25))]
     assert sum(pieces, []) == list(range(25)) and max(map(len, pieces)) == 8

@@ -613,6 +613,7 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
 
     as_rank(monkeypatch, 1)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     waited = []
     clock = types.SimpleNamespace(sleep=lambda _: waited.append(signal.getsignal(signal.SIGTERM)))

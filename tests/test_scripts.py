@@ -92,7 +92,7 @@ OPTIONS = {
     "show_samples=0(0..) lc= lc_before= paint=() samples=1(1..64) keep_outside=True",
     "pix2pix": "direction=BtoA generator=unet blocks=0(0..) norm=batch patch_gan=70(..) "
     "dropout=0.5(0..0.9) upsample=transposed gan=bce d_weight=0.5(0..) content=l1 "
-    "lambda_l1=100(0..) lambda_vgg=2(0..) vgg16= load_size=0(0..) lr=0.0002(0..) "
+    "lambda_l1=100(0..) lambda_vgg=2(0..) vgg16=* load_size=0(0..) lr=0.0002(0..) "
     "batch_size=1(1..)! epochs=200(1..1000000)~ epochs_decay=-1(-1..) schedule=linear init= "
     "eval_norm=auto fid=False",
     "cyclegan": "blocks=0(0..) upsample=transposed lambda_cycle=10(0..) lambda_identity=0.5(0..) "
@@ -103,7 +103,7 @@ OPTIONS = {
     "epochs=200(1..1000000)*",
     "mixlc_acgan": "dropout=0.5(0..0.9) d_dropout=0(0..0.9) lambda_adv=0.05(0..) "
     "lambda_l1=0.5(0..) lambda_style=0.45(0..) lambda_class=0.05(0..) lambda_id=0(0..) "
-    "class_weights=True style_features=vgg16 style_layers=relu3_3 vgg16= lr=0.0002(0..) "
+    "class_weights=True style_features=vgg16 style_layers=relu3_3 vgg16=* lr=0.0002(0..) "
     "batch_size=16(1..)! epochs=200(1..1000000)*",
 }
 QUICK = {

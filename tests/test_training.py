@@ -343,6 +343,8 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert about["split"] == "test" and about["images"] == len(images)
     assert about["checkpoint"].endswith("checkpoints/last.pt")
+    kept = json.loads((trained(script) / "evaluation.json").read_text())
+    assert about["judge"] == kept["judge"]  # the run's own, though the results lie elsewhere
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
