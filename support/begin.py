@@ -184,7 +184,7 @@ def _script_of(folder):
     """The script whose run folder this is; "" of another folder."""
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
-    script = re.search(r'"script": "(\w+)"', text)
+    script = re.search(r'"script": "([^"]+)"', text)
     return script[1] if script else ""
 
 

@@ -6,13 +6,14 @@ from torch import nn
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """InstanceNorm without affine, as BatchNorm of one image after the other.
+    """InstanceNorm as BatchNorm of one image after the other.
 
     PyTorch's own returns NCHW, and in 2.13 its gradient is wrong for a channels_last batch of 1.
     """
 
     def forward(self, x):
-        images = [F.batch_norm(y, None, None, training=True, eps=self.eps) for y in x.split(1)]
+        how = {"weight": self.weight, "bias": self.bias, "training": True, "eps": self.eps}
+        images = [F.batch_norm(image, None, None, **how) for image in x.split(1)]
         return images[0] if len(images) == 1 else torch.cat(images)
 
 
@@ -57,5 +58,5 @@ def stay_channels_last(net):
     for module in net.modules():
         if isinstance(module, nn.InstanceNorm2d):
             module.__class__ = InstanceNorm
-        elif isinstance(module, nn.ReflectionPad2d):
+        elif isinstance(module, nn.ReflectionPad2d) and len(set(module.padding)) == 1:
             module.__class__ = ReflectionPad

@@ -120,7 +120,7 @@ def _load_optimizer(optimizer, saved):
     optimizer.param_groups = groups
     for parameter, moments in optimizer.state.items():
         for key, moment in moments.items():  # fused Adam pairs elements by their memory address
-            if moment.shape == parameter.shape:
+            if getattr(moment, "shape", None) == parameter.shape:
                 moments[key] = torch.empty_like(parameter).copy_(moment)
 
 

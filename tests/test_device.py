@@ -211,6 +211,11 @@ def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):
     module, cfg = tiny(case, width=2, blocks=1, **options)
     state = module.build(cfg, torch.device("cpu"))
     plain = (state.G if case == "pix2pix" else state.G_AB).double()
+    for layer in plain.modules():
+        if isinstance(layer, torch.nn.InstanceNorm2d) and case == "pix2pix":  # as a user may wish
+            scale, shift = torch.rand(2, layer.num_features).double()
+            layer.weight, layer.bias = torch.nn.Parameter(scale), torch.nn.Parameter(shift)
+            layer.eps = 0.1
     net, x = copy.deepcopy(plain).to(memory_format=torch.channels_last), pictures(0, count).double()
     assert not any(isinstance(module, InstanceNorm) for module in plain.modules())
     stay_channels_last(net)
