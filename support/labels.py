@@ -97,21 +97,27 @@ class Reading:
 
         They do if the table gives no values, or lacks some that occur, and if it has most of the
         colours that occur, or the palette has most of the table's colours. The last rule reads a
-        tile of one class like the others. They also do if they contradict the values of a table of
-        greys, as in a white mask whose palette begins with white.
+        tile of one class like the others. They do not if those that the table has confirm its
+        values, and another of its values has a colour that it lacks. They also do if they
+        contradict the values of a table of greys, as in a white mask whose palette begins with
+        white.
         """
         table, colours = self.table, [tuple(colour) for colour in self.palette.tolist()]
         used, known = np.unique(codes).tolist(), {c: index for _, c, index in table.entries}
         greys = (self.palette == np.arange(256)[:, None]).all()  # as in a palette that says nothing
+        own = {k: table.values[k] for k in used if k in table.values and colours[k] != BLACK}
+        agree = all(known.get(colours[k], own[k]) == own[k] for k in own)
         if table.valued and table.has(codes):
-            own = {k: table.values[k] for k in used if k in table.values and colours[k] != BLACK}
-            if greys or all(known.get(colours[k], own[k]) == own[k] for k in own):
+            if greys or agree:
                 return False
             if table.grey and len({colours[k] for k in own}) == len(own):
                 return True
             about = "though its palette has the colours of other classes"
             print_once(f"a label map is read by its values, {about}")
             return False
+        named = sum(colours[k] in known for k in own)
+        if table.valued and agree and 0 < named < len(own):
+            return False  # a class with another colour would vanish; from_codes names what is amiss
         there = {colours[code] for code in used}
         if 2 * len(known.keys() & there) > len(there):
             return True

@@ -12,6 +12,8 @@ from support.files import ARRAY_SUFFIXES
 from support.labels import Reading, looked_at
 from support.opening import READABLE
 
+NOT_ALPHA = "rio edit-info x.tif --colorinterp red,green,blue,undefined"
+
 
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
@@ -124,7 +126,7 @@ class Raster:
         if wrong:
             about = f"its bands are {there}"
             if self.tiff and wrong[0] <= self.tiff.count:
-                about = "it is marked as alpha: rio edit-info --colorinterp corrects this"
+                about = f"it is marked as alpha: {NOT_ALPHA} corrects this"
             asked = f"band {wrong[0]} is asked for (--bands-A, --bands-B, or as in training)"
             raise UserError(f"{self.path}: {asked}, but {about}")
         if 0 < len(self.bands) < min(3, self.count) and not self.limits:
@@ -176,7 +178,7 @@ class Raster:
             raise UserError(f"{self.path}: has {self.dtype} values, which are not supported")
         deep = self.dtype != "uint8"
         if deep and not (self.table or self.limits):
-            remedy = "use gdal_translate -ot Byte -scale LOW HIGH 0 255"
+            remedy = "use rio convert --dtype uint8 --scale-ratio R, where R is 255 / the highest"
             raise UserError(f"{self.path}: has {self.dtype} values, not 8 bits: {remedy}")
         if self.tiff.colorinterp[0].name == "palette" and kinds[0] == "uint8":
             colors = self.tiff.colormap(1)
@@ -224,12 +226,14 @@ class Raster:
         self._has_mask = not all(all_valid in kinds for kinds in self.tiff.mask_flag_enums)
         # GDAL counts alpha as the second band or the fourth only, and other masks instead of it
         self._alphas = [] if self._has_mask else [k for k in self.tiff.indexes if k not in there]
+        if "alpha" in names and not self.table:
+            print_once(f"where a band marked as alpha is 0, there is no data (else: {NOT_ALPHA})")
         self._count_bands([1, 2, 3] if self.palette is not None else there)
         named = {"red", "green", "blue"} <= set(names)
         colours = self.dtype == "uint8" and (named or len(there) == 3)
         if self.table and len(there) > 1 and not colours:
             what = "a label map has one band of codes, or three of 8-bit colours"
-            remedy = "gdal_translate -b 1 x.tif y.tif (or -b 1 -b 2 -b 3) writes them"
+            remedy = "rio stack x.tif --bidx 1 -o y.tif (or --bidx 1,2,3) writes them"
             raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if named:

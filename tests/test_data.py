@@ -311,6 +311,9 @@ PALETTES = {
     "one red twice": (VALUED_REDS, reds(40, 80, 120, 120), [0, 1, 2, 3]),
     "one of the reds": (REDS, reds(160, 120, 80, 40, codes=[1, 0, 0, 0]), [3, 255, 255, 255]),
     "a palette of one red": (REDS, reds(160, codes=[1] * 4), [3] * 4),
+    "too many reds": (VALUED_REDS[:3], reds(40, 80, 120, 160), [0, 1, 2, 255]),
+    "too many reds, one is another": (VALUED_REDS[:3], reds(40, 77, 120, 160), "[4] are not in"),
+    "reds and codes in another order": (VALUED_REDS[:3], reds(80, 40, 77, 120), [1, 0, 255, 2]),
     "half of the reds": (FAR_REDS, reds(160, 120, 9, 7), "are not in"),
     "other values": (FAR_REDS, reds(160, 120, 80, 40), [3, 2, 1, 0]),
 }

@@ -94,7 +94,7 @@ CASES = {
     "pix2pix --init model.pt --width 8": "do not fit this G: check --generator",
     "pix2pix --generate pairs/val --init model.pt --out o": "one of our checkpoints: use --check",
     "pix2pix --batch-size 7": "more than 6 training images",
-    "pix2pix --generate deep.tif --checkpoint model.pt --out o": "gdal_translate -ot Byte -scale",
+    "pix2pix --generate deep.tif --checkpoint model.pt --out o": "use rio convert --dtype",
     "pix2pix --data odd.pt": "no such directory",
     "pix2pix --size 100": "--size",
     "pix2pix --epochs 0": "--epochs 0: must be at least 1",

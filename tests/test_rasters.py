@@ -71,7 +71,7 @@ COLOURS = rasterio.enums.ColorInterp
 
 
 @pytest.mark.parametrize("names", ["0001", "1000", "00001", "000001", "01"])
-def test_alpha_counts_wherever_it_is(tmp_path, names):
+def test_alpha_counts_wherever_it_is(tmp_path, names, capsys):
     """GDAL counts it as the second band or the fourth only."""
     pixels, alpha = np.full((20, 30, len(names)), 9, np.uint8), names.index("1")
     pixels[:5, :, alpha] = 0
@@ -79,6 +79,7 @@ def test_alpha_counts_wherever_it_is(tmp_path, names):
     geotiff(tmp_path / "x.tif", pixels, about={"colorinterp": kinds}, photometric="MINISBLACK")
     with Raster(tmp_path / "x.tif") as raster:
         assert raster.valid(0, 0, 20, 30).sum(1).tolist() == [0] * 5 + [30] * 15
+    assert "alpha is 0, there is no data (else: rio edit-info x.tif" in capsys.readouterr().err
 
 
 def test_an_edit_of_one_band_that_is_read_thrice_keeps_its_scale(tmp_path):
@@ -662,7 +663,7 @@ def test_systems_without_codes_are_compared(tmp_path):
     [
         (np.ones((8, 8), np.complex64), None, "has complex64 values, which are not supported"),
         (np.ones((8, 8, 3), np.uint16), CLASSES, "has 3 bands: a label map has one band of codes"),
-        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*-b 1"),
+        (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*--bidx 1"),
         (np.ones((8, 8, 2), np.uint8), CLASSES, "has 2 bands"),
         (np.ones((8, 8)), None, "an array can only be a label map"),
     ],
