@@ -94,7 +94,7 @@ def _explain(error):
         lacks = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
         remedy = "replace or remove it" if lacks else "choose another --out or --cache"
         if isinstance(error, PermissionError):
-            remedy = "ask for permission, or choose another path"
+            remedy = "ask for permission, close programs that use it, or choose another path"
         return f"{error.filename or 'writing'}: {error.strerror}: {remedy}"
     network = re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)
     if network and world_size() > 1 and isinstance(error, RuntimeError):

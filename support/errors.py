@@ -16,7 +16,9 @@ class UserError(Exception):
 
 def out_of_memory(error):
     """Whether an error is a lack of memory, or followed from one, as in capturing a graph."""
-    texts = "(can't|annot) allocate memory|could not create a primitive|out of memory|ALLOC_FAILED"
+    texts = (
+        "(can't|annot) allocate memory|(out of|not enough) memory|create a primitive|ALLOC_FAILED"
+    )
     if re.search(texts, str(error)) or isinstance(error, MemoryError):
         return True
     return error.__context__ is not None and out_of_memory(error.__context__)

@@ -57,6 +57,10 @@ def whole_or_absent(path):
     aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     try:
         yield aside
+        for seconds in (0.1, 1, 9):  # on Windows a virus scanner may have one of the two open
+            with contextlib.suppress(PermissionError):
+                return os.replace(aside, path)
+            time.sleep(seconds)
         os.replace(aside, path)
     except OSError as error:
         if error.filename in (None, str(aside)):

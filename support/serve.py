@@ -87,6 +87,7 @@ class Server(ThreadingHTTPServer):
     """The local server, with a thread for each connection."""
 
     daemon_threads = True
+    allow_reuse_address = sys.platform != "win32"  # where two servers would share a port
 
     def __init__(self, studio):
         address = studio.cfg.address

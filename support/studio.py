@@ -150,7 +150,7 @@ class Studio:
         name, content = Path(name).name, base64.b64decode(content, validate=True)
         table = self.classes if domain == self.input_domain else None
         bands, limits = self.cfg.bands(domain), Limits.of(self.cfg, domain)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / f"file{Path(name).suffix[:8]}"
             path.write_bytes(content)
             try:

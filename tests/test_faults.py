@@ -543,6 +543,24 @@ def test_files_are_written_under_short_names_and_errors_name_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_another_program_has_open_is_replaced_later(tmp_path, monkeypatch):
+    """As on Windows, where it cannot be replaced at that moment."""
+    honest, refusals = os.replace, [True, True, False, *[True] * 9]
+
+    def busy(*paths):
+        if refusals.pop(0):
+            raise PermissionError(13, "Access is denied", *map(str, paths))
+        honest(*paths)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with whole_or_absent(tmp_path / "x") as aside:
+        aside.write_text("whole")
+    with pytest.raises(PermissionError), whole_or_absent(tmp_path / "x") as aside:
+        aside.write_text("another")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
 @pytest.mark.parametrize("two", ["evaluate generate", "evaluate serve", "generate serve"])
 def test_two_uses_at_once_are_refused(two):
     """Here without a command, which would serve if it were not."""

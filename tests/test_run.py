@@ -625,7 +625,10 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
     assert line_of(ending(common.UserError("a mistake")), None, capsys) == "error: a mistake"
     assert waited == [signal.SIG_DFL]
     text = line_of(ending(PermissionError(errno.EACCES, "no entry", "data")), None, capsys)
-    assert text == "error: data: no entry: ask for permission, or choose another path"
+    assert (
+        text
+        == "error: data: no entry: ask for permission, close programs that use it, or choose another path"
+    )
     text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
     assert text == "error: x.png: a loop: replace or remove it"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
@@ -757,6 +760,7 @@ OUT_OF_MEMORY = [
     RuntimeError("could not create a primitive"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"),  # on Windows
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 BUGS = "shape mismatch", "CUDA error: an illegal memory access", "connection timed out"
