@@ -625,10 +625,8 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
     assert line_of(ending(common.UserError("a mistake")), None, capsys) == "error: a mistake"
     assert waited == [signal.SIG_DFL]
     text = line_of(ending(PermissionError(errno.EACCES, "no entry", "data")), None, capsys)
-    assert (
-        text
-        == "error: data: no entry: ask for permission, close programs that use it, or choose another path"
-    )
+    remedy = "ask for permission, close programs that use it, or choose another path"
+    assert text == f"error: data: no entry: {remedy}"
     text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
     assert text == "error: x.png: a loop: replace or remove it"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
