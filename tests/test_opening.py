@@ -213,6 +213,8 @@ def test_a_vrt_joins_tiffs_and_is_not_for_strangers(tmp_path, monkeypatch):
     with mock.patch.object(rasterio, "open", wraps=rasterio.open) as spy:
         assert (Raster(tmp_path / "both.vrt").read() == np.hstack([GREY, GREY + 200])).all()
     assert spy.call_args.kwargs == {"driver": "VRT"}  # or GDAL would go by its content
+    (tmp_path / "alone.vrt").write_text(joined("a.tif"))
+    assert [Raster(tmp_path / f"{name}.vrt").lossy for name in ("both", "alone")] == [True, False]
     text = joined("a.tif", "b.TIFF", source=NODATA)  # as gdalbuildvrt writes it
     text = re.sub("(<VRTRasterBand .*?>)", r"\1<NoDataValue>9</NoDataValue>", text)
     (tmp_path / "vrt").mkdir()
