@@ -19,9 +19,9 @@ Differences from the paper:
   three have. The 16x16 logits at 256 have receptive fields of 94 pixels, not 70.
 - The identity loss, which the paper uses for paintings (section 5.2), is on for all pictures
   where A and B have equally many bands.
-- Land cover is categorical. Generators and discriminator get exact one-hot maps, made from logits
+- Land cover is categorical. G_BA and D_B get exact one-hot maps, made from logits
   with a straight-through gradient, and the cycle loss is the cross-entropy of the logits. Pixels
-  without a class are holes, all zeros; fake maps get a real map's holes before D_B judges them.
+  without a class are holes, all zeros; fake maps get a real map's holes before they reach D_B.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ from common import UserError, option
 
 
 def doubling(transposed, upsample):
-    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+    """Doubles height and width: `transposed` itself, or nearest neighbours and a 3x3 convolution.
 
-    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
-    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    The second leaves no checkerboard: Odena, Dumoulin, Olah 2016, Deconvolution and Checkerboard
+    Artifacts (doi:10.23915/distill.00003).
     """
     if upsample == "transposed":
         return transposed
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
 class ResNetGenerator(nn.Module):
     """Two strided convolutions, residual blocks, two back up: (B, C, S, S) -> (B, C', S, S).
 
-    Pictures end in tanh; land cover comes out as logits.
+    pictures: tanh is the last layer; else the output is logits of land cover.
     """
 
     def __init__(self, channels_in, channels_out, width, blocks, pictures, upsample="transposed"):
@@ -188,7 +188,7 @@ def gan_loss(logits, is_real):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 2 of Zhu et al. 2017, where there is data: a scalar."""
+    """Mean absolute difference where target is not NaN, Zhu et al. 2017, equation 2: a scalar."""
     known = ~target.isnan()
     difference = common.full_precision(fake) - common.full_precision(target)
     return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
@@ -211,7 +211,7 @@ def label_loss(logits, target):
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    A group includes the options below it. A checkpoint fixes group "model" and `fixed` options.
     """
 
     script = "cyclegan"
@@ -312,7 +312,7 @@ class Domains:
 
 
 def jitter(images, crops, size):
-    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
+    """Images (C, side, side), each with (top, left, flip, upside_down) -> (B, C, size, size)."""
     jittered = []
     for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
         image = image[:, top : top + size, left : left + size]
@@ -438,7 +438,7 @@ def learning_rate(cfg, epoch):
 @common.command
 def main(argv=None):
     cfg, device, checkpoint = common.begin(Config, __doc__, QUICK, argv)
-    if cfg.using:
+    if cfg.using:  # --evaluate, --generate or --serve
         use(cfg, device, checkpoint)
         return
     state = build(cfg, device)
@@ -597,7 +597,7 @@ def score_cells(cfg, paired):
 
 
 def report(state, val, cfg, histograms):
-    """The whole validation split beside baselines: printed, and written to evaluation.json."""
+    """All of a split beside baselines: printed, and written to evaluation.json."""
     by_class = histograms.get("A of classes")
     constants = {"A": common.constant_colors(histograms["A"], by_class=by_class)}
     if cfg.classes:
@@ -615,7 +615,7 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Translates --generate's pictures, or label maps, into --out, at the scale of training.
+    """Translates --generate's pictures, or label maps, into --out, or starts --serve's page.
 
     Windows of land cover are blended as probabilities; then each pixel gets its likeliest class.
     """

@@ -124,7 +124,7 @@ class MiddleUNet(nn.Module):
 class DilatedNet(nn.Module):
     """Dilated convolutions (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2).
 
-    Dilations grow with S: the receptive field is at least S/2, which covers the centre box.
+    Dilations grow with S: the receptive field is at least S/2; a centre box has 3/8 S.
     """
 
     def __init__(self, channels_in, size, width):
@@ -170,8 +170,39 @@ class Generator(nn.Module):
         return self.output_net(x)
 
 
+class LabelDiscriminator(nn.Module):
+    """What is every pixel of a photograph (B, bands, S, S)? -> (B, classes + 1, S, S) logits.
+
+    A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.2),
+    here with BatchNorm and the shape of the generator's. Its input is augmented, real or generated.
+    """
+
+    def __init__(self, classes, bands, size, width):
+        super().__init__()
+        self.unet = UNet(bands, size, width)
+        self.last = nn.ConvTranspose2d(2 * width, classes + 1, 4, 2, 1)
+
+    def forward(self, image, box):
+        return self.last(self.unet(augment(image)))
+
+
+def augment(images):
+    """Images (B, C, S, S) of other contrast and brightness, with a grey square of up to S/4.
+
+    All that LabelDiscriminator sees, in G's step as well, is changed so, or it overfits on few
+    photographs; labels count under the square, too. G learns through it (arXiv:2006.10738).
+    """
+    batch, side = images.shape[0], images.shape[-1]
+    contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
+    y, x = torch.randint(side, (2, batch, 1), device=images.device)  # middles of the squares
+    along = torch.arange(side, device=images.device)
+    rows, columns = (along - y).abs() < side // 8, (along - x).abs() < side // 8  # (B, S)
+    square = rows[:, None, :, None] & columns[:, None, None, :]
+    return (images * (0.8 + contrast) + brightness - 0.2).masked_fill(square, 0.0)
+
+
 class Discriminator(nn.Module):
-    """Is a photograph (B, bands, S, S) untouched? -> (B, 1) logits.
+    """--d global: is a photograph (B, bands, S, S) real? -> (B, 1) logits.
 
     Iizuka et al. 2017, section 3.3. With local_d a second trunk gets a crop of half the side around
     the box; the last layer joins the two.
@@ -204,40 +235,9 @@ class Discriminator(nn.Module):
         return self.head(features)
 
 
-class LabelDiscriminator(nn.Module):
-    """What is every pixel of a photograph (B, bands, S, S)? -> (B, classes + 1, S, S) logits.
-
-    A class of land cover, or the last one: generated. A U-Net (Schönfeld et al. 2021, section 3.2),
-    here with BatchNorm and the shape of the generator's. Its input is augmented, real or generated.
-    """
-
-    def __init__(self, classes, bands, size, width):
-        super().__init__()
-        self.unet = UNet(bands, size, width)
-        self.last = nn.ConvTranspose2d(2 * width, classes + 1, 4, 2, 1)
-
-    def forward(self, image, box):
-        return self.last(self.unet(augment(image)))
-
-
-def augment(images):
-    """Images (B, C, S, S) of other contrast and brightness, with a grey square of up to S/4.
-
-    All that LabelDiscriminator sees, in G's step as well, is changed so, or it overfits on few
-    photographs; labels count under the square, too. G learns through it (arXiv:2006.10738).
-    """
-    batch, side = images.shape[0], images.shape[-1]
-    contrast, brightness = 0.4 * torch.rand(2, batch, 1, 1, 1, device=images.device)
-    y, x = torch.randint(side, (2, batch, 1), device=images.device)  # middles of the squares
-    along = torch.arange(side, device=images.device)
-    rows, columns = (along - y).abs() < side // 8, (along - x).abs() < side // 8  # (B, S)
-    square = rows[:, None, :, None] & columns[:, None, None, :]
-    return (images * (0.8 + contrast) + brightness - 0.2).masked_fill(square, 0.0)
-
-
 def crop_around(images, box, side):
-    """Crops (B, C, side, side) of images (B, C, S, S) around box (B, 4), moved to lie within."""
-    corner = (box[:, :2] + (box[:, 2:] - side) // 2).clamp(0, images.shape[-1] - side)
+    """Crops (B, C, side, side) of images (B, C, S, S) around box (top, left, height, width)."""
+    corner = (box[:, :2] + (box[:, 2:] - side) // 2).clamp(0, images.shape[-1] - side)  # within
     along = torch.arange(side, device=box.device)
     y = corner[:, 0, None, None] + along[:, None]  # (B, side, 1)
     x = corner[:, 1, None, None] + along  # (B, 1, side)
@@ -270,7 +270,7 @@ def gan_loss(logits, is_real):
 
 
 def grown(mask):
-    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
+    """The mask of an edit, (B, 1, S, S), with a border around it, 12 pixels at 256: bool."""
     border = round(12 * mask.shape[-1] / 256)
     return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
 
@@ -278,7 +278,7 @@ def grown(mask):
 def masked_l1_loss(fake, target, where):
     """Mean absolute difference where `where` (B, 1, S, S) is true: a scalar.
 
-    The mean of each image's own mean, or 0. True everywhere: equation 3 of Isola et al. 2017.
+    The mean of each image's own mean, 0 if none is true. All true: equation 3 of Isola et al. 2017.
     """
     difference = (common.full_precision(fake) - common.full_precision(target)).abs()
     total = (difference * where).sum((1, 2, 3))  # (B,)
@@ -290,8 +290,8 @@ def label_loss(logits, target):
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    All labels of a batch weigh the same (Schönfeld et al. 2021, section 3.2: all but "generated"),
-    but no pixel weighs more than 10, where 1 is the weight in a label of mean frequency.
+    A label's weight is the mean number of pixels per label / its own number, at most 10. So rare
+    labels count as much as frequent ones (in Schönfeld et al. 2021, 3.2, all but "generated").
     """
     counts = target.sum((0, 2, 3))
     mean = counts.sum() / (counts > 0).sum().clamp_min(1)
@@ -307,7 +307,7 @@ def label_loss(logits, target):
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    A group includes the options below it. A checkpoint fixes group "model" and `fixed` options.
     """
 
     script = "mixlc"
@@ -458,8 +458,8 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
+    Noise leaves nothing to copy, shows G the place of the edit, and gives even land cover texture.
+    Iizuka et al. (doi:10.1145/3072959.3073659) fill in the mean colour, and give G the mask.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -538,7 +538,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):  # anew: autocast keeps casts of D's weights
+    with common.autocast(cfg, rgb.device):  # anew: the first one cached casts of D's old weights
         logits_fake = state.D(shown, edit.box)
     if cfg.d == "label":
         g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))
@@ -562,7 +562,7 @@ def train_step(state, batch, cfg):
 @common.command
 def main(argv=None):
     cfg, device, checkpoint = common.begin(Config, __doc__, QUICK, argv)
-    if cfg.using:
+    if cfg.using:  # --evaluate, --generate or --serve
         use(cfg, device, checkpoint)
         return
     if cfg.show_samples:
@@ -625,7 +625,7 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    The edits lie in the middle. All of G's output is measured, not the edit in its photograph.
+    The edits lie in the middle. G's raw output is measured, not pasted into the photograph.
 
     colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for
@@ -648,8 +648,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The lowest score to expect is the copy of rgb_a's. Photograph b, whose land cover was asked for,
-    has that of real photographs, which a fake can exceed: classes may be easy to see in it.
+    The lowest score to expect is the copy of rgb_a's. Photograph b gives the score of real
+    photographs. A fake can exceed it: its classes may be easier to recognise.
     """
     judged = {
         "model": (fake, edit.lc_ab),
@@ -681,7 +681,7 @@ def show_samples(cfg, device):
 
 
 def report(state, val, cfg, histograms):
-    """The whole validation split beside baselines: printed, and written to evaluation.json.
+    """All of a split beside baselines: printed, and written to evaluation.json.
 
     One line answers whether the generator copies its input.
     """
@@ -696,14 +696,14 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
+    """Writes --samples edits of --generate's photograph into --out, or starts --serve's page."""
 
-    def predict(windows, sample):
+    def predict(windows, variant):
         """Windows (B, C + 2, S, S): photograph, land cover, 1 in the edit -> (B, C, S, S)."""
         windows = windows.to(device)
         rgb, lc, changed = windows[:, :-2], windows[:, -2], windows[:, -1:] > 0
         rgb = common.from_bytes(rgb)
-        common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
+        common.seed_step(cfg.seed, variant, 0)  # the same noise in every window
         noise = 0.5 * torch.randn_like(rgb[:1])
         rgb = torch.where(changed, noise, rgb) if cfg.erase else rgb
         return translate(state, (rgb, common.one_hot(lc, len(cfg.classes))), cfg)

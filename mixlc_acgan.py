@@ -2,7 +2,7 @@
 
 A second head of the discriminator learns to classify every pixel of real photographs. Its loss
 teaches the generator to show the classes that were asked for. A style loss compares textures
-through Gram matrices of VGG16 features. Dropout in the generator makes each edit a different one.
+through Gram matrices of VGG16 features. Dropout in the generator gives an edit several results.
 
     python mixlc_acgan.py --data denmark/ --lc-classes s2glc    rgb/ and lc/ folders, 14 classes
     python mixlc_acgan.py --data maps/ --lc-classes maps        the map half becomes land cover
@@ -142,13 +142,13 @@ class Discriminator(nn.Module):
             conv = nn.Conv2d(channels, channels, 3, 1, 1)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)))
         self.trunk = nn.Sequential(*layers)  # (B, 1024, S/32, S/32)
-        self.real_head = nn.Sequential(  # one layer would add the two, not relate them
+        self.real_head = nn.Sequential(  # one layer would only add features and class shares
             nn.Conv2d(channels + classes, 4 * width, 3, 1, 1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 1, 3, 1, 1),
         )
         layers = []
-        for out in (8 * width, 4 * width, 2 * width, width, width):  # 512 .. 64 at full size
+        for out in (8 * width, 4 * width, 2 * width, width, width):  # 512 at S/16 .. 64 at S
             layers.append(block(nn.ConvTranspose2d(channels, out, 4, 2, 1)))
             channels = out
         self.class_head = nn.Sequential(*layers, nn.Conv2d(width, classes, 3, 1, 1))
@@ -162,7 +162,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def classes_of(self, image):
-        """The likeliest class of every pixel, (B, S, S), by running statistics (of fakes, too)."""
+        """The likeliest class of a pixel, (B, S, S), by running statistics of reals and fakes."""
         self.eval()
         classes = self.classify(common.filled(image)).argmax(1)
         self.train()
@@ -208,13 +208,13 @@ def gan_loss(logits, is_real, near):
 
 
 def grown(mask):
-    """A mask (B, 1, S, S) with a border around it, 12 pixels at 256: bool."""
+    """The mask of an edit, (B, 1, S, S), with a border around it, 12 pixels at 256: bool."""
     border = round(12 * mask.shape[-1] / 256)
     return F.max_pool2d(mask.float(), 2 * border + 1, 1, border) > 0
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of arXiv:1611.07004, where there is data: a scalar."""
+    """Mean absolute difference where target is not NaN, arXiv:1611.07004, equation 3: a scalar."""
     known = ~target.isnan()
     difference = common.full_precision(fake) - common.full_precision(target)
     return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
@@ -266,7 +266,7 @@ def inverse_frequency(counts):
 class Config(common.EditOptions):
     """The model's own options; common.EditOptions has data, size, box, erase and so on.
 
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    A group includes the options below it. A checkpoint fixes group "model" and `fixed` options.
     """
 
     script = "mixlc_acgan"
@@ -291,7 +291,7 @@ class Config(common.EditOptions):
 
 QUICK = {"size": 64, "width": 12, "batch_size": 4, "epochs": 8, "log_every": 12, "lr": 5e-4}
 QUICK |= {"style_features": "random", "style_layers": "relu2_2"}
-SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate, after every epoch
+SCORES = ("l1_inside", "l1_outside", "own_mean_iou")  # of evaluate; own_: by D's classifier
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -412,8 +412,8 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    With noise there is nothing to copy. Iizuka et al. 2017 fill in the mean colour, and give G the
-    mask; here G finds the edit by its noise. On even land cover only noise gives texture.
+    Noise leaves nothing to copy, shows G the place of the edit, and gives even land cover texture.
+    Iizuka et al. (doi:10.1145/3072959.3073659) fill in the mean colour, and give G the mask.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
     rgb = common.filled(edit.rgb_a)
@@ -473,7 +473,7 @@ def train_step(state, batch, cfg):
     """
     edit = Edit(*batch)
     mask = edit_mask(edit.box, edit.inside, cfg.size)
-    judged = grown(mask) if cfg.composite else torch.ones_like(mask)
+    near = grown(mask) if cfg.composite else torch.ones_like(mask)
     rgb = visible(edit, cfg)
     known = ~(edit.rgb_a + edit.rgb_b)[:, :1].isnan()  # both photographs have data
     real = edit.rgb_b.masked_fill(~known, torch.nan)
@@ -484,8 +484,8 @@ def train_step(state, batch, cfg):
         shown = common.holes_of(real, shown)  # D sees the same holes in both
         logits_fake = state.D(shown.detach(), edit.lc_ab)  # the D step must not reach G
         logits_real, classes_real = state.D.both(rgb_b, edit.lc_b)
-    d_real = gan_loss(logits_real, True, judged)
-    d_fake = gan_loss(logits_fake, False, judged)
+    d_real = gan_loss(logits_real, True, near)
+    d_fake = gan_loss(logits_fake, False, near)
     d_class = class_loss(classes_real, edit.lc_b * known, state.class_weights)
     loss_d = 0.5 * (d_real + d_fake) + d_class
     state.opt_D.zero_grad()
@@ -493,13 +493,13 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, rgb.device):  # anew: autocast keeps casts of D's weights
+    with common.autocast(cfg, rgb.device):  # anew: the first one cached casts of D's old weights
         logits_fake, classes_fake = state.D.both(shown, edit.lc_ab)
     losses = {
-        "g_adv": gan_loss(logits_fake, True, judged),
+        "g_adv": gan_loss(logits_fake, True, near),
         "g_pixel": l1_loss(fake, edit.rgb_ab),
         "g_style": style_loss(state.vgg, fake, edit.rgb_ab),
-        "g_class": class_loss(classes_fake, edit.lc_ab * (judged & known), state.class_weights),
+        "g_class": class_loss(classes_fake, edit.lc_ab * (near & known), state.class_weights),
     }
     loss_g = cfg.lambda_adv * losses["g_adv"] + cfg.lambda_l1 * losses["g_pixel"]
     loss_g = loss_g + cfg.lambda_style * losses["g_style"] + cfg.lambda_class * losses["g_class"]
@@ -521,7 +521,7 @@ def train_step(state, batch, cfg):
 @common.command
 def main(argv=None):
     cfg, device, checkpoint = common.begin(Config, __doc__, QUICK, argv)
-    if cfg.using:
+    if cfg.using:  # --evaluate, --generate or --serve
         use(cfg, device, checkpoint)
         return
     if cfg.show_samples:
@@ -588,7 +588,7 @@ def joined(edits):
 def evaluate(state, val, cfg, images, colors=None, judge=None):
     """The Scores of these validation edits: the model's, and those of a copy of rgb_a.
 
-    The edits lie in the middle. All of G's output is measured, not the edit in its photograph.
+    The edits lie in the middle. G's raw output is measured, not pasted into the photograph.
 
     colors  from common.constant_colors: adds a colour everywhere, or for each class
     judge   measures whether the edits show the land cover that was asked for; D's own classifier
@@ -613,8 +613,8 @@ def evaluate(state, val, cfg, images, colors=None, judge=None):
 def add_judged(scores, judge, edit, mask, fake, by):
     """Measures whether a judge sees the land cover that was asked for inside the edits.
 
-    The lowest score to expect is the copy of rgb_a's. Photograph b, whose land cover was asked for,
-    has that of real photographs, which a fake can exceed: classes may be easy to see in it.
+    The lowest score to expect is the copy of rgb_a's. Photograph b gives the score of real
+    photographs. A fake can exceed it: its classes may be easier to recognise.
     """
     judged = {
         "model": (fake, edit.lc_ab),
@@ -646,7 +646,7 @@ def show_samples(cfg, device):
 
 
 def report(state, val, cfg, histograms):
-    """The whole validation split beside baselines: printed, and written to evaluation.json.
+    """All of a split beside baselines: printed, and written to evaluation.json.
 
     One line answers whether the generator copies its input.
     """
@@ -661,13 +661,13 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Edits --generate's photograph by --lc and --paint, --samples times, into --out."""
+    """Writes --samples edits of --generate's photograph into --out, or starts --serve's page."""
 
-    def predict(windows, sample):
+    def predict(windows, variant):
         """Windows (B, C + 2, S, S): photograph, land cover, 1 in the edit -> (B, C, S, S)."""
         fakes = []
         for window in windows.to(device).split(1):
-            common.seed_step(cfg.seed, sample, 0)  # the same noise in every window
+            common.seed_step(cfg.seed, variant, 0)  # the same noise in every window
             rgb, lc, changed = window[:, :-2], window[:, -2], window[:, -1:] > 0
             rgb = common.from_bytes(rgb)
             rgb = torch.where(changed, 0.5 * torch.randn_like(rgb), rgb) if cfg.erase else rgb

@@ -4,8 +4,8 @@ A generator G learns from pairs (x, y) to turn x into y. A discriminator D gets 
 or with G(x) and learns to tell which of the two it got, patch by patch; G learns to fool it. An L1
 loss keeps G(x) near y, and D adds the texture that L1 alone would blur.
 
-    python pix2pix.py --data maps/                              map -> satellite, 200 epochs
-    python pix2pix.py --data maps/ --direction AtoB             satellite -> map
+    python pix2pix.py --data maps/                              map (B) -> satellite (A), 200 epochs
+    python pix2pix.py --data maps/ --direction AtoB             satellite (A) -> map (B)
     python pix2pix.py --data AerialImageDataset/ --patch 1000 --generator resnet --norm instance
     python pix2pix.py --quick                                   no data, a minute: a demo world
     python pix2pix.py --evaluate --checkpoint runs/pix2pix/checkpoints/last.pt
@@ -16,7 +16,7 @@ Networks, arXiv:1611.07004.
 
 Differences from the paper:
 - The U-Net goes down to 1x1 at every --size, and has no norm there (the paper's errata, 6.3).
-- Above batch size 1, pictures are made with running statistics and without dropout (--eval-norm).
+- Above batch size 1, BatchNorm generates with running statistics, without dropout (--eval-norm).
 - Dropout is one block further from the bottleneck, and the learning rate falls linearly in the
   second half, as in the authors' PyTorch code.
 - --generator resnet (no skips over its bottleneck), --norm instance (in G and D), --gan lsgan and
@@ -42,10 +42,10 @@ def norm_layer(norm, channels):
 
 
 def doubling(transposed, upsample):
-    """A layer that doubles height and width: this transposed convolution, or one that resizes.
+    """Doubles height and width: `transposed` itself, or nearest neighbours and a 3x3 convolution.
 
-    Nearest neighbours and a 3x3 convolution leave no checkerboard: Odena, Dumoulin, Olah 2016,
-    Deconvolution and Checkerboard Artifacts (doi:10.23915/distill.00003).
+    The second leaves no checkerboard: Odena, Dumoulin, Olah 2016, Deconvolution and Checkerboard
+    Artifacts (doi:10.23915/distill.00003).
     """
     if upsample == "transposed":
         return transposed
@@ -57,13 +57,13 @@ def doubling(transposed, upsample):
 class UNetGenerator(nn.Module):
     """Encoder and decoder with skips (paper, section 3.2.1): (B, C, S, S) -> (B, C', S, S).
 
-    S = 2^n: n down blocks to a 1x1 bottleneck and n up blocks, in the order of published weights.
+    S = 2^n: n down blocks to a 1x1 bottleneck, then n up blocks. Shapes below: --width 64.
     """
 
     def __init__(self, channels_in, channels_out, size, width, norm, dropout, upsample):
         super().__init__()
         depth = size.bit_length() - 1
-        bias = norm == "instance"  # as published, though InstanceNorm takes it away again
+        bias = norm == "instance"  # as published, though InstanceNorm cancels it
         widths = [width * min(2**level, 8) for level in range(depth)]  # 64 128 256 512 512 ...
         first = nn.Conv2d(channels_in, width, 4, 2, 1, bias=bias)
         self.downs = nn.ModuleList([nn.Sequential(first)])
@@ -142,12 +142,12 @@ class ResNetGenerator(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (paper, section 3.2.2): input and image, (B, C, S, S) -> logits (B, 1, P, P).
 
-    patch_gan is the receptive field of a logit in pixels; 1: all convolutions are 1x1.
+    patch_gan: side of a logit's receptive field; at 70 P = S/8 - 2; at 1 all kernels are 1x1.
     """
 
     def __init__(self, channels_in, width, norm, patch_gan):
         super().__init__()
-        bias = norm == "instance"  # as published, though InstanceNorm takes it away again
+        bias = norm == "instance"  # as published, though InstanceNorm cancels it
         kernel, stride, pad = (1, 1, 0) if patch_gan == 1 else (4, 2, 1)
         inner = {1: 1, 16: 1, 70: 3, 286: 5}[patch_gan]  # layers with a norm; the last: stride 1
         layers = [nn.Conv2d(channels_in, width, kernel, stride, pad), nn.LeakyReLU(0.2)]
@@ -196,17 +196,17 @@ def gan_loss(logits, is_real, gan):
 
 
 def l1_loss(fake, target):
-    """Mean absolute difference, equation 3 of Isola et al. 2017, where there is data: a scalar."""
+    """Mean absolute difference where target is not NaN, Isola et al. 2017, equation 3: a scalar."""
     known = ~target.isnan()
     difference = common.full_precision(fake) - common.full_precision(target)
     return torch.where(known, difference, 0.0).abs().sum() / known.sum().clamp_min(1)
 
 
 def vgg_loss(vgg, fake, target):
-    """Mean squared difference of relu3_3 (scaled: VGG16Features), arXiv:1603.08155, eq. 2."""
-    fake, target = common.filled_alike(fake, target)
+    """Mean squared difference of VGG16's relu3_3, scaled; arXiv:1603.08155, eq. 2: a scalar."""
+    fake, target = common.filled_alike(fake, target)  # equal where target has no data
     with torch.autocast(fake.device.type, enabled=False):
-        (features_fake,) = vgg(common.full_precision(fake))
+        (features_fake,) = vgg(common.full_precision(fake))  # of one layer: (B, 256, S/4, S/4)
         (features_target,) = vgg(common.full_precision(target))
     return F.mse_loss(features_fake, features_target)
 
@@ -218,7 +218,7 @@ def vgg_loss(vgg, fake, target):
 class Config(common.Options):
     """The model's own options; common.Options has data, size, width and so on.
 
-    An option is in the group named last. A checkpoint decides on group "model" and `fixed` ones.
+    A group includes the options below it. A checkpoint fixes group "model" and `fixed` options.
     """
 
     script = "pix2pix"
@@ -335,7 +335,7 @@ class Pairs:
 
 
 def jitter(images, crops, size):
-    """B images (C, S, S) and for each (top, left, flip, upside_down) -> (B, C, size, size)."""
+    """Images (C, side, side), each with (top, left, flip, upside_down) -> (B, C, size, size)."""
     jittered = []
     for image, (top, left, flip, upside_down) in zip(images, crops, strict=True):
         image = image[:, top : top + size, left : left + size]
@@ -363,7 +363,7 @@ class State:
 
 def build(cfg, device, training=True):
     """Networks and optimisers on the device; without `training` the generator alone."""
-    channels = [cfg.channels(domain) for domain in cfg.domains]  # in, out
+    channels = [cfg.channels(domain) for domain in cfg.domains]  # in, out: "AB" or "BA"
     if cfg.generator == "unet":
         G = UNetGenerator(*channels, cfg.size, cfg.width, cfg.norm, cfg.dropout, cfg.upsample)
     else:
@@ -395,11 +395,11 @@ def train_step(state, batch, cfg):
           GAN(D(x, G(x)), 1) + lambda_vgg * VGG(G(x), y)
     """
     x, y = batch
-    x, real = common.filled(x), common.filled(y)
+    x, real = common.filled(x), common.filled(y)  # each image's mean colour in place of NaN
     with common.autocast(cfg, x.device):
-        fake = common.holes_of(y, state.G(x))
-        logits_fake = state.D(x, fake.detach())  # the D step must not reach G
-        logits_real = state.D(x, real)  # apart: BatchNorm treats each by itself
+        fake = common.holes_of(y, state.G(x))  # (B, C', S, S); D sees the same holes in both
+        logits_fake = state.D(x, fake.detach())  # (B, 1, P, P); the D step must not reach G
+        logits_real = state.D(x, real)  # not in one batch: BatchNorm would mix them
     d_real = gan_loss(logits_real, True, cfg.gan)
     d_fake = gan_loss(logits_fake, False, cfg.gan)
     loss_d = cfg.d_weight * (d_real + d_fake)
@@ -408,7 +408,7 @@ def train_step(state, batch, cfg):
     common.average_gradients(state.D)
     state.opt_D.step()
 
-    with common.autocast(cfg, x.device):  # anew: autocast keeps casts of D's weights
+    with common.autocast(cfg, x.device):  # anew: the first one cached casts of D's old weights
         logits_fake = state.D(x, fake)
     g_adv = gan_loss(logits_fake, True, cfg.gan)
     g_l1 = l1_loss(fake, y)
@@ -440,8 +440,8 @@ def follow_plateau(state, loss, patience=20, floor=0.01):
     """--schedule plateau: halves the rate when the content loss, the mean of an epoch, stalls.
 
     It stalls if it has not fallen by 0.1 % for `patience` epochs. The rate is at least `floor`
-    times --lr. Other losses would lower it too early: adversarial losses need not fall as pictures
-    improve, and the validation error is best long before they are.
+    times --lr. Other measures stall too early: adversarial losses need not fall as pictures
+    improve, and the validation error has its minimum long before the best pictures.
     """
     state.stalled_epochs += 1
     if loss < 0.999 * state.best_loss:
@@ -456,7 +456,7 @@ def follow_plateau(state, loss, patience=20, floor=0.01):
 @common.command
 def main(argv=None):
     cfg, device, checkpoint = common.begin(Config, __doc__, QUICK, argv)
-    if cfg.using:
+    if cfg.using:  # --evaluate, --generate or --serve
         use(cfg, device, checkpoint)
         return
     state = build(cfg, device)
@@ -569,7 +569,7 @@ def nearest_class(images, classes):
 
 
 def report(state, val, cfg, histograms):
-    """The whole validation split beside baselines: printed, and written to evaluation.json."""
+    """All of a split beside baselines: printed, and written to evaluation.json."""
     histogram = histograms[cfg.domains[1]]
     by_class = histograms.get("A of classes") if cfg.direction == "BtoA" else None
     classes = cfg.classes if cfg.direction == "AtoB" else None
@@ -581,14 +581,14 @@ def report(state, val, cfg, histograms):
 
 
 def generate(state, cfg, device):
-    """Translates --generate's pictures, or label maps, into --out, at the scale of training.
+    """Translates --generate's pictures, or label maps, into --out, or starts --serve's page.
 
-    Dropout, the paper's noise, would make windows differ: it is on if there is one window only.
+    Dropout, the paper's noise, would make windows differ, so it is off if there are several.
     """
     classes = cfg.classes if cfg.direction == "BtoA" else None
 
     def predict(windows, whole):
-        """Windows (B, C, S, S) of the input -> (B, C', S, S) in [-1, 1]."""
+        """Windows (B, C, S, S) -> (B, C', S, S) in [-1, 1]; whole: the image is one window."""
         windows = windows.to(device)
         x = common.draw(windows[:, 0], classes) if classes else common.from_bytes(windows)
         return translate(state, x, cfg, noise=whole)

@@ -76,19 +76,19 @@ class TranslationCanvas(Windows):
     def __init__(self, cfg, predict, net, show, raster, photo=None):
         self.seed, self.show, self.photo = cfg.seed, show, photo
         self.pixels, self.start = raster.now, raster.start
-        self.kept = collections.defaultdict(dict)  # sample: {corner: (C, height, width) float32}
+        self.kept = collections.defaultdict(dict)  # variant: {corner: (C, height, width) float32}
         window, size = window_of(cfg, raster), (raster.height, raster.width)
         cut = functools.partial(network_input, raster, cfg.size)
         predict = functools.partial(predict, whole=not window)
         super().__init__(cut, predict, size, window, shared_statistics(cfg, net))
 
-    def generated(self, box, sample):
+    def generated(self, box, variant):
         """Generates the windows that overlap a box, at first all: (the box around them, pixels)."""
-        self.sample = sample
-        kept = self.kept[sample]
+        self.variant = variant
+        kept = self.kept[variant]
         if not kept:
             box = 0, 0, *self.size
-        torch.manual_seed(self.seed + sample - 1)
+        torch.manual_seed(self.seed + variant - 1)
         corners = [(top, left) for top, _ in self.rows for left, _ in self.columns]
         touched = [corner for corner in corners if overlap((*corner, *self.sides), box)]
         for corner in touched:
@@ -101,7 +101,7 @@ class TranslationCanvas(Windows):
 
     def predicted(self, corners):
         """The windows at these corners; those without a change are kept from before."""
-        kept = self.kept[self.sample]
+        kept = self.kept[self.variant]
         new = [corner for corner in corners if corner not in kept]
         if new:
             kept |= zip(new, super().predicted(new), strict=True)
@@ -118,18 +118,18 @@ class EditCanvas:
         self.predict, self.net, self.photo = predict, net, photo
         self.pixels, self.start = labels.now, labels.start
         self.edit = PhotoEdit(cfg, photo, labels, MemoryRaster(self.start, cfg.classes))
-        self.kept = collections.defaultdict(dict)  # sample: {(region, land cover): its parts}
+        self.kept = collections.defaultdict(dict)  # variant: {(region, land cover): its parts}
 
-    def generated(self, box, sample):
+    def generated(self, box, variant):
         """Generates new regions. Returns the box around all that differs, and its pixels."""
-        kept, found = self.kept[sample], {}
-        predict = functools.partial(self.predict, sample=sample)
+        kept, found = self.kept[variant], {}
+        predict = functools.partial(self.predict, variant=variant)
         for region in self.edit.regions():
             key = region, self.edit.after(*region).tobytes()
             found[key] = kept.get(key) or list(self.edit.generated(region, predict, self.net))
         for region, _ in kept.keys() ^ found.keys():  # new, erased, or part of another region now
             box = hull(box, region)
-        self.kept[sample] = found
+        self.kept[variant] = found
         picture = self.photo.values(*box)
         for pixels, y, x in itertools.chain(*found.values()):
             paste(picture, pixels, y - box[0], x - box[1])

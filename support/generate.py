@@ -179,7 +179,7 @@ def edit_file(cfg, predict, net=None):
     Only windows around changes are generated, and blended into the photograph (see PhotoEdit).
     With several --samples the sheet also shows their standard deviation, white at 32 levels.
 
-    predict(windows (B, C + 2, S, S), sample)  -> (B, C, S, S) in [-1, 1]; a window is the
+    predict(windows (B, C + 2, S, S), variant) -> (B, C, S, S) in [-1, 1]; a window is the
            photograph, uint8 or int16 levels, the land cover to be, and 1 where it changes
     net    the network, if it normalises by an image's own statistics
     """
@@ -203,7 +203,7 @@ def edit_file(cfg, predict, net=None):
     results = {}
     for k, name in enumerate(names, 1):
         if name in new:
-            _write_edit(out / name, edit, regions, functools.partial(predict, sample=k), net)
+            _write_edit(out / name, edit, regions, functools.partial(predict, variant=k), net)
         results[f"after {k}" if cfg.samples > 1 else "after"] = out / name
     if sheet in new:
         pictures = _pictures(edit, regions, results)

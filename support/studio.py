@@ -202,8 +202,8 @@ class Studio:
         top, left, height, width = box
         canvas.pixels[top : top + height, left : left + width] = pixels
         begin, pictures = time.perf_counter(), []
-        for sample in range(1, samples + 1):
-            (y, x, *_), picture = canvas.generated(box, sample)
+        for variant in range(1, samples + 1):
+            (y, x, *_), picture = canvas.generated(box, variant)
             pictures.append({"x": x, "y": y, "png": png(picture)})
         return {"pictures": pictures, "seconds": time.perf_counter() - begin}
 

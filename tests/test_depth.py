@@ -330,7 +330,9 @@ def test_an_edit_of_a_deep_photograph(tmp_path, monkeypatch, capsys):
 
     def edit(path, **more):
         cfg = tiny("mixlc", window=64, generate=(str(path),), **options, **more)[1]
-        common.edit_file(cfg, lambda windows, sample: torch.rand(len(windows), 6, 64, 64) * 3 - 1.5)
+        common.edit_file(
+            cfg, lambda windows, variant: torch.rand(len(windows), 6, 64, 64) * 3 - 1.5
+        )
 
     for path in (photo, dark):
         edit(path)

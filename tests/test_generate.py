@@ -63,9 +63,9 @@ class Painter:
     def __init__(self):
         self.windows = []
 
-    def __call__(self, windows, sample=1, whole=False):
+    def __call__(self, windows, variant=1, whole=False):
         self.windows += list(windows)
-        return torch.full((len(windows), 3, *windows.shape[2:]), 0.1 * sample)
+        return torch.full((len(windows), 3, *windows.shape[2:]), 0.1 * variant)
 
 
 # ------------------------------------------------------------------------------------------ windows
@@ -210,7 +210,7 @@ def test_holes_have_the_mean_colour_of_the_window(tmp_path):
 def use_net(kind, cfg, net):
     """Translates a picture, or edits a photograph, with a network of its colours alone."""
     if kind == "edit":
-        common.edit_file(cfg, lambda x, sample: net(x[:, :3].float()) / 9, net)
+        common.edit_file(cfg, lambda x, variant: net(x[:, :3].float()) / 9, net)
     else:
         common.translate_files(cfg, lambda x, whole: net(x.float()) / 9, net)
 
@@ -797,8 +797,8 @@ def test_the_noise_of_a_sample_is_one_for_all_windows(monkeypatch):
     monkeypatch.setattr(common, "edit_file", lambda cfg, paint, net: seen.append(paint))
     module.generate(state, cfg, CPU)
     window = torch.randint(0, 3, (1, 5, 64, 64), dtype=torch.uint8)
-    both = seen[0](torch.cat([window, window]), sample=1)
-    assert same(both[0], both[1]) and not same(seen[0](window, sample=2)[0], both[0])
+    both = seen[0](torch.cat([window, window]), variant=1)
+    assert same(both[0], both[1]) and not same(seen[0](window, variant=2)[0], both[0])
 
 
 def test_using_keeps_the_cache_of_training_and_may_normalise_otherwise(trained, tmp_path):

@@ -133,7 +133,7 @@ def test_an_edit_is_blanked_in_a_users_photograph_with_erase(script, erase, monk
     photographs, lc, changed = common.from_bytes(windows[:, :3]), windows[:, 3], windows[:, 4:]
     for sample in (1, 2):
         calls.clear()
-        edited[0][1](windows, sample=sample)
+        edited[0][1](windows, variant=sample)
         shown, asked = (torch.cat(x) for x in zip(*(pair for _, pair, _ in calls), strict=True))
         common.seed_step(0, sample, 0)
         blank = 0.5 * torch.randn(1, 3, 64, 64)

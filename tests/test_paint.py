@@ -63,9 +63,9 @@ class Painter(torch.nn.Module):
         self.norm = torch.nn.InstanceNorm2d(3) if own_statistics else torch.nn.Identity()
         self.windows, self.samples = 0, []
 
-    def forward(self, windows, whole=False, sample=1):
+    def forward(self, windows, whole=False, variant=1):
         self.windows += len(windows)
-        self.samples.append(sample)
+        self.samples.append(variant)
         if windows.shape[1] == 5:  # of an edit
             windows = windows[:, 3:4]
         x = common.draw(windows[:, 0], CLASSES) if windows.shape[1] == 1 else windows / 127.5 - 1
@@ -127,9 +127,9 @@ def test_samples_of_a_canvas_are_those_of_seeds(tmp_path):
     """A canvas of one window, where a model may have noise."""
     cfg, pixels = configured("pix2pix", tmp_path, window=64), random_labels(64, 64)
     canvas = translating(cfg, Painter(), pixels)
-    for sample in (1, 2):
-        want = generated(tmp_path, dataclasses.replace(cfg, seed=cfg.seed + sample - 1), pixels)
-        assert np.array_equal(canvas.generated((0, 0, 64, 64), sample)[1], want)
+    for variant in (1, 2):
+        want = generated(tmp_path, dataclasses.replace(cfg, seed=cfg.seed + variant - 1), pixels)
+        assert np.array_equal(canvas.generated((0, 0, 64, 64), variant)[1], want)
 
 
 def test_windows_of_a_canvas_share_their_statistics(tmp_path):
