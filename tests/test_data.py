@@ -888,6 +888,15 @@ def test_a_full_disk_is_one_line(tmp_path, pairs, monkeypatch, capsys):
     assert store_files(tmp_path) == []
 
 
+@pytest.mark.parametrize("free, resident", [(2, False), (3, True)])
+def test_images_lie_in_a_gpu_that_has_room(free, resident, monkeypatch):
+    """If they take less than 40 % of its free memory."""
+    records = np.zeros((5, 3, 8, 8), np.uint8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * records.nbytes, 0))
+    moved = calls_of(monkeypatch, torch.Tensor, "to", lambda tensor, device: tensor)
+    assert common.Loader(records, torch.device("cuda")).resident == resident == bool(moved)
+
+
 def test_loading_and_prefetching_yield_the_rows_asked_for(pairs, tmp_path, monkeypatch):
     """The background thread, with pinning (which needs a GPU) left out, and its end."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

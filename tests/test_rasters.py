@@ -666,6 +666,7 @@ def test_systems_without_codes_are_compared(tmp_path):
         (np.ones((8, 8, 5), np.uint8), CLASSES, "has 5 bands: .*--bidx 1"),
         (np.ones((8, 8, 2), np.uint8), CLASSES, "has 2 bands"),
         (np.ones((8, 8)), None, "an array can only be a label map"),
+        (np.ones((8, 8, 3), np.uint8), None, "has uint8 values; the training images: "),
     ],
 )
 def test_files_that_are_no_pictures_or_label_maps_are_refused(tmp_path, pixels, table, text):
