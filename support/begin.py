@@ -184,7 +184,7 @@ def _script_of(folder):
     """The script whose run folder this is; "" of another folder."""
     about = folder / "config.json"
     text = about.read_text(errors="replace") if about.is_file() else ""
-    script = re.search(r'"script": "([^"]+)"', text)
+    script = re.search(r'"script": "([\w-]+)"', text)
     return script[1] if script else ""
 
 
@@ -232,8 +232,10 @@ def _use(cfg, given):
     window = checkpoint.get("window_B") if new.domains == "BA" else None
     changes = {"device": cfg.device, "out": str(out)}
     changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
-    if cfg.evaluate and not (new.judge or new.train_judge) and (run / "judge.pt").is_file():
-        changes["judge"] = str(run / "judge.pt")
+    judge, others = run / "judge.pt", (Path(out) / "judge.pt").is_file()
+    wanted = new.classes and not (new.judge or new.train_judge or others)
+    if cfg.evaluate and run == folder and wanted and judge.is_file():
+        changes["judge"] = str(judge)
     if not cfg.out:  # the cache of training, also for results in generated/
         changes["cache"] = str(cache_folder(dataclasses.replace(new, out=str(run))))
     return dataclasses.replace(new, **changes), checkpoint

@@ -12,8 +12,6 @@ from support.files import ARRAY_SUFFIXES
 from support.labels import Reading, looked_at
 from support.opening import READABLE
 
-NOT_ALPHA = "rio edit-info x.tif --colorinterp red,green,blue,undefined"
-
 
 class Raster:
     """A picture on disk, or with a ClassTable a label map, that is read by windows.
@@ -126,7 +124,7 @@ class Raster:
         if wrong:
             about = f"its bands are {there}"
             if self.tiff and wrong[0] <= self.tiff.count:
-                about = f"it is marked as alpha: {NOT_ALPHA} corrects this"
+                about = f"it is marked as alpha: {self._not_alpha()} corrects this"
             asked = f"band {wrong[0]} is asked for (--bands-A, --bands-B, or as in training)"
             raise UserError(f"{self.path}: {asked}, but {about}")
         if 0 < len(self.bands) < min(3, self.count) and not self.limits:
@@ -222,18 +220,19 @@ class Raster:
         """Chooses the bands of the TIFF to read; prints once if others are left out."""
         names = [color.name for color in self.tiff.colorinterp]
         there = [k for k, name in enumerate(names, 1) if name != "alpha"] or [1]
-        all_valid = opening.gdal().enums.MaskFlags.all_valid
-        self._has_mask = not all(all_valid in kinds for kinds in self.tiff.mask_flag_enums)
+        flags, masks = opening.gdal().enums.MaskFlags, self.tiff.mask_flag_enums
+        self._has_mask = not all(flags.all_valid in kinds for kinds in masks)
         # GDAL counts alpha as the second band or the fourth only, and other masks instead of it
         self._alphas = [] if self._has_mask else [k for k in self.tiff.indexes if k not in there]
-        if "alpha" in names and not self.table:
-            print_once(f"where a band marked as alpha is 0, there is no data (else: {NOT_ALPHA})")
+        if (self._alphas or any(flags.alpha in kinds for kinds in masks)) and not self.table:
+            about = "where a band marked as alpha is 0, there is no data"
+            print_once(f"{about} (else: {self._not_alpha()})")
         self._count_bands([1, 2, 3] if self.palette is not None else there)
         named = {"red", "green", "blue"} <= set(names)
         colours = self.dtype == "uint8" and (named or len(there) == 3)
         if self.table and len(there) > 1 and not colours:
             what = "a label map has one band of codes, or three of 8-bit colours"
-            remedy = "rio stack x.tif --bidx 1 -o y.tif (or --bidx 1,2,3) writes them"
+            remedy = "rio stack x.tif --bidx 1 -o y.tif (or gdal_translate -b 1) writes one"
             raise UserError(f"{self.path}: has {len(there)} bands: {what}: {remedy}")
         self.chosen = there[:3] if len(there) >= 3 else there[:1]
         if named:
@@ -243,6 +242,11 @@ class Raster:
         elif len(there) > len(self.chosen) and not self.table:
             about = f"these are read: {self.chosen} (--bands-A, --bands-B)"
             print_once(f"images have {len(there)} bands; {about}")
+
+    def _not_alpha(self):
+        """The command that makes alpha a band like the others."""
+        names = [color.name.replace("alpha", "undefined") for color in self.tiff.colorinterp]
+        return f"rio edit-info x.tif --colorinterp {','.join(names)}"
 
     def _cut(self, window):
         bands = [self.tiff.read(band, window=window) for band in self.chosen]  # of several types

@@ -1,6 +1,7 @@
 """Features of VGG16 for content and style losses."""
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,6 +95,8 @@ def gram(features):
 
 def _imagenet(path):
     """VGG16's state dict, trained on ImageNet: from a file, or by torch.hub, which checks it."""
+    if path and not Path(path).is_file():
+        raise UserError(f"--vgg16 {path}: no such file: pass its new path")
     if path:
         return load_weights(path)
     url = "https://download.pytorch.org/models/vgg16-397923af.pth"

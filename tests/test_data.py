@@ -313,6 +313,12 @@ PALETTES = {
     "a palette of one red": (REDS, reds(160, codes=[1] * 4), [3] * 4),
     "too many reds": (VALUED_REDS[:3], reds(40, 80, 120, 160), [0, 1, 2, 255]),
     "too many reds, one is another": (VALUED_REDS[:3], reds(40, 77, 120, 160), "[4] are not in"),
+    "a stray shifts the reds": (VALUED_REDS[:3], reds(40, 77, 80, 120), [0, 255, 1, 2]),
+    "a stray beside an ignored red": (
+        VALUED_REDS[:2] + [VALUED_REDS[2] | {"ignore": True}],
+        reds(40, 80, 119, 77),
+        [0, 1, 255, 255],
+    ),
     "reds and codes in another order": (VALUED_REDS[:3], reds(80, 40, 77, 120), [1, 0, 255, 2]),
     "half of the reds": (FAR_REDS, reds(160, 120, 9, 7), "are not in"),
     "other values": (FAR_REDS, reds(160, 120, 80, 40), [3, 2, 1, 0]),

@@ -48,6 +48,8 @@ def test_refusals(tmp_path, monkeypatch):
     vgg_file(file, last=2)
     (features,) = VGG16Features(["relu1_2"], "vgg16", file)(pictures())
     assert features.shape == (2, 64, 64, 64)
+    with refused("--vgg16 .*/moved.pth: no such file: pass its new path"):
+        VGG16Features(["relu1_1"], "vgg16", f"{tmp_path}/moved.pth")
     with refused("no features.5.weight"):
         VGG16Features(["relu3_3"], "vgg16", file)
     for layers in (["relu9_1"], ["relu1_2", "pool1"], []):

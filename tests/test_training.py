@@ -345,6 +345,14 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
     assert about["checkpoint"].endswith("checkpoints/last.pt")
     kept = json.loads((trained(script) / "evaluation.json").read_text())
     assert about["judge"] == kept["judge"]  # the run's own, though the results lie elsewhere
+    if kept["judge"]:
+        other = torch.load(trained(script) / "judge.pt")
+        next(iter(other["state"]["judge"].values())).add_(1)
+        (tmp_path / "new").mkdir()
+        torch.save(other, tmp_path / "new" / "judge.pt")
+        main(use(trained(script), "--evaluate", f"--out {tmp_path}/new"))
+        about = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+        assert about["judge"] not in ("", kept["judge"])  # the one that lies there
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
