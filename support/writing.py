@@ -130,6 +130,13 @@ def _describe(target, source, bands):
         setattr(target, about, (values * bands)[:bands])  # grey is read thrice
 
 
+def _name_classes(target, classes):
+    """Gives a TIFF of land cover the names and the colours of its values."""
+    for name, value in zip(classes.names, classes.codes, strict=False):
+        target.update_tags(1, **{f"class_{value}": name})
+    target.write_colormap(1, dict(enumerate(classes.code_palette)))
+
+
 @contextlib.contextmanager
 def _writing_tiff(path, source, classes, bands, limits, edited):
     profile = _profile(source, classes, bands, limits)
@@ -166,9 +173,7 @@ def _writing_tiff(path, source, classes, bands, limits, edited):
                 if edited:
                     _describe(target, source, bands)
                 if classes:
-                    for name, value in zip(classes.names, classes.codes, strict=False):
-                        target.update_tags(1, **{f"class_{value}": name})
-                    target.write_colormap(1, dict(enumerate(classes.code_palette)))
+                    _name_classes(target, classes)
                 yield put
                 if max(target.shape) > 4096:  # with overviews a GIS opens it at once
                     how = gdal().enums.Resampling["nearest" if classes else "average"]
