@@ -115,10 +115,9 @@ class Reading:
             about = "though its palette has the colours of other classes"
             print_once(f"a label map is read by its values, {about}")
             return False
-        named = any(colours[k] in known for k in own)
         lost = [k for k in own if own[k] != IGNORED and colours[k] not in known]
         others = {colours[k] for k in used if k not in own} - {BLACK}  # of codes that are no values
-        if table.valued and agree and named and lost and not others & known.keys():
+        if table.valued and agree and lost and not others & known.keys():
             return False  # a class with another colour would vanish; from_codes names what is amiss
         there = {colours[code] for code in used}
         if 2 * len(known.keys() & there) > len(there):

@@ -313,6 +313,8 @@ PALETTES = {
     "a palette of one red": (REDS, reds(160, codes=[1] * 4), [3] * 4),
     "too many reds": (VALUED_REDS[:3], reds(40, 80, 120, 160), [0, 1, 2, 255]),
     "too many reds, one is another": (VALUED_REDS[:3], reds(40, 77, 120, 160), "[4] are not in"),
+    "a stray before the last red": (VALUED_REDS[:3], reds(40, 80, 77, 120), [0, 1, 255, 2]),
+    "reds in another order, and strays": (VALUED_REDS[:3], reds(80, 77, 120, 7), [1, 255, 2, 255]),
     "a stray shifts the reds": (VALUED_REDS[:3], reds(40, 77, 80, 120), [0, 255, 1, 2]),
     "a stray beside an ignored red": (
         VALUED_REDS[:2] + [VALUED_REDS[2] | {"ignore": True}],

@@ -202,6 +202,12 @@ def test_generating_uses_the_statistics_of_eval_norm(norm, own):
     assert layer.training and layer.track_running_stats
 
 
+def test_uneven_padding_stays_uneven():
+    uneven = torch.nn.Sequential(torch.nn.ReflectionPad2d((1, 2, 3, 4)))
+    stay_channels_last(uneven)
+    assert uneven(pictures()).shape[2:] == (64 + 7, 64 + 3)
+
+
 @pytest.mark.parametrize("case", ["cyclegan", "pix2pix"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_layers_that_stay_channels_last_are_right(case, count, monkeypatch):

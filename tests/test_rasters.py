@@ -656,6 +656,14 @@ def test_large_results_are_big_tiffs_and_four_bands_have_no_alpha(tmp_path):
         assert _profile(raster, None, 4, None)["photometric"] == "MINISBLACK"
 
 
+def test_bands_that_are_left_out_are_reported(tmp_path, capsys):
+    save(tmp_path / "x.png", noise(8, 8))
+    for bands, said in (((2,), "[2]"), ((1, 2), "[1, 2]"), ((3, 2, 1), "")):
+        Raster(tmp_path / "x.png", bands=bands)
+        err = capsys.readouterr().err
+        assert err == (f"images have 3 bands; these are read: {said}\n" if said else "")
+
+
 def test_systems_without_codes_are_compared(tmp_path):
     for name, longitude in (("a.tif", 11), ("b.tif", 47)):
         crs = f"+proj=laea +lat_0=10 +lon_0={longitude} +units=m"

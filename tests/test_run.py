@@ -468,6 +468,12 @@ def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch,
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == ["2", "3"]
 
 
+def test_a_run_folder_names_its_script(tmp_path):
+    for text, script in (('{"script": "pix2pix-ema"}', "pix2pix-ema"), ("{}", ""), ("", "")):
+        (tmp_path / "config.json").write_text(text)
+        assert support.begin._script_of(tmp_path) == script
+
+
 def test_a_checkpoint_keeps_all_of_a_state_or_none():
     """Also of a changed script, whose resumed run would otherwise lack a part silently."""
     part = torch.nn.Parameter(torch.ones(1))
@@ -556,6 +562,7 @@ def test_moments_are_laid_out_like_their_parameters():
     for optimizer in ("opt_G", "opt_D"):
         for entry in saved["state"][optimizer]["state"].values():
             entry |= {key: entry[key].contiguous() for key in ("exp_avg", "exp_avg_sq")}
+            entry["count"] = 7  # of another optimiser: a plain number
     common.restore(plain, saved, "x.pt")
     strides = [
         [moments["exp_avg"].stride() for moments in s.opt_G.state.values()]
@@ -629,6 +636,10 @@ def test_of_several_processes_one_prints_and_writes(tmp_path, monkeypatch, capsy
     assert text == f"error: data: no entry: {remedy}"
     text = line_of(ending(OSError(errno.ELOOP, "a loop", "x.png")), None, capsys)
     assert text == "error: x.png: a loop: replace or remove it"
+    for stop, code in ((KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)):
+        with pytest.raises(SystemExit) as stopped:
+            ending(stop)()
+        assert stopped.value.code == code and capsys.readouterr().err == "stopped\n"
     text = line_of(ending(RuntimeError("Connection closed by peer")), None, capsys)
     assert "another process of this run has ended" in text
 

@@ -353,6 +353,13 @@ def test_evaluation_repeats_with_the_kept_judge(script, trained, data, tmp_path,
         main(use(trained(script), "--evaluate", f"--out {tmp_path}/new"))
         about = json.loads((tmp_path / "new" / "evaluation.json").read_text())
         assert about["judge"] not in ("", kept["judge"])  # the one that lies there
+        shutil.copytree(tmp_path / "new", tmp_path / "runs" / "x")
+        shutil.copy(trained(script) / "checkpoints" / "last.pt", tmp_path / "x.pt")
+        monkeypatch.chdir(tmp_path)
+        main(["--evaluate", "--checkpoint", "x.pt", "--out", "other", "--device", "cpu"])
+        assert (
+            json.loads((tmp_path / "other" / "evaluation.json").read_text())["judge"] == ""
+        )  # not runs/x
 
 
 @pytest.mark.parametrize("script", ["mixlc", "mixlc_acgan"])
