@@ -315,6 +315,7 @@ PALETTES = {
     "too many reds, one is another": (VALUED_REDS[:3], reds(40, 77, 120, 160), "[4] are not in"),
     "a stray before the last red": (VALUED_REDS[:3], reds(40, 80, 77, 120), [0, 1, 255, 2]),
     "reds in another order, and strays": (VALUED_REDS[:3], reds(80, 77, 120, 7), [1, 255, 2, 255]),
+    "strays, and no values": (REDS[:3], reds(80, 77, 160, 7, 40, 120), [1, 255, 255, 255]),
     "a stray shifts the reds": (VALUED_REDS[:3], reds(40, 77, 80, 120), [0, 255, 1, 2]),
     "a stray beside an ignored red": (
         VALUED_REDS[:2] + [VALUED_REDS[2] | {"ignore": True}],
