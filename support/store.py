@@ -46,6 +46,8 @@ def cache_folder(cfg):
 
 def source(cfg):
     """The directory of the images: --data, or a demo world."""
+    if not cfg.data:
+        print_once("no --data: the images are invented landscapes, the demo world")
     return cfg.data or demo_world(cache_folder(cfg), cfg.demo)
 
 

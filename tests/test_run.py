@@ -810,12 +810,13 @@ def test_quick_changes_defaults_but_not_what_is_typed():
 
 
 @pytest.mark.slow
-def test_training_on_the_demo_world_lowers_l1(tmp_path):
+def test_training_on_the_demo_world_lowers_l1(tmp_path, capsys):
     """Without data: the demo world; L1 falls well below its start and the constant colours'."""
     demo_world(tmp_path / "cache", "maps", train=48, val=2, side=96)
     out = tmp_path / "run"
     shape = "--size 64 --width 12 --batch-size 4 --epochs 8 --log-every 4 --eval-norm running"
     main(f"{shape} --out {out}".split())
+    assert "no --data: the images are invented landscapes" in capsys.readouterr().err
     losses = [float(row["g_l1"]) for row in metrics_of(out)]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:2])
     assert rows_of(out)["model"]["rmse"] < rows_of(out)["median training colour"]["rmse"]
