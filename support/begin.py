@@ -232,9 +232,9 @@ def _use(cfg, given):
     window = checkpoint.get("window_B") if new.domains == "BA" else None
     changes = {"device": cfg.device, "out": str(out)}
     changes["window"] = cfg.window or window or checkpoint.get("window", new.patch)
-    judge, others = run / "judge.pt", (Path(out) / "judge.pt").is_file()
-    wanted = new.classes and not (new.judge or new.train_judge or others)
-    if cfg.evaluate and run == folder and wanted and judge.is_file():
+    judge, there = run / "judge.pt", Path(out) / "judge.pt"
+    unset = not (new.judge or new.train_judge or there.is_file())
+    if cfg.evaluate and new.classes and unset and run == folder and judge.is_file():
         changes["judge"] = str(judge)
     if not cfg.out:  # the cache of training, also for results in generated/
         changes["cache"] = str(cache_folder(dataclasses.replace(new, out=str(run))))

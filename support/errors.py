@@ -89,10 +89,14 @@ def print_new(text):
         print(text, file=sys.stderr)
 
 
+def on_terminal():
+    """Whether stderr is a terminal; an object in its place may not tell."""
+    return getattr(sys.stderr, "isatty", bool)()
+
+
 def progress(steps, about, **more):
     """A progress bar, which is removed at the end; in a log only of what takes over 10 seconds."""
-    terminal = getattr(sys.stderr, "isatty", bool)()
-    in_log = {} if terminal else {"delay": 10, "mininterval": 10}
+    in_log = {} if on_terminal() else {"delay": 10, "mininterval": 10}
     return tqdm(steps, about, leave=False, disable=not speaks(), **(more | in_log))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def whole_or_absent(path):
     aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     try:
         yield aside
-        for seconds in (0.1, 1, 9):  # on Windows a virus scanner may have one of the two open
+        # on Windows a virus scanner may have one of the two open
+        for seconds in (0.1, 1, 9) if sys.platform == "win32" else ():
             with contextlib.suppress(PermissionError):
                 return os.replace(aside, path)
             time.sleep(seconds)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from support.batches import spread, steps_in_epoch
 from support.checkpoints import RANKS, buffers_of_ranks, save_checkpoint, state_dict
 from support.device import detached, recommend_precision, set_lr
-from support.errors import UserError, drawing
+from support.errors import UserError, drawing, on_terminal
 from support.files import remove_unfinished, whole_or_absent, write_text
 from support.layouts import find_images
 from support.pictures import grid, save_grid
@@ -117,7 +117,7 @@ class Run:
         """A progress bar of all images. Its estimate of the time left starts now."""
         done = self.epoch * self.steps_per_epoch + self.batch
         about = {"unit": "image", "dynamic_ncols": True, "disable": rank() > 0}
-        seconds = 0.1 if getattr(sys.stderr, "isatty", bool)() else 10  # a log would grow
+        seconds = 0.1 if on_terminal() else 10  # a log would grow by 100 MB a day
         about |= {"miniters": 1, "mininterval": seconds}
         about["smoothing"] = 0  # the mean rate, with validation in it
         about["total"] = self.cfg.epochs * self.steps_per_epoch * self.images_per_step

@@ -95,9 +95,9 @@ def gram(features):
 
 def _imagenet(path):
     """VGG16's state dict, trained on ImageNet: from a file, or by torch.hub, which checks it."""
-    if path and not Path(path).is_file():
-        raise UserError(f"--vgg16 {path}: no such file: pass its new path")
     if path:
+        if not Path(path).is_file():
+            raise UserError(f"--vgg16 {path}: no such file: pass its new path")
         return load_weights(path)
     url = "https://download.pytorch.org/models/vgg16-397923af.pth"
     how = {"map_location": "cpu", "check_hash": True, "weights_only": True}

@@ -552,6 +552,7 @@ def test_a_file_that_another_program_has_open_is_replaced_later(tmp_path, monkey
             raise PermissionError(13, "Access is denied", *map(str, paths))
         honest(*paths)
 
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "replace", busy)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with whole_or_absent(tmp_path / "x") as aside:
