@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 import common
@@ -358,7 +359,7 @@ def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_pat
     for direction, name in (("BtoA", "example_map.png"), ("AtoB", "example.jpg")):
         cfg = configured("pix2pix", tmp_path, data=str(tmp_path / "none"), direction=direction)
         ((given, photo),) = Studio(cfg, None, None).examples
-        shown = Image.open(Path("docs", name)).convert("RGB")
+        shown = Image.open(ROOT / "docs" / name).convert("RGB")
         assert (given.start == np.asarray(shown)).all() and photo is None
 
 
