@@ -24,11 +24,11 @@ def tiny(script, **options):
     return module, module.Config(**more | options)
 
 
-def open_data(script, root, cache, split="train", **options):
-    """A script's data on the CPU; the edits find their classes in the data."""
+def open_data(script, root, cache, split="train", device=CPU, **options):
+    """A script's data on a device; the edits find their classes in the data."""
     module, cfg = tiny(script, lc_classes="", **options, data=str(root), cache=str(cache))
     (kind,) = (thing for thing in vars(module).values() if hasattr(thing, "in_order"))
-    return kind(cfg, split, CPU)
+    return kind(cfg, split, device)
 
 
 def pictures(seed=0, count=2, size=64):

@@ -139,6 +139,7 @@ def test_no_page_with_commands_is_left_out():
     assert found <= {*itertools.chain(*PAGES)}
 
 
+@pytest.mark.slow
 def test_the_python_in_the_pages_runs(capsys, tmp_path, monkeypatch):
     text = (ROOT / "docs/use.md").read_text()
     (tmp_path / "docs").symlink_to(ROOT / "docs")

@@ -1,9 +1,12 @@
 """Every script's step and losses: against plain twins, by hand, and what holds for all."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+from unittest import mock
 
+import numpy as np
 import plain
 import pytest
 import torch
@@ -14,12 +17,15 @@ import cyclegan
 import mixlc
 import mixlc_acgan
 import pix2pix
+import support.measures
 import support.vgg16
 from files import LABELS
 from graphs import record_graphs
 from harness import SCRIPTS
 from support.device import GraphedStep, set_lr
-from tensors import CPU, batch_of, calls_of, tiny
+from support.judge import Judge
+from support.limits import Limits
+from tensors import CPU, batch_of, calls_of, open_data, tiny
 
 GLOBAL = {"d": "global"}
 NETS = ("G", "D", "G_AB", "G_BA", "D_A", "D_B")
@@ -233,6 +239,34 @@ def test_fast_path_trains_like_the_plain_one(case, device, monkeypatch):
         got = {name: loss.item() for name, loss in step(fast, batch, cfg).items()}
         assert got == pytest.approx(want, rel=1e-6, abs=1e-8), k
     assert step.graph is not None
+
+
+@every
+def test_all_tensors_are_on_the_device(case, data, cache, monkeypatch):
+    """Those of batches, steps, grids and measures: "meta" computes nothing, and refuses others."""
+    device, script = torch.device("meta"), case.split()[0]
+    for module, name, replaced in (
+        (common, "adam", lambda *_: mock.Mock()),
+        (torch.Tensor, "backward", lambda *_, **options: None),
+        (torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype)),
+        (torch, "autocast", lambda *_, **options: contextlib.nullcontext()),
+        (torch.cuda, "mem_get_info", lambda _: (10**12, 10**12)),  # free, in all
+        (support.measures, "confusion_matrix", lambda a, b, classes: (a + b).sum()),
+    ):
+        monkeypatch.setattr(module, name, replaced)
+    root = data["mixlc" if "labels" in case else script]
+    train, val = (open_data(script, root, cache, split, device) for split in ("train", "val"))
+    module, cfg = tiny(script, **ALL[case])
+    state = module.build(cfg, device)
+    losses = module.train_step(state, next(train.batches(0)), cfg)
+    assert {loss.device for loss in losses.values()} == {device}
+    grid = module.sample(state, val, cfg, np.arange(2))
+    assert {images.device for images in grid.values()} == {device}
+    color = {"mean": torch.zeros(3)}
+    colors = {"A": color, "B": color} if script == "cyclegan" else color
+    val.store.limits = dict.fromkeys("AB", Limits((0,) * 3, (1,) * 3, ""))
+    judge = Judge(3, width=2).to(device) if cfg.classes else None
+    module.evaluate(state, val, cfg, np.arange(2), colors, judge)
 
 
 @pytest.mark.cuda
