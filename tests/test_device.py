@@ -27,7 +27,7 @@ import pix2pix
 import support.begin
 import support.device
 import support.run
-from files import vgg_file
+from files import CLASSES, vgg_file
 from forks import forked
 from graphs import record_graphs
 from runs import line_of, refused, state_of, stop_after, tiny_run
@@ -148,6 +148,13 @@ def test_what_processes_reduce_is_on_the_device_of_their_group(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", gpu)
     reduced(torch.ones(3))
     assert seen[0][0].device == torch.device("meta")
+
+
+def test_sums_of_a_checkpoint_and_colours_of_classes_are_on_the_device():
+    losses = Means((["g"], torch.ones(1), 1))
+    losses.add(["g"], torch.ones(1, device="meta"))
+    assert losses.sums.device == torch.device("meta")
+    pix2pix.nearest_class(torch.zeros(1, 3, 8, 8, device="meta"), CLASSES)  # refuses others
 
 
 def test_images_stay_on_the_host_where_the_gpu_has_little_free(monkeypatch):

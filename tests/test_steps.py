@@ -10,6 +10,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -19,9 +20,9 @@ import mixlc_acgan
 import pix2pix
 import support.measures
 import support.vgg16
-from files import LABELS
+from files import LABELS, save
 from graphs import record_graphs
-from harness import SCRIPTS
+from harness import SCRIPTS, is_edit
 from support.device import GraphedStep, set_lr
 from support.judge import Judge
 from support.limits import Limits
@@ -242,11 +243,17 @@ def test_fast_path_trains_like_the_plain_one(case, device, monkeypatch):
 
 
 @every
-def test_all_tensors_are_on_the_device(case, data, cache, monkeypatch):
-    """Those of batches, steps, grids and measures: "meta" computes nothing, and refuses others."""
-    device, script = torch.device("meta"), case.split()[0]
+def test_all_tensors_are_on_the_device(case, data, cache, tmp_path, monkeypatch):
+    """Of batches to windows: "meta" computes nothing, and refuses the tensors of others."""
+    device, script, convolve = torch.device("meta"), case.split()[0], F.conv2d
+
+    def conv2d(x, weight, *more, **options):  # that of "meta" accepts others
+        assert x.device == weight.device
+        return convolve(x, weight, *more, **options)
+
     for module, name, replaced in (
         (common, "adam", lambda *_: mock.Mock()),
+        (F, "conv2d", conv2d),
         (torch.Tensor, "backward", lambda *_, **options: None),
         (torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype)),
         (torch, "autocast", lambda *_, **options: contextlib.nullcontext()),
@@ -267,6 +274,12 @@ def test_all_tensors_are_on_the_device(case, data, cache, monkeypatch):
     val.store.limits = dict.fromkeys("AB", Limits((0,) * 3, (1,) * 3, ""))
     judge = Judge(3, width=2).to(device) if cfg.classes else None
     module.evaluate(state, val, cfg, np.arange(2), colors, judge)
+    photo, lc = tmp_path / "a.png", tmp_path / "lc.png"
+    save(photo, np.zeros((150, 64, 3), np.uint8))
+    save(lc, np.zeros((150, 64), np.uint8))
+    use = {"generate": (str(photo),), "out": str(tmp_path / "new"), "window": 64, "batch_size": 1}
+    use |= {"lc": str(lc), "paint": ("road:0,0,64,150",)} if is_edit(script) else {}
+    module.generate(state, dataclasses.replace(cfg, **use), device)
 
 
 @pytest.mark.cuda
