@@ -26,6 +26,7 @@ from support.demo import demo_world
 
 PAGES = [["README.md", "docs/use.md"]]  # which uses the models that the README's commands train
 PAGES += [[f"docs/{name}.md"] for name in ("data", "inria", "results/README")]
+PAGES += [["weights/README.md"]]
 PAGES += [[f"{script}.py"] for script in SCRIPTS]
 SMALL = {
     "--size": "64", "--load-size": "68", "--patch": "64", "--batch-size": "2", "--epochs": "1",
@@ -134,7 +135,7 @@ def write_files(root):
 
 
 def test_no_page_with_commands_is_left_out():
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
     found = {page.relative_to(ROOT).as_posix() for page in pages if commands(page)}
     assert found <= {*itertools.chain(*PAGES)}
 
