@@ -3,6 +3,7 @@
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import io
 import itertools
@@ -51,15 +52,13 @@ class Studio:
         self.examples = self._examples()
 
     def _examples(self):
-        """[(given, photo)] of validation images; without training's data, of a picture of docs/."""
+        """[(given, photo)] of validation images; without training's data, of docs/."""
         try:
             store = ImageStore(self.cfg, "val", self.cfg.size, most=EXAMPLES)
         except (UserError, OSError):
-            name = "example.jpg" if self.input_domain == "A" else "example_map.png"
-            path = Path(__file__).parents[1] / "docs" / name
-            if self.edits or self.classes or not path.is_file():
-                return []
-            return [(self._picture(Raster(path).read()), None)]
+            with contextlib.suppress(UserError, OSError):
+                return [self._of_docs()]
+            return []
         if self.edits and not store.paired:
             return []
         found = []
@@ -68,6 +67,16 @@ class Studio:
             other = self._stored(store, self.other_domain, k)
             found.append((given, other if store.paired and not other.table else None))
         return found
+
+    def _of_docs(self):
+        """(given, photo) of pictures of docs/; UserError of classes that have other colours."""
+        docs, domain = Path(__file__).parents[1] / "docs", self.input_domain
+        drawn = "city_lc.png" if self.classes else "example_map.png"
+        pixels = Raster(docs / ("example.jpg" if domain == "A" else drawn), self.classes).read()
+        if not self.classes:
+            return self._picture(domain, pixels), None
+        photo = self._picture("A", Raster(docs / "city.jpg").read()) if self.edits else None
+        return MemoryRaster(pixels, self.classes), photo
 
     def _stored(self, store, domain, k):
         """Image k of a store with the shape of a window, no larger than it is stored."""
@@ -118,7 +127,7 @@ class Studio:
         else:
             shape = whole(wanted, "height", 16, 4096), whole(wanted, "width", 16, 4096)
             blank, photo = np.zeros(shape, np.uint8), None
-            given = self._picture(ClassTable.load("maps").palette[blank])
+            given = self._picture(self.input_domain, ClassTable.load("maps").palette[blank])
             if self.classes:
                 given = MemoryRaster(blank, self.classes)
         # in the worker, as generating changes how the network normalises
@@ -140,9 +149,9 @@ class Studio:
             about["pixels"] = base64.b64encode(canvas.pixels.tobytes()).decode()
         return about | {"photo": None if canvas.photo is None else png(canvas.photo.start)}
 
-    def _picture(self, colours):
-        """Colours (H, W, 3) uint8 as a MemoryRaster of the model's bands and depth."""
-        bands, limits = self.cfg.channels(self.input_domain), Limits.of(self.cfg, self.input_domain)
+    def _picture(self, domain, colours):
+        """Colours (H, W, 3) uint8 as a MemoryRaster of a domain's bands and depth."""
+        bands, limits = self.cfg.channels(domain), Limits.of(self.cfg, domain)
         return MemoryRaster(values_of_colours(colours, bands, limits), limits=limits)
 
     def _read(self, domain, name, content):

@@ -361,6 +361,19 @@ def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_pat
         ((given, photo),) = Studio(cfg, None, None).examples
         shown = Image.open(ROOT / "docs" / name).convert("RGB")
         assert (given.start == np.asarray(shown)).all() and photo is None
+    colors = "60,16,152 132,41,246 110,193,228 254,221,58 226,169,41".split()  # of city_lc.png
+    rows = [{"name": color, "color": color} for color in colors]
+    how = {"data": str(tmp_path / "none"), "lc_classes": json.dumps(rows)}
+    for script, given_photo in (("mixlc", "city.jpg"), ("pix2pix", None)):
+        cfg = configured(script, tmp_path, **how)
+        ((given, photo),) = Studio(cfg, cfg.classes, None, edits=bool(given_photo)).examples
+        assert (cfg.classes.palette[given.start] == pixels_of(ROOT / "docs" / "city_lc.png")).all()
+        if given_photo:
+            assert (photo.start == pixels_of(ROOT / "docs" / given_photo)).all()
+        else:
+            assert photo is None
+    cfg = configured("mixlc", tmp_path, data=how["data"], lc_classes="maps")  # other colours
+    assert not Studio(cfg, cfg.classes, None, edits=True).examples
 
 
 def test_examples_without_pairs_have_no_photograph_to_compare_with(tmp_path, landcover):
