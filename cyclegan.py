@@ -96,7 +96,7 @@ class ResNetGenerator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN on an image alone: (B, C, S, S) -> logits (B, 1, S/16, S/16), each of 94 pixels."""
+    """PatchGAN on an image alone: (B, C, S, S) -> logits (B, 1, S/16, S/16) of 94x94 pixels."""
 
     def __init__(self, channels_in, width):
         super().__init__()
@@ -141,7 +141,7 @@ class ImagePool(nn.Module):
         if len(images) < size:  # there is room: keep it
             images.append(fake)
             return fake
-        if random() < 0.5:
+        if random() >= 0.5:
             return fake
         slot = randrange(size)  # an old one is returned, and this one takes its slot
         old, images[slot] = images[slot], fake
@@ -262,7 +262,7 @@ class Domains:
         side = common.load_size(cfg) if split == "train" else cfg.size
         self.store = common.ImageStore(cfg, split, side)
         self.paired, self.classes = self.store.paired, self.store.classes
-        self.loader_A = self.loader_B = common.Loader(self.store.rows["A"], device)
+        self.loader_A = self.loader_B = common.Loader(self.store.rows["A"], device)  # of pairs
         if not self.paired:
             self.loader_B = common.Loader(self.store.rows["B"], device)
 
@@ -363,7 +363,7 @@ def build(cfg, device, training=True):
 
 
 def train_step(state, batch, cfg):
-    """One update of both generators, then one of both discriminators. batch = (real_A, real_B).
+    """One update of both generators, then one of both discriminators. batch = (A, B).
 
     Each is (B, C, S, S): pictures in [-1, 1], NaN without data, or one-hot maps, zeros if ignored.
 
@@ -372,7 +372,7 @@ def train_step(state, batch, cfg):
     L_D = 1/2 [GAN(D(real), 1) + GAN(D(fake), 0)] for each domain; fakes come through the pools
     """
     A, B = batch
-    real_A, real_B = common.filled(A), common.filled(B)
+    real_A, real_B = common.filled(A), common.filled(B)  # mean colours in place of NaN
     alike = real_A.shape == real_B.shape and not cfg.classes
     with_identity = cfg.lambda_identity > 0 and alike
     with common.autocast(cfg, real_A.device):
@@ -511,7 +511,8 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
     """The Scores of these validation images: each domain after its cycle and, where A and B are
     pairs, each translation against its partner.
 
-    images     by their index in the larger domain; the smaller one repeats, as in training
+    images     by their index in the larger domain; the smaller one repeats, as in training, so
+               that some of its images count twice
     constants  {"A": .., "B": ..}, from common.constant_colors: adds the baselines, a copy of the
                input and one colour for the image or for each class
     judge      measures whether generated photographs show the land cover that was asked for
@@ -523,10 +524,8 @@ def evaluate(state, val, cfg, images, constants=None, judge=None):
         if val.paired and not cfg.classes:  # a pixel counts if both have data
             missing = (real_A.sum(1, keepdim=True) + real_B.sum(1, keepdim=True)).isnan()
             real_A, real_B = (x.masked_fill(missing, torch.nan) for x in (real_A, real_B))
-        guesses_A, guesses_B = {}, {}
-        if val.paired:
-            guesses_B["A to B: model"] = fake_B
-            guesses_A["B to A: model"] = fake_A
+        guesses_A = {"B to A: model": fake_A} if val.paired else {}
+        guesses_B = {"A to B: model": fake_B} if val.paired else {}
         if val.paired and constants:
             for name, guess in baselines_of_A(val, real_A, real_B, constants["A"]).items():
                 guesses_A[f"B to A: {name}"] = guess

@@ -20,7 +20,7 @@ Simo-Serra, Ishikawa 2017, Globally and Locally Consistent Image Completion
 Differences from the original system, which has no paper (nearest to it: --box center --fusion late
 --no-erase --own 0 --no-composite --d global --collage --lambda-adv 0.5 --lr 1e-3):
 - The original generator copies its input. Here noise replaces the part to edit, so that it cannot;
-  evaluation.json checks this.
+  evaluation.json states whether it does.
 - The original's target is a collage, photograph b in the box of a. It has a seam, and is one of
   many right answers, so that an L1 loss teaches a blur. Here half of the edits ask for the land
   cover that is there, and their target is the photograph (SESAME, Ntavelis et al. 2020,
@@ -63,7 +63,7 @@ def encoder(channels_in, size, width):
 
 
 def decoder(size, width, encoders, skips):
-    """Up blocks from the bottlenecks of 1 or 2 encoders, with 1 or 2 skips at every level."""
+    """Up blocks from the bottlenecks of 1 or 2 `encoders`, with 1 or 2 `skips` at every level."""
     depth = size.bit_length() - 1
     widths = [width * min(2**level, 8) for level in range(depth)]
     ups, channels = nn.ModuleList(), encoders * widths[-1]
@@ -124,7 +124,7 @@ class MiddleUNet(nn.Module):
 class DilatedNet(nn.Module):
     """Dilated convolutions (Yu and Koltun, arXiv:1511.07122): (B, C, S, S) -> (B, 128, S/2, S/2).
 
-    Dilations grow with S: the receptive field is at least S/2; a centre box has 3/8 S.
+    Dilations grow with S: the receptive field is S/2, more than a box in the middle (3/8 S).
     """
 
     def __init__(self, channels_in, size, width):
@@ -153,8 +153,8 @@ class Generator(nn.Module):
             self.unet = MiddleUNet(classes, bands, size, width, skips)
             channels = (3 if skips == "both" else 2) * width
         else:
-            lc_net = UNet if fusion == "late" else DilatedNet
-            self.rgb_net, self.lc_net = UNet(bands, size, width), lc_net(classes, size, width)
+            kind = UNet if fusion == "late" else DilatedNet
+            self.rgb_net, self.lc_net = UNet(bands, size, width), kind(classes, size, width)
             channels = 4 * width
         last = nn.ConvTranspose2d(width, bands, 4, 2, 1)
         layers = [nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), last, nn.Tanh()]
@@ -286,12 +286,12 @@ def masked_l1_loss(fake, target, where):
 
 
 def label_loss(logits, target):
-    """Cross-entropy of logits (B, classes + 1, S, S) with one-hot labels: a scalar.
+    """Weighted cross-entropy of logits (B, classes + 1, S, S) with one-hot labels: a scalar.
 
     target  (B, classes, S, S), or (B, classes + 1, S, S) with "generated"; zeros do not count
 
-    A label's weight is the mean number of pixels per label / its own number, at most 10. So rare
-    labels count as much as frequent ones (in Schönfeld et al. 2021, 3.2, all but "generated").
+    A label's weight is the mean number of pixels per label / its own number, at most 10, so that
+    rare labels count. Schönfeld et al. 2021, 3.2, weight all labels so but "generated".
     """
     counts = target.sum((0, 2, 3))
     mean = counts.sum() / (counts > 0).sum().clamp_min(1)
@@ -406,7 +406,7 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """Images by index, unflipped, with partners and boxes that no option changes."""
+        """Images by index, unflipped, with the same partners each time and boxes in the middle."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
@@ -458,7 +458,7 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    Noise leaves nothing to copy, shows G the place of the edit, and gives even land cover texture.
+    Noise leaves nothing to copy, shows G the place of the edit, and makes room for texture.
     Iizuka et al. (doi:10.1145/3072959.3073659) fill in the mean colour, and give G the mask.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
@@ -505,7 +505,7 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
     fake = G(rgb_a, lc_ab); with --erase rgb_a has noise in the edit
-    shown = fake pasted into rgb_a; with --no-composite fake, all of which D then calls generated
+    shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
     L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
     L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit
@@ -664,8 +664,8 @@ def add_judged(scores, judge, edit, mask, fake, by):
 def show_samples(cfg, device):
     """Writes a picture of --show-samples training edits to samples.png in --out, the box drawn."""
     train = Edits(dataclasses.replace(cfg, batch_size=1), "train", device)
-    edits = (edit for epoch in itertools.count() for edit in train.batches(epoch))
-    edits = joined(itertools.islice(edits, cfg.show_samples))
+    stream = (edit for epoch in itertools.count() for edit in train.batches(epoch))
+    edits = joined(itertools.islice(stream, cfg.show_samples))
     edit = Edit(*(field[: cfg.show_samples] for field in edits))  # --use-ba makes two of each
     lc_a, lc_b, lc_ab = (
         common.draw(common.class_index(lc), train.classes)

@@ -2,7 +2,7 @@
 
 A second head of the discriminator learns to classify every pixel of real photographs. Its loss
 teaches the generator to show the classes that were asked for. A style loss compares textures
-through Gram matrices of VGG16 features. Dropout in the generator gives an edit several results.
+through Gram matrices of VGG16 features. Noise and dropout give an edit several results.
 
     python mixlc_acgan.py --data denmark/ --lc-classes s2glc    rgb/ and lc/ folders, 14 classes
     python mixlc_acgan.py --data maps/ --lc-classes maps        the map half becomes land cover
@@ -16,7 +16,7 @@ arXiv:1610.09585; Johnson, Alahi, Fei-Fei 2016, Perceptual Losses for Real-Time 
 Super-Resolution, arXiv:1603.08155.
 
 Differences from the original system, which has no paper (options in brackets: nearest to it):
-- In the photograph that the generator gets, noise replaces the edit (--no-erase: nothing does). The
+- In the photograph that the generator gets, noise replaces the edit (--no-erase: it stays). The
   discriminator gets the edit within its photograph (--no-composite: all of the generator's output).
 - Half of the edits ask for the land cover that is there, instead of an identity loss on all
   (--own 0 --lambda-id 0.1), and boxes have any size (--box center). Other edits are compared
@@ -45,7 +45,7 @@ from common import UserError, option
 
 
 def block(conv, dropout=0.0):
-    """Convolution, BatchNorm, Dropout, ReLU."""
+    """Convolution (BatchNorm cancels its bias), BatchNorm, Dropout, ReLU."""
     layers = [conv, nn.BatchNorm2d(conv.out_channels)]
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
@@ -360,7 +360,7 @@ class Edits:
         yield from self.pasted(*plan, self.cfg.use_ba)
 
     def in_order(self, images):
-        """Images by index, unflipped, with partners and boxes that no option changes."""
+        """Images by index, unflipped, with the same partners each time and boxes in the middle."""
         rng = np.random.default_rng(1)
         partner, boxes = self.choose(rng, np.arange(len(self)), "center")
         flips, own = np.zeros((len(self), 4), np.int64), np.zeros(len(self), bool)
@@ -412,7 +412,7 @@ def edit_mask(box, inside, size):
 def visible(edit, cfg):
     """rgb_a as the generator gets it: whole, or with --erase noise in place of the edit.
 
-    Noise leaves nothing to copy, shows G the place of the edit, and gives even land cover texture.
+    Noise leaves nothing to copy, shows G the place of the edit, and makes room for texture.
     Iizuka et al. (doi:10.1145/3072959.3073659) fill in the mean colour, and give G the mask.
     """
     mask = edit_mask(edit.box, edit.inside, cfg.size)
@@ -629,8 +629,8 @@ def add_judged(scores, judge, edit, mask, fake, by):
 def show_samples(cfg, device):
     """Writes a picture of --show-samples training edits to samples.png in --out, the box drawn."""
     train = Edits(dataclasses.replace(cfg, batch_size=1), "train", device)
-    edits = (edit for epoch in itertools.count() for edit in train.batches(epoch))
-    edits = joined(itertools.islice(edits, cfg.show_samples))
+    stream = (edit for epoch in itertools.count() for edit in train.batches(epoch))
+    edits = joined(itertools.islice(stream, cfg.show_samples))
     edit = Edit(*(field[: cfg.show_samples] for field in edits))  # --use-ba makes two of each
     lc_a, lc_b, lc_ab = (
         common.draw(common.class_index(lc), train.classes)

@@ -16,11 +16,11 @@ Networks, arXiv:1611.07004.
 
 Differences from the paper:
 - The U-Net goes down to 1x1 at every --size, and has no norm there (the paper's errata, 6.3).
-- Above batch size 1, BatchNorm generates with running statistics, without dropout (--eval-norm).
+- Trained above batch size 1, G generates with running statistics and no dropout (--eval-norm).
 - Dropout is one block further from the bottleneck, and the learning rate falls linearly in the
   second half, as in the authors' PyTorch code.
 - --generator resnet (no skips over its bottleneck), --norm instance (in G and D), --gan lsgan and
-  --content vgg are experiments. Other systems use --schedule constant and --d-weight 1.0.
+  --content vgg are experiments. The paper has --schedule constant; others --d-weight 1.0, too.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The training steps of the reference implementation (PyTorch CycleGAN and pix2pix by their
 authors), on the scripts' networks, image pools and losses.
 
-What it does else than the scripts: it switches D's gradients off and on around each update,
+What it does otherwise than the scripts: it switches D's gradients off and on around each update,
 updates each D with a backward pass of its own, and leaves Adam's form to PyTorch.
 """
 

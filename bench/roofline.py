@@ -4,8 +4,8 @@
     python bench/roofline.py cyclegan --keep      also into bench/roofline.json, for bench/README.md
 
 Every convolution of a step is timed alone, forward and backward, in float32, beside the whole step.
-The sum of these times is a floor: a faster step needs a faster library of convolutions. The rate of
-each one shows the shapes that this library is slow at.
+The sum of these times is nearly a floor (it has gradients that the step leaves out): a faster step
+needs a faster library of convolutions. The rate of each one shows the shapes that are slow.
 """
 
 import argparse

@@ -361,8 +361,8 @@ def test_without_validation_images_the_page_opens_with_a_picture_of_docs(tmp_pat
         ((given, photo),) = Studio(cfg, None, None).examples
         shown = Image.open(ROOT / "docs" / name).convert("RGB")
         assert (given.start == np.asarray(shown)).all() and photo is None
-    colors = "60,16,152 132,41,246 110,193,228 254,221,58 226,169,41".split()  # of city_lc.png
-    rows = [{"name": color, "color": color} for color in colors]
+    colors = "3c1098 8429f6 6ec1e4 fedd3a e2a929"  # of city_lc.png
+    rows = [{"name": color, "color": f"#{color}"} for color in colors.split()]
     how = {"data": str(tmp_path / "none"), "lc_classes": json.dumps(rows)}
     for script, given_photo in (("mixlc", "city.jpg"), ("pix2pix", None)):
         cfg = configured(script, tmp_path, **how)

@@ -23,7 +23,7 @@ SECTIONS = {
     "networks": "a U-Net; a ResNet and an image pool; two U-Nets joined; two heads on one trunk",
     "losses": "adversarial and L1; cycles and labels; a local window; classes and style",
     "Config": "each model's own options",
-    "data": "pairs; two domains drawn apart; edits pasted from two tiles (in both edits alike)",
+    "data": "pairs; two domains drawn apart; edits pasted from two tiles (alike in both editors)",
     "build": "which networks there are",
     "train_step": "the model",
     "main": "which scores close an epoch, a schedule or none",
