@@ -285,6 +285,20 @@ def masked_l1_loss(fake, target, where):
     return (total / (fake.shape[1] * where.sum((1, 2, 3)).clamp_min(1))).mean()
 
 
+def color_loss(fake, target, where):
+    """Mean absolute difference of colours, without texture, where `where` is true: a scalar.
+
+    These are the mean colours in overlapping squares of S/8. A square counts if `where` is true in
+    a quarter of it or more.
+    """
+    side = where.shape[-1] // 8
+    share = F.avg_pool2d(where.float(), side, side // 4)  # (B, 1, 29, 29)
+    difference = (common.full_precision(fake) - common.full_precision(target)) * where
+    means = F.avg_pool2d(difference, side, side // 4) / share.clamp_min(0.25)
+    counts = share >= 0.25
+    return (means.abs() * counts).sum() / (fake.shape[1] * counts.sum().clamp_min(1))
+
+
 def label_loss(logits, target):
     """Weighted cross-entropy of logits (B, classes + 1, S, S) with one-hot labels: a scalar.
 
@@ -331,6 +345,7 @@ class Config(common.EditOptions):
     lambda_adv: float = option(2.0, "weight of the adversarial loss", low=0.0)
     lambda_l1: float = option(10.0, "weight of the L1 loss", low=0.0)
     lambda_local: float = option(5.0, "weight of the L1 loss in and around the edit", low=0.0)
+    lambda_color: float = option(0.0, "weight of the loss of colours in the edit", low=0.0)
     lr: float = option(5e-4, "learning rate of Adam", low=0.0)
     batch_size: int = option(8, "edits in a step of one process", low=1, fixed=True)
     epochs: int = option(200, "passes over the training images", low=1, high=10**6, may_change=True)
@@ -508,7 +523,7 @@ def train_step(state, batch, cfg):
     shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
     L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
     L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
-          + lambda_local * L1 in and around the edit
+          + lambda_local * L1 in and around the edit + lambda_color * color(fake, rgb_ab) in it
     L1 counts outside edits and inside own ones; with --collage everywhere.
     With --d global the first losses are GAN(D(rgb_b), 1), GAN(D(shown), 0) and GAN(D(shown), 1).
     """
@@ -544,16 +559,20 @@ def train_step(state, batch, cfg):
         g_adv = label_loss(logits_fake, edit.lc_ab * ((near | generated) & known))
     else:
         g_adv = gan_loss(logits_fake, True)
-    has_target = (~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage) & ~edit.rgb_ab[:, :1].isnan()
+    has_data = ~edit.rgb_ab[:, :1].isnan()
+    has_target = (~mask | edit.own.view(-1, 1, 1, 1) | cfg.collage) & has_data
     g_l1 = masked_l1_loss(fake, target, has_target)
     g_local = masked_l1_loss(fake, target, near & has_target)
+    losses = {"g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
     loss_g = cfg.lambda_adv * g_adv + cfg.lambda_l1 * g_l1 + cfg.lambda_local * g_local
+    if cfg.lambda_color > 0:
+        losses["g_color"] = color_loss(fake, target, mask & has_data)
+        loss_g = loss_g + cfg.lambda_color * losses["g_color"]
     state.opt_G.zero_grad()
     loss_g.backward(inputs=list(state.G.parameters()))  # no gradients for D's weights
     common.average_gradients(state.G)
     state.opt_G.step()
-    losses = {"g_total": loss_g, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
-    return losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
+    return {"g_total": loss_g} | losses | {"d_total": loss_d, "d_real": d_real, "d_fake": d_fake}
 
 
 # --------------------------------------------------------------------------------------------- main

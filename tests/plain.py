@@ -471,6 +471,22 @@ def labelled(logits, labels):
     return F.cross_entropy(logits, labels, weights.to(logits), ignore_index=-1)
 
 
+def colours_apart(fake, target, where):
+    """Of mean colours, in squares of an eighth of the side, a quarter of which is edited."""
+    size, apart = fake.shape[-1], []
+    side, step = size // 8, size // 32
+    known = where[:, 0] & ~target.isnan()[:, 0]
+    for image, other, inside in zip(fake, target, known, strict=True):
+        for top in range(0, size - side + 1, step):
+            for left in range(0, size - side + 1, step):
+                square = slice(top, top + side), slice(left, left + side)
+                chosen = inside[square]
+                if 4 * chosen.sum() >= side**2:
+                    means = [x[:, *square][:, chosen].mean(1) for x in (image, other)]
+                    apart.append((means[0] - means[1]).abs().mean())
+    return torch.stack(apart).mean() if apart else 0 * fake.sum()
+
+
 class Mixlc:
     def __init__(self, state, cfg):
         self.cfg = cfg
@@ -510,8 +526,12 @@ class Mixlc:
         g_local = l1_where(fake, edit.rgb_ab, near & known)
         g_total = self.cfg.lambda_adv * g_adv + self.cfg.lambda_l1 * g_l1
         g_total = g_total + self.cfg.lambda_local * g_local
+        g = {"g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
+        if self.cfg.lambda_color:
+            g["g_color"] = colours_apart(fake, edit.rgb_ab, mask)
+            g_total = g_total + self.cfg.lambda_color * g["g_color"]
         self.adam_G.minimise(g_total)
-        g = {"g_total": g_total, "g_adv": g_adv, "g_l1": g_l1, "g_local": g_local}
+        g = {"g_total": g_total} | g
         return g | {"d_total": d_total, "d_real": d_real, "d_fake": d_fake}
 
 

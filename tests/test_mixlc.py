@@ -13,7 +13,7 @@ from torch import nn
 import common
 import mixlc
 from files import picture, pixels_of, save
-from mixlc import edit_mask, grown, label_loss, main, masked_l1_loss
+from mixlc import color_loss, edit_mask, grown, label_loss, main, masked_l1_loss
 from runs import metrics_of, rows_of, tiny_run, use
 from support.classes import ClassTable
 from support.demo import demo_world
@@ -168,6 +168,25 @@ def test_local_loss_by_hand(size, box, rows, columns):
     assert masked_l1_loss(fake, target, near).item() == pytest.approx(0.5)
     inside[..., -1, -1] = inside[..., 0, 0] = 0.5 + inside[0, 0].numel()  # its first, its last
     assert masked_l1_loss(fake, target, near).item() == pytest.approx(2.5)
+
+
+def test_color_loss_by_hand():
+    """Texture alone costs nothing; a square counts if a quarter of it is edited."""
+    fake = torch.tensor([1.0, -1.0]).repeat(64, 32).expand(1, 3, 64, 64)
+    target = torch.zeros(1, 3, 64, 64)
+    for box, off, want in (
+        ((8, 8, 32, 32), 0.0, 0.0),
+        ((8, 8, 32, 32), 0.5, 0.5),
+        ((0, 0, 4, 4), 0.5, 0.5),  # a quarter of the first square
+        ((0, 0, 3, 4), 0.5, 0.0),
+    ):
+        assert color_loss(fake + off, target, mask_of(*box, size=64)).item() == pytest.approx(want)
+    target[:, :, :, 32:] = 0.3  # another colour in the right half, in one of three bands
+    target[:, 1:] = 0.0
+    whole = color_loss(fake, target, mask_of(0, 0, 64, 64, size=64)).item()
+    squares = np.arange(29) * 2  # the left edges of squares of 8 pixels
+    share = np.clip(squares + 8 - 32, 0, 8) / 8  # of the right half in each
+    assert whole == pytest.approx(0.3 / 3 * share.mean())
 
 
 @pytest.mark.parametrize(("often", "weight"), [(12, 4.0), (114, 10 / (40 / 114))])

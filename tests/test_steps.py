@@ -52,7 +52,8 @@ CASES = {
     "mixlc no erase holes": GLOBAL | {"erase": False, "composite": False},
     "mixlc late": GLOBAL | {"fusion": "late"},
     "mixlc early": {"fusion": "early", "lambda_adv": 0.25, "lambda_l1": 3.0, "lambda_local": 2.0},
-    "mixlc dilated": {"fusion": "dilated"},
+    "mixlc dilated": {"fusion": "dilated", "lambda_color": 4.0},
+    "mixlc color holes": {"lambda_color": 9.0, "use_ba": True},
     "mixlc global": GLOBAL,
     "mixlc no erase": {"erase": False, "use_ba": True},
     "mixlc local": GLOBAL | {"local_d": True, "use_ba": True},
@@ -354,6 +355,6 @@ def test_losses_are_in_at_least_float32(given, result):
     losses = [loss(x, True, *more) for loss, *more in GAN_LOSSES.values()]
     losses += [script.l1_loss(x, x) for script in (pix2pix, cyclegan, mixlc_acgan)]
     losses += [script.label_loss(x, x) for script in (cyclegan, mixlc)]
-    losses.append(mixlc.masked_l1_loss(x, x, EVERYWHERE))
+    losses += [loss(x, x, EVERYWHERE) for loss in (mixlc.masked_l1_loss, mixlc.color_loss)]
     losses.append(mixlc_acgan.class_loss(x, x, torch.ones(3)))
     assert [loss.dtype for loss in losses] == [result] * len(losses)
