@@ -24,7 +24,7 @@ Differences from the original system, which has no paper (nearest to it: --box c
 - The original's target is a collage, photograph b in the box of a. It has a seam, and is one of
   many right answers, so that an L1 loss teaches a blur. Here half of the edits ask for the land
   cover that is there, and their target is the photograph (SESAME, Ntavelis et al. 2020,
-  arXiv:2004.04977). Inside the others there is no L1 loss.
+  arXiv:2004.04977). Inside the others there is no L1 loss (but see --lambda-color).
 - The original discriminator gives one number for a whole photograph, and does not get land cover.
 - Boxes have any size. In one that covers the image everything must follow from land cover.
 - Real images of the discriminator are photographs. The original used collages, which have seams.
