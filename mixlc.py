@@ -520,7 +520,7 @@ def train_step(state, batch, cfg):
     """One update of D, then one of G. batch = an Edit, or a tuple of its fields.
 
     fake = G(rgb_a, lc_ab); with --erase rgb_a has noise in the edit
-    shown = fake pasted into rgb_a; with --no-composite fake, all of which then counts as the edit
+    shown = fake pasted into rgb_a; with --no-composite fake, all of which is then the edit to D
     L_D = 1/2 [label(D(rgb_b), lc_b) + label(D(shown), lc_ab outside the edit, generated inside)]
     L_G = lambda_adv * label(D(shown), lc_ab in and around the edit) + lambda_l1 * L1(fake, rgb_ab)
           + lambda_local * L1 in and around the edit + lambda_color * color(fake, rgb_ab) in it
