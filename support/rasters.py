@@ -32,12 +32,13 @@ class Raster:
     tiff           rasterio's dataset of a TIFF or VRT, else None; chosen: its bands that are read
     masked         whether some pixels of a TIFF, or of a transparent picture, may have no data
     palette        (256, 3) uint8, the colours of an 8-bit TIFF of indices; else None
+    levels         (256,) uint8, what the greys of a TIFF are read as; None: as they are
     lossy          whether the file's compression changes colours, as that of JPEG does
     """
 
     def __init__(self, path, table=None, endings=READABLE, most=2**28, bands=(), limits=None):
         self.path, self.table, self.tiff, self._whole = Path(path), table, None, None
-        self.palette, self._clear, self._levels, self._alpha = None, [], None, None
+        self.palette, self._clear, self.levels, self._alpha = None, [], None, None
         self.bands, self.limits, self.dtype, self.colours = list(bands), limits, "uint8", None
         self.masked = False
         with opening.decoding(path):
@@ -192,7 +193,7 @@ class Raster:
         one_bit = self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1"
         if one_bit and sorted(colors) == black_white:
             one = 255 if 255 in self.table.values else 1  # as in a PNG of one bit
-            self._levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
+            self.levels = np.array([one if color[0] else 0 for color in colors], np.uint8)
             self.palette = None
         sample = self._sample()
         self._reading = Reading(self.table, self.path, sample, self.palette, self.lossy)
@@ -214,7 +215,7 @@ class Raster:
         most = 2 ** int(self.tiff.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
         if self.palette is None and not deep and (white_first or most < 255):
             levels = (np.arange(256).clip(0, most) * 255 / most).round().astype(np.uint8)
-            self._levels = 255 - levels if white_first else levels
+            self.levels = 255 - levels if white_first else levels
 
     def _choose_bands(self):
         """Chooses the bands of the TIFF to read; prints once if others are left out."""
@@ -251,7 +252,7 @@ class Raster:
     def _cut(self, window):
         bands = [self.tiff.read(band, window=window) for band in self.chosen]  # of several types
         pixels = np.stack(bands, dtype=self.dtype)
-        return pixels if self._levels is None else self._levels[pixels]
+        return pixels if self.levels is None else self.levels[pixels]
 
     def _read_tiff(self, top, left, bottom, right):
         pixels = np.moveaxis(self._cut(((top, bottom), (left, right))), 0, -1)  # (H, W, C)

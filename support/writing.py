@@ -75,7 +75,8 @@ def _profile(source, classes, bands, limits):
     by_value = source.masked and gdal().enums.MaskFlags.nodata in kinds  # and not by a mask
     values = [source.tiff.nodatavals[band - 1] for band in source.chosen] if by_value else [None]
     alike = len(set(map(str, values))) == 1  # NaN, too
-    nothing = values[0] if alike and source.palette is None else None  # of a palette it is an index
+    as_read = source.palette is None and source.levels is None  # else it is of the file's pixels
+    nothing = values[0] if alike and as_read else None
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
     if inside and limits != source.limits:  # in other units a value like others: a mask instead

@@ -202,6 +202,15 @@ def test_an_edited_file_keeps_its_holes(tmp_path, profile):
     assert not known.all()
 
 
+def test_greys_that_are_read_as_the_no_data_value_stay(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    source = geotiff(tmp_path / "x.tif", pixels, nodata=3, photometric="MINISWHITE")
+    out, known = rewritten_edit(source)
+    assert (known == (pixels != 3)).all()
+    with Raster(source) as before, Raster(out) as after:
+        assert (after.values()[known] == before.values()[known]).all()
+
+
 def test_an_edited_file_keeps_nan_as_its_no_data_value(tmp_path):
     pixels = noise(20, 30).astype(np.float32)
     pixels[:5] = np.nan
