@@ -29,8 +29,6 @@ from support.rasters import Raster
 from support.windows import read_filled
 from tensors import CPU, calls_of, open_data, tiny
 
-REFLECTANCE = {"dtype": "uint16", "nodata": 0}
-
 
 def world(root, count=56, side=64):
     """Six bands of reflectances as uint16, 0 without data, and heights in metres with NaN.
