@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageFilter
 from rasterio.transform import from_origin
 from torch import nn
 
@@ -598,16 +598,6 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     words = f"{tmp_path}/b.png", f"{tmp_path}", f"{tmp_path}/../{tmp_path.name}/a.png"
     found = inputs_of(tiny("pix2pix", generate=words)[1])
     assert sorted(path.name for path in found) == ["a.png", "b.png", "c.png"]
-
-
-@pytest.mark.parametrize("name", ["photo.jpg", "photo.tif"])
-def test_an_edit_keeps_the_colour_profile(tmp_path, name):
-    """Without it, all that was not edited would look different."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    cfg, photo = edit(tmp_path, "water:100,50,20,20", generate=(str(tmp_path / name),))
-    Image.fromarray(photo).save(tmp_path / name, icc_profile=profile)
-    common.edit_file(cfg, Painter())
-    assert Image.open(tmp_path / "out" / name).info["icc_profile"] == profile
 
 
 def test_what_belongs_to_a_result_is_made_again_if_it_lacks(tmp_path, capsys):

@@ -334,17 +334,19 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("mode", "name", "kept"),
+    ("mode", "source", "name", "kept"),
     [
-        ("RGB", "x.png", True),
-        ("RGB", "x.tif", True),  # from a PNG into a TIFF
-        ("CMYK", "x.jpg", False),
-        ("L", "x.tif", False),  # of other colours
+        ("RGB", "x.png", "x.png", True),
+        ("RGB", "x.jpg", "x.jpg", True),
+        ("RGB", "x.tif", "x.tif", True),
+        ("RGB", "x.png", "x.tif", True),
+        ("CMYK", "x.jpg", "x.jpg", False),
+        ("L", "x.tif", "x.tif", False),  # of other colours
     ],
 )
-def test_the_profile_of_an_edit_is_of_its_colours(tmp_path, mode, name, kept):
+def test_the_profile_of_an_edit_is_of_its_colours(tmp_path, mode, source, name, kept):
     """A translation has none: it has other colours than its source."""
-    path = tmp_path / ("x.png" if kept else name)
+    path = tmp_path / source
     Image.new(mode, (40, 30)).save(path, icc_profile=PROFILE)
     for edited in (True, False):
         with Raster(path) as raster:
