@@ -444,13 +444,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path, monkeypatch, c
     assert last(tmp_path / "run")["step"] == 3
 
 
-def test_a_run_whose_first_step_fails_leaves_no_folder(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(pix2pix, "train_step", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(tiny_run("pix2pix", pairs, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch, capsys):
     honest = pix2pix.evaluate
 
@@ -544,7 +537,7 @@ def test_what_no_checkpoint_keeps_is_refused_at_the_first_step(pairs, tmp_path, 
     monkeypatch.setattr(pix2pix, "build", with_a_list)
     with pytest.raises(TypeError, match="State.history"):
         train(pairs, tmp_path / "run")
-    assert len(steps) == 1
+    assert len(steps) == 1 and not (tmp_path / "run").exists()
 
 
 def test_moments_are_laid_out_like_their_parameters():
