@@ -3,9 +3,10 @@
     python docs/tools/export_weights.py runs/pix2pix/checkpoints/last.pt weights/satellite-to-map.pt
     python docs/tools/export_weights.py runs/mixlc/checkpoints/epoch_000[4-7].pt weights/editor.pt
 
-Of several checkpoints of a run the result has the mean of the weights. It works wherever a
-checkpoint works, but for --resume: optimisers and image pools are left out. Vectors (biases, norm
-layers) keep their precision; they are few, and half precision would overflow in running variances.
+Of several checkpoints, of one run or of runs that continue each other, the result has the mean of
+the weights, and the options of the last. It works wherever a checkpoint works, but for --resume:
+optimisers and image pools are left out. Vectors (biases, norm layers) keep their precision; they
+are few, and half precision would overflow in running variances.
 """
 
 import sys
