@@ -75,7 +75,7 @@ def _profile(source, classes, bands, limits):
     by_value = source.masked and gdal().enums.MaskFlags.nodata in kinds  # and not by a mask
     values = [source.tiff.nodatavals[band - 1] for band in source.chosen] if by_value else [None]
     alike = len(set(map(str, values))) == 1  # NaN, too
-    as_read = source.palette is None and source.levels is None  # else it is of the file's pixels
+    as_read = source.palette is None and source.levels is None  # else a level has another value
     nothing = values[0] if alike and as_read else None
     nothing = classes.unused if classes else nothing
     inside = limits and nothing is not None and min(limits.low) < nothing < max(limits.high)
